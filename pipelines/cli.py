@@ -1,0 +1,174 @@
+"""The command line: `vqvae2 SUBCOMMAND --flags`. Torch is loaded only after the arguments are understood."""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pipelines.config import AssembleConfig, DemoConfig, ExtractConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
+from vqvae2.common.config import from_dict, read_yaml, suggest
+from vqvae2.common.errors import Stopped, UserError
+from vqvae2.config import TrainVQVAEConfig
+
+COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, and where its function is
+    "demo": (DemoConfig, "pipelines.demo:demo"),
+    "train": (TrainVQVAEConfig, "pipelines.commands:train"),
+    "extract": (ExtractConfig, "pipelines.extract:extract"),
+    "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),
+    "reconstruct": (ReconstructConfig, "pipelines.commands:reconstruct"),
+    "sample": (SampleConfig, "pipelines.commands:sample"),
+    "assemble": (AssembleConfig, "pipelines.commands:assemble"),
+}
+RECIPES = files("pipelines") / "recipes"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0, 2 for a user's mistake (one sentence on stderr), 128 + n after signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(overview())
+            return 0
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)}. See vqvae2 --help.")
+        config = parse(arguments[0], arguments[1:])
+        function_of(arguments[0])(config)
+        return 0
+    except UserError as error:
+        print(f"vqvae2: error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"vqvae2: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        print("vqvae2: interrupted; the same command starts where it can.", file=sys.stderr)
+        return 130
+
+
+def run_script(command: str) -> None:
+    """What a file of scripts/ calls: the subcommand with the script's own arguments."""
+    sys.exit(main([command, *sys.argv[1:]]))
+
+
+def function_of(command: str) -> Callable[[Any], None]:
+    """The function that carries out a subcommand; importing it loads torch."""
+    module, name = COMMANDS[command][1].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def overview() -> str:
+    """The text of `vqvae2 --help`."""
+    lines = [
+        "usage: vqvae2 SUBCOMMAND [--config RECIPE] [--flags]",
+        "",
+        "Train a VQ-VAE-2 on your own images and sample from it: train, extract, train-prior for each level, sample.",
+        "",
+    ]
+    lines += [f"  {name:<12} {(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    lines += [
+        "",
+        f"RECIPE is a YAML file, or one that comes with the package ({', '.join(recipe_names())}); flags win over it.",
+        "vqvae2 SUBCOMMAND --help explains every flag. On several processes: accelerate launch scripts/SUBCOMMAND.py with the same flags.",
+    ]
+    return "\n".join(lines)
+
+
+def parse(command: str, arguments: Sequence[str]) -> Any:
+    """The configuration that a subcommand's arguments ask for: defaults < recipe < flags.
+
+    Raises:
+        UserError: an unknown flag, a wrong value, or a missing one.
+    """
+    config_class = COMMANDS[command][0]
+    arguments, recipe = _take_flag(list(arguments), "--config")
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in (known := [*_flags(config_class), "--help"]):
+            raise UserError(f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)}. See vqvae2 {command} --help.")
+    section = recipe_section(load_recipe(recipe), command, _take_flag(list(arguments), "--level")[1]) if recipe else {}
+    default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
+    description = f"{inspect.cleandoc(config_class.__doc__ or str())}\n\n--config RECIPE takes the defaults from a recipe: a YAML file, or {', '.join(recipe_names())}."
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config_class, prog=f"vqvae2 {command}", args=arguments, default=default, description=description)
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+        raise UserError(f"vqvae2 {command}: {_one_sentence(said.getvalue())} See vqvae2 {command} --help.") from None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """A recipe by its name or file: a section of settings for each training.
+
+    Raises:
+        UserError: there is no such recipe, or it has an unknown section.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(RECIPES / f"{name}.yaml"))
+    if not path.is_file():
+        raise UserError(f"there is no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}.")
+    recipe = read_yaml(path)
+    for section in recipe:
+        if section not in COMMANDS and not re.fullmatch(r"prior_\d+", section):
+            raise UserError(f"{path}: unknown section {section!r}; sections are the subcommands, and prior_0, prior_1, ... for the levels' train-prior.")
+    return recipe
+
+
+def recipe_section(recipe: dict[str, Any], command: str, level: str | None = None) -> dict[str, Any]:
+    """What a recipe says to a subcommand; to train-prior it speaks per level (`prior_0` is the top's section)."""
+    if command == "train-prior":
+        priors = sorted(name for name in recipe if name.startswith("prior_"))
+        name = {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}") if priors else ""
+        return recipe.get(name) or {}
+    return recipe.get(command) or {}
+
+
+def _flags(config_class: type, prefix: str = "") -> list[str]:
+    flags = []
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            flags += _flags(hints[field.name], f"{name}.")  # type: ignore[arg-type]
+        else:
+            flags += [f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}"] if hints[field.name] is bool else [f"--{name}"]
+    return flags
+
+
+def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
+    """The arguments without a flag and its value, and the value."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return arguments[:i] + arguments[i + 1 :], argument.split("=", 1)[1]
+        if argument == flag:
+            if i + 1 == len(arguments):
+                raise UserError(f"{flag} has no value: give one.")
+            return arguments[:i] + arguments[i + 2 :], arguments[i + 1]
+    return arguments, None
+
+
+def _one_sentence(box: str) -> str:
+    """What tyro says in a box, without the box."""
+    lines = [re.sub(r"[│╭╮╰╯]|─+", " ", line).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines if line and "full helptext" not in line and "rgument helptext" not in line)
+    return re.sub(r"\s+", " ", text).strip().rstrip(".") + "."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

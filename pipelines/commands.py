@@ -1,0 +1,104 @@
+"""What the subcommands do: each a function of its configuration, called by the command line, by scripts/, and by the demo."""
+
+from pathlib import Path
+
+import torch
+
+from pipelines.config import AssembleConfig, PartsConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
+from pipelines.drawing import make_reconstruction_drawer, make_sample_drawer, reconstruction_sheet, sample_sheet
+from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
+from prior.training import train_prior as train_prior_alone
+from vqvae2.common.config import check
+from vqvae2.common.errors import UserError
+from vqvae2.common.machine import processes
+from vqvae2.common.pictures import save_picture, to_pil
+from vqvae2.config import DataConfig, TrainVQVAEConfig
+from vqvae2.data import ImageDataset, load_images, load_source, to_images
+from vqvae2.model import VQVAE2
+from vqvae2.training import train as train_alone
+
+
+def train(config: TrainVQVAEConfig) -> None:
+    """Train the autoencoder, with pictures of reconstructions."""
+    train_alone(config, make_draw=make_reconstruction_drawer)
+
+
+def train_prior(config: TrainPriorCommandConfig) -> None:
+    """Train a level's prior, with pictures of samples if the autoencoder is given."""
+    train_prior_alone(config, draw=make_sample_drawer(config, config.vqvae) if config.vqvae else None)
+
+
+@torch.no_grad()
+def reconstruct(config: ReconstructConfig) -> None:
+    """Write reconstructions as PNG files, and a sheet that compares them with the originals."""
+    state, output_dir = processes(), Path(config.output_dir)
+    model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
+    if config.held_out:
+        images = load_images(DataConfig(path=config.images), model.config.image, show_progress=state.is_main_process).validation
+        check(len(images) > 0, "held_out", True, f"used with held-out images, but {config.images} has none")
+    else:
+        source = load_source(config.images)
+        images = ImageDataset(source, range(len(source.ids)), model.config.image)
+    number = min(config.num_images or len(images), len(images))
+    images = ImageDataset(images.source, images.indices[:number], images.config)
+    images.check(show_progress=state.is_main_process)
+    for i in range(state.process_index, number, state.num_processes):
+        batch = to_images(images.__getitems__([i])["images"].to(state.device))
+        (picture,) = to_pil(model(batch).reconstruction)
+        save_picture(picture, output_dir / f"{i:06d}.png")
+    if state.is_main_process:
+        save_picture(reconstruction_sheet(model, images, state.device, num_images=32), output_dir / "reconstructions.png")
+        print(f"{output_dir}: {number} reconstructions, and reconstructions.png beside the originals.")
+
+
+def sample(config: SampleConfig) -> None:
+    """Write samples as PNG files, and a sheet of them."""
+    state, output_dir = processes(), Path(config.output_dir)
+    pipeline = _load(config, config.pipeline).to(state.device)
+    labels = pipeline.label_numbers(config.labels)
+    share = -(-config.num_images // state.num_processes)
+    first = min(state.process_index * share, config.num_images)
+    number = min(share, config.num_images - first)
+    if number:
+        output = pipeline(
+            number,
+            labels=labels or None,
+            temperature=config.temperature,
+            top_k=config.top_k or None,
+            top_p=config.top_p or None,
+            seed=config.seed,
+            first_index=first,
+            batch_size=config.batch_size,
+            show_progress=state.is_main_process,
+        )
+        for i, image in enumerate(output.images, start=first):
+            save_picture(image, output_dir / f"{i:06d}.png")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        from PIL import Image
+
+        images = [Image.open(output_dir / f"{i:06d}.png") for i in range(config.num_images)]
+        turns = [labels[i % len(labels)] for i in range(config.num_images)] if labels else []
+        save_picture(sample_sheet(images, turns, pipeline.class_names), output_dir / "samples.png")
+        print(f"{output_dir}: {config.num_images} samples, and samples.png with all of them.")
+
+
+def assemble(config: AssembleConfig) -> None:
+    """Write the pipeline folder."""
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / INDEX_NAME).exists():
+        raise UserError(f"{output_dir} is not empty and holds no pipeline: choose another --output-dir.")
+    pipeline = _load(config, None)
+    if processes().is_main_process:
+        pipeline.save_pretrained(output_dir)
+        print(f"{output_dir}: the pipeline, for vqvae2 sample --pipeline and VQVAE2Pipeline.from_pretrained.")
+
+
+def _load(parts: PartsConfig, pipeline: str | None) -> VQVAE2Pipeline:
+    if pipeline is not None:
+        if parts.vqvae is not None or parts.priors:
+            raise UserError("--pipeline is given together with --vqvae or --priors: give one or the other.")
+        return VQVAE2Pipeline.from_pretrained(pipeline)
+    if parts.vqvae is None or not parts.priors:
+        raise UserError("nothing to load: give --vqvae DIR and --priors DIR DIR ... (the top first).")
+    return VQVAE2Pipeline.from_parts(parts.vqvae, parts.priors)

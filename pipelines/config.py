@@ -1,0 +1,114 @@
+"""Configuration of the commands that need both stages. Torch-free."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from prior.config import TrainPriorConfig
+from vqvae2.common.config import may_change
+from vqvae2.config import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Turn images into a code dataset, with a trained autoencoder.
+
+    Example: vqvae2 extract --vqvae runs/photos/vqvae --data.path photos --output-dir runs/photos/codes
+    """
+
+    vqvae: str
+    """The trained autoencoder: a folder, or a Hub id."""
+    data: DataConfig
+    """Where the images are: those that the autoencoder was trained on."""
+    output_dir: str
+    """Folder of the code dataset. The same command again continues a killed extraction."""
+    shard_size: int = 8192
+    """Rows per Parquet shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPriorCommandConfig(TrainPriorConfig):
+    __doc__ = TrainPriorConfig.__doc__
+
+    vqvae: str | None = may_change(None)
+    """The autoencoder of the codes: if given, pictures of samples are drawn at intervals (the coarser levels' codes are real ones)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Encode and decode images: one PNG each, and a sheet with the originals above their reconstructions.
+
+    Example: vqvae2 reconstruct --vqvae runs/photos/vqvae holiday --output-dir out
+    """
+
+    images: tyro.conf.Positional[str]
+    """A folder, a Parquet file, or a Hub dataset id."""
+    vqvae: str
+    """The trained autoencoder: a folder, or a Hub id."""
+    output_dir: str
+    """Where the PNG files go."""
+    num_images: int = 64
+    """At most this many images, the first ones; 0 for all."""
+    held_out: bool = False
+    """Only images that the autoencoder's training held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsConfig:
+    """What a pipeline is made of."""
+
+    vqvae: str | None = None
+    """The trained autoencoder."""
+    priors: tuple[str, ...] = ()
+    """One trained prior per level, the top first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(PartsConfig):
+    """Sample new images: one PNG each, and a sheet of them with the class names beside the rows.
+
+    Example: vqvae2 sample --pipeline runs/photos/pipeline --num-images 64 --temperature 1.0 0.9 --output-dir out
+    """
+
+    pipeline: str | None = None
+    """A pipeline folder or Hub id, instead of --vqvae and --priors."""
+    output_dir: str
+    """Where the PNG files go."""
+    num_images: int = 64
+    """How many images."""
+    labels: tuple[str, ...] = ()
+    """Class names or numbers, taken in turns; all classes in turns if none are given."""
+    temperature: tuple[float, ...] = (1.0,)
+    """Below 1 for likelier, above 1 for more varied codes; 0 for the likeliest. One value, or one per level."""
+    top_k: tuple[int, ...] = ()
+    """Draw from the k likeliest codes only. One value, or one per level."""
+    top_p: tuple[float, ...] = ()
+    """Draw from the smallest set of codes that has this probability. One value, or one per level."""
+    seed: int = 0
+    """Image i is a function of (seed, i, its label)."""
+    batch_size: int = 64
+    """Images sampled at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleConfig(PartsConfig):
+    """Put an autoencoder and its priors into one folder, for VQVAE2Pipeline.from_pretrained and vqvae2 sample --pipeline.
+
+    Example: vqvae2 assemble --vqvae runs/x/vqvae --priors runs/x/prior_0 runs/x/prior_1 --output-dir runs/x/pipeline
+    """
+
+    output_dir: str
+    """The pipeline folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train everything on the Fashion-MNIST images that come with the package, and sample new ones.
+
+    About 6 minutes on two CPU cores. Run again, it skips what is finished; killed, it continues.
+    """
+
+    output_dir: str = "runs/demo"
+    """Where everything goes."""
+    budget: float = 1.0
+    """Share of the training steps: 0.25 for a quick look."""

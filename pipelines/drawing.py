@@ -1,0 +1,88 @@
+"""The pictures that trainings and commands leave behind."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from prior.base import Prior
+from prior.codes import CodeDataset, parse_level, read_manifest
+from prior.config import TrainPriorConfig
+from prior.sampling import image_seeds
+from vqvae2.common.errors import UserError
+from vqvae2.common.machine import processes
+from vqvae2.common.pictures import sheet, to_pil
+from vqvae2.common.training import Draw
+from vqvae2.data import ImageDataset, to_images
+from vqvae2.model import VQVAE2
+
+
+def make_reconstruction_drawer(images: ImageDataset, device: torch.device) -> Draw:
+    """Draws the first images of a set above their reconstructions."""
+
+    def draw(model: VQVAE2) -> Image.Image:
+        return reconstruction_sheet(model, images, device, num_images=16)
+
+    return draw
+
+
+@torch.no_grad()
+def reconstruction_sheet(model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int) -> Image.Image:
+    """Originals above, reconstructions below; evenly spread over the set, in rows of eight."""
+    shown = min(num_images, len(images))
+    indices = [i * len(images) // shown for i in range(shown)]
+    originals = to_images(images.__getitems__(indices)["images"]).to(device)
+    above, below = to_pil(originals), to_pil(model(originals).reconstruction)
+    rows, names = [], []
+    for first in range(0, shown, 8):
+        rows += [above[first : first + 8], below[first : first + 8]]
+        names += ["original", "reconstruction"]
+    return sheet(rows, names)
+
+
+def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
+    """Draws samples of one level's prior: coarser levels from real held-out codes, finer levels' prior not known yet.
+
+    The bottom's prior is decoded as it is. For a coarser level, whose finer codes do not exist yet, the real rows' finer codes are
+    taken, so the picture shows what that level changes.
+
+    Raises:
+        UserError: the autoencoder is not the one that made the codes.
+    """
+    folder = Path(config.codes)
+    manifest = read_manifest(folder)
+    model = VQVAE2.from_pretrained(vqvae).to(processes().device)
+    if model.content_hash() != manifest.encoder_hash:
+        raise UserError(
+            f"{vqvae} is the encoder {model.content_hash()[:12]}, but {folder} holds codes of {manifest.encoder_hash[:12]}: give the one that made them."
+        )
+    level = parse_level(config.level, manifest.num_levels)
+    rows = CodeDataset(folder, manifest, "validation" if manifest.num_validation else "train")
+    number = min(32, len(rows))
+    real = rows.__getitems__([i * len(rows) // number for i in range(number)])
+
+    def draw(prior: Prior) -> Image.Image:
+        codes = [grid.to(prior.device) for grid in real["codes"]]
+        labels = real["labels"].to(prior.device) if prior.config.num_classes else None
+        codes[level] = prior.sample(number, codes[:level], labels, seeds=image_seeds(0, 0, number))
+        with torch.no_grad():
+            pictures = to_pil(model.decode_codes(codes))
+        return sheet(in_rows(pictures, 8))
+
+    return draw
+
+
+def sample_sheet(images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
+    """Samples in one row per class with its name, at most 16 of each; without classes in rows of eight."""
+    if not class_names:
+        return sheet(in_rows(images[:64], 8))
+    rows: dict[int, list[Image.Image]] = {}
+    for image, label in zip(images, labels, strict=True):
+        rows.setdefault(label, []).append(image)
+    return sheet([row[:16] for row in rows.values()], [class_names[label] for label in rows])
+
+
+def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.Image]]:
+    """A list of images cut into rows."""
+    return [images[first : first + columns] for first in range(0, len(images), columns)]

@@ -1,0 +1,98 @@
+"""Images to a code dataset: one row per image, in input order, whatever the number of processes; continues after a kill."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pipelines.config import ExtractConfig
+from prior.codes import MANIFEST_NAME, Manifest, column_name
+from vqvae2.common.config import check, to_dict
+from vqvae2.common.files import RunRecord, whole_file, write_json
+from vqvae2.common.machine import processes
+from vqvae2.data import ImageDataset, load_images, to_images
+from vqvae2.model import VQVAE2
+
+RECORD_NAME = "extract_config.yaml"
+LANES = 32  # images encoded at once, always: the last bits of a convolution depend on the batch size, and codes must not
+
+
+def extract(config: ExtractConfig) -> None:
+    """Write the code dataset; continue it, or do nothing if it is finished.
+
+    Each shard holds a fixed range of rows, and process r of n writes the shards r, r + n, ...: which rows are where depends on nothing else.
+
+    Raises:
+        UserError: bad images, no such model, or an output folder that holds another run.
+    """
+    check(config.shard_size >= 1, "shard_size", config.shard_size, "at least 1")
+    output_dir = Path(config.output_dir)
+    state = processes()
+    model = VQVAE2.from_pretrained(config.vqvae)
+    run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
+    run.check(output_dir)
+    if (output_dir / MANIFEST_NAME).exists():
+        state.print(f"{output_dir}: all codes are extracted already.")
+        return
+    images = load_images(config.data, model.config.image, show_progress=state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.write(output_dir)
+    model.to(state.device)
+    for split, dataset in images.items():
+        starts = range(0, len(dataset), config.shard_size)
+        mine = list(enumerate(starts))[state.process_index :: state.num_processes]
+        bar = tqdm(total=len(dataset), desc=f"extracting {split}", unit="image", disable=not state.is_main_process)
+        for number, first in mine:
+            path = output_dir / split / f"{number:05d}.parquet"
+            rows = range(first, min(first + config.shard_size, len(dataset)))
+            if not path.exists():
+                write_shard(path, model, dataset, rows)
+            bar.update(min(len(rows) * state.num_processes, len(dataset) - bar.n))
+        bar.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        manifest = Manifest(
+            encoder_hash=model.content_hash(),
+            grids=model.config.grids,
+            codebook_sizes=model.config.codebook_size_per_level,
+            class_names=images.class_names,
+            num_train=len(images.train),
+            num_validation=len(images.validation),
+            preprocessing=to_dict(model.config.image),
+        )
+        write_json(output_dir / MANIFEST_NAME, to_dict(manifest))
+    state.wait_for_everyone()
+
+
+def write_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -> None:
+    """Encode these rows and write them as one Parquet file, whole or not at all."""
+    batches = [dataset.__getitems__(rows[first : first + LANES]) for first in range(0, len(rows), LANES)]
+    codes = [encode_lanes(model, batch["images"]) for batch in batches]
+    columns: dict[str, pa.Array] = {"id": pa.array([dataset.ids[i] for i in rows], pa.string())}
+    for level, size in enumerate(model.config.codebook_size_per_level):
+        flat = torch.cat([batch[level] for batch in codes]).numpy().astype(smallest_type(size))
+        columns[column_name(level)] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+    if "labels" in batches[0]:
+        columns["label"] = pa.array(torch.cat([batch["labels"] for batch in batches]).numpy(), pa.int32())
+    with whole_file(path) as aside:
+        pq.write_table(pa.table(columns), aside, compression="zstd")
+
+
+@torch.inference_mode()
+def encode_lanes(model: VQVAE2, pixels: Tensor) -> list[Tensor]:
+    """Codes `(B, h*w)` of every level for at most `LANES` images `(B, C, H, W)`; the batch is filled up with black ones and cut again."""
+    device = next(model.parameters()).device
+    padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
+    levels = model.encode(to_images(torch.cat([pixels, padding]).to(device)))
+    return [rearrange(level.codes[: len(pixels)], "b h w -> b (h w)").cpu() for level in levels]
+
+
+def smallest_type(codebook_size: int) -> np.dtype:
+    """The smallest unsigned integer type that holds the codes 0 ... K - 1."""
+    return np.min_scalar_type(codebook_size - 1)

@@ -1,0 +1,189 @@
+"""The trained whole: an autoencoder and one prior per level, in one folder and behind one call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prior.base import Prior
+from prior.sampling import SamplingConfig, image_seeds
+from prior.transformer import TransformerPrior
+from vqvae2.common.artifact import local_folder
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json, write_json
+from vqvae2.common.pictures import to_pil
+from vqvae2.model import VQVAE2
+
+INDEX_NAME = "model_index.json"
+T = TypeVar("T", int, float)
+PerLevel = T | Sequence[T] | None
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What sampling gives."""
+
+    images: Any
+    """PIL images, or for `output_type="pt"` a tensor `(B, C, H, W)` in [-1, 1]."""
+    codes: tuple[Tensor, ...]
+    """`(B, h, w)` int64 per level, coarse to fine."""
+
+
+class VQVAE2Pipeline:
+    """`VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`"""
+
+    def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
+        """Join parts that belong together.
+
+        Raises:
+            UserError: a level without a prior, or a prior that was trained on codes of another encoder; naming both.
+        """
+        self.vqvae, self.priors = vqvae.eval(), [prior.eval() for prior in priors]
+        levels = [prior.config.level for prior in priors]
+        if levels != list(range(vqvae.config.num_levels)):
+            raise UserError(
+                f"the priors are of the levels {levels}, but the autoencoder needs {list(range(vqvae.config.num_levels))}: give one per level, the top first."
+            )
+        encoder_hash = vqvae.content_hash()
+        for prior in priors:
+            if prior.config.encoder_hash != encoder_hash:
+                raise UserError(
+                    f"the prior of level {prior.config.level} was trained on codes of the encoder {prior.config.encoder_hash[:12]}, but the autoencoder "
+                    f"is {encoder_hash[:12]}: extract the codes and train the prior with this autoencoder, or give the one it was trained with."
+                )
+        if len({prior.config.class_names for prior in priors if prior.config.num_classes}) > 1:
+            raise UserError("the priors were trained with different classes: train them on the same code dataset.")
+
+    @classmethod
+    def from_parts(cls, vqvae: str | Path, priors: Sequence[str | Path]) -> Self:
+        """Load the parts from their own folders (or Hub ids), the priors top first.
+
+        Raises:
+            UserError: see `Artifact.from_pretrained` and `__init__`.
+        """
+        return cls(VQVAE2.from_pretrained(vqvae), [TransformerPrior.from_pretrained(prior) for prior in priors])
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
+        """Load a pipeline folder, or a repository of the Hub.
+
+        Raises:
+            UserError: see `from_parts`; and if the folder holds no pipeline.
+        """
+        folder = local_folder(name, revision=revision)
+        index = read_json(folder / INDEX_NAME)
+        if not isinstance(index.get("vqvae"), str) or not isinstance(index.get("priors"), list):
+            raise UserError(f"{folder / INDEX_NAME} does not name 'vqvae' and 'priors': remake the folder with vqvae2 assemble.")
+        return cls.from_parts(folder / index["vqvae"], [folder / prior for prior in index["priors"]])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `model_index.json` and one folder per part. The index comes last: without it the folder is unfinished."""
+        folder = Path(folder)
+        self.vqvae.save_pretrained(folder / "vqvae")
+        names = [f"prior_{prior.config.level}" for prior in self.priors]
+        for prior, name in zip(self.priors, names, strict=True):
+            prior.save_pretrained(folder / name)
+        write_json(folder / INDEX_NAME, {"vqvae": "vqvae", "priors": names, "encoder_hash": self.vqvae.content_hash(), "vqvae2_version": version("vqvae2")})
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all parts to a device."""
+        self.vqvae.to(device)
+        for prior in self.priors:
+            prior.to(device)
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that labels count; empty if no prior has classes."""
+        return next((prior.config.class_names for prior in self.priors if prior.config.num_classes), ())
+
+    def __call__(
+        self,
+        num_images: int,
+        *,
+        labels: Sequence[int | str] | None = None,
+        temperature: PerLevel[float] = 1.0,
+        top_k: PerLevel[int] = None,
+        top_p: PerLevel[float] = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        show_progress: bool = False,
+    ) -> PipelineOutput:
+        """Sample images, level after level from the top, and decode them.
+
+        Args:
+            labels: class numbers or names, taken in turns; None takes all classes in turns (and is right for a pipeline without classes).
+            temperature, top_k, top_p: one value, or one per level, coarse to fine.
+            seed: image i is a function of (seed, first_index + i, its label), up to the last bits of the arithmetic at other batch sizes.
+            first_index: index of the first image: 1000 continues a set of 1000 with the same seed.
+            output_type: "pil", or "pt" for a tensor in [-1, 1].
+
+        Raises:
+            UserError: an unknown label, or a setting out of its range.
+        """
+        samplings = self._samplings(temperature, top_k, top_p)
+        if num_images < 1 or batch_size < 1:
+            raise UserError(f"num_images is {num_images} and batch_size {batch_size}, but both must be at least 1.")
+        if output_type not in ("pil", "pt"):
+            raise UserError(f"output_type is {output_type!r}, but must be 'pil' or 'pt'.")
+        numbers = self.label_numbers(labels)
+        drawn: list[list[Tensor]] = [[] for _ in self.priors]
+        images: list[Tensor] = []
+        bar = tqdm(total=num_images, desc="sampling", unit="image", disable=not show_progress)
+        for first in range(first_index, first_index + num_images, batch_size):
+            number = min(batch_size, first_index + num_images - first)
+            chosen = [numbers[i % len(numbers)] for i in range(first, first + number)] if numbers else None
+            codes: list[Tensor] = []
+            for prior, sampling in zip(self.priors, samplings, strict=True):
+                given = torch.tensor(chosen, device=prior.device) if prior.config.num_classes else None
+                codes.append(prior.sample(number, codes, given, sampling=sampling, seeds=image_seeds(seed, first, number)))
+            with torch.no_grad():
+                images.append(self.vqvae.decode_codes(codes).float().clamp(-1, 1).cpu())
+            for level, new in zip(drawn, codes, strict=True):
+                level.append(new.cpu())
+            bar.update(number)
+        bar.close()
+        decoded = torch.cat(images)
+        result: list[Image.Image] | Tensor = to_pil(decoded) if output_type == "pil" else decoded
+        return PipelineOutput(result, tuple(torch.cat(level) for level in drawn))
+
+    def label_numbers(self, labels: Sequence[int | str] | None) -> list[int]:
+        """Class names or numbers as numbers; all classes for None; none for a pipeline without classes.
+
+        Raises:
+            UserError: naming the label and what is allowed.
+        """
+        names = self.class_names
+        if not names:
+            if labels:
+                raise UserError(f"labels {list(labels)} were given, but the priors were trained without classes: leave them out.")
+            return []
+        if labels is None or not len(labels):
+            return list(range(len(names)))
+        numbers = []
+        for label in labels:
+            if isinstance(label, str) and label in names:
+                numbers.append(names.index(label))
+            elif str(label).isdigit() and int(label) < len(names):
+                numbers.append(int(label))
+            else:
+                raise UserError(f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}.")
+        return numbers
+
+    def _samplings(self, temperature: PerLevel[float], top_k: PerLevel[int], top_p: PerLevel[float]) -> list[SamplingConfig]:
+        settings = zip(self._per_level("temperature", temperature), self._per_level("top_k", top_k), self._per_level("top_p", top_p), strict=True)
+        return [SamplingConfig(temperature=1.0 if t is None else t, top_k=k, top_p=p) for t, k, p in settings]
+
+    def _per_level(self, name: str, value: PerLevel[T]) -> list[T | None]:
+        values = list(value) if isinstance(value, Sequence) else [value]
+        if len(values) not in (1, len(self.priors)):
+            raise UserError(f"{name} has {len(values)} values, but there are {len(self.priors)} levels: give one value, or one per level.")
+        return values if len(values) > 1 else values * len(self.priors)

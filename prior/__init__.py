@@ -1,0 +1,27 @@
+"""Stage 2: a distribution over grids of codes. It sees integers only, never an image or an autoencoder."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from prior.config import PriorConfig, TrainPriorConfig, TransformerConfig
+
+if TYPE_CHECKING:
+    from prior.base import Prior
+    from prior.codes import CodeDataset, Manifest
+    from prior.sampling import SamplingConfig
+    from prior.transformer import TransformerPrior
+
+_LAZY = {  # torch is loaded when one of these is first used, not when the command line parses its arguments
+    "Prior": "prior.base",
+    "CodeDataset": "prior.codes",
+    "Manifest": "prior.codes",
+    "SamplingConfig": "prior.sampling",
+    "TransformerPrior": "prior.transformer",
+}
+__all__ = ["PriorConfig", "TrainPriorConfig", "TransformerConfig", *_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

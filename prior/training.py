@@ -1,0 +1,117 @@
+"""Train the prior of one level from a configuration: a code dataset in, a model folder out."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prior.base import Prior
+from prior.codes import CodeDataset, Manifest, parse_level, read_manifest
+from prior.config import PriorConfig, TrainPriorConfig
+from prior.transformer import TransformerPrior
+from vqvae2.common.artifact import load_weights, local_folder
+from vqvae2.common.files import RunRecord
+from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.machine import make_accelerator
+from vqvae2.common.training import Draw, fit, is_finished
+
+RECORD_NAME = "train_config.yaml"
+
+
+def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
+    """Train the prior of one level; continue the run, or do nothing if it is finished.
+
+    Args:
+        draw: a picture of what the prior does now, for `fit`.
+
+    Raises:
+        UserError: no such level, no code dataset, or an output folder that holds another run.
+        Stopped: SIGTERM or Ctrl-C came; the state was saved.
+    """
+    folder, output_dir = Path(config.codes), Path(config.output_dir)
+    manifest = read_manifest(folder)
+    facts = prior_config(config, manifest)
+    accelerator = make_accelerator(config, output_dir)
+    run = RunRecord("train-prior", config, RECORD_NAME, facts={"encoder_hash": manifest.encoder_hash})
+    run.check(output_dir)
+    if is_finished(output_dir, config):
+        accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")
+        return
+    set_seed(config.seed)
+    model = TransformerPrior(facts)
+    if config.init_from is not None:
+        load_weights(model, local_folder(config.init_from))
+    train, validation = (CodeDataset(folder, manifest, split, num_levels=facts.level + 1) for split in ("train", "validation"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.write(output_dir)
+    accelerator.print(
+        f"{len(train)} training rows, {len(validation)} held out, level {facts.level} of {manifest.num_levels}: {facts.num_positions} codes "
+        f"of {facts.codebook_sizes[-1]}, {facts.num_classes or 'no'} classes; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+        f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
+    )
+    loader = ShuffledLoader(
+        train,
+        config.batch_size // config.gradient_accumulation_steps,
+        seed=config.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    fit(
+        accelerator,
+        model,
+        loss_fn,
+        loader,
+        config,
+        output_dir,
+        evaluate=(lambda net: evaluate(net, validation, accelerator)) if len(validation) else None,
+        draw=draw,
+    )
+
+
+def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
+    """The prior that the configuration asks for over the codes that the manifest describes."""
+    level = parse_level(config.level, manifest.num_levels)
+    return PriorConfig(
+        level=level,
+        grids=manifest.grids[: level + 1],
+        codebook_sizes=manifest.codebook_sizes[: level + 1],
+        class_names=manifest.class_names if config.class_conditional else (),
+        encoder_hash=manifest.encoder_hash,
+        network=config.network,
+    )
+
+
+def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean negative log-likelihood of a code, in nats."""
+    nats = _nats(model, batch).mean()
+    return nats, {"bits_per_code": nats / math.log(2)}
+
+
+def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128) -> dict[str, float]:
+    """Overall figures on held-out codes, the same for any number of processes (each sees its share, none twice).
+
+    Returns:
+        `loss` and `nats`: mean negative log-likelihood of a code in nats; `bits_per_code`: the same in bits;
+        `unigram_bits`: what a code of these rows would cost without any model, coded by its frequency alone.
+    """
+    mine = range(accelerator.process_index, len(codes), accelerator.num_processes)
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for first in range(0, len(mine), batch_size):
+        batch = send_to_device(codes.__getitems__(mine[first : first + batch_size]), accelerator.device)
+        total += _nats(model, batch).sum(dtype=torch.float64)
+    nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * model.config.num_positions)
+    return {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2), "unigram_bits": codes.unigram_bits(model.config.level)}
+
+
+def _nats(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Negative log-likelihood of each code, `(B, h, w)`, in nats."""
+    *condition, codes = batch["codes"]
+    logits = model(codes, condition, batch.get("labels"))
+    return F.cross_entropy(logits.float(), codes, reduction="none")

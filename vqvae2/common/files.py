@@ -1,0 +1,101 @@
+"""Files appear whole or not at all: write beside the target, then rename. Run folders know what run they hold. Torch-free."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vqvae2.common.config import differences, read_yaml, to_dict
+from vqvae2.common.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes the place of `path` only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as aside:
+        aside.write_text(text)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        UserError: the file is absent, is not JSON, or is not a mapping.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the folder's name, or make it with the earlier step.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): restore or remake it.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no mapping of keys to values: restore or remake it.")
+    return data
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says of the run that it holds: the command, facts that it rests on, and its whole configuration (YAML)."""
+
+    command: str
+    config: Any
+    file_name: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, folder: Path) -> None:
+        """Refuse a folder that holds another command's run, a run with other settings or facts, or files of no run at all.
+
+        Raises:
+            UserError: naming the key and both values, or the folder.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, but --output-dir must be a folder: choose another.")
+        if not (folder / self.file_name).exists():
+            if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+                raise UserError(f"{folder} is not empty and holds no run of {self.command!r}: choose another --output-dir.")
+            return
+        old = read_yaml(folder / self.file_name)
+        if old.get("command") != self.command:
+            raise UserError(f"{folder} holds a run of {old.get('command')!r}, not of {self.command!r}: choose another --output-dir.")
+        changed = [(key, old.get(key), value) for key, value in self.facts.items() if old.get(key) != value]
+        for key, before, after in changed + differences(type(self.config), old, to_dict(self.config)):
+            raise UserError(
+                f"{folder} holds a run with {key} = {before!r}, but this command says {after!r}: "
+                f"repeat the run's own settings to continue it, or choose another --output-dir."
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write the record (for the main process)."""
+        write_text(folder / self.file_name, yaml.safe_dump({"command": self.command, **self.facts, **to_dict(self.config)}, sort_keys=False))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it never appears half-removed under its own name."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)

@@ -1,0 +1,75 @@
+"""What this machine can do, and the Accelerate object that a training runs on."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from vqvae2.common.config import TrainingConfig
+from vqvae2.common.errors import UserError
+
+
+def native_bf16() -> bool:
+    """Whether this machine computes in bfloat16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of returning it to the system after every use.
+
+    A training step on the CPU frees and takes the same large buffers again; mapping them anew each time costs page faults worth up to
+    half of the step. Elsewhere than on Linux with glibc nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def processes() -> PartialState:
+    """Which process of how many this is, and its device; alone when there is no launcher."""
+    keep_freed_memory()
+    return PartialState()
+
+
+def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
+    """The Accelerate object for one training, in the precision that the configuration asks for.
+
+    Raises:
+        UserError: fp16 without CUDA, a tracker that is not installed, or a batch that does not split evenly.
+    """
+    keep_freed_memory()
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "no"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' on this machine.")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # an earlier training of this Python process ran in another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=config.tracker,
+            project_dir=str(output_dir),
+            # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide it if they were not, and it
+            # makes a forward on one rank alone wait for the others for ever.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"tracker {config.tracker!r} cannot be used ({error}): install it, or leave --tracker out.") from None
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size is {config.batch_size}, but must be divisible by {accelerator.num_processes} processes x "
+            f"{config.gradient_accumulation_steps} accumulation steps = {parts}: choose a multiple."
+        )
+    return accelerator

@@ -1,0 +1,132 @@
+"""Configuration of stage 1. Torch-free."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqvae2.common.config import TrainingConfig, check, may_change
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingConfig:
+    """How a file becomes an image. Part of the model: all stages prepare images, and hold out images, in the same way."""
+
+    size: tuple[int, ...] = (64,)
+    """Height and width in pixels, or one number for both."""
+    channels: int = 3
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: files are converted to it."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """crop: resize until both sides cover the size, cut the centre. pad: shrink until it fits, centre on the background. stretch: resize exactly."""
+    background: str = "white"
+    """Colour behind padding and behind transparent pixels (a name or #rrggbb)."""
+    validation_fraction: float = 0.05
+    """Share of the images held out where the data brings no held-out set; an image's own name decides, so the split never moves."""
+
+    def __post_init__(self) -> None:
+        check(len(self.size) in (1, 2) and all(s > 0 for s in self.size), "size", self.size, "one positive number, or height and width")
+        check(self.channels >= 1, "channels", self.channels, "at least 1")
+        check(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """`(H, W)` in pixels."""
+        return self.size[0], self.size[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAE2Config:
+    """The autoencoder. Levels are listed coarse to fine everywhere: the first is the top, the last the bottom."""
+
+    image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """How files become images."""
+    strides: tuple[int, ...] = (2, 4)
+    """Per level, how much coarser its grid is than the next finer one (for the bottom: than the image). Powers of two.
+    One number makes a VQ-VAE, two a VQ-VAE-2, three the paper's 1024-pixel model."""
+    codebook_sizes: tuple[int, ...] = (512,)
+    """K, the number of codes: one number for all levels, or one per level."""
+    code_dims: tuple[int, ...] = (64,)
+    """D, the dimension of a code: one number for all levels, or one per level."""
+    hidden_channels: int = 128
+    """E, the width of encoders and decoders."""
+    residual_channels: int = 32
+    """Width inside a residual block (the paper: 64)."""
+    num_residual_blocks: int = 2
+    """Residual blocks per encoder and decoder."""
+    quantizer: Literal["ema", "gradient"] = "ema"
+    """How the codebook learns: running averages of the features assigned to each code, or gradients of the codebook loss."""
+    beta: float = 0.25
+    """Weight of the commitment loss, which the encoder pays: ||z - sg(e)||^2."""
+    ema_decay: float = 0.99
+    """Decay of the running averages of the ema quantizer."""
+    revival_threshold: float = 0.03
+    """The ema quantizer replaces a code by a current feature when its share of the assignments falls below this times 1/K; 0 never."""
+
+    def __post_init__(self) -> None:
+        check(len(self.strides) >= 1, "strides", self.strides, "one number per level")
+        for stride in self.strides:
+            check(stride >= 2 and stride & (stride - 1) == 0, "strides", self.strides, "powers of two from 2 on")
+        for name in ("codebook_sizes", "code_dims"):
+            values = getattr(self, name)
+            check(len(values) in (1, self.num_levels), name, values, f"one number, or one for each of the {self.num_levels} levels")
+        check(min(self.codebook_sizes) >= 2, "codebook_sizes", self.codebook_sizes, "at least 2")
+        check(min(self.code_dims) >= 1, "code_dims", self.code_dims, "at least 1")
+        check(self.hidden_channels >= 2 and self.hidden_channels % 2 == 0, "hidden_channels", self.hidden_channels, "an even number")
+        check(self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1")
+        check(self.num_residual_blocks >= 0, "num_residual_blocks", self.num_residual_blocks, "0 or more")
+        check(self.beta >= 0, "beta", self.beta, "0 or more")
+        check(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1)")
+        check(0 <= self.revival_threshold < 1, "revival_threshold", self.revival_threshold, "in [0, 1)")
+        stride = math.prod(self.strides)
+        for name, side in zip(("height", "width"), self.image.height_width, strict=True):
+            check(side % stride == 0, f"image.size ({name})", side, f"divisible by {stride}, the product of the strides {self.strides}")
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels."""
+        return len(self.strides)
+
+    @property
+    def codebook_size_per_level(self) -> tuple[int, ...]:
+        """K of every level."""
+        return self.codebook_sizes * (self.num_levels // len(self.codebook_sizes))
+
+    @property
+    def code_dim_per_level(self) -> tuple[int, ...]:
+        """D of every level."""
+        return self.code_dims * (self.num_levels // len(self.code_dims))
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """`(h, w)` of every level's code grid."""
+        height, width = self.image.height_width
+        scales = [math.prod(self.strides[level:]) for level in range(self.num_levels)]
+        return tuple((height // scale, width // scale) for scale in scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are."""
+
+    path: str
+    """A folder (with or without class folders, or with train/ and validation/ in it), a Parquet file, or a Hub dataset id."""
+    validation_path: str | None = None
+    """An explicit held-out set, of the same kinds."""
+    num_workers: int = may_change(0)
+    """Processes that load batches beside each training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainVQVAEConfig(TrainingConfig):
+    """Train the autoencoder (stage 1) on images.
+
+    Example: vqvae2 train --data.path photos --model.image.size 128 --output-dir runs/photos/vqvae
+    """
+
+    output_dir: str
+    """Folder of this run: model, metrics, pictures, checkpoints. The same command again continues it."""
+    data: DataConfig
+    """Where the images are."""
+    model: VQVAE2Config = field(default_factory=VQVAE2Config)
+    """The autoencoder."""
+    reconstruction_loss: Literal["mse", "l1"] = "mse"
+    """What is minimised between image and reconstruction, in [-1, 1]."""

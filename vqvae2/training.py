@@ -1,0 +1,105 @@
+"""Train stage 1 from a configuration: images in, a model folder out."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from vqvae2.common.artifact import load_weights, local_folder
+from vqvae2.common.files import RunRecord
+from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.machine import make_accelerator
+from vqvae2.common.training import Draw, fit, is_finished
+from vqvae2.config import TrainVQVAEConfig
+from vqvae2.data import ImageDataset, load_images, to_images
+from vqvae2.losses import make_loss
+from vqvae2.model import VQVAE2
+
+RECORD_NAME = "train_config.yaml"
+MakeDraw = Callable[[ImageDataset, torch.device], Draw]
+
+
+def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> None:
+    """Train the autoencoder; continue the run, or do nothing if it is finished.
+
+    Args:
+        make_draw: given held-out images and the device, makes the function that draws a picture of a model (see `fit`).
+
+    Raises:
+        UserError: bad data, or an output folder that holds another run.
+        Stopped: SIGTERM or Ctrl-C came; the state was saved.
+    """
+    output_dir = Path(config.output_dir)
+    accelerator = make_accelerator(config, output_dir)
+    run = RunRecord("train", config, RECORD_NAME)
+    run.check(output_dir)
+    if is_finished(output_dir, config):
+        accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")
+        return
+    set_seed(config.seed)
+    model = VQVAE2(config.model)
+    if config.init_from is not None:
+        load_weights(model, local_folder(config.init_from))
+    images = load_images(config.data, config.model.image, show_progress=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.write(output_dir)
+    accelerator.print(
+        f"{len(images.train)} training images, {len(images.validation)} held out, {len(images.class_names) or 'no'} classes; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {accelerator.device.type}, {accelerator.mixed_precision} precision"
+    )
+    loader = ShuffledLoader(
+        images.train,
+        config.batch_size // config.gradient_accumulation_steps,
+        seed=config.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        num_workers=config.data.num_workers,
+    )
+    shown = images.validation if len(images.validation) else images.train
+    fit(
+        accelerator,
+        model,
+        make_loss(config.reconstruction_loss),
+        loader,
+        config,
+        output_dir,
+        evaluate=(lambda net: evaluate(net, images.validation, accelerator)) if len(images.validation) else None,
+        draw=make_draw(shown, accelerator.device) if make_draw else None,
+    )
+
+
+def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, batch_size: int = 64) -> dict[str, float]:
+    """Overall figures on a set of images, the same for any number of processes (each sees its share, none twice).
+
+    Returns:
+        `loss` and `mse`: mean squared error in [-1, 1] over all values; `perplexity_l` and `usage_l` for each level l: the exponential of
+        the entropy of its code frequencies over the whole set (K when all codes are equally frequent), and the share of codes that occur.
+    """
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    error = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    counts = [torch.zeros(k, dtype=torch.float64, device=accelerator.device) for k in model.config.codebook_size_per_level]
+    for first in range(0, len(mine), batch_size):
+        batch = to_images(images.__getitems__(mine[first : first + batch_size])["images"].to(accelerator.device))
+        reconstruction, levels = model(batch)
+        error += (reconstruction.float().clamp(-1, 1) - batch).square().sum(dtype=torch.float64)
+        for count, level in zip(counts, levels, strict=True):
+            count += torch.bincount(level.codes.flatten(), minlength=len(count))
+    totals: Any = accelerator.reduce([error, *counts], reduction="sum")
+    values = len(images) * model.config.image.channels * math.prod(model.config.image.height_width)
+    mse = (totals[0] / values).item()
+    figures = {"loss": mse, "mse": mse}
+    for level, count in enumerate(totals[1:]):
+        figures |= {f"perplexity_{level}": perplexity(count), f"usage_{level}": (count > 0).double().mean().item()}
+    return figures
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of code frequencies, from counts `(K,)`: between 1 (one code carries all) and K (all equal)."""
+    share = counts / counts.sum()
+    return torch.special.entr(share).sum().exp().item()
