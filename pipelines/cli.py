@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import inspect
 import io
-
 import re
 import sys
 import typing
@@ -97,8 +96,9 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         if flag.startswith("--") and flag not in (known := [*_flags(config_class), "--help"]):
             raise UserError(f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)}. See vqvae2 {command} --help.")
     section = recipe_section(load_recipe(recipe), command, _take_flag(list(arguments), "--level")[1]) if recipe else {}
-    default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
-    description = f"{inspect.cleandoc(config_class.__doc__ or str())}\n\n--config RECIPE takes the defaults from a recipe: a YAML file, or {', '.join(recipe_names())}."
+    default: Any = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
+    lesson = inspect.cleandoc(config_class.__doc__ or "")
+    description = f"{lesson}\n\n--config RECIPE takes the defaults from a recipe: a YAML file, or {', '.join(recipe_names())}."
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -145,7 +145,7 @@ def _flags(config_class: type, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(config_class):
         name = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[field.name]):
-            flags += _flags(hints[field.name], f"{name}.")  # type: ignore[arg-type]
+            flags += _flags(hints[field.name], f"{name}.")
         else:
             flags += [f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}"] if hints[field.name] is bool else [f"--{name}"]
     return flags

@@ -69,7 +69,8 @@ def summary(root: Path) -> str:
         prior = best_validation(root / f"prior_{level}")
         name = ("top", "bottom")[level]
         lines.append(
-            f"  {name:<7} {height} x {width} codes: perplexity {stage_1[f'perplexity_{level}']:.0f} of {size}; the prior needs {prior['bits_per_code']:.2f} bits "
-            f"per code (by frequency alone {prior['unigram_bits']:.2f})"
+            f"  {name:<7} {height} x {width} codes: perplexity {stage_1[f'perplexity_{level}']:.0f} of {size}; "
+            f"the prior needs {prior['bits_per_code']:.2f} bits per code (by frequency alone {prior['unigram_bits']:.2f})"
         )
-    return "\n".join([*lines, "", f"Sample more:  vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --temperature 0.9 --seed 1 --output-dir {root}/more"])
+    more = f"vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --temperature 0.9 --seed 1 --output-dir {root}/more"
+    return "\n".join([*lines, "", f"Sample more:  {more}"])

@@ -22,7 +22,6 @@ from vqvae2.model import VQVAE2
 
 INDEX_NAME = "model_index.json"
 T = TypeVar("T", int, float)
-PerLevel = T | Sequence[T] | None
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,9 @@ class VQVAE2Pipeline:
         num_images: int,
         *,
         labels: Sequence[int | str] | None = None,
-        temperature: PerLevel[float] = 1.0,
-        top_k: PerLevel[int] = None,
-        top_p: PerLevel[float] = None,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 64,
@@ -178,12 +177,14 @@ class VQVAE2Pipeline:
                 raise UserError(f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}.")
         return numbers
 
-    def _samplings(self, temperature: PerLevel[float], top_k: PerLevel[int], top_p: PerLevel[float]) -> list[SamplingConfig]:
+    def _samplings(
+        self, temperature: float | Sequence[float], top_k: int | Sequence[int] | None, top_p: float | Sequence[float] | None
+    ) -> list[SamplingConfig]:
         settings = zip(self._per_level("temperature", temperature), self._per_level("top_k", top_k), self._per_level("top_p", top_p), strict=True)
         return [SamplingConfig(temperature=1.0 if t is None else t, top_k=k, top_p=p) for t, k, p in settings]
 
-    def _per_level(self, name: str, value: PerLevel[T]) -> list[T | None]:
-        values = list(value) if isinstance(value, Sequence) else [value]
+    def _per_level(self, name: str, value: T | Sequence[T] | None) -> list[T | None]:
+        values: list[T | None] = list(value) if isinstance(value, Sequence) else [value]
         if len(values) not in (1, len(self.priors)):
             raise UserError(f"{name} has {len(values)} values, but there are {len(self.priors)} levels: give one value, or one per level.")
         return values if len(values) > 1 else values * len(self.priors)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 from prior.config import PriorConfig, TrainPriorConfig, TransformerConfig
 
 if TYPE_CHECKING:
-    from prior.base import Prior
-    from prior.codes import CodeDataset, Manifest
-    from prior.sampling import SamplingConfig
-    from prior.transformer import TransformerPrior
+    from prior.base import Prior as Prior
+    from prior.codes import CodeDataset as CodeDataset
+    from prior.codes import Manifest as Manifest
+    from prior.sampling import SamplingConfig as SamplingConfig
+    from prior.transformer import TransformerPrior as TransformerPrior
 
 _LAZY = {  # torch is loaded when one of these is first used, not when the command line parses its arguments
     "Prior": "prior.base",

@@ -104,7 +104,7 @@ class Prior(Artifact, nn.Module, ABC):
             raise UserError(f"the condition has shapes {[tuple(c.shape) for c in condition]}, but the prior of level {self.config.level} expects {expected}.")
         if (labels is None) != (self.config.num_classes == 0):
             raise UserError(f"the prior has {self.config.num_classes} classes: give {'labels' if labels is None else 'no labels'}.")
-        if labels is not None and not (0 <= int(labels.min()) and int(labels.max()) < self.config.num_classes):
+        if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) < self.config.num_classes):
             raise UserError(f"labels reach from {int(labels.min())} to {int(labels.max())}, but must be from 0 to {self.config.num_classes - 1}.")
 
     @property

@@ -63,7 +63,7 @@ class ConditionNetwork(nn.Module):
         self.grids = config.grids
         self.embeddings = nn.ModuleList(nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1])
         self.positions = nn.ModuleList(Positions(h, w, network.width) for h, w in config.grids[:-1])
-        self.blocks = nn.ModuleList(nn.ModuleList(Block(network, causal=False) for _ in range(network.num_condition_layers)) for _ in self.embeddings)
+        self.blocks = nn.ModuleList(nn.Sequential(*(Block(network, causal=False) for _ in range(network.num_condition_layers))) for _ in self.embeddings)
         self.norm = nn.RMSNorm(network.width)
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
@@ -71,8 +71,7 @@ class ConditionNetwork(nn.Module):
         x = context
         for level, codes in enumerate(condition):
             x = x + self.embeddings[level](rearrange(codes, "b h w -> b (h w)")) + self.positions[level]()
-            for block in self.blocks[level]:
-                x = block(x)
+            x = self.blocks[level](x)
             (h, w), (finer_h, finer_w) = self.grids[level], self.grids[level + 1]
             x = repeat(x, "b (h w) c -> b (h up w across) c", h=h, w=w, up=finer_h // h, across=finer_w // w)
         return self.norm(x)
@@ -105,10 +104,10 @@ class TransformerPrior(Prior):
         self.norm = nn.RMSNorm(network.width)
         self.head = nn.Linear(network.width, self.codebook_size)
         self.apply(_initialise)
-        for block in self.modules():
-            if isinstance(block, Block):  # residual branches start small, the smaller the more there are (Radford et al. 2019)
-                for linear in (block.from_heads, block.down):
-                    nn.init.normal_(linear.weight, std=0.02 / (2 * network.num_layers) ** 0.5)
+        for module in self.modules():
+            if isinstance(module, Block):  # residual branches start small, the smaller the more there are (Radford et al. 2019)
+                nn.init.normal_(module.from_heads.weight, std=0.02 / (2 * network.num_layers) ** 0.5)
+                nn.init.normal_(module.down.weight, std=0.02 / (2 * network.num_layers) ** 0.5)
 
     def forward(self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
@@ -122,10 +121,7 @@ class TransformerPrior(Prior):
     def background(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """What every position knows besides the codes before it: where it is, the class, the coarser levels. `(B, T, W)`."""
         where = self.positions().expand(batch_size, -1, -1)
-        if self.labels is not None:
-            context = self.labels(labels)[:, None]
-        else:
-            context = where.new_zeros(batch_size, 1, where.shape[-1])
+        context = self.labels(labels)[:, None] if self.labels is not None else torch.zeros_like(where[:, :1])
         return where + context + (self.condition(condition, context) if self.condition is not None else 0)
 
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> SamplingState:

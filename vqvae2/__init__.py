@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 from vqvae2.config import PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 
 if TYPE_CHECKING:
-    from vqvae2.model import VQVAE2, VQVAE2Output
-    from vqvae2.quantizers import EMAQuantizer, GradientQuantizer, Quantized, Quantizer
+    from vqvae2.model import VQVAE2 as VQVAE2
+    from vqvae2.model import VQVAE2Output as VQVAE2Output
+    from vqvae2.quantizers import EMAQuantizer as EMAQuantizer
+    from vqvae2.quantizers import GradientQuantizer as GradientQuantizer
+    from vqvae2.quantizers import Quantized as Quantized
+    from vqvae2.quantizers import Quantizer as Quantizer
 
 _LAZY = {  # torch is loaded when one of these is first used, not when the command line parses its arguments
     "VQVAE2": "vqvae2.model",

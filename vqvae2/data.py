@@ -178,7 +178,7 @@ def load_images(data: DataConfig, config: PreprocessingConfig, *, show_progress:
         raise UserError(f"{data.path}: all {len(train.ids)} images are held out: add images or lower image.validation_fraction.")
     for split in splits:
         split.check(show_progress=show_progress)
-    return ImageSplits(*splits, class_names=train.class_names)
+    return ImageSplits(splits[0], splits[1], train.class_names)
 
 
 def load_source(path: str) -> ImageSource:
@@ -246,7 +246,8 @@ def _folder_source(root: Path) -> ImageSource:
     if not paths:
         raise UserError(f"{root} holds no image ({', '.join(sorted(SUFFIXES))}): check the folder.")
     ids = [path.relative_to(root).as_posix() for path in paths]
-    labels, class_names = None, ()
+    labels: list[int] | None = None
+    class_names: tuple[str, ...] = ()
     if all("/" in name for name in ids):  # every image is in a sub-folder: these are the classes
         class_names = tuple(sorted({name.split("/")[0] for name in ids}))
         number = {name: i for i, name in enumerate(class_names)}
@@ -284,16 +285,17 @@ def _table_source(path: str, table: Any) -> ImageSource:
     if isinstance(features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), "label" if "label" in features else None)
-    labels, class_names = None, ()
-    if label is not None:
-        labels = list(table[label])
-        class_names = tuple(features[label].names) if isinstance(features[label], datasets.ClassLabel) else tuple(map(str, sorted(set(labels))))
-        if not isinstance(features[label], datasets.ClassLabel):
-            number = {value: i for i, value in enumerate(sorted(set(labels)))}
-            labels = [number[value] for value in labels]
-    ids = list(table["id"]) if "id" in features else [f"{i:09d}" for i in range(len(table))]
+    labels: list[int] | None = None
+    class_names: tuple[str, ...] = ()
+    if label is not None and isinstance(features[label], datasets.ClassLabel):
+        labels, class_names = list(table[label]), tuple(features[label].names)
+    elif label is not None:
+        values = sorted(set(table[label]))
+        class_names = tuple(map(str, values))
+        labels = [values.index(value) for value in table[label]]
+    ids = list(map(str, table["id"])) if "id" in features else [f"{i:09d}" for i in range(len(table))]
     column = table.select_columns([image])
-    return ImageSource(path, list(map(str, ids)), lambda i: _decode(column[i][image]), labels, class_names)
+    return ImageSource(path, ids, lambda i: _decode(column[i][image]), labels, class_names)
 
 
 def _decode(cell: Any) -> Image.Image:

@@ -5,7 +5,8 @@ Letters: B batch, C image channels, H W image, h w a level's code grid, E hidden
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from vqvae2.common.artifact import Artifact, content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.config import VQVAE2Config
-from vqvae2.quantizers import Quantized, make_quantizer
+from vqvae2.quantizers import Quantized, Quantizer, make_quantizer
 
 
 class VQVAE2Output(NamedTuple):
@@ -50,7 +51,7 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequ
     hidden = config.hidden_channels
     widths = [in_channels, hidden // 2, *[hidden] * (_halvings(stride) - 1)]
     layers: list[nn.Module] = []
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
     layers.append(nn.Conv2d(widths[-1], hidden, kernel_size=3, padding=1))
     return nn.Sequential(*layers, *_residual_stack(config))
@@ -62,7 +63,7 @@ def make_decoder(in_channels: int, out_channels: int, stride: int, config: VQVAE
     halvings = _halvings(stride)
     widths = [*[hidden] * max(1, halvings - 1), *[hidden // 2] * (halvings > 1), out_channels]
     layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1), *_residual_stack(config)]
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
+    for before, after in pairwise(widths):
         layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -102,7 +103,7 @@ class VQVAE2(Artifact, nn.Module):
         )
         self.upsamplers = nn.ModuleList(make_upsampler(channels, stride) for channels, stride in zip(canvas_channels, coarser_strides, strict=False))
         self.image_decoder = make_decoder(canvas_channels[-1], config.image.channels, config.strides[-1], config)
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions, and a free view for the quantizers
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions, and a free view for the quantizers
 
     def forward(self, images: Tensor) -> VQVAE2Output:
         """Images `(B, C, H, W)` in [-1, 1] to their reconstruction and what each level said; in training mode the codebooks learn."""
@@ -125,9 +126,8 @@ class VQVAE2(Artifact, nn.Module):
         levels: list[Quantized] = []
         canvas = None
         for level, features in enumerate(reversed(going_up)):  # from the top to the bottom
-            if canvas is not None:
-                features = torch.cat([self.level_decoders[level - 1](canvas), features], dim=1)
-            levels.append(self.quantizers[level](self.projections[level](features)))
+            known = features if canvas is None else torch.cat([self.level_decoders[level - 1](canvas), features], dim=1)
+            levels.append(self.quantizers[level](self.projections[level](known)))
             if level + 1 < len(self.quantizers):  # the bottom's canvas is the decoder's business
                 canvas = self._extend(canvas, level, levels[-1].embeddings)
         return tuple(levels)
@@ -141,7 +141,7 @@ class VQVAE2(Artifact, nn.Module):
 
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
-        return self.decode([quantizer.lookup(level) for quantizer, level in zip(self.quantizers, codes, strict=True)])
+        return self.decode([cast(Quantizer, quantizer).lookup(level) for quantizer, level in zip(self.quantizers, codes, strict=True)])
 
     def content_hash(self) -> str:
         """A hash of all that decides which codes an image gets: configuration, preprocessing, encoders, codebooks; not the image decoder."""

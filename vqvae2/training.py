@@ -89,7 +89,7 @@ def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, b
         reconstruction, levels = model(batch)
         error += (reconstruction.float().clamp(-1, 1) - batch).square().sum(dtype=torch.float64)
         for count, level in zip(counts, levels, strict=True):
-            count += torch.bincount(level.codes.flatten(), minlength=len(count))
+            count.add_(torch.bincount(level.codes.flatten(), minlength=len(count)))
     totals: Any = accelerator.reduce([error, *counts], reduction="sum")
     values = len(images) * model.config.image.channels * math.prod(model.config.image.height_width)
     mse = (totals[0] / values).item()

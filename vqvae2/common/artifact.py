@@ -22,7 +22,7 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 def looks_like_path(name: str) -> bool:
     """Whether a name can only mean a local folder. Hub ids are `namespace/name`, with no local folder `namespace`."""
-    return name.startswith((".", "~", "/")) or name.count("/") != 1 or "\\" in name or Path(name.split("/")[0]).exists()
+    return name.startswith((".", "~", "/")) or name.count("/") != 1 or "\\" in name or Path(name.split("/", maxsplit=1)[0]).exists()
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -52,7 +52,7 @@ class Artifact(ModelHubMixin):
     config_class: ClassVar[type]
     config: Any
 
-    def save_pretrained(self, save_directory: str | Path, **for_the_mixin: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **for_the_mixin: Any) -> None:
         """Write `config.json` and `model.safetensors` into a folder, each whole or not at all.
 
         `push_to_hub(repo_id)` does the same and uploads them; its other arguments have no say in what is written.
@@ -118,8 +118,7 @@ def content_hash(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     plain = to_dict(config) if dataclasses.is_dataclass(config) else config
     digest.update(json.dumps(plain, sort_keys=True).encode())
-    for name, tensor in sorted(tensors):
-        tensor = tensor.detach().cpu().contiguous()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -189,7 +189,7 @@ def differences(cls: type, old: Mapping[str, Any], new: Mapping[str, Any], prefi
         if f.metadata.get("may_change") or before == after:
             continue
         if dataclasses.is_dataclass(hints[f.name]) and isinstance(before, dict) and isinstance(after, dict):
-            found += differences(hints[f.name], before, after, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            found += differences(hints[f.name], before, after, f"{prefix}{f.name}.")
         else:
             found.append((prefix + f.name, before, after))
     return found

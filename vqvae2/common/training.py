@@ -248,8 +248,7 @@ class _Metrics:
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         for name, value in figures.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
     def write_means(self, step: int, rate: float) -> dict[str, float]:

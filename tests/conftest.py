@@ -1,0 +1,84 @@
+"""Shared fixtures: real images, tiny configurations, and one run of the whole path per session."""
+
+import os
+
+# Set before torch loads, here and in subprocesses: two workers share two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import io
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PARQUET = Path(str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
+
+
+def vqvae2(*arguments: object, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def two_processes(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Python file on two processes of this machine that talk over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def kill_when(condition, *arguments: object, number: int = signal.SIGKILL) -> int:  # type: ignore[no-untyped-def]
+    """Start the command line, send it a signal as soon as the condition holds, and return its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+    process.send_signal(number)
+    return process.wait()
+
+
+def write_images(folder: Path, number: int, *, num_classes: int = 3) -> Path:
+    """Real images in class folders, `number` in all."""
+    table = pq.read_table(PARQUET, columns=["image", "label"]).slice(0, 2000).to_pylist()
+    rows = [row for row in table if row["label"] < num_classes][:number]
+    for i, row in enumerate(rows):
+        path = folder / ("bag", "coat", "dress")[row["label"]] / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(io.BytesIO(row["image"]["bytes"])).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 real images in three class folders."""
+    return write_images(tmp_path_factory.mktemp("images") / "photos", 150)
+
+
+@pytest.fixture(scope="session")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder runs/x with every stage of the tiny recipe, made by the staged commands. Tests must not change it."""
+    x = tmp_path_factory.mktemp("run") / "runs" / "x"
+    vqvae2("train", "--config", "tiny", "--data.path", photos, "--output-dir", x / "vqvae")
+    vqvae2("extract", "--vqvae", x / "vqvae", "--data.path", photos, "--output-dir", x / "codes")
+    for level, name in enumerate(("top", "bottom")):
+        vqvae2("train-prior", "--config", "tiny", "--codes", x / "codes", "--level", name, "--vqvae", x / "vqvae", "--output-dir", x / f"prior_{level}")
+    vqvae2("assemble", "--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1", "--output-dir", x / "pipeline")
+    return x
+
+
+@pytest.fixture
+def copy_of_run(run: Path, tmp_path: Path) -> Path:
+    """The same, to change."""
+    return shutil.copytree(run, tmp_path / "x")
