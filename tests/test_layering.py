@@ -51,7 +51,9 @@ def test_every_subcommand_has_its_script() -> None:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_teaches_without_torch(command: str) -> None:
-    program = "import sys; from pipelines.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules; print('no torch')"
+    program = (
+        "import sys; from pipelines.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules; print('no torch')"
+    )
     started = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", program, *filter(None, [command]), "--help"], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("no torch\n")

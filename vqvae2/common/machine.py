@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
@@ -38,7 +38,12 @@ def keep_freed_memory() -> None:
 def processes() -> PartialState:
     """Which process of how many this is, and its device; alone when there is no launcher."""
     keep_freed_memory()
-    return PartialState()
+    return PartialState(cpu=use_cpu())
+
+
+def use_cpu() -> bool:
+    """Whether to compute on the CPU: told so (ACCELERATE_USE_CPU), or nothing else there. Accelerate must know, or it starts no process group."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
@@ -57,6 +62,7 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         AcceleratorState._reset_state()  # an earlier training of this Python process ran in another precision
     try:
         accelerator = Accelerator(
+            cpu=use_cpu(),
             mixed_precision=precision,
             log_with=config.tracker,
             project_dir=str(output_dir),

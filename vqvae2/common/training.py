@@ -71,13 +71,14 @@ def fit(
     kept = plain if averaged is None else averaged
 
     # All state that must survive: weights, optimizer, gradient scaler and random numbers (Accelerate's own), and this.
-    progress = _Progress(averaged)
+    metrics = _Metrics(output_dir, accelerator, config)
+    progress = _Progress(averaged, metrics)
     accelerator.register_for_checkpointing(progress)
     checkpoints = _Checkpoints(output_dir / "checkpoints", accelerator, config.keep_checkpoints)
     checkpoints.load_latest()
     if progress.step >= config.num_steps:
         return
-    metrics = _Metrics(output_dir, accelerator, config, progress.step)
+    metrics.begin(progress.step)
     batches = loader.start_at(progress.step * config.gradient_accumulation_steps)
     bar = tqdm(total=config.num_steps, initial=progress.step, desc=output_dir.name, unit="step", disable=not accelerator.is_main_process)
 
@@ -139,6 +140,7 @@ def fit(
             if last and accelerator.is_main_process and (evaluate is None or not (output_dir / WEIGHTS_NAME).exists()):
                 kept.save_pretrained(output_dir)
             if last or stop or step % config.checkpoint_every == 0:
+                metrics.share()
                 checkpoints.save(step)
             if stop and not last:
                 bar.close()
@@ -194,16 +196,18 @@ def _any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class _Progress:
-    """What Accelerate does not know of: the step, the best held-out loss so far, the averaged weights."""
+    """What Accelerate does not know of: the step, the best held-out loss so far, the averaged weights, figures not yet reported."""
 
-    def __init__(self, averaged: nn.Module | None) -> None:
-        self.step, self.best, self.averaged = 0, math.inf, averaged
+    def __init__(self, averaged: nn.Module | None, metrics: "_Metrics") -> None:
+        self.step, self.best, self.averaged, self.metrics = 0, math.inf, averaged, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "best": self.best, "averaged": self.averaged.state_dict() if self.averaged is not None else {}}
+        averaged = self.averaged.state_dict() if self.averaged is not None else {}
+        return {"step": self.step, "best": self.best, "averaged": averaged, "sums": self.metrics.sums, "count": self.metrics.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.metrics.count = state["step"], state["best"], state["count"]
+        self.metrics.sums = send_to_device(state["sums"], self.metrics.accelerator.device)
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
 
@@ -235,29 +239,41 @@ class _Checkpoints:
 class _Metrics:
     """metrics.jsonl and the tracker, written by the main process; means over all steps and processes since the last line."""
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, config: TrainingConfig, start: int) -> None:
+    def __init__(self, output_dir: Path, accelerator: Accelerator, config: TrainingConfig) -> None:
         self.path, self.accelerator, self.config = output_dir / "metrics.jsonl", accelerator, config
+        self.name = output_dir.name
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        if config.tracker:
-            accelerator.init_trackers(output_dir.name)
-        if accelerator.is_main_process and self.path.exists():  # lines of steps that a killed run made, and that will be made again
+        self.count = 0  # of updates' parts in the sums
+        self.timed = 0  # of those, the ones that this process's clock has seen
+
+    def begin(self, step: int) -> None:
+        """Start the clock and the tracker; drop lines of steps that a killed run made after its last checkpoint, to be made again."""
+        if self.config.tracker:
+            self.accelerator.init_trackers(self.name)
+        if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            write_text(self.path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start))
+            write_text(self.path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
         self.started = time.perf_counter()
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
+        self.timed += 1
+
+    def share(self) -> None:
+        """Give every process the mean of the sums: the state that is saved is the main process's."""
+        if self.sums and self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
+            self.sums = dict(zip(self.sums, means, strict=True))
 
     def write_means(self, step: int, rate: float) -> dict[str, float]:
         stacked = torch.stack(list(self.sums.values())) / self.count
         means = dict(zip(self.sums, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
-        steps = self.count / self.config.gradient_accumulation_steps
+        steps = self.timed / self.config.gradient_accumulation_steps
         means["images_per_second"] = steps * self.config.batch_size / (time.perf_counter() - self.started)
         self.write(step, {"images": step * self.config.batch_size, "learning_rate": rate, **means})
-        self.sums, self.count, self.started = {}, 0, time.perf_counter()
+        self.sums, self.count, self.timed, self.started = {}, 0, 0, time.perf_counter()
         return means
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -272,7 +288,8 @@ class _Metrics:
             if hasattr(tracker, "log_images"):
                 import numpy as np
 
-                tracker.log_images({"picture": np.asarray(picture)[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"picture": np.asarray(picture)[None]}, step=step, **layout)
 
     def close(self) -> None:
         if self.config.tracker:

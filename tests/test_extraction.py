@@ -1,0 +1,88 @@
+"""Codes on disk: one row per image, in order, the same however they were made; readable by anyone."""
+
+import json
+import signal
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.extract import encode_lanes, smallest_type
+from prior.codes import CodeDataset, read_manifest
+from tests.conftest import ROOT, kill_when, two_processes, vqvae2
+from vqvae2 import VQVAE2
+from vqvae2.config import DataConfig
+from vqvae2.data import load_images, to_images
+
+
+def extract_command(run: Path, photos: Path, output_dir: Path, *more: object) -> list[object]:
+    return ["extract", "--vqvae", run / "vqvae", "--data.path", photos, "--output-dir", output_dir, *more]
+
+
+def assert_same_codes(one: Path, other: Path) -> None:
+    """The same shards with the same rows in the same order, and the same manifest."""
+    files = [sorted(p.relative_to(folder) for p in folder.rglob("*.parquet")) for folder in (one, other)]
+    assert files[0] == files[1]
+    assert all(pq.read_table(one / f).equals(pq.read_table(other / f)) for f in files[0])
+    assert json.loads((one / "manifest.json").read_text()) == json.loads((other / "manifest.json").read_text())
+
+
+def test_rows_are_the_images_in_order_and_codes_those_of_the_model(run: Path, photos: Path) -> None:
+    model = VQVAE2.from_pretrained(run / "vqvae")
+    manifest = read_manifest(run / "codes")
+    assert manifest.encoder_hash == model.content_hash()
+    assert (manifest.grids, manifest.codebook_sizes) == (((2, 2), (4, 4)), (16, 32))
+    for split, images in load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False).items():
+        table = pq.read_table(run / "codes" / split)
+        assert table["id"].to_pylist() == images.ids
+        batch = images.__getitems__(range(len(images)))
+        assert table["label"].to_pylist() == batch["labels"].tolist()
+        read = CodeDataset(run / "codes", manifest, split).__getitems__(range(len(images)))
+        with torch.no_grad():
+            for codes, level in zip(read["codes"], model.encode(to_images(batch["images"])), strict=True):
+                assert (codes != level.codes).float().mean() < 0.001  # another batch size: near ties may fall differently
+        assert torch.equal(read["labels"], batch["labels"])
+
+
+def test_anyone_can_open_it(run: Path) -> None:
+    opened = datasets.load_dataset(str(run / "codes"))
+    manifest = read_manifest(run / "codes")
+    assert {name: len(split) for name, split in opened.items()} == {"train": manifest.num_train, "validation": manifest.num_validation}
+    assert opened["train"].features["codes_1"] == datasets.List(datasets.Value("uint8"), length=16)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_codes_take_the_smallest_type(size: int, expected: str) -> None:
+    assert smallest_type(size) == np.dtype(expected)
+
+
+def test_two_processes_give_every_row_once_and_the_same_codes(run: Path, photos: Path, tmp_path: Path) -> None:
+    vqvae2(*extract_command(run, photos, tmp_path / "one", "--shard-size", 20))
+    two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, photos, tmp_path / "two", "--shard-size", 20)[1:])
+    assert_same_codes(tmp_path / "one", tmp_path / "two")
+    ids = [name for split in ("train", "validation") for name in pq.read_table(tmp_path / "two" / split)["id"].to_pylist()]
+    assert len(ids) == len(set(ids)) == 150
+
+
+def test_killed_and_continued_is_uninterrupted(run: Path, photos: Path, tmp_path: Path) -> None:
+    vqvae2(*extract_command(run, photos, tmp_path / "whole", "--shard-size", 2))
+    killed = tmp_path / "killed"
+    code = kill_when(lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5, *extract_command(run, photos, killed, "--shard-size", 2))
+    if code == -signal.SIGKILL:
+        assert not (killed / "manifest.json").exists()
+    kept = {p: p.stat().st_mtime_ns for p in killed.rglob("[0-9]*.parquet")}
+    vqvae2(*extract_command(run, photos, killed, "--shard-size", 2))
+    assert_same_codes(tmp_path / "whole", killed)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # finished shards are not made again
+
+
+def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
+    model = VQVAE2.from_pretrained(run / "vqvae")
+    pixels = load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False).train.__getitems__(range(32))["images"]
+    whole = encode_lanes(model, pixels)
+    for number in (1, 3, 8):
+        assert all(torch.equal(part, codes[:number]) for part, codes in zip(encode_lanes(model, pixels[:number]), whole, strict=True))
+    assert not any(codes.requires_grad for codes in whole)
