@@ -77,6 +77,7 @@ class TrainingConfig:
         check(0 <= self.weight_ema_decay < 1, "weight_ema_decay", self.weight_ema_decay, "in [0, 1)")
         for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
         check(self.picture_every >= 0, "picture_every", self.picture_every, "0 (off) or more")
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
@@ -182,7 +183,7 @@ def _make_optimizer(model: nn.Module, device: torch.device, config: TrainingConf
 
 def _seed_processes(seed: int, process_index: int) -> None:
     """Dropout differs between the processes; everything else that is random is keyed by the seed elsewhere."""
-    set_seed(seed * 1_000_003 + process_index)
+    set_seed(int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0]))
 
 
 def _evaluate(evaluate: Evaluate, model: Any, accelerator: Accelerator) -> Mapping[str, float]:
@@ -286,8 +287,6 @@ class _Metrics:
     def write_picture(self, step: int, picture: Image.Image) -> None:
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                import numpy as np
-
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"picture": np.asarray(picture)[None]}, step=step, **layout)
 
