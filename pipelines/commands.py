@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from pipelines.config import AssembleConfig, PartsConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
 from pipelines.drawing import make_reconstruction_drawer, make_sample_drawer, reconstruction_sheet, sample_sheet
@@ -10,6 +11,7 @@ from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
 from prior.training import train_prior as train_prior_alone
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import RunRecord
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, to_pil
 from vqvae2.config import DataConfig, TrainVQVAEConfig
@@ -33,6 +35,8 @@ def reconstruct(config: ReconstructConfig) -> None:
     """Write reconstructions as PNG files, and a sheet that compares them with the originals."""
     state, output_dir = processes(), Path(config.output_dir)
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
+    run = RunRecord("reconstruct", config, "reconstruct_config.yaml", facts={"encoder_hash": model.content_hash()})
+    run.check(output_dir)
     if config.held_out:
         images = load_images(DataConfig(path=config.images), model.config.image, show_progress=state.is_main_process).validation
         check(len(images) > 0, "held_out", True, f"used with held-out images, but {config.images} has none")
@@ -42,6 +46,8 @@ def reconstruct(config: ReconstructConfig) -> None:
     number = min(config.num_images or len(images), len(images))
     images = ImageDataset(images.source, images.indices[:number], images.config)
     images.check(show_progress=state.is_main_process)
+    if state.is_main_process:
+        run.write(output_dir)
     for i in range(state.process_index, number, state.num_processes):
         batch = to_images(images.__getitems__([i])["images"].to(state.device))
         (picture,) = to_pil(model(batch).reconstruction)
@@ -56,6 +62,8 @@ def sample(config: SampleConfig) -> None:
     state, output_dir = processes(), Path(config.output_dir)
     pipeline = _load(config, config.pipeline).to(state.device)
     labels = pipeline.label_numbers(config.labels)
+    run = RunRecord("sample", config, "sample_config.yaml", facts={"encoder_hash": pipeline.vqvae.content_hash()})
+    run.check(output_dir)
     share = -(-config.num_images // state.num_processes)
     first = min(state.process_index * share, config.num_images)
     number = min(share, config.num_images - first)
@@ -71,16 +79,16 @@ def sample(config: SampleConfig) -> None:
             batch_size=config.batch_size,
             show_progress=state.is_main_process,
         )
+        if state.is_main_process:
+            run.write(output_dir)
         for i, image in enumerate(output.images, start=first):
             save_picture(image, output_dir / f"{i:06d}.png")
     state.wait_for_everyone()
     if state.is_main_process:
-        from PIL import Image
-
-        images = [Image.open(output_dir / f"{i:06d}.png") for i in range(config.num_images)]
-        turns = [labels[i % len(labels)] for i in range(config.num_images)] if labels else []
-        save_picture(sample_sheet(images, turns, pipeline.class_names), output_dir / "samples.png")
-        print(f"{output_dir}: {config.num_images} samples, and samples.png with all of them.")
+        shown = range(min(config.num_images, 10 * max(6, len(labels))))
+        images = [Image.open(output_dir / f"{i:06d}.png") for i in shown]
+        save_picture(sample_sheet(images, [labels[i % len(labels)] for i in shown] if labels else [], pipeline.class_names), output_dir / "samples.png")
+        print(f"{output_dir}: {config.num_images} samples, and samples.png with {len(shown)} of them.")
 
 
 def assemble(config: AssembleConfig) -> None:

@@ -47,7 +47,7 @@ class ReconstructConfig:
     """The trained autoencoder: a folder, or a Hub id."""
     output_dir: str
     """Where the PNG files go."""
-    num_images: int = 64
+    num_images: int = may_change(64)
     """At most this many images, the first ones; 0 for all."""
     held_out: bool = False
     """Only images that the autoencoder's training held out."""
@@ -74,8 +74,8 @@ class SampleConfig(PartsConfig):
     """A pipeline folder or Hub id, instead of --vqvae and --priors."""
     output_dir: str
     """Where the PNG files go."""
-    num_images: int = 64
-    """How many images."""
+    num_images: int = may_change(64)
+    """How many images. A larger number continues a set."""
     labels: tuple[str, ...] = ()
     """Class names or numbers, taken in turns; all classes in turns if none are given."""
     temperature: tuple[float, ...] = (1.0,)
@@ -86,7 +86,7 @@ class SampleConfig(PartsConfig):
     """Draw from the smallest set of codes that has this probability. One value, or one per level."""
     seed: int = 0
     """Image i is a function of (seed, i, its label)."""
-    batch_size: int = 64
+    batch_size: int = may_change(64)
     """Images sampled at once."""
 
 

@@ -74,13 +74,13 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
 
 
 def sample_sheet(images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
-    """Samples in one row per class with its name, at most 16 of each; without classes in rows of eight."""
+    """Samples in one row per class with its name; without classes in rows of eight."""
     if not class_names:
-        return sheet(in_rows(images[:64], 8))
+        return sheet(in_rows(images, 8))
     rows: dict[int, list[Image.Image]] = {}
     for image, label in zip(images, labels, strict=True):
         rows.setdefault(label, []).append(image)
-    return sheet([row[:16] for row in rows.values()], [class_names[label] for label in rows])
+    return sheet(list(rows.values()), [class_names[label] for label in rows])
 
 
 def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.Image]]:

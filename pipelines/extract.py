@@ -12,11 +12,13 @@ from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
 from prior.codes import MANIFEST_NAME, Manifest, column_name
-from vqvae2.common.config import check, to_dict
+from vqvae2.common.config import check, read_yaml, to_dict
+from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, whole_file, write_json
 from vqvae2.common.machine import processes
 from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.model import VQVAE2
+from vqvae2.training import RECORD_NAME as TRAIN_RECORD_NAME
 
 RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: the last bits of a convolution depend on the batch size, and codes must not
@@ -36,6 +38,7 @@ def extract(config: ExtractConfig) -> None:
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
+    _refuse_other_split(config)
     if (output_dir / MANIFEST_NAME).exists():
         state.print(f"{output_dir}: all codes are extracted already.")
         return
@@ -68,6 +71,17 @@ def extract(config: ExtractConfig) -> None:
         )
         write_json(output_dir / MANIFEST_NAME, to_dict(manifest))
     state.wait_for_everyone()
+
+
+def _refuse_other_split(config: ExtractConfig) -> None:
+    """The images that the autoencoder's training held out must be held out here: the priors are validated on them."""
+    record = Path(config.vqvae) / TRAIN_RECORD_NAME
+    trained_on = read_yaml(record).get("data", {}) if record.exists() else {}
+    if trained_on.get("path") == config.data.path and trained_on.get("validation_path") != config.data.validation_path:
+        raise UserError(
+            f"--data.validation-path is {config.data.validation_path!r}, but {config.vqvae} was trained with {trained_on.get('validation_path')!r}: "
+            f"give the same, or images that trained the autoencoder would validate the priors."
+        )
 
 
 def write_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -> None:

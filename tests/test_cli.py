@@ -52,11 +52,11 @@ def test_the_run_folder_holds_what_the_design_says(run: Path) -> None:
 def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
     vqvae2("sample", "--pipeline", run / "pipeline", "--num-images", 5, "--labels", "dress", "0", "--temperature", "1.0", "0.9",
            "--top-k", 8, "--top-p", "0.9", "1.0", "--output-dir", tmp_path / "a")  # fmt: skip
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "samples.png"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "sample_config.yaml", "samples.png"]
     parts = ("--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
     vqvae2("sample", *parts, "--num-images", 5, "--labels", "2", "bag", "--temperature", "1.0", "0.9",
            "--top-k", 8, "--top-p", "0.9", "1.0", "--output-dir", tmp_path / "b")  # fmt: skip
-    for path in (tmp_path / "a").iterdir():  # names or numbers, folder or parts: the same images
+    for path in (tmp_path / "a").glob("*.png"):  # names or numbers, folder or parts: the same images
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
     pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline")
@@ -70,7 +70,8 @@ def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
 def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> None:
     vqvae2("sample", "--pipeline", run / "pipeline", "--num-images", 7, "--output-dir", tmp_path / "one")
     two_processes(ROOT / "scripts" / "sample.py", "--pipeline", run / "pipeline", "--num-images", 7, "--output-dir", tmp_path / "two")
-    for path in (tmp_path / "one").iterdir():
+    assert len(list((tmp_path / "one").iterdir())) == 9
+    for path in (tmp_path / "one").glob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
@@ -110,6 +111,8 @@ def test_mistakes_get_one_sentence_and_exit_code_2(copy_of_run: Path, photos: Pa
     cut_codes = shutil.copytree(x / "codes", tmp_path / "cut_codes")
     shard = cut_codes / "train" / "00000.parquet"
     pq.write_table(pq.read_table(shard).slice(0, 5), shard)
+    samples = tmp_path / "samples"
+    vqvae2("sample", "--pipeline", x / "pipeline", "--num-images", 1, "--output-dir", samples)
     train = ("train", "--config", "tiny")
     parts = ("--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1")
     cases: list[tuple[list[object], list[str]]] = [
@@ -128,6 +131,8 @@ def test_mistakes_get_one_sentence_and_exit_code_2(copy_of_run: Path, photos: Pa
         ([*train, "--data.path", photos, "--output-dir", x / "vqvae", "--batch-size", 32], ["batch_size = 16", "32"]),
         ([*train, "--data.path", photos, "--output-dir", x / "prior_0"], ["'train-prior'", "'train'"]),
         (["train", "--config", "tinny", "--data.path", photos, "--output-dir", out], ["no recipe 'tinny'", "tiny"]),
+        (["extract", "--vqvae", x / "vqvae", "--data.path", photos, "--data.validation-path", photos, "--output-dir", out], ["trained with None"]),
+        (["sample", "--pipeline", x / "pipeline", "--seed", 1, "--output-dir", samples], ["seed = 0", "1"]),
         (["extract", "--vqvae", empty, "--data.path", photos, "--output-dir", out], ["config.json", "does not exist"]),
         (["extract", "--vqvae", "runs/nowhere/vqvae", "--data.path", photos, "--output-dir", out], ["runs/nowhere/vqvae is not a folder"]),
         (["train-prior", "--codes", empty, "--level", "top", "--output-dir", out], ["no manifest.json", "vqvae2 extract"]),
