@@ -15,7 +15,15 @@ from typing import Any
 
 import tyro
 
-from pipelines.config import AssembleConfig, DemoConfig, ExtractConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
+from pipelines.config import (
+    AssembleConfig,
+    DemoConfig,
+    ExtractConfig,
+    ImportWeightsConfig,
+    ReconstructConfig,
+    SampleConfig,
+    TrainPriorCommandConfig,
+)
 from vqvae2.common.config import from_dict, read_yaml, suggest
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.config import TrainVQVAEConfig
@@ -28,6 +36,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, an
     "reconstruct": (ReconstructConfig, "pipelines.commands:reconstruct"),
     "sample": (SampleConfig, "pipelines.commands:sample"),
     "assemble": (AssembleConfig, "pipelines.commands:assemble"),
+    "import-weights": (ImportWeightsConfig, "pipelines.commands:import_weights"),
 }
 RECIPES = files("pipelines") / "recipes"
 
@@ -74,7 +83,7 @@ def overview() -> str:
         "Train a VQ-VAE-2 on your own images and sample from it: train, extract, train-prior for each level, sample.",
         "",
     ]
-    lines += [f"  {name:<12} {(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    lines += [f"  {name:<14} {(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
     lines += [
         "",
         f"RECIPE is a YAML file, or one that comes with the package ({', '.join(recipe_names())}); flags win over it.",

@@ -5,18 +5,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pipelines.config import AssembleConfig, PartsConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
+from pipelines.config import AssembleConfig, ImportWeightsConfig, PartsConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
 from pipelines.drawing import make_reconstruction_drawer, make_sample_drawer, reconstruction_sheet, sample_sheet
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
 from prior.training import train_prior as train_prior_alone
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord
+from vqvae2.common.files import RunRecord, check_empty
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, to_pil
 from vqvae2.config import DataConfig, TrainVQVAEConfig
 from vqvae2.data import ImageDataset, load_images, load_source, to_images
 from vqvae2.model import VQVAE2
+from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
 
 
@@ -94,12 +95,25 @@ def sample(config: SampleConfig) -> None:
 def assemble(config: AssembleConfig) -> None:
     """Write the pipeline folder."""
     output_dir = Path(config.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / INDEX_NAME).exists():
-        raise UserError(f"{output_dir} is not empty and holds no pipeline: choose another --output-dir.")
+    if not (output_dir / INDEX_NAME).exists():
+        check_empty(output_dir, "pipeline")
     pipeline = _load(config, None)
     if processes().is_main_process:
         pipeline.save_pretrained(output_dir)
         print(f"{output_dir}: the pipeline, for vqvae2 sample --pipeline and VQVAE2Pipeline.from_pretrained.")
+
+
+def import_weights(config: ImportWeightsConfig) -> None:
+    """Write the model folder of another implementation's checkpoint, and say what was found."""
+    check_empty(Path(config.output_dir), "run")
+    model = import_rosinality(Path(config.checkpoint), config.size)
+    model.save_pretrained(config.output_dir)
+    found = model.config
+    levels = [f"{k} codes of {d} dimensions" for k, d in zip(found.codebook_size_per_level, found.code_dim_per_level, strict=True)]
+    print(
+        f"{config.output_dir}: two levels ({', '.join(levels)}, top first), {found.image.channels} channels, {found.num_residual_blocks} residual "
+        f"blocks of {found.residual_channels} in {found.hidden_channels} channels; for images of {' x '.join(map(str, found.image.height_width))} pixels."
+    )
 
 
 def _load(parts: PartsConfig, pipeline: str | None) -> VQVAE2Pipeline:

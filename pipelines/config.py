@@ -102,6 +102,21 @@ class AssembleConfig(PartsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportWeightsConfig:
+    """Make a model folder of a stage-1 checkpoint of rosinality/vq-vae-2-pytorch.
+
+    Example: vqvae2 import-weights vqvae_560.pt --size 256 --output-dir runs/imported/vqvae
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """The .pt file."""
+    output_dir: str
+    """The model folder."""
+    size: tuple[int, ...] = (256,)
+    """Height and width of the images that it was trained on, or one number for both (the file does not say)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train everything on the Fashion-MNIST images that come with the package, and sample new ones.
 

@@ -57,6 +57,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_empty(folder: Path, expected: str) -> None:
+    """Refuse a folder with something in it.
+
+    Raises:
+        UserError: naming the folder and what it could have held.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, but --output-dir must be a folder: choose another.")
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {expected}: choose another --output-dir.")
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What a run folder says of the run that it holds: the command, facts that it rests on, and its whole configuration (YAML)."""
@@ -72,11 +84,8 @@ class RunRecord:
         Raises:
             UserError: naming the key and both values, or the folder.
         """
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file, but --output-dir must be a folder: choose another.")
         if not (folder / self.file_name).exists():
-            if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-                raise UserError(f"{folder} is not empty and holds no run of {self.command!r}: choose another --output-dir.")
+            check_empty(folder, f"run of {self.command!r}")
             return
         old = read_yaml(folder / self.file_name)
         if old.get("command") != self.command:

@@ -1,0 +1,61 @@
+"""A checkpoint that the widely used implementation wrote gives, in ours, the codes and reconstructions that it gives there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, vqvae2
+from vqvae2 import VQVAE2
+from vqvae2.common.errors import UserError
+from vqvae2.rosinality import import_weights
+
+CHECKPOINT = ROOT / "tests" / "data" / "rosinality_stage1.pt"
+EXPECTED = load_file(ROOT / "tests" / "data" / "rosinality_stage1_expected.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_codes_and_reconstructions_are_the_originals(prefix: str, tmp_path: Path) -> None:
+    state = torch.load(CHECKPOINT, weights_only=True)
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pt")
+    said = vqvae2("import-weights", tmp_path / "x.pt", "--size", 64, 32, "--output-dir", tmp_path / "model").stdout
+    assert "16 dimensions" in said
+    assert "64 codes" in said
+    model = VQVAE2.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        levels = model.encode(EXPECTED["images"])
+        assert torch.equal(levels[0].codes, EXPECTED["codes_top"])
+        assert torch.equal(levels[1].codes, EXPECTED["codes_bottom"])
+        for reconstruction in (model(EXPECTED["images"]).reconstruction, model.decode_codes([level.codes for level in levels])):
+            assert (reconstruction - EXPECTED["reconstruction"]).abs().max() < 1e-5
+
+
+def test_the_model_can_be_trained_on() -> None:
+    model = import_weights(CHECKPOINT, (64, 32)).train()
+    before = model.quantizers[0].codebook.clone()
+    model(EXPECTED["images"])
+    alive = model.quantizers[0].codebook.norm(dim=1)
+    assert torch.isfinite(alive).all()
+    assert not torch.equal(before, model.quantizers[0].codebook)
+
+
+def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
+    state = torch.load(CHECKPOINT, weights_only=True)
+    cases = {
+        "holds 'extra'": {**state, "extra": torch.zeros(1)},
+        "lacks 'quantize_t.embed'": {k: v for k, v in state.items() if k != "quantize_t.embed"},
+        "lacks what we call 'upsamplers.0.0.bias'": {k: v for k, v in state.items() if k != "upsample_t.bias"},
+        "'dec.blocks.0.weight' has shape": {**state, "dec.blocks.0.weight": torch.zeros(2, 2)},
+        "not a state dict of tensors": {"model": state, "args": 1},
+        "of plain tensors": {"hidden": Path("code that would run")},
+    }
+    for message, content in cases.items():
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            import_weights(tmp_path / "x.pt", (64, 32))
+    (tmp_path / "x.pt").write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot be read"):
+        import_weights(tmp_path / "x.pt", (64, 32))
+    with pytest.raises(UserError, match="does not exist"):
+        import_weights(tmp_path / "none.pt", (64, 32))
