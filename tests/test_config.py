@@ -63,8 +63,8 @@ def test_every_recipe_is_understood(name: str) -> None:
 
 def test_differences_pass_over_what_may_change() -> None:
     old = to_dict(from_dict(TrainVQVAEConfig, TRAIN, "here"))
-    new = to_dict(from_dict(TrainVQVAEConfig, {**TRAIN, "num_steps": 5, "log_every": 3, "model": {"beta": 1.0}}, "here"))
-    assert differences(TrainVQVAEConfig, old, new) == [("model.beta", 0.25, 1.0)]
+    new = to_dict(from_dict(TrainVQVAEConfig, {**TRAIN, "num_steps": 5, "log_every": 3, "model": {"quantizer": {"beta": 1.0}}}, "here"))
+    assert differences(TrainVQVAEConfig, old, new) == [("model.quantizer.beta", 0.25, 1.0)]
 
 
 def test_levels_share_or_have_their_own() -> None:

@@ -86,14 +86,14 @@ def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     best = min(validations)
     assert best < validations[-1]
     out = vqvae2("train", "--config", "tiny", "--data.path", photos, "--output-dir", tmp_path / "again", "--init-from", tmp_path / "x",
-                 "--num-steps", 1, "--learning-rate", "1e-12", "--weight-ema-decay", "0", "--model.ema-decay", "0.99999")  # fmt: skip
+                 "--num-steps", 1, "--learning-rate", "1e-12", "--weight-ema-decay", "0", "--model.quantizer.decay", "0.99999")  # fmt: skip
     assert "held out" in out.stdout
     assert metrics(tmp_path / "again")[-1]["validation/mse"] == pytest.approx(best, rel=0.02)
 
 
 def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_path: Path) -> None:
     """With a codebook that learns by gradient; running averages would move between the parts of a batch."""
-    options = ("--mixed-precision", "no", "--model.quantizer", "gradient", "--num-steps", 12)
+    options = ("--mixed-precision", "no", "--model.quantizer.kind", "gradient", "--num-steps", 12)
     vqvae2(*train_command(photos, tmp_path / "whole", *options))
     vqvae2(*train_command(photos, tmp_path / "workers", *options, "--data.num-workers", 1))
     assert_same_run(tmp_path / "whole", tmp_path / "workers")
@@ -131,7 +131,7 @@ def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) 
     base = (tmp_path / "base" / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes()
     for i, option in enumerate(
         (["--batch-size", 8], ["--learning-rate", "1e-2"], ["--warmup-steps", 5], ["--weight-decay", "0.5"], ["--adam-betas", "0.5", "0.5"],
-         ["--max-grad-norm", "0.001"], ["--mixed-precision", "no"], ["--seed", 1], ["--reconstruction-loss", "l1"], ["--model.beta", "2"])
+         ["--max-grad-norm", "0.001"], ["--mixed-precision", "no"], ["--seed", 1], ["--reconstruction-loss", "l1"], ["--model.quantizer.beta", "2"])
     ):  # fmt: skip
         vqvae2(*train_command(photos, tmp_path / str(i), "--num-steps", 8, *option))
         assert (tmp_path / str(i) / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes() != base, option

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, two_processes, vqvae2
 WORKER = ROOT / "tests" / "worker_two_processes.py"
 
 
-@pytest.mark.parametrize(("quantizer", "parts"), [("ema", 1), ("gradient", 1), ("gradient", 2)])
+@pytest.mark.parametrize(("quantizer", "parts"), [("ema", 1), ("cosine", 1), ("gradient", 1), ("fsq", 2)])
 def test_stage_1_equals_one_process(quantizer: str, parts: int, tmp_path: Path) -> None:
     """Twenty steps in float64 with initialisation, revival and averages on: weights and codebooks agree to 1e-9."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -27,7 +27,6 @@ def test_stage_1_equals_one_process(quantizer: str, parts: int, tmp_path: Path) 
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, atol=1e-9, rtol=0, msg=name)
-    assert not torch.equal(one["quantizers.0.codebook"], torch.zeros(16, 8))
 
 
 def test_the_script_is_the_command(photos: Path, tmp_path: Path) -> None:

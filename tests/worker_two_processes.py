@@ -11,6 +11,7 @@ from vqvae2.common.config import TrainingConfig
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import fit
+from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
 
 
@@ -30,9 +31,8 @@ class Images(Dataset):
 def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) -> None:
     torch.manual_seed(0)
     image = PreprocessingConfig(size=(16,), channels=1)
-    config = VQVAE2Config(
-        image=image, quantizer=quantizer, codebook_sizes=(16, 32), code_dims=(8,), hidden_channels=16, residual_channels=8, num_residual_blocks=1
-    )
+    small = {"codebook_sizes": (16, 32), "code_dims": (8,), "hidden_channels": 16, "residual_channels": 8, "num_residual_blocks": 1}
+    config = VQVAE2Config(image=image, quantizer=QuantizerConfig(kind=quantizer, fsq_levels=(4, 3)), **small)
     model = VQVAE2(config).double()  # built before the process group is: whether to talk must be decided later
     training = TrainingConfig(
         num_steps=20, batch_size=8, gradient_accumulation_steps=parts, mixed_precision="no", warmup_steps=2, checkpoint_every=20, log_every=1, validate_every=5

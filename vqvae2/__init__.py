@@ -3,12 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vqvae2.config import PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
+from vqvae2.config import PreprocessingConfig, QuantizerConfig, TrainVQVAEConfig, VQVAE2Config
 
 if TYPE_CHECKING:
     from vqvae2.model import VQVAE2 as VQVAE2
     from vqvae2.model import VQVAE2Output as VQVAE2Output
+    from vqvae2.quantizers import CosineQuantizer as CosineQuantizer
     from vqvae2.quantizers import EMAQuantizer as EMAQuantizer
+    from vqvae2.quantizers import FSQuantizer as FSQuantizer
     from vqvae2.quantizers import GradientQuantizer as GradientQuantizer
     from vqvae2.quantizers import Quantized as Quantized
     from vqvae2.quantizers import Quantizer as Quantizer
@@ -19,9 +21,11 @@ _LAZY = {  # torch is loaded when one of these is first used, not when the comma
     "Quantized": "vqvae2.quantizers",
     "Quantizer": "vqvae2.quantizers",
     "EMAQuantizer": "vqvae2.quantizers",
+    "CosineQuantizer": "vqvae2.quantizers",
+    "FSQuantizer": "vqvae2.quantizers",
     "GradientQuantizer": "vqvae2.quantizers",
 }
-__all__ = ["PreprocessingConfig", "TrainVQVAEConfig", "VQVAE2Config", *_LAZY]  # noqa: PLE0604
+__all__ = ["PreprocessingConfig", "QuantizerConfig", "TrainVQVAEConfig", "VQVAE2Config", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,36 @@ class PreprocessingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """How features become codes, on every level."""
+
+    kind: Literal["ema", "gradient", "cosine", "fsq"] = "ema"
+    """ema: each code is a running average of its features. gradient: codes learn by gradient descent. cosine: as ema, with features and codes
+    of length 1 (goes well with small code_dims, 8 to 32). fsq: no codebook to learn, each dimension is rounded to a few values."""
+    estimator: Literal["straight_through", "rotation"] = "straight_through"
+    """How the decoder's gradient reaches the encoder: unchanged, or turned and scaled as the features were to become the code."""
+    beta: float = 0.25
+    """Weight of the commitment loss, which the encoder pays: ||z - sg(e)||^2."""
+    decay: float = 0.99
+    """Decay of the running averages: of the codes (ema, cosine) and of how often each is used."""
+    start_from_data: bool = True
+    """Start the codebook as a clustering (k-means) of the first features; otherwise from random numbers."""
+    revival_threshold: float = 0.03
+    """A code is replaced by a current feature when its share of the assignments falls below this times 1/K; 0 turns it off."""
+    fsq_levels: tuple[int, ...] = (8, 8, 8)
+    """fsq: values per dimension. Their product is the number of codes, their number the dimension of a code."""
+    search_megabytes: float = 64.0
+    """Memory for the distances between features and codes that are compared at once."""
+
+    def __post_init__(self) -> None:
+        check(self.beta >= 0, "beta", self.beta, "0 or more")
+        check(0 < self.decay < 1, "decay", self.decay, "in (0, 1)")
+        check(0 <= self.revival_threshold < 1, "revival_threshold", self.revival_threshold, "in [0, 1)")
+        check(len(self.fsq_levels) >= 1 and min(self.fsq_levels) >= 2, "fsq_levels", self.fsq_levels, "numbers from 2 on")
+        check(self.search_megabytes > 0, "search_megabytes", self.search_megabytes, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VQVAE2Config:
     """The autoencoder. Levels are listed coarse to fine everywhere: the first is the top, the last the bottom."""
 
@@ -43,23 +73,17 @@ class VQVAE2Config:
     """Per level, how much coarser its grid is than the next finer one (for the bottom: than the image). Powers of two.
     One number makes a VQ-VAE, two a VQ-VAE-2, three the paper's 1024-pixel model."""
     codebook_sizes: tuple[int, ...] = (512,)
-    """K, the number of codes: one number for all levels, or one per level."""
+    """K, the number of codes: one number for all levels, or one per level (fsq: see its levels)."""
     code_dims: tuple[int, ...] = (64,)
-    """D, the dimension of a code: one number for all levels, or one per level."""
+    """D, the dimension of a code: one number for all levels, or one per level (fsq: see its levels)."""
     hidden_channels: int = 128
     """E, the width of encoders and decoders."""
     residual_channels: int = 32
     """Width inside a residual block (the paper: 64)."""
     num_residual_blocks: int = 2
     """Residual blocks per encoder and decoder."""
-    quantizer: Literal["ema", "gradient"] = "ema"
-    """How the codebook learns: running averages of the features assigned to each code, or gradients of the codebook loss."""
-    beta: float = 0.25
-    """Weight of the commitment loss, which the encoder pays: ||z - sg(e)||^2."""
-    ema_decay: float = 0.99
-    """Decay of the running averages of the ema quantizer."""
-    revival_threshold: float = 0.03
-    """The ema quantizer replaces a code by a current feature when its share of the assignments falls below this times 1/K; 0 never."""
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    """How features become codes."""
 
     def __post_init__(self) -> None:
         check(len(self.strides) >= 1, "strides", self.strides, "one number per level")
@@ -73,9 +97,6 @@ class VQVAE2Config:
         check(self.hidden_channels >= 2 and self.hidden_channels % 2 == 0, "hidden_channels", self.hidden_channels, "an even number")
         check(self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1")
         check(self.num_residual_blocks >= 0, "num_residual_blocks", self.num_residual_blocks, "0 or more")
-        check(self.beta >= 0, "beta", self.beta, "0 or more")
-        check(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1)")
-        check(0 <= self.revival_threshold < 1, "revival_threshold", self.revival_threshold, "in [0, 1)")
         stride = math.prod(self.strides)
         for name, side in zip(("height", "width"), self.image.height_width, strict=True):
             check(side % stride == 0, f"image.size ({name})", side, f"divisible by {stride}, the product of the strides {self.strides}")
@@ -88,11 +109,15 @@ class VQVAE2Config:
     @property
     def codebook_size_per_level(self) -> tuple[int, ...]:
         """K of every level."""
+        if self.quantizer.kind == "fsq":
+            return (math.prod(self.quantizer.fsq_levels),) * self.num_levels
         return self.codebook_sizes * (self.num_levels // len(self.codebook_sizes))
 
     @property
     def code_dim_per_level(self) -> tuple[int, ...]:
         """D of every level."""
+        if self.quantizer.kind == "fsq":
+            return (len(self.quantizer.fsq_levels),) * self.num_levels
         return self.code_dims * (self.num_levels // len(self.code_dims))
 
     @property

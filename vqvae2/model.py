@@ -96,7 +96,7 @@ class VQVAE2(Artifact, nn.Module):
         self.encoders = nn.ModuleList(make_encoder(i, stride, config) for i, stride in zip(inputs, config.strides, strict=True))
         # What a quantizer reads: its level's features, and for all but the top what the coarser levels decode to.
         self.projections = nn.ModuleList(nn.Conv2d(hidden + (dims[level - 1] if level else 0), dim, kernel_size=1) for level, dim in enumerate(dims))
-        self.quantizers = nn.ModuleList(make_quantizer(config, k, d) for k, d in zip(config.codebook_size_per_level, dims, strict=True))
+        self.quantizers = nn.ModuleList(make_quantizer(config.quantizer, k, d) for k, d in zip(config.codebook_size_per_level, dims, strict=True))
         # From each level but the bottom to the next finer grid.
         self.level_decoders = nn.ModuleList(
             make_decoder(channels, dim, stride, config) for channels, dim, stride in zip(canvas_channels, dims, coarser_strides, strict=False)

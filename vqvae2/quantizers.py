@@ -4,6 +4,7 @@ Letters: B batch, D code dimension, h w code grid, N = B*h*w vectors, K codebook
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqvae2.config import VQVAE2Config
+from vqvae2.config import QuantizerConfig
+
+MOST_AT_ONCE = 4096  # vectors per matrix product: more is not faster
 
 
 class Quantized(NamedTuple):
@@ -38,36 +41,71 @@ class Quantizer(nn.Module, ABC):
         """Codes `(B, h, w)` to embeddings `(B, D, h, w)`."""
 
 
-def nearest(vectors: Tensor, codebook: Tensor, *, chunk: int = 4096) -> Tensor:
+def nearest(vectors: Tensor, codebook: Tensor, *, megabytes: float = 64.0) -> Tensor:
     """The index of the codebook entry nearest to each vector (van den Oord et al. 2017, equation 1).
 
-    argmin_k |z - e_k|^2 = argmax_k (z . e_k - |e_k|^2 / 2), since |z|^2 is the same for all k: one matrix product. It is done in chunks,
-    so no N x K matrix is ever held.
+    argmin_k |z - e_k|^2 = argmax_k (z . e_k - |e_k|^2 / 2), since |z|^2 is the same for all k: one matrix product. Both sides are first
+    moved by the codebook's mean, which changes no distance: far from the origin the large squares would cancel and leave rounding.
 
     Args:
         vectors: `(N, D)`.
         codebook: `(K, D)`.
+        megabytes: how much of the N x K products is held at once.
 
     Returns:
         `(N,)` int64.
     """
+    centre = codebook.mean(dim=0)
+    codebook = codebook - centre
     offset = -0.5 * codebook.square().sum(dim=1)
-    return torch.cat([torch.addmm(offset, part, codebook.T).argmax(dim=1) for part in vectors.split(chunk)])
+    bytes_per_vector = len(codebook) * codebook.element_size()
+    chunk = min(MOST_AT_ONCE, max(1, int(megabytes * 2**20 / bytes_per_vector)))
+    return torch.cat([torch.addmm(offset, part - centre, codebook.T).argmax(dim=1) for part in vectors.split(chunk)])
+
+
+def straight_through(vectors: Tensor, embeddings: Tensor) -> Tensor:
+    """The value of the embeddings, with the gradient of the vectors: as if quantizing had changed nothing (Bengio et al. 2013). Both `(N, D)`."""
+    return vectors + (embeddings - vectors).detach()
+
+
+def rotation(vectors: Tensor, embeddings: Tensor) -> Tensor:
+    """The value of the embeddings, as a rotation and scaling of the vectors that are held constant for the gradient (Fifty et al. 2024, section 4.2).
+
+    e = (|e|/|z|) R z with R = I - 2 r r^T + 2 e^ z^T, where z^ and e^ have length 1 and r = (z^ + e^) / |z^ + e^|. Both `(N, D)`.
+    """
+    with torch.no_grad():
+        length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        scale = embeddings.norm(dim=1, keepdim=True) / length
+        z, e = vectors / length, F.normalize(embeddings, dim=1)
+        r = F.normalize(z + e, dim=1)
+    turned = vectors - 2 * r * (vectors * r).sum(dim=1, keepdim=True) + 2 * e * (vectors * z).sum(dim=1, keepdim=True)
+    return scale * turned
+
+
+ESTIMATORS = {"straight_through": straight_through, "rotation": rotation}
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer with a codebook of K vectors, which starts as a clustering of the first features that it sees.
+    """A quantizer with a codebook of K vectors, kept in good health.
 
-    Subclasses own `self.codebook` `(K, D)`, say what the codebook pays (`codebook_loss`) and how else it learns (`learn`).
-    It computes in at least fp32, whatever autocast says outside: in bf16 about 1 % of the assignments are wrong.
+    Start: k-means over the first batch's features of all processes; the averages of an `EMAQuantizer`, which begin at zero, then go on with
+    it over the next batches.
+
+    Revival: a code whose share of the assignments falls below `revival_threshold / K` is replaced by a feature of the current batch, and counts as
+    used as often as the average code, so that it stays long enough to be found. A share depends on neither the batch size nor the number of processes.
+
+    Subclasses own `self.codebook` `(K, D)`, say what it pays (`codebook_loss`) and how it learns otherwise (`learn`, `replace`).
+    It computes in at least fp32, whatever autocast says outside: a search in bf16 gets about 1 % of the codes wrong.
     """
 
     codebook: Tensor
+    counts: Tensor
     num_updates: Tensor
 
-    def __init__(self, codebook_size: int, code_dim: int, *, beta: float = 0.25) -> None:
+    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
         super().__init__()
-        self.codebook_size, self.code_dim, self.beta = codebook_size, code_dim, beta
+        self.codebook_size, self.code_dim, self.config = codebook_size, code_dim, config or QuantizerConfig()
+        self.register_buffer("counts", torch.zeros(codebook_size))  # running average of the assignments per update
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._started: bool | None = None  # num_updates > 0, read once: asking the device at every step would stall it
 
@@ -76,17 +114,16 @@ class CodebookQuantizer(Quantizer):
         batch, _, height, _ = features.shape
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            vectors = rearrange(features, "b d h w -> (b h w) d")
+            vectors = self.prepare(rearrange(features, "b d h w -> (b h w) d"))
+            constant = vectors.detach()
             if self.training:
-                self._start(vectors.detach())
-            codes = nearest(vectors.detach(), self.codebook.detach())
+                self._start(constant)
+            codes = nearest(constant, self.codebook.detach(), megabytes=self.config.search_megabytes)
             embeddings = F.embedding(codes, self.codebook)
-            loss = self.beta * F.mse_loss(vectors, embeddings.detach()) + self.codebook_loss(vectors.detach(), embeddings)
-            # Straight-through: the value is the embedding, the gradient goes to the features as if nothing had happened.
-            passed = vectors + (embeddings - vectors).detach()
+            loss = self.config.beta * F.mse_loss(vectors, embeddings.detach()) + self.codebook_loss(constant, embeddings)
+            passed = ESTIMATORS[self.config.estimator](vectors, embeddings.detach())
             if self.training:
-                self.learn(vectors.detach(), codes)
-                self.num_updates += 1
+                self._update(constant, codes)
         return Quantized(
             embeddings=rearrange(passed, "(b h w) d -> b d h w", b=batch, h=height),
             codes=rearrange(codes, "(b h w) -> b h w", b=batch, h=height),
@@ -97,21 +134,56 @@ class CodebookQuantizer(Quantizer):
         """Codes `(B, h, w)` to embeddings `(B, D, h, w)`."""
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
 
+    def prepare(self, vectors: Tensor) -> Tensor:
+        """What is done to vectors `(N, D)` before they are compared: nothing."""
+        return vectors
+
     @abstractmethod
     def codebook_loss(self, vectors: Tensor, embeddings: Tensor) -> Tensor | float:
         """||sg(z) - e||^2 where the codebook learns by gradient, else 0. Vectors and embeddings are `(N, D)`."""
 
     @abstractmethod
-    def learn(self, vectors: Tensor, codes: Tensor) -> None:
-        """Whatever the codebook learns without gradients, from vectors `(N, D)` and their codes `(N,)`."""
+    def learn(self, sums: Tensor) -> None:
+        """What the codebook learns without gradients, from the sum of the vectors assigned to each code `(K, D)`; `counts` is up to date."""
+
+    @abstractmethod
+    def replace(self, dead: Tensor, vectors: Tensor) -> None:
+        """Put vectors `(K, D)` in the place of the dead codes `(K, 1)` (bool)."""
 
     @torch.no_grad()
     def _start(self, vectors: Tensor) -> None:
         if self._started is None:
             self._started = bool(self.num_updates > 0)
-        if not self._started:
-            self.codebook.copy_(k_means(_gather(vectors), self.codebook_size))
-            self._started = True
+        if not self._started and self.config.start_from_data:
+            self.codebook.copy_(self.prepare(k_means(_gather(vectors), self.codebook_size)))
+        self._started = True
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor) -> None:
+        """One step of all that does not learn by gradient, from the vectors of all processes. Nothing here asks the device for a value."""
+        totals = vectors.new_zeros(self.codebook_size, self.code_dim + 1)
+        totals[:, :-1].index_add_(0, codes, vectors)
+        totals[:, -1].index_add_(0, codes, torch.ones_like(vectors[:, 0]))
+        candidates = self._candidates(vectors)
+        totals, candidates = _sum_over_processes(torch.cat([totals, candidates], dim=1)).split([self.code_dim + 1, self.code_dim], dim=1)
+        self.counts.lerp_(totals[:, -1], 1 - self.config.decay)
+        self.learn(totals[:, :-1])
+        if self.config.revival_threshold:
+            dead = self.counts < self.config.revival_threshold * self.counts.mean()
+            self.counts.copy_(torch.where(dead, self.counts.mean(), self.counts))
+            self.replace(dead[:, None], candidates)
+        self.num_updates += 1
+
+    def _candidates(self, vectors: Tensor) -> Tensor:
+        """One random vector of all processes for each code `(K, D)`: here those that this process holds, zero elsewhere.
+
+        The choice is a hash of (update, code), the same on every process, and the joint batch of one process gives the same vectors.
+        """
+        number, rank = vectors.shape[0], _rank()
+        keys = self.num_updates * self.codebook_size + torch.arange(self.codebook_size, device=vectors.device)
+        chosen = _mix(keys) % (number * _world_size()) - rank * number
+        mine = (chosen >= 0) & (chosen < number)
+        return vectors[chosen.clamp(0, number - 1)] * mine[:, None]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)
@@ -127,54 +199,45 @@ class EMAQuantizer(CodebookQuantizer):
 
     Both averages start at zero, so their common bias (1 - decay^t) cancels in the quotient: after one step a code *is* the mean of its
     vectors. A code that no vector has ever chosen keeps its place.
-
-    A code whose share of the assignments falls below `revival_threshold / K` is replaced by a feature of the current batch, with the
-    average code's count, so that it stays long enough to be found. A share does not depend on the batch size or the process count.
     """
 
-    counts: Tensor
     sums: Tensor
 
-    def __init__(self, codebook_size: int, code_dim: int, *, beta: float = 0.25, decay: float = 0.99, revival_threshold: float = 0.03) -> None:
-        super().__init__(codebook_size, code_dim, beta=beta)
-        self.decay, self.revival_threshold = decay, revival_threshold
-        self.register_buffer("codebook", torch.randn(codebook_size, code_dim))
-        self.register_buffer("counts", torch.zeros(codebook_size))
+    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+        super().__init__(codebook_size, code_dim, config)
+        self.register_buffer("codebook", self.prepare(torch.randn(codebook_size, code_dim)))
         self.register_buffer("sums", torch.zeros(codebook_size, code_dim))
 
     def codebook_loss(self, vectors: Tensor, embeddings: Tensor) -> Tensor | float:
         """Nothing: the averages are the minimiser of the codebook loss."""
         return 0.0
 
-    @torch.no_grad()
-    def learn(self, vectors: Tensor, codes: Tensor) -> None:
-        """One step of the averages, from the vectors of all processes."""
-        ones = torch.ones_like(vectors[:, :1])
-        totals = vectors.new_zeros(self.codebook_size, 1 + self.code_dim)
-        totals.index_add_(0, codes, torch.cat([ones, vectors], dim=1))
-        candidates = self._candidates(vectors)
-        totals, candidates = _sum_over_processes(torch.cat([totals, candidates], dim=1)).split([1 + self.code_dim, self.code_dim], dim=1)
-        self.counts.lerp_(totals[:, 0], 1 - self.decay)
-        self.sums.lerp_(totals[:, 1:], 1 - self.decay)
+    def learn(self, sums: Tensor) -> None:
+        """One step of the averages."""
+        self.sums.lerp_(sums, 1 - self.config.decay)
+        self._set(self.counts)
 
-        share, average = self.counts / self.counts.sum(), self.counts.mean()
-        dead = (share < self.revival_threshold / self.codebook_size)[:, None]
-        self.counts.copy_(torch.where(dead[:, 0], average, self.counts))
-        self.sums.copy_(torch.where(dead, average * candidates, self.sums))
-        tiny = torch.finfo(self.counts.dtype).tiny
-        seen = (self.counts > tiny)[:, None]
-        self.codebook.copy_(torch.where(seen, self.sums / self.counts.clamp(min=tiny)[:, None], self.codebook))
+    def replace(self, dead: Tensor, vectors: Tensor) -> None:
+        """The vectors become the averages, with the weight that `counts` gives them: they survive the next steps."""
+        self.sums.copy_(torch.where(dead, self.counts[:, None] * vectors, self.sums))
+        self._set(self.counts)
 
-    def _candidates(self, vectors: Tensor) -> Tensor:
-        """One random vector of all processes for each code `(K, D)`: here those that this process holds, zero elsewhere.
+    def _set(self, counts: Tensor) -> None:
+        tiny = torch.finfo(counts.dtype).tiny
+        averages = self.prepare(self.sums / counts.clamp(min=tiny)[:, None])
+        self.codebook.copy_(torch.where((counts > tiny)[:, None], averages, self.codebook))
 
-        The choice is a hash of (update, code), the same on every process, and the joint batch of one process gives the same vectors.
-        """
-        number, rank = vectors.shape[0], _rank()
-        keys = self.num_updates * self.codebook_size + torch.arange(self.codebook_size, device=vectors.device)
-        chosen = _mix(keys) % (number * _world_size()) - rank * number
-        mine = (chosen >= 0) & (chosen < number)
-        return vectors[chosen.clamp(0, number - 1)] * mine[:, None]
+
+class CosineQuantizer(EMAQuantizer):
+    """Running averages on the unit sphere: features and codes have length 1, and the nearest code is the one at the smallest angle.
+
+    Yu et al. 2022 (ViT-VQGAN, section 3.2) use it with codes of few dimensions, here `code_dims`: the 1x1 convolution before the
+    quantizer projects to them.
+    """
+
+    def prepare(self, vectors: Tensor) -> Tensor:
+        """Scale to length 1."""
+        return F.normalize(vectors, dim=1)
 
 
 class GradientQuantizer(CodebookQuantizer):
@@ -182,23 +245,71 @@ class GradientQuantizer(CodebookQuantizer):
 
     codebook: nn.Parameter
 
-    def __init__(self, codebook_size: int, code_dim: int, *, beta: float = 0.25) -> None:
-        super().__init__(codebook_size, code_dim, beta=beta)
+    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+        super().__init__(codebook_size, code_dim, config)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
 
     def codebook_loss(self, vectors: Tensor, embeddings: Tensor) -> Tensor | float:
         """||sg(z) - e||^2."""
         return F.mse_loss(embeddings, vectors)
 
-    def learn(self, vectors: Tensor, codes: Tensor) -> None:
+    def learn(self, sums: Tensor) -> None:
         """Nothing: the optimizer moves the codebook."""
 
+    def replace(self, dead: Tensor, vectors: Tensor) -> None:
+        """Overwrite the parameter's rows."""
+        self.codebook.copy_(torch.where(dead, vectors, self.codebook))
 
-def make_quantizer(config: VQVAE2Config, codebook_size: int, code_dim: int) -> Quantizer:
+
+class FSQuantizer(Quantizer):
+    """Finite scalar quantization (Mentzer et al. 2023): each dimension is squashed and rounded to one of L_d values. Nothing can collapse.
+
+    A code is the mixed-radix number of its digits, so it is an integer below prod(L_d) like any other; embeddings lie in [-1, 1].
+    """
+
+    levels: Tensor
+    basis: Tensor
+
+    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+        super().__init__()
+        levels = torch.tensor((config or QuantizerConfig()).fsq_levels)
+        assert (int(levels.prod()), len(levels)) == (codebook_size, code_dim), "the configuration derives both from fsq_levels"
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("basis", torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(dim=0)]), persistent=False)
+
+    def forward(self, features: Tensor) -> Quantized:
+        """Quantize `(B, D, h, w)`, D the number of levels; there is no loss."""
+        with torch.autocast(features.device.type, enabled=False):
+            vectors = rearrange(features.to(torch.promote_types(features.dtype, torch.float32)), "b d h w -> b h w d")
+            bounded = self._bound(vectors)
+            digits = bounded.round().detach()
+            codes = ((digits.long() + self.levels // 2) * self.basis).sum(dim=-1)
+            embeddings = straight_through(bounded, digits) / (self.levels // 2)
+        return Quantized(rearrange(embeddings, "b h w d -> b d h w"), codes, vectors.new_zeros(()))
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes `(B, h, w)` to embeddings `(B, D, h, w)`."""
+        digits = codes[..., None] // self.basis % self.levels
+        return rearrange((digits - self.levels // 2) / (self.levels // 2), "b h w d -> b d h w")
+
+    def _bound(self, vectors: Tensor) -> Tensor:
+        """Squash to the interval that rounds to L values (section 3.1 there): symmetric for an odd L, half a step lower for an even one."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(vectors.dtype)
+        return torch.tanh(vectors + torch.atanh(offset / half)) * half - offset
+
+
+QUANTIZERS: dict[str, Callable[[int, int, QuantizerConfig], Quantizer]] = {
+    "ema": EMAQuantizer,
+    "gradient": GradientQuantizer,
+    "cosine": CosineQuantizer,
+    "fsq": FSQuantizer,
+}
+
+
+def make_quantizer(config: QuantizerConfig, codebook_size: int, code_dim: int) -> Quantizer:
     """The quantizer that the configuration names, for one level."""
-    if config.quantizer == "ema":
-        return EMAQuantizer(codebook_size, code_dim, beta=config.beta, decay=config.ema_decay, revival_threshold=config.revival_threshold)
-    return GradientQuantizer(codebook_size, code_dim, beta=config.beta)
+    return QUANTIZERS[config.kind](codebook_size, code_dim, config)
 
 
 @torch.no_grad()
