@@ -41,7 +41,7 @@ def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer
     if quantizer == "fsq":  # features of a new network are all rounded to zero, and then the decoder's weights multiply nothing
         for projection in model.projections:
             projection.weight.data *= 100
-    loss, _ = make_loss("mse")(model, {"images": torch.rand(3, 2, 32, 48) * 2 - 1})
+    loss, _ = make_loss("mse", model.config.codebook_size_per_level)(model, {"images": torch.rand(3, 2, 32, 48) * 2 - 1})
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

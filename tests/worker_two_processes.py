@@ -40,7 +40,7 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
     accelerator = make_accelerator(training, output_dir)
     assert accelerator.num_processes == expected_processes, accelerator.num_processes
     loader = ShuffledLoader(Images(), training.batch_size // parts, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
-    fit(accelerator, model, make_loss("mse"), loader, training, output_dir)
+    fit(accelerator, model, make_loss("mse", config.codebook_size_per_level), loader, training, output_dir)
     torch.save(model.state_dict(), output_dir / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
 

@@ -1,7 +1,7 @@
 """Train stage 1 from a configuration: images in, a model folder out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.files import RunRecord
@@ -19,6 +20,7 @@ from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.losses import make_loss
 from vqvae2.model import VQVAE2
+from vqvae2.usage import level_name, perplexity, usage, verdict
 
 RECORD_NAME = "train_config.yaml"
 MakeDraw = Callable[[ImageDataset, torch.device], Draw]
@@ -65,12 +67,14 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
     fit(
         accelerator,
         model,
-        make_loss(config.reconstruction_loss),
+        make_loss(config.reconstruction_loss, config.model.codebook_size_per_level),
         loader,
         config,
         output_dir,
         evaluate=(lambda net: evaluate(net, images.validation, accelerator)) if len(images.validation) else None,
         draw=make_draw(shown, accelerator.device) if make_draw else None,
+        describe=CodebookWatch(config.model.num_levels, accelerator),
+        shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
     )
 
 
@@ -95,11 +99,31 @@ def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, b
     mse = (totals[0] / values).item()
     figures = {"loss": mse, "mse": mse}
     for level, count in enumerate(totals[1:]):
-        figures |= {f"perplexity_{level}": perplexity(count), f"usage_{level}": (count > 0).double().mean().item()}
+        figures |= {f"perplexity_{level}": perplexity(count), f"usage_{level}": usage(count)}
     return figures
 
 
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of code frequencies, from counts `(K,)`: between 1 (one code carries all) and K (all equal)."""
-    share = counts / counts.sum()
-    return torch.special.entr(share).sum().exp().item()
+class CodebookWatch:
+    """Turns what `fit` averaged over a window of steps into figures, and warns on the main process while a codebook collapses."""
+
+    PATIENCE = 200  # steps before the first warning, and between two of the same level
+
+    def __init__(self, num_levels: int, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.names = [level_name(level, num_levels) for level in range(num_levels)]
+        self.quiet_until = [self.PATIENCE] * num_levels
+
+    def __call__(self, step: int, means: Mapping[str, Tensor]) -> dict[str, float]:
+        """`means` holds scalars, and in `assignments_l` how often each code of level l was chosen in a batch."""
+        figures = {}
+        for name, value in means.items():
+            if not name.startswith("assignments_"):
+                figures[name] = value.item()
+                continue
+            level = int(name.removeprefix("assignments_"))
+            figures |= {f"perplexity_{level}": perplexity(value), f"usage_{level}": usage(value)}
+            healthy, sentence = verdict(self.names[level], value)
+            if not healthy and step >= self.quiet_until[level] and self.accelerator.is_main_process:
+                tqdm.write(f"step {step}: warning: {sentence}")
+                self.quiet_until[level] = step + self.PATIENCE
+        return figures

@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vqvae2.common.loading import Loader
 from vqvae2.common.pictures import save_picture
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
+Describe = Callable[[int, Mapping[str, Tensor]], dict[str, float]]
 Evaluate = Callable[[Any], Mapping[str, float]]
 Draw = Callable[[Any], Image.Image]
 
@@ -48,15 +49,19 @@ def fit(
     *,
     evaluate: Evaluate | None = None,
     draw: Draw | None = None,
+    describe: Describe | None = None,
+    shown: Sequence[str] = (),
 ) -> None:
     """Train `model` for `config.num_steps` steps and leave the best weights in `output_dir`; continue if it holds a checkpoint.
 
     Args:
-        loss_fn: `loss_fn(model, batch)` gives the loss to go down and figures to report (scalars on the device).
+        loss_fn: `loss_fn(model, batch)` gives the loss to go down and figures to report (tensors on the device, averaged over steps and processes).
         loader: batches of `batch_size / gradient_accumulation_steps` rows over all processes.
         evaluate: figures on held-out data, the same on every process; the weights with the lowest "loss" among them are kept.
             Without it the last weights are kept.
         draw: a picture of what the model does now, saved at intervals; called on the main process alone.
+        describe: turns a step and the averages since the last report into numbers; without it the scalars are reported.
+        shown: which of these numbers stand on the progress bar, besides the loss.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
@@ -72,7 +77,7 @@ def fit(
     kept = plain if averaged is None else averaged
 
     # All state that must survive: weights, optimizer, gradient scaler and random numbers (Accelerate's own), and this.
-    metrics = _Metrics(output_dir, accelerator, config)
+    metrics = _Metrics(output_dir, accelerator, config, describe or _scalars)
     progress = _Progress(averaged, metrics)
     accelerator.register_for_checkpointing(progress)
     checkpoints = _Checkpoints(output_dir / "checkpoints", accelerator, config.keep_checkpoints)
@@ -112,7 +117,8 @@ def fit(
             report = last or step % config.log_every == 0
             if report:
                 means = metrics.write_means(step, learning_rate(step, config))
-                bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
+                more = "".join(f", {name} {means[name]:.0f}" for name in shown)
+                bar.set_postfix_str(f"loss {means['loss']:.4f}{more}, {means['images_per_second']:.0f} images/s")
                 if not math.isfinite(means["loss"]):
                     raise UserError(
                         f"{output_dir}: the loss is {means['loss']} at step {step}. The last checkpoint is intact; "
@@ -172,6 +178,10 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
     for old, new in zip(averaged.buffers(), model.buffers(), strict=True):
         old.copy_(new)
+
+
+def _scalars(step: int, means: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in means.items() if value.ndim == 0}
 
 
 def _make_optimizer(model: nn.Module, device: torch.device, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -240,8 +250,8 @@ class _Checkpoints:
 class _Metrics:
     """metrics.jsonl and the tracker, written by the main process; means over all steps and processes since the last line."""
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, config: TrainingConfig) -> None:
-        self.path, self.accelerator, self.config = output_dir / "metrics.jsonl", accelerator, config
+    def __init__(self, output_dir: Path, accelerator: Accelerator, config: TrainingConfig, describe: Describe) -> None:
+        self.path, self.accelerator, self.config, self.describe = output_dir / "metrics.jsonl", accelerator, config, describe
         self.name = output_dir.name
         self.sums: dict[str, Tensor] = {}
         self.count = 0  # of updates' parts in the sums
@@ -265,12 +275,11 @@ class _Metrics:
     def share(self) -> None:
         """Give every process the mean of the sums: the state that is saved is the main process's."""
         if self.sums and self.accelerator.num_processes > 1:
-            means = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
-            self.sums = dict(zip(self.sums, means, strict=True))
+            self.sums = self.accelerator.reduce(self.sums, reduction="mean")
 
     def write_means(self, step: int, rate: float) -> dict[str, float]:
-        stacked = torch.stack(list(self.sums.values())) / self.count
-        means = dict(zip(self.sums, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+        self.share()
+        means = self.describe(step, {name: total / self.count for name, total in self.sums.items()})
         steps = self.timed / self.config.gradient_accumulation_steps
         means["images_per_second"] = steps * self.config.batch_size / (time.perf_counter() - self.started)
         self.write(step, {"images": step * self.config.batch_size, "learning_rate": rate, **means})
