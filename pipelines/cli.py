@@ -56,12 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"vqvae2: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"vqvae2: error: {error.filename}: {error.strerror}: check the path, its permissions, and the space on the disk.", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         print(f"vqvae2: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("vqvae2: interrupted; the same command starts where it can.", file=sys.stderr)
         return 130
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Without it a process of several may be aborted at its exit, after all its work is done."""
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run_script(command: str) -> None:
@@ -140,12 +156,13 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_section(recipe: dict[str, Any], command: str, level: str | None = None) -> dict[str, Any]:
-    """What a recipe says to a subcommand; to train-prior it speaks per level (`prior_0` is the top's section)."""
+    """What a recipe says to a subcommand; to train-prior it also speaks per level (`prior_0` for the top, the last one for the bottom)."""
+    section = recipe.get(command) or {}
     if command == "train-prior":
         priors = sorted(name for name in recipe if name.startswith("prior_"))
         name = {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}") if priors else ""
-        return recipe.get(name) or {}
-    return recipe.get(command) or {}
+        section = {**section, **(recipe.get(name) or {})}
+    return section
 
 
 def _flags(config_class: type, prefix: str = "") -> list[str]:

@@ -14,11 +14,12 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, check_empty
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, to_pil
-from vqvae2.config import DataConfig, TrainVQVAEConfig
+from vqvae2.config import ImagesConfig, TrainVQVAEConfig
 from vqvae2.data import ImageDataset, load_images, load_source, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
+from vqvae2.training import trained_with
 
 
 def train(config: TrainVQVAEConfig) -> None:
@@ -39,7 +40,10 @@ def reconstruct(config: ReconstructConfig) -> None:
     run = RunRecord("reconstruct", config, "reconstruct_config.yaml", facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
     if config.held_out:
-        images = load_images(DataConfig(path=config.images), model.config.image, show_progress=state.is_main_process).validation
+        _, validation_path = trained_with(config.vqvae, config.images)
+        images = load_images(
+            ImagesConfig(path=config.images, validation_path=validation_path), model.config.image, show_progress=state.is_main_process
+        ).validation
         check(len(images) > 0, "held_out", True, f"used with held-out images, but {config.images} has none")
     else:
         source = load_source(config.images)
@@ -47,6 +51,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     number = min(config.num_images or len(images), len(images))
     images = ImageDataset(images.source, images.indices[:number], images.config)
     images.check(show_progress=state.is_main_process)
+    state.wait_for_everyone()
     if state.is_main_process:
         run.write(output_dir)
     for i in range(state.process_index, number, state.num_processes):
@@ -65,6 +70,7 @@ def sample(config: SampleConfig) -> None:
     labels = pipeline.label_numbers(config.labels)
     run = RunRecord("sample", config, "sample_config.yaml", facts={"encoder_hash": pipeline.vqvae.content_hash()})
     run.check(output_dir)
+    state.wait_for_everyone()
     share = -(-config.num_images // state.num_processes)
     first = min(state.process_index * share, config.num_images)
     number = min(share, config.num_images - first)
@@ -86,8 +92,8 @@ def sample(config: SampleConfig) -> None:
             save_picture(image, output_dir / f"{i:06d}.png")
     state.wait_for_everyone()
     if state.is_main_process:
-        shown = range(min(config.num_images, 10 * max(6, len(labels))))
-        images = [Image.open(output_dir / f"{i:06d}.png") for i in shown]
+        shown = range(min(config.num_images, 10 * min(20, max(6, len(labels)))))
+        images = [Image.open(output_dir / f"{i:06d}.png").copy() for i in shown]
         save_picture(sample_sheet(images, [labels[i % len(labels)] for i in shown] if labels else [], pipeline.class_names), output_dir / "samples.png")
         print(f"{output_dir}: {config.num_images} samples, and samples.png with {len(shown)} of them.")
 
@@ -95,7 +101,7 @@ def sample(config: SampleConfig) -> None:
 def assemble(config: AssembleConfig) -> None:
     """Write the pipeline folder."""
     output_dir = Path(config.output_dir)
-    if not (output_dir / INDEX_NAME).exists():
+    if output_dir.is_file() or not (output_dir / INDEX_NAME).exists():
         check_empty(output_dir, "pipeline")
     pipeline = _load(config, None)
     if processes().is_main_process:

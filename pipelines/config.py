@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import tyro
 
 from prior.config import TrainPriorConfig
-from vqvae2.common.config import may_change
-from vqvae2.config import DataConfig
+from vqvae2.common.config import check, may_change
+from vqvae2.config import ImagesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +16,17 @@ class ExtractConfig:
     Example: vqvae2 extract --vqvae runs/photos/vqvae --data.path photos --output-dir runs/photos/codes
     """
 
-    vqvae: str
+    vqvae: str = may_change()
     """The trained autoencoder: a folder, or a Hub id."""
-    data: DataConfig
+    data: ImagesConfig
     """Where the images are: those that the autoencoder was trained on."""
-    output_dir: str
+    output_dir: str = may_change()
     """Folder of the code dataset. The same command again continues a killed extraction."""
     shard_size: int = 8192
     """Rows per Parquet shard."""
+
+    def __post_init__(self) -> None:
+        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +46,26 @@ class ReconstructConfig:
 
     images: tyro.conf.Positional[str]
     """A folder, a Parquet file, or a Hub dataset id."""
-    vqvae: str
+    vqvae: str = may_change()
     """The trained autoencoder: a folder, or a Hub id."""
-    output_dir: str
+    output_dir: str = may_change()
     """Where the PNG files go."""
     num_images: int = may_change(64)
     """At most this many images, the first ones; 0 for all."""
     held_out: bool = False
     """Only images that the autoencoder's training held out."""
 
+    def __post_init__(self) -> None:
+        check(self.num_images >= 0, "num_images", self.num_images, "0 (all) or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartsConfig:
     """What a pipeline is made of."""
 
-    vqvae: str | None = None
+    vqvae: str | None = may_change(None)
     """The trained autoencoder."""
-    priors: tuple[str, ...] = ()
+    priors: tuple[str, ...] = may_change(())
     """One trained prior per level, the top first."""
 
 
@@ -70,9 +76,9 @@ class SampleConfig(PartsConfig):
     Example: vqvae2 sample --pipeline runs/photos/pipeline --num-images 64 --temperature 1.0 0.9 --output-dir out
     """
 
-    pipeline: str | None = None
+    pipeline: str | None = may_change(None)
     """A pipeline folder or Hub id, instead of --vqvae and --priors."""
-    output_dir: str
+    output_dir: str = may_change()
     """Where the PNG files go."""
     num_images: int = may_change(64)
     """How many images. A larger number continues a set."""
@@ -89,6 +95,11 @@ class SampleConfig(PartsConfig):
     batch_size: int = may_change(64)
     """Images sampled at once."""
 
+    def __post_init__(self) -> None:
+        check(self.num_images >= 1, "num_images", self.num_images, "at least 1")
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AssembleConfig(PartsConfig):
@@ -97,7 +108,7 @@ class AssembleConfig(PartsConfig):
     Example: vqvae2 assemble --vqvae runs/x/vqvae --priors runs/x/prior_0 runs/x/prior_1 --output-dir runs/x/pipeline
     """
 
-    output_dir: str
+    output_dir: str = may_change()
     """The pipeline folder."""
 
 
@@ -110,7 +121,7 @@ class ImportWeightsConfig:
 
     checkpoint: tyro.conf.Positional[str]
     """The .pt file."""
-    output_dir: str
+    output_dir: str = may_change()
     """The model folder."""
     size: tuple[int, ...] = (256,)
     """Height and width of the images that it was trained on, or one number for both (the file does not say)."""
@@ -123,7 +134,10 @@ class DemoConfig:
     About 6 minutes on two CPU cores. Run again, it skips what is finished; killed, it continues.
     """
 
-    output_dir: str = "runs/demo"
+    output_dir: str = may_change("runs/demo")
     """Where everything goes."""
     budget: float = 1.0
     """Share of the training steps: 0.25 for a quick look."""
+
+    def __post_init__(self) -> None:
+        check(self.budget > 0, "budget", self.budget, "above 0")

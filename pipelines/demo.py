@@ -9,7 +9,8 @@ from typing import Any
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import DemoConfig
 from prior.codes import read_manifest
-from vqvae2.common.config import check, from_dict
+from vqvae2.common.config import from_dict
+from vqvae2.common.files import RunRecord
 
 
 def demo(config: DemoConfig) -> None:
@@ -18,8 +19,10 @@ def demo(config: DemoConfig) -> None:
     Raises:
         Stopped: SIGTERM or Ctrl-C came; running it again continues.
     """
-    check(config.budget > 0, "budget", config.budget, "above 0")
     root = Path(config.output_dir)
+    run = RunRecord("demo", config, "demo_config.yaml")
+    run.check(root)
+    run.write(root)
     vqvae, codes, priors = f"{root}/vqvae", f"{root}/codes", [f"{root}/prior_0", f"{root}/prior_1"]
     with as_file(files("pipelines") / "demo_data" / "fashion_mnist.parquet") as images:
         data = {"path": str(images)}

@@ -80,7 +80,8 @@ def sample_sheet(images: Sequence[Image.Image], labels: Sequence[int], class_nam
     rows: dict[int, list[Image.Image]] = {}
     for image, label in zip(images, labels, strict=True):
         rows.setdefault(label, []).append(image)
-    return sheet(list(rows.values()), [class_names[label] for label in rows])
+    shown = list(rows)[:20]
+    return sheet([rows[label] for label in shown], [class_names[label] for label in shown])
 
 
 def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.Image]]:

@@ -1,5 +1,6 @@
 """Images to a code dataset: one row per image, in input order, whatever the number of processes; continues after a kill."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
-from prior.codes import MANIFEST_NAME, Manifest, column_name
-from vqvae2.common.config import check, read_yaml, to_dict
+from prior.codes import MANIFEST_NAME, Manifest, column_name, read_manifest
+from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, whole_file, write_json
 from vqvae2.common.machine import processes
 from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.model import VQVAE2
-from vqvae2.training import RECORD_NAME as TRAIN_RECORD_NAME
+from vqvae2.training import trained_with
 
 RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: the last bits of a convolution depend on the batch size, and codes must not
@@ -32,17 +33,18 @@ def extract(config: ExtractConfig) -> None:
     Raises:
         UserError: bad images, no such model, or an output folder that holds another run.
     """
-    check(config.shard_size >= 1, "shard_size", config.shard_size, "at least 1")
     output_dir = Path(config.output_dir)
     state = processes()
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
     _refuse_other_split(config)
-    if (output_dir / MANIFEST_NAME).exists():
+    if _is_finished(output_dir, config):
         state.print(f"{output_dir}: all codes are extracted already.")
         return
     images = load_images(config.data, model.config.image, show_progress=state.is_main_process)
+    run = replace(run, facts={**run.facts, "image_names_hash": images.names_hash()})
+    run.check(output_dir)
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(output_dir)
@@ -52,7 +54,7 @@ def extract(config: ExtractConfig) -> None:
         mine = list(enumerate(starts))[state.process_index :: state.num_processes]
         bar = tqdm(total=len(dataset), desc=f"extracting {split}", unit="image", disable=not state.is_main_process)
         for number, first in mine:
-            path = output_dir / split / f"{number:05d}.parquet"
+            path = shard_path(output_dir, split, number)
             rows = range(first, min(first + config.shard_size, len(dataset)))
             if not path.exists():
                 write_shard(path, model, dataset, rows)
@@ -65,6 +67,7 @@ def extract(config: ExtractConfig) -> None:
             grids=model.config.grids,
             codebook_sizes=model.config.codebook_size_per_level,
             class_names=images.class_names,
+            rows_hash=images.names_hash(),
             num_train=len(images.train),
             num_validation=len(images.validation),
             preprocessing=to_dict(model.config.image),
@@ -75,25 +78,42 @@ def extract(config: ExtractConfig) -> None:
 
 def _refuse_other_split(config: ExtractConfig) -> None:
     """The images that the autoencoder's training held out must be held out here: the priors are validated on them."""
-    record = Path(config.vqvae) / TRAIN_RECORD_NAME
-    trained_on = read_yaml(record).get("data", {}) if record.exists() else {}
-    if trained_on.get("path") == config.data.path and trained_on.get("validation_path") != config.data.validation_path:
+    same, validation_path = trained_with(config.vqvae, config.data.path)
+    if same and validation_path != config.data.validation_path:
         raise UserError(
-            f"--data.validation-path is {config.data.validation_path!r}, but {config.vqvae} was trained with {trained_on.get('validation_path')!r}: "
+            f"--data.validation-path is {config.data.validation_path!r}, but {config.vqvae} was trained with {validation_path!r}: "
             f"give the same, or images that trained the autoencoder would validate the priors."
         )
 
 
+def _is_finished(output_dir: Path, config: ExtractConfig) -> bool:
+    """Whether the manifest and every shard that it speaks of are there."""
+    if not (output_dir / MANIFEST_NAME).exists():
+        return False
+    manifest = read_manifest(output_dir)
+    number = {"train": manifest.num_train, "validation": manifest.num_validation}
+    return all(shard_path(output_dir, split, first // config.shard_size).exists() for split in number for first in range(0, number[split], config.shard_size))
+
+
+def shard_path(output_dir: Path, split: str, number: int) -> Path:
+    """Where a shard lies."""
+    return output_dir / split / f"{number:05d}.parquet"
+
+
 def write_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -> None:
     """Encode these rows and write them as one Parquet file, whole or not at all."""
-    batches = [dataset.__getitems__(rows[first : first + LANES]) for first in range(0, len(rows), LANES)]
-    codes = [encode_lanes(model, batch["images"]) for batch in batches]
-    columns: dict[str, pa.Array] = {"id": pa.array([dataset.ids[i] for i in rows], pa.string())}
+    codes: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    for first in range(0, len(rows), LANES):
+        batch = dataset.__getitems__(rows[first : first + LANES])
+        codes.append(encode_lanes(model, batch["images"]))
+        labels += [batch["labels"]] if "labels" in batch else []
+    columns: dict[str, pa.Array] = {"id": pa.array([dataset.source.ids[dataset.indices[i]] for i in rows], pa.string())}
     for level, size in enumerate(model.config.codebook_size_per_level):
         flat = torch.cat([batch[level] for batch in codes]).numpy().astype(smallest_type(size))
         columns[column_name(level)] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    if "labels" in batches[0]:
-        columns["label"] = pa.array(torch.cat([batch["labels"] for batch in batches]).numpy(), pa.int32())
+    if labels:
+        columns["label"] = pa.array(torch.cat(labels).numpy(), pa.int32())
     with whole_file(path) as aside:
         pq.write_table(pa.table(columns), aside, compression="zstd")
 

@@ -106,7 +106,7 @@ class VQVAE2Pipeline:
         self,
         num_images: int,
         *,
-        labels: Sequence[int | str] | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
@@ -119,7 +119,7 @@ class VQVAE2Pipeline:
         """Sample images, level after level from the top, and decode them.
 
         Args:
-            labels: class numbers or names, taken in turns; None takes all classes in turns (and is right for a pipeline without classes).
+            labels: a class number or name, or several taken in turns; None takes all classes in turns (and is right for a pipeline without classes).
             temperature, top_k, top_p: one value, or one per level, coarse to fine.
             seed: image i is a function of (seed, first_index + i, its label), up to the last bits of the arithmetic at other batch sizes.
             first_index: index of the first image: 1000 continues a set of 1000 with the same seed.
@@ -131,6 +131,8 @@ class VQVAE2Pipeline:
         samplings = self._samplings(temperature, top_k, top_p)
         if num_images < 1 or batch_size < 1:
             raise UserError(f"num_images is {num_images} and batch_size {batch_size}, but both must be at least 1.")
+        if seed < 0 or first_index < 0:
+            raise UserError(f"seed is {seed} and first_index {first_index}, but both must be 0 or more.")
         if output_type not in ("pil", "pt"):
             raise UserError(f"output_type is {output_type!r}, but must be 'pil' or 'pt'.")
         numbers = self.label_numbers(labels)
@@ -154,13 +156,17 @@ class VQVAE2Pipeline:
         result: list[Image.Image] | Tensor = to_pil(decoded) if output_type == "pil" else decoded
         return PipelineOutput(result, tuple(torch.cat(level) for level in drawn))
 
-    def label_numbers(self, labels: Sequence[int | str] | None) -> list[int]:
+    def label_numbers(self, labels: int | str | Sequence[int | str] | None) -> list[int]:
         """Class names or numbers as numbers; all classes for None; none for a pipeline without classes.
 
         Raises:
             UserError: naming the label and what is allowed.
         """
         names = self.class_names
+        if isinstance(labels, int | str):
+            labels = [labels]
+        elif isinstance(labels, Tensor):
+            labels = labels.tolist()
         if not names:
             if labels:
                 raise UserError(f"labels {list(labels)} were given, but the priors were trained without classes: leave them out.")

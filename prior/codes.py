@@ -36,6 +36,8 @@ class Manifest:
     """K of every level."""
     class_names: tuple[str, ...]
     """Names of the classes that labels count, or empty."""
+    rows_hash: str
+    """Content hash of which images the rows are: names, labels, splits."""
     num_train: int
     """Rows in train/."""
     num_validation: int
@@ -103,7 +105,7 @@ class CodeDataset(Dataset):
         if table is not None and (len(table) != expected or table.column_names != names):
             raise UserError(f"{folder / split} holds {len(table)} rows of {table.column_names}, but its manifest says {expected} of {names}: extract again.")
         self.codes = [self._read(folder / split, table, level) for level in range(self.num_levels)]
-        self.labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)) if manifest.class_names and table is not None else None
+        self.labels = self._read_labels(folder / split, table)
 
     def _read(self, folder: Path, table: Any, level: int) -> Tensor:
         """A level's codes as `(N, h*w)`, in the type they are stored in."""
@@ -117,6 +119,16 @@ class CodeDataset(Dataset):
                 f"{folder}: {column_name(level)} holds {len(flat)} codes up to {flat.max()}, but {len(table)} grids of {height} x {width} below {size} are due."
             )
         return torch.from_numpy(flat.reshape(len(table), -1).copy())
+
+    def _read_labels(self, folder: Path, table: Any) -> Tensor | None:
+        if table is None or not self.manifest.class_names:
+            return None
+        labels = table["label"].to_numpy().astype(np.int64)
+        if labels.min() < 0 or labels.max() >= len(self.manifest.class_names):
+            raise UserError(
+                f"{folder}: labels reach from {labels.min()} to {labels.max()}, but there are {len(self.manifest.class_names)} classes: extract again."
+            )
+        return torch.from_numpy(labels)
 
     def __len__(self) -> int:
         return len(self.codes[0])

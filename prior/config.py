@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vqvae2.common.config import TrainingConfig, check
+from vqvae2.common.config import TrainingConfig, check, may_change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class TrainPriorConfig(TrainingConfig):
     Example: vqvae2 train-prior --codes runs/photos/codes --level top --output-dir runs/photos/prior_0
     """
 
-    codes: str
+    codes: str = may_change()
     """The code dataset that `vqvae2 extract` wrote."""
     level: str
     """top, bottom, or the level's number (0 is the top)."""
-    output_dir: str
+    output_dir: str = may_change()
     """Folder of this run: model, metrics, pictures, checkpoints. The same command again continues it."""
     network: TransformerConfig = field(default_factory=TransformerConfig)
     """Sizes of the network."""

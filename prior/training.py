@@ -38,7 +38,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     manifest = read_manifest(folder)
     facts = prior_config(config, manifest)
     accelerator = make_accelerator(config, output_dir)
-    run = RunRecord("train-prior", config, RECORD_NAME, facts={"encoder_hash": manifest.encoder_hash})
+    run = RunRecord("train-prior", config, RECORD_NAME, facts={"encoder_hash": manifest.encoder_hash, "rows_hash": manifest.rows_hash})
     run.check(output_dir)
     if is_finished(output_dir, config):
         accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")

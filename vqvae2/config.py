@@ -129,13 +129,19 @@ class VQVAE2Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the images are."""
+class ImagesConfig:
+    """Where the images are. (A run is bound to the images' names, not to where they lie.)"""
 
-    path: str
+    path: str = may_change()
     """A folder (with or without class folders, or with train/ and validation/ in it), a Parquet file, or a Hub dataset id."""
-    validation_path: str | None = None
+    validation_path: str | None = may_change(None)
     """An explicit held-out set, of the same kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImagesConfig):
+    """Where the images are, and how they are loaded for training."""
+
     num_workers: int = may_change(0)
     """Processes that load batches beside each training process."""
 
@@ -147,7 +153,7 @@ class TrainVQVAEConfig(TrainingConfig):
     Example: vqvae2 train --data.path photos --model.image.size 128 --output-dir runs/photos/vqvae
     """
 
-    output_dir: str
+    output_dir: str = may_change()
     """Folder of this run: model, metrics, pictures, checkpoints. The same command again continues it."""
     data: DataConfig
     """Where the images are."""

@@ -1,10 +1,12 @@
 """Images from folders, Parquet files and the Hub, prepared as the model's configuration says, split into training and held out."""
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import MODES
-from vqvae2.config import DataConfig, PreprocessingConfig
+from vqvae2.config import ImagesConfig, PreprocessingConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 HELD_OUT_NAMES = ("validation", "val", "valid", "test")
@@ -82,14 +84,21 @@ class ImageDataset(Dataset):
     """Pictures of a source as batches {"images": uint8 (B, C, H, W), "labels": (B,) int64 if there are labels}.
 
     Decoded pictures are kept in memory where all of them fit into `CACHE_BYTES`.
+
+    Args:
+        shared: keep them where processes of a loader see them too.
     """
 
-    def __init__(self, source: ImageSource, indices: Sequence[int], config: PreprocessingConfig) -> None:
+    def __init__(self, source: ImageSource, indices: Sequence[int], config: PreprocessingConfig, *, shared: bool = False) -> None:
         self.source, self.indices, self.config = source, indices, config
         shape = (len(indices), config.channels, *config.height_width)
         fits = np.prod(shape, dtype=np.int64) <= CACHE_BYTES
-        self.cache = torch.empty(shape, dtype=torch.uint8).share_memory_() if fits and indices else None
-        self.cached = torch.zeros(len(indices), dtype=torch.bool).share_memory_()  # shared with loader processes
+        self.cache = torch.empty(shape, dtype=torch.uint8) if fits and len(indices) else None
+        self.cached = torch.zeros(len(indices), dtype=torch.bool)
+        if shared:  # with the processes of a loader
+            self.cached.share_memory_()
+            if self.cache is not None:
+                self.cache.share_memory_()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -145,19 +154,28 @@ class ImageSplits:
     validation: ImageDataset
     class_names: tuple[str, ...]
 
+    def names_hash(self) -> str:
+        """A hash of which images there are, by name, label and split: what a run continues on must be what it was begun on."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for split, dataset in self.items():
+            labels = dataset.source.labels
+            for i in dataset.indices:
+                digest.update(f"{split} {dataset.source.ids[i]} {labels[i] if labels is not None else None}\n".encode())
+        return digest.hexdigest()
+
     def items(self) -> Iterator[tuple[str, ImageDataset]]:
         """The splits by name."""
         yield "train", self.train
         yield "validation", self.validation
 
 
-def load_images(data: DataConfig, config: PreprocessingConfig, *, show_progress: bool = True) -> ImageSplits:
+def load_images(data: ImagesConfig, config: PreprocessingConfig, *, num_workers: int = 0, show_progress: bool = True) -> ImageSplits:
     """Find, split and check the images that the configuration names.
 
     A held-out set that is given (`validation_path`, or the source's own) is taken; otherwise a hash of each image's name decides.
 
     Raises:
-        UserError: no images, a broken image, an unknown colour, classes that differ between the sets.
+        UserError: no images, a broken image, an unknown colour, held-out images among the training images, or other classes.
     """
     try:
         ImageColor.getrgb(config.background)
@@ -168,17 +186,25 @@ def load_images(data: DataConfig, config: PreprocessingConfig, *, show_progress:
         held_out, rest = _open(data.validation_path)
         if rest is not None:
             raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
+        if lies_in(data.validation_path, data.path):
+            raise UserError(f"{data.validation_path} lies in {data.path}, so it would be trained on: move the held-out images beside the others.")
     if held_out is not None:
         held_out = _with_classes_of(train, held_out)
-        splits = [ImageDataset(source, range(len(source.ids)), config) for source in (train, held_out)]
+        splits: list[tuple[ImageSource, Sequence[int]]] = [(source, range(len(source.ids))) for source in (train, held_out)]
     else:
         chosen = [is_held_out(name, config.validation_fraction) for name in train.ids]
-        splits = [ImageDataset(train, [i for i, c in enumerate(chosen) if c is side], config) for side in (False, True)]
-    if not len(splits[0]):
+        splits = [(train, [i for i, c in enumerate(chosen) if c is side]) for side in (False, True)]
+    if not len(splits[0][1]):
         raise UserError(f"{data.path}: all {len(train.ids)} images are held out: add images or lower image.validation_fraction.")
-    for split in splits:
-        split.check(show_progress=show_progress)
-    return ImageSplits(splits[0], splits[1], train.class_names)
+    datasets = [ImageDataset(source, indices, config, shared=num_workers > 0) for source, indices in splits]
+    for dataset in datasets:
+        dataset.check(show_progress=show_progress)
+    return ImageSplits(datasets[0], datasets[1], train.class_names)
+
+
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a local path is a folder or lies in it."""
+    return Path(folder).is_dir() and Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
 
 
 def load_source(path: str) -> ImageSource:
@@ -191,7 +217,11 @@ def load_source(path: str) -> ImageSource:
     if held_out is None:
         return train
     ids, number = [*train.ids, *held_out.ids], len(train.ids)
-    return ImageSource(train.name, ids, lambda i: train.open(i) if i < number else held_out.open(i - number))
+    return ImageSource(train.name, ids, partial(_open_either, train, held_out, number))
+
+
+def _open_either(first: ImageSource, second: ImageSource, number: int, index: int) -> Image.Image:
+    return first.open(index) if index < number else second.open(index - number)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -200,22 +230,20 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def _with_classes_of(train: ImageSource, held_out: ImageSource) -> ImageSource:
-    """The held-out source with its labels counted as in the training source."""
-    if train.labels is None or held_out.labels is None:
-        return ImageSource(held_out.name, held_out.ids, held_out.open) if train.labels is None else _refuse_classes(train, held_out)
-    if train.class_names == held_out.class_names:
-        return held_out
-    if not set(held_out.class_names) <= set(train.class_names):
-        _refuse_classes(train, held_out)
+    """The held-out source with its labels counted as in the training source.
+
+    Raises:
+        UserError: it has classes that the training source has not, or none where that has some.
+    """
+    if train.labels is None:
+        return ImageSource(held_out.name, held_out.ids, held_out.open)
+    if held_out.labels is None or not set(held_out.class_names) <= set(train.class_names):
+        raise UserError(
+            f"{held_out.name} has the classes {list(held_out.class_names)}, but {train.name} has {list(train.class_names)}: "
+            f"the held-out images need the training images' classes."
+        )
     labels = [train.class_names.index(held_out.class_names[label]) for label in held_out.labels]
     return ImageSource(held_out.name, held_out.ids, held_out.open, labels, train.class_names)
-
-
-def _refuse_classes(train: ImageSource, held_out: ImageSource) -> Any:
-    raise UserError(
-        f"{held_out.name} has the classes {list(held_out.class_names)}, but {train.name} has {list(train.class_names)}: "
-        f"the held-out images need the training images' classes."
-    )
 
 
 def _open(path: str) -> tuple[ImageSource, ImageSource | None]:
@@ -234,10 +262,15 @@ def _open(path: str) -> tuple[ImageSource, ImageSource | None]:
 
 def _open_folder(root: Path) -> tuple[ImageSource, ImageSource | None]:
     folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    held_out = next((name for name in HELD_OUT_NAMES if folders == {"train", name}), None)
-    if held_out is not None:
-        return _folder_source(root / "train"), _folder_source(root / held_out)
-    return _folder_source(root), None
+    held_out = next((name for name in HELD_OUT_NAMES if name in folders), None)
+    if "train" not in folders:
+        return _folder_source(root), None
+    if held_out is None or not folders <= {"train", *HELD_OUT_NAMES}:
+        raise UserError(
+            f"{root} holds the folders {', '.join(sorted(folders))}, of which 'train' is no class: "
+            f"name {root / 'train'} as data.path, and the held-out folder as data.validation_path."
+        )
+    return _folder_source(root / "train"), _folder_source(root / held_out)
 
 
 def _folder_source(root: Path) -> ImageSource:
@@ -252,7 +285,7 @@ def _folder_source(root: Path) -> ImageSource:
         class_names = tuple(sorted({name.split("/")[0] for name in ids}))
         number = {name: i for i, name in enumerate(class_names)}
         labels = [number[name.split("/")[0]] for name in ids]
-    return ImageSource(str(root), ids, lambda i: Image.open(paths[i]), labels, class_names)
+    return ImageSource(str(root), ids, partial(_open_file, paths), labels, class_names)
 
 
 def _open_tables(path: str, builder: str, **options: Any) -> tuple[ImageSource, ImageSource | None]:
@@ -287,21 +320,31 @@ def _table_source(path: str, table: Any) -> ImageSource:
     label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), "label" if "label" in features else None)
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
-    if label is not None and isinstance(features[label], datasets.ClassLabel):
-        labels, class_names = list(table[label]), tuple(features[label].names)
-    elif label is not None:
-        values = sorted(set(table[label]))
-        class_names = tuple(map(str, values))
-        labels = [values.index(value) for value in table[label]]
+    if label is not None:
+        values = list(table[label])
+        kinds = {type(value) for value in values}
+        names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
+        if kinds not in ({int}, {str}) or (names is not None and not 0 <= min(values) <= max(values) < len(names)):
+            raise UserError(f"{path}: the column {label!r} does not give every row a class (found {sorted(map(str, kinds))}): fill it in, or remove it.")
+        if names is None:
+            names = sorted(set(values))
+            values = [names.index(value) for value in values]
+        labels, class_names = values, tuple(map(str, names))
     ids = list(map(str, table["id"])) if "id" in features else [f"{i:09d}" for i in range(len(table))]
     column = table.select_columns([image])
-    return ImageSource(path, ids, lambda i: _decode(column[i][image]), labels, class_names)
+    return ImageSource(path, ids, partial(_open_cell, column, image), labels, class_names)
 
 
-def _decode(cell: Any) -> Image.Image:
+# What opens a picture are partial functions of these: loader processes that are spawned receive them pickled.
+
+
+def _open_file(paths: Sequence[Path], index: int) -> Image.Image:
+    return Image.open(paths[index])
+
+
+def _open_cell(table: Any, column: str, index: int) -> Image.Image:
     """An encoded image: its bytes, or {"bytes", "path"} as `datasets` stores it."""
-    import io
-
+    cell = table[index][column]
     if isinstance(cell, dict):
         return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
     return Image.open(io.BytesIO(cell))

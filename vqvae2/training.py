@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vqvae2.common.artifact import load_weights, local_folder
+from vqvae2.common.config import read_yaml
+from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import Draw, fit, is_finished
 from vqvae2.config import TrainVQVAEConfig
-from vqvae2.data import ImageDataset, load_images, to_images
+from vqvae2.data import ImageDataset, lies_in, load_images, to_images
 from vqvae2.losses import make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.usage import level_name, perplexity, usage, verdict
@@ -47,7 +50,11 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
     model = VQVAE2(config.model)
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
-    images = load_images(config.data, config.model.image, show_progress=accelerator.is_main_process)
+    if lies_in(config.output_dir, config.data.path):
+        raise UserError(f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir.")
+    images = load_images(config.data, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
+    run = replace(run, facts={"image_names_hash": images.names_hash()})
+    run.check(output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.write(output_dir)
@@ -76,6 +83,14 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
         describe=CodebookWatch(config.model.num_levels, accelerator),
         shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
     )
+
+
+def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
+    """Whether a model folder was trained on the images at `path`, and with which explicit held-out set, as its record says."""
+    record = Path(vqvae) / RECORD_NAME
+    data = read_yaml(record).get("data", {}) if record.exists() else {}
+    same = bool(data) and Path(data["path"]).expanduser().resolve() == Path(path).expanduser().resolve()
+    return same, data.get("validation_path") if same else None
 
 
 def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, batch_size: int = 64) -> dict[str, float]:

@@ -4,6 +4,7 @@
 the key and says what is allowed.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -20,8 +21,8 @@ from vqvae2.common.errors import UserError
 T = TypeVar("T")
 
 
-def may_change(default: Any) -> Any:
-    """A field that a resumed run may set anew: it changes how long or how visibly a run goes, not what it computes."""
+def may_change(default: Any = dataclasses.MISSING) -> Any:
+    """A field that a resumed run may set anew: it changes how long or how visibly a run goes, or where things lie, not what is computed."""
     return field(default=default, metadata={"may_change": True})
 
 
@@ -159,8 +160,9 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise UserError(f"{where} has {len(value)} values, but must have {len(arguments)}.")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]", missing) for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            return float(value)
     if hint is not Any and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise UserError(f"{where} is {value!r}, but must be of type {hint.__name__}.")
     return value

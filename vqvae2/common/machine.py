@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ def native_bf16() -> bool:
     """Whether this machine computes in bfloat16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -42,8 +43,11 @@ def processes() -> PartialState:
 
 
 def use_cpu() -> bool:
-    """Whether to compute on the CPU: told so (ACCELERATE_USE_CPU), or nothing else there. Accelerate must know, or it starts no process group."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    """Whether to compute on the CPU: told so (ACCELERATE_USE_CPU), or no CUDA there. Accelerate must know, or it starts no process group.
+
+    Other accelerators are passed over: on some of them, float64, in which figures are summed and codes drawn, does not exist.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
 def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
@@ -60,18 +64,18 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         raise UserError("mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' on this machine.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier training of this Python process ran in another precision
-    try:
-        accelerator = Accelerator(
-            cpu=use_cpu(),
-            mixed_precision=precision,
-            log_with=config.tracker,
-            project_dir=str(output_dir),
-            # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide it if they were not, and it
-            # makes a forward on one rank alone wait for the others for ever.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"tracker {config.tracker!r} cannot be used ({error}): install it, or leave --tracker out.") from None
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")  # its successor is not in all versions of torch that we run on
+    accelerator = Accelerator(
+        cpu=use_cpu(),
+        mixed_precision=precision,
+        log_with=config.tracker,
+        project_dir=str(output_dir),
+        # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide it if they were not, and it
+        # makes a forward on one rank alone wait for the others for ever.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if config.tracker and not accelerator.log_with:  # Accelerate passes over what is not installed
+        raise UserError(f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave --tracker out.")
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(

@@ -115,20 +115,19 @@ def fit(
 
             # Report. Only here does the host wait for the device.
             report = last or step % config.log_every == 0
+            validate = evaluate is not None and (last or step % config.validate_every == 0)
+            save = last or step % config.checkpoint_every == 0
+            if report or validate or save:
+                metrics.check_finite(step)
             if report:
                 means = metrics.write_means(step, learning_rate(step, config))
                 more = "".join(f", {name} {means[name]:.0f}" for name in shown)
                 bar.set_postfix_str(f"loss {means['loss']:.4f}{more}, {means['images_per_second']:.0f} images/s")
-                if not math.isfinite(means["loss"]):
-                    raise UserError(
-                        f"{output_dir}: the loss is {means['loss']} at step {step}. The last checkpoint is intact; "
-                        f"try a lower learning_rate or mixed_precision no, in a new --output-dir."
-                    )
             stop = bool(received) if accelerator.num_processes == 1 else report and _any_process(accelerator, bool(received))
 
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
-            if evaluate is not None and (last or step % config.validate_every == 0):
+            if validate and evaluate is not None:
                 found = _evaluate(evaluate, kept, accelerator)
                 metrics.write(step, {f"validation/{name}": value for name, value in found.items()})
                 if accelerator.is_main_process:
@@ -146,8 +145,8 @@ def fit(
             # Save the state.
             if last and accelerator.is_main_process and (evaluate is None or not (output_dir / WEIGHTS_NAME).exists()):
                 kept.save_pretrained(output_dir)
-            if last or stop or step % config.checkpoint_every == 0:
-                metrics.share()
+            if save or stop:
+                metrics.check_finite(step)
                 checkpoints.save(step)
             if stop and not last:
                 bar.close()
@@ -277,8 +276,20 @@ class _Metrics:
         if self.sums and self.accelerator.num_processes > 1:
             self.sums = self.accelerator.reduce(self.sums, reduction="mean")
 
-    def write_means(self, step: int, rate: float) -> dict[str, float]:
+    def check_finite(self, step: int) -> None:
+        """Stop before weights that are lost are validated or saved: a loss that was not finite at any step stays so in the sum.
+
+        Raises:
+            UserError: on every process alike.
+        """
         self.share()
+        if self.sums and not math.isfinite(loss := self.sums["loss"].item()):
+            raise UserError(
+                f"{self.path.parent}: the loss is {loss} at step {step}. The last checkpoint and the best model are intact; "
+                f"try a lower learning_rate or --mixed-precision no, in a new --output-dir."
+            )
+
+    def write_means(self, step: int, rate: float) -> dict[str, float]:
         means = self.describe(step, {name: total / self.count for name, total in self.sums.items()})
         steps = self.timed / self.config.gradient_accumulation_steps
         means["images_per_second"] = steps * self.config.batch_size / (time.perf_counter() - self.started)
