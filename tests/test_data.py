@@ -1,6 +1,7 @@
 """Images from the sources that users have, prepared as configured, split so that nothing leaks."""
 
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,43 @@ def test_bad_sources_are_named(tmp_path: Path, photos: Path) -> None:
         load(broken)
     with pytest.raises(UserError, match="background"):
         load(photos, config=PreprocessingConfig(background="blurple"))
+
+
+def test_held_out_folders_are_never_trained_on(tmp_path: Path, photos: Path) -> None:
+    for i, path in enumerate(sorted(photos.rglob("*.png"))[:30]):
+        for target in (f"three/{('train', 'val', 'test')[i % 3]}/{i}.png", f"odd/{('train', 'other')[i % 2]}/{i}.png", f"nested/{'val/' * (i % 2)}{i}.png"):
+            (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / target).write_bytes(path.read_bytes())
+    three = load(tmp_path / "three")
+    assert (len(three.train), len(three.validation)) == (10, 10)
+    assert three.validation.source.name.endswith("val")
+    with pytest.raises(UserError, match="'train' is no class"):
+        load(tmp_path / "odd")
+    with pytest.raises(UserError, match="would be trained on"):
+        load(tmp_path / "nested", tmp_path / "nested" / "val")
+
+
+@pytest.mark.parametrize("labels", [[0, 1, None, 1], [0, 1, -1, 1]])
+def test_rows_without_a_class_are_refused(labels: list, tmp_path: Path) -> None:
+    import datasets
+
+    file = io.BytesIO()
+    picture().save(file, "PNG")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    table = datasets.Dataset.from_dict({"image": [{"bytes": file.getvalue(), "path": None}] * 4, "label": labels}, features=features)
+    table.to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="does not give every row a class"):
+        load(tmp_path / "x.parquet")
+
+
+def test_datasets_can_be_sent_to_spawned_processes(photos: Path) -> None:
+    for splits in (load(photos), load(PARQUET)):
+        again = pickle.loads(pickle.dumps(splits.train))
+        again.cached.zero_()
+        assert torch.equal(again.pixels(5), splits.train.pixels(5))
+
+
+def test_names_hash_tells_other_images_apart(tmp_path: Path, photos: Path) -> None:
+    few, same, more = write_images(tmp_path / "few", 60), write_images(tmp_path / "same", 60), write_images(tmp_path / "more", 61)
+    hashes = [load(folder).names_hash() for folder in (few, same, more)]
+    assert hashes[0] == hashes[1] != hashes[2]

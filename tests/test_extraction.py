@@ -1,6 +1,7 @@
 """Codes on disk: one row per image, in order, the same however they were made; readable by anyone."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -86,3 +87,44 @@ def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
     for number in (1, 3, 8):
         assert all(torch.equal(part, codes[:number]) for part, codes in zip(encode_lanes(model, pixels[:number]), whole, strict=True))
     assert not any(codes.requires_grad for codes in whole)
+
+
+def test_other_images_are_not_mixed_in(run: Path, photos: Path, tmp_path: Path) -> None:
+    """An extraction that was killed and goes on after the folder changed would repeat some rows and lose others."""
+    mine = shutil.copytree(photos, tmp_path / "photos")
+    command = extract_command(run, mine, tmp_path / "codes", "--shard-size", 20)
+    vqvae2(*command)
+    (tmp_path / "codes" / "manifest.json").unlink()
+    (tmp_path / "codes" / "train" / "00003.parquet").unlink()
+    (mine / "bag" / "0000a.png").write_bytes(next((mine / "bag").glob("*.png")).read_bytes())
+    refused = vqvae2(*command, check=False)
+    assert refused.returncode == 2
+    assert "image_names_hash" in refused.stderr
+    (mine / "bag" / "0000a.png").unlink()
+    vqvae2(*command)
+    assert_same_columns(tmp_path / "codes", run / "codes")
+
+
+def assert_same_columns(one: Path, other: Path) -> None:
+    for split in ("train", "validation"):
+        assert pq.read_table(one / split).equals(pq.read_table(other / split))
+
+
+def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) -> None:
+    command = extract_command(run, photos, tmp_path / "codes", "--shard-size", 50)
+    vqvae2(*command)
+    assert "extracted already" in vqvae2(*command).stdout
+    shard = tmp_path / "codes" / "train" / "00001.parquet"
+    before = shard.read_bytes()
+    shard.unlink()
+    vqvae2(*command)
+    assert shard.read_bytes() == before
+
+
+def test_a_prior_does_not_continue_on_other_rows(copy_of_run: Path, tmp_path: Path) -> None:
+    manifest = copy_of_run / "codes" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rows_hash": "', '"rows_hash": "0'))
+    command = ["train-prior", "--config", "tiny", "--codes", copy_of_run / "codes", "--level", "top", "--output-dir", copy_of_run / "prior_0"]
+    refused = vqvae2(*command, "--num-steps", 20, check=False)
+    assert refused.returncode == 2
+    assert "rows_hash" in refused.stderr

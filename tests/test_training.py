@@ -1,8 +1,10 @@
 """The training loop: what it computes is a function of its configuration, whatever interrupts it or splits it up."""
 
+import importlib.util
 import json
 import math
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import kill_when, vqvae2
+from tests.conftest import kill_when, vqvae2, write_images
+from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.config import TrainingConfig
-from vqvae2.common.training import learning_rate, update_average
+from vqvae2.common.loading import StreamLoader
+from vqvae2.common.machine import make_accelerator
+from vqvae2.common.training import fit, learning_rate, update_average
+from vqvae2.losses import make_loss
 
 STEPS = 60
 
@@ -141,3 +147,63 @@ def test_tensorboard(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", 6, "--tracker", "tensorboard"))
     assert list((tmp_path / "x").rglob("events.out.tfevents*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(photos: Path, tmp_path: Path) -> None:
+    options = ("--learning-rate", "1e30", "--max-grad-norm", 0, "--warmup-steps", 0, "--log-every", 50, "--checkpoint-every", 2, "--validate-every", 3)
+    refused = vqvae2(*train_command(photos, tmp_path / "x", *options), check=False)
+    assert refused.returncode == 2
+    assert "the loss is" in refused.stderr.splitlines()[-1]
+    for weights in (tmp_path / "x").rglob("model.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(weights).values()), weights
+
+
+def test_other_images_or_a_missing_tracker_are_refused(photos: Path, tmp_path: Path) -> None:
+    vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", 4))
+    other = write_images(tmp_path / "other", 40)
+    refused = vqvae2(*train_command(other, tmp_path / "x", "--num-steps", 8), check=False)
+    assert (refused.returncode, "image_names_hash" in refused.stderr) == (2, True)
+    inside = vqvae2(*train_command(other, other / "run", "--num-steps", 4), check=False)
+    assert (inside.returncode, "own pictures" in inside.stderr) == (2, True)
+    if importlib.util.find_spec("trackio") is None:
+        untracked = vqvae2(*train_command(photos, tmp_path / "y", "--tracker", "trackio"), check=False)
+        assert (untracked.returncode, "'trackio' is not installed" in untracked.stderr) == (2, True)
+        assert not (tmp_path / "y").exists()
+
+
+def test_a_moved_run_continues(photos: Path, tmp_path: Path) -> None:
+    vqvae2(*train_command(photos, tmp_path / "whole"))
+    vqvae2(*train_command(photos, tmp_path / "here", "--num-steps", 8))
+    (tmp_path / "here").rename(tmp_path / "there")
+    vqvae2(*train_command(shutil.copytree(photos, tmp_path / "moved"), tmp_path / "there", "--num-steps", STEPS))
+    assert metrics(tmp_path / "there")[-1]["step"] == metrics(tmp_path / "whole")[-1]["step"] == STEPS
+
+
+def test_a_collapse_is_warned_about_while_it_happens(photos: Path, tmp_path: Path) -> None:
+    said = vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", 240, "--log-every", 40, "--model.quantizer.no-start-from-data",
+                                 "--model.quantizer.revival-threshold", 0, "--model.codebook-sizes", 256)).stdout  # fmt: skip
+    warnings = [line for line in said.splitlines() if "warning: top:" in line]
+    assert warnings
+    assert "model.quantizer.revival_threshold" in warnings[0]
+
+
+def test_fit_on_a_stream_continues_exactly(tmp_path: Path) -> None:
+    """From Python: an iterable of rows, the library's own classes, and a run in two parts."""
+
+    def fit_to(num_steps: int, output_dir: Path) -> dict:
+        torch.manual_seed(0)
+        image = PreprocessingConfig(size=(16,), channels=1)
+        model = VQVAE2(VQVAE2Config(image=image, codebook_sizes=(16,), code_dims=(8,), hidden_channels=16, residual_channels=8, num_residual_blocks=1))
+        config = TrainingConfig(num_steps=num_steps, batch_size=4, warmup_steps=2, checkpoint_every=3, mixed_precision="no")
+        rows = [{"images": image} for image in torch.rand(10, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1]
+        loss_fn = make_loss("mse", model.config.codebook_size_per_level)
+        fit(make_accelerator(config, output_dir), model, loss_fn, StreamLoader(rows, 4), config, output_dir)
+        return load_file(output_dir / "checkpoints" / f"step_{num_steps:08d}" / "model.safetensors")
+
+    fit_to(8, tmp_path / "parts")
+    whole, parts = fit_to(9, tmp_path / "whole"), fit_to(9, tmp_path / "parts")
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rates) == 2
+    assert whole.keys() == parts.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in parts.values())
+    assert int(parts["quantizers.0.num_updates"]) == int(whole["quantizers.0.num_updates"]) == 9

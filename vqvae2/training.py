@@ -128,12 +128,12 @@ class CodebookWatch:
         self.names = [level_name(level, num_levels) for level in range(num_levels)]
         self.quiet_until = [self.PATIENCE] * num_levels
 
-    def __call__(self, step: int, means: Mapping[str, Tensor]) -> dict[str, float]:
-        """`means` holds scalars, and in `assignments_l` how often each code of level l was chosen in a batch."""
+    def __call__(self, step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+        """`sums` holds sums of `count` scalars, and in `assignments_l` how often each code of level l was chosen."""
         figures = {}
-        for name, value in means.items():
+        for name, value in sums.items():
             if not name.startswith("assignments_"):
-                figures[name] = value.item()
+                figures[name] = value.item() / count
                 continue
             level = int(name.removeprefix("assignments_"))
             figures |= {f"perplexity_{level}": perplexity(value), f"usage_{level}": usage(value)}

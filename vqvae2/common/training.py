@@ -26,7 +26,7 @@ from vqvae2.common.loading import Loader
 from vqvae2.common.pictures import save_picture
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
-Describe = Callable[[int, Mapping[str, Tensor]], dict[str, float]]
+Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
 Evaluate = Callable[[Any], Mapping[str, float]]
 Draw = Callable[[Any], Image.Image]
 
@@ -60,7 +60,7 @@ def fit(
         evaluate: figures on held-out data, the same on every process; the weights with the lowest "loss" among them are kept.
             Without it the last weights are kept.
         draw: a picture of what the model does now, saved at intervals; called on the main process alone.
-        describe: turns a step and the averages since the last report into numbers; without it the scalars are reported.
+        describe: turns a step, the sums of the figures since the last report, and their number into numbers; without it the scalars' means are reported.
         shown: which of these numbers stand on the progress bar, besides the loss.
 
     Raises:
@@ -88,7 +88,7 @@ def fit(
     batches = loader.start_at(progress.step * config.gradient_accumulation_steps)
     bar = tqdm(total=config.num_steps, initial=progress.step, desc=output_dir.name, unit="step", disable=not accelerator.is_main_process)
 
-    with _signals() as received:
+    with _signals() as received, bar:
         while progress.step < config.num_steps:
             progress.step += 1
             step, last = progress.step, progress.step == config.num_steps
@@ -149,11 +149,9 @@ def fit(
                 metrics.check_finite(step)
                 checkpoints.save(step)
             if stop and not last:
-                bar.close()
                 number = received[0] if received else signal.SIGTERM
                 raise Stopped(f"{output_dir}: stopped at step {step} of {config.num_steps}, state saved; the same command continues.", number)
             metrics.started += time.perf_counter() - pause
-    bar.close()
     metrics.close()
 
 
@@ -179,8 +177,8 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
         old.copy_(new)
 
 
-def _scalars(step: int, means: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: value.item() for name, value in means.items() if value.ndim == 0}
+def _scalars(step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    return {name: total.item() / count for name, total in sums.items() if total.ndim == 0}
 
 
 def _make_optimizer(model: nn.Module, device: torch.device, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -290,7 +288,7 @@ class _Metrics:
             )
 
     def write_means(self, step: int, rate: float) -> dict[str, float]:
-        means = self.describe(step, {name: total / self.count for name, total in self.sums.items()})
+        means = self.describe(step, self.sums, self.count)
         steps = self.timed / self.config.gradient_accumulation_steps
         means["images_per_second"] = steps * self.config.batch_size / (time.perf_counter() - self.started)
         self.write(step, {"images": step * self.config.batch_size, "learning_rate": rate, **means})
