@@ -60,6 +60,21 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show what an autoencoder has learned: use of the codebooks, what each level carries, quality of held-out reconstructions.
+
+    Example: vqvae2 inspect runs/photos/vqvae --data.path photos
+    """
+
+    vqvae: tyro.conf.Positional[str] = may_change()
+    """The trained autoencoder: a folder, or a Hub id."""
+    data: ImagesConfig
+    """Images to inspect it with: the held-out ones among them, or all if none are held out."""
+    output_dir: str | None = may_change(None)
+    """Where the page goes; report/ in the model's folder if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartsConfig:
     """What a pipeline is made of."""
 

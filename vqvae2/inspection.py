@@ -93,8 +93,10 @@ def replace_levels(codes: Sequence[Tensor], neutral: Sequence[Tensor], levels: S
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity `(B,)` of images `(B, C, H, W)` in [-1, 1] (Wang et al. 2004, equation 13), mean over pixels and channels.
 
-    A Gaussian window of 11 pixels and sigma 1.5 (smaller where the image is), K1 = 0.01, K2 = 0.03, and a data range of 2.
+    A Gaussian window of 11 pixels and sigma 1.5 (smaller where the image is), K1 = 0.01, K2 = 0.03. The measure is meant for values from 0 to
+    the data range, so images are moved to [0, 2].
     """
+    images, others = images.double() + 1, others.double() + 1  # variances are small differences of large numbers
     width = min(11, images.shape[-1], images.shape[-2])
     width -= 1 - width % 2
     offsets = torch.arange(width, device=images.device, dtype=images.dtype) - width // 2
