@@ -21,12 +21,13 @@ from vqvae2.common.training import fit, learning_rate, update_average
 from vqvae2.losses import make_loss
 
 STEPS = 60
+TIMES = {"images_per_second", "data_wait_share"}
 
 
 def metrics(run: Path) -> list[dict]:
     """The lines of metrics.jsonl without the speed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

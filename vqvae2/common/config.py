@@ -48,6 +48,8 @@ class TrainingConfig:
     """Gradients are clipped to this norm; 0 turns clipping off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it natively, else fp32. fp16 needs CUDA."""
+    compile: bool = may_change(False)
+    """Compile the model (torch.compile): worth it on a GPU; on a CPU it costs minutes at the start for little."""
     weight_ema_decay: float = 0.999
     """Decay of the running average of the weights that is validated and saved (it warms up with the steps); 0 turns it off."""
     seed: int = 0

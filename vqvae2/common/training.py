@@ -72,6 +72,8 @@ def fit(
 
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
     averaged = copy.deepcopy(model).to(accelerator.device).eval() if config.weight_ema_decay else None
+    if config.compile:
+        model.compile()  # in place: names of weights stay as they are
     net, optimizer = accelerator.prepare(model, _make_optimizer(model, accelerator.device, config))
     plain = accelerator.unwrap_model(net)
     kept = plain if averaged is None else averaged
@@ -98,7 +100,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             for part in range(config.gradient_accumulation_steps):
+                asked = time.perf_counter()
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+                metrics.waited += time.perf_counter() - asked
                 final = part == config.gradient_accumulation_steps - 1
                 with nullcontext() if final else accelerator.no_sync(net):  # all-reduce the gradients once per update
                     with accelerator.autocast():
@@ -122,7 +126,8 @@ def fit(
             if report:
                 means = metrics.write_means(step, learning_rate(step, config))
                 more = "".join(f", {name} {means[name]:.0f}" for name in shown)
-                bar.set_postfix_str(f"loss {means['loss']:.4f}{more}, {means['images_per_second']:.0f} images/s")
+                speed = f"{means['images_per_second']:.0f} images/s, {means['data_wait_share']:.0%} of the time waiting for data"
+                bar.set_postfix_str(f"loss {means['loss']:.4f}{more}, {speed}")
             stop = bool(received) if accelerator.num_processes == 1 else report and _any_process(accelerator, bool(received))
 
             # Validate, keep the best, draw: time that does not count in images/s.
@@ -253,6 +258,7 @@ class _Metrics:
         self.sums: dict[str, Tensor] = {}
         self.count = 0  # of updates' parts in the sums
         self.timed = 0  # of those, the ones that this process's clock has seen
+        self.waited = 0.0  # seconds that the loop stood still for the next batch
 
     def begin(self, step: int) -> None:
         """Start the clock and the tracker; drop lines of steps that a killed run made after its last checkpoint, to be made again."""
@@ -290,9 +296,10 @@ class _Metrics:
     def write_means(self, step: int, rate: float) -> dict[str, float]:
         means = self.describe(step, self.sums, self.count)
         steps = self.timed / self.config.gradient_accumulation_steps
-        means["images_per_second"] = steps * self.config.batch_size / (time.perf_counter() - self.started)
+        elapsed = time.perf_counter() - self.started
+        means |= {"images_per_second": steps * self.config.batch_size / elapsed, "data_wait_share": self.waited / elapsed}
         self.write(step, {"images": step * self.config.batch_size, "learning_rate": rate, **means})
-        self.sums, self.count, self.timed, self.started = {}, 0, 0, time.perf_counter()
+        self.sums, self.count, self.timed, self.waited, self.started = {}, 0, 0, 0.0, time.perf_counter()
         return means
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
