@@ -15,7 +15,7 @@ from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, load_images, to_images
-from vqvae2.inspection import Inspection, code_patches, inspect, replace_levels
+from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
 from vqvae2.usage import carriers, level_name, perplexity, usage, verdict
@@ -98,15 +98,14 @@ def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
 
 @torch.no_grad()
 def draw_levels(model: VQVAE2, images: ImageDataset, found: Inspection, names: Sequence[str], device: torch.device) -> Image.Image:
-    """What each level says alone (the others at their most frequent codes), all of them together, and the original (the paper's figure 3)."""
+    """What each level says alone, all of them together, and the original (the paper's figure 3)."""
     number = min(SHOWN_IMAGES, len(images))
     indices = [i * len(images) // number for i in range(number)]
     codes = [level[indices].to(device) for level in found.codes]
     levels = range(len(names))
     rows = []
     for level in levels:
-        alone = replace_levels(codes, found.neutral_codes, [other for other in levels if other != level])
-        rows.append(to_pil(model.decode_codes(alone)))
+        rows.append(to_pil(decode_level(model, codes, found.neutral_codes, level)))
     rows += [to_pil(model.decode_codes(codes)), to_pil(to_images(images.__getitems__(indices)["images"]))]
     return sheet(rows, [*(f"{name} only" for name in names), "both" if len(names) == 2 else "all", "original"])
 
@@ -141,7 +140,7 @@ def make_page(title: str, subtitle: str, figures: Figures, verdicts: Sequence[st
         parts.append(f"<h2>{html.escape(table)}</h2><table><tr><th></th>{head}</tr>{body}</table>")
     of_codes = "What codes stand for: most and least used, {}"
     captions = {name: of_codes.format(name.removeprefix("codes_").removesuffix(".png").replace("_", " ")) for name in pictures}
-    captions["levels.png"] = "What each level carries: the other levels at their most frequent codes"
+    captions["levels.png"] = "What each level says alone (coarser levels at their most frequent codes, finer ones left out), all together, and the original"
     for name, picture in pictures.items():
         file = io.BytesIO()
         picture.save(file, "PNG")

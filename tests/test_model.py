@@ -135,3 +135,23 @@ def test_the_hash_is_of_what_decides_the_codes() -> None:
     with torch.no_grad():
         model.quantizers[0].codebook[0].add_(1)
     assert model.content_hash() != before
+
+
+def test_level_dropout_leaves_out_finer_levels_for_its_share_of_the_images() -> None:
+    model = small((2, 2, 4), level_dropout=0.4)
+    embeddings = [torch.ones(500, 8, *grid) for grid in ((2, 3), (4, 6), (8, 12))]
+    dropped = [model._drop_finer_levels(embeddings) for _ in range(4)]
+    kept = torch.stack([torch.stack([e.amax(dim=(1, 2, 3)) for e in levels]) for levels in dropped]).transpose(0, 1).flatten(1)  # (levels, images)
+    assert (kept[0] == 1).all()
+    assert (kept[1] >= kept[2]).all()
+    assert (1 - kept[2]).mean().item() == pytest.approx(0.4, abs=0.04)
+    assert (1 - kept[1]).mean().item() == pytest.approx(0.2, abs=0.04)
+    assert not torch.equal(dropped[0][2], dropped[1][2])
+
+
+def test_level_dropout_is_for_training_with_more_than_one_level() -> None:
+    model, images = small((2, 4), level_dropout=0.9), torch.rand(4, 2, 32, 48)
+    model(images)
+    assert int(model.num_forwards) == 1
+    model.eval()(images)
+    assert int(model.num_forwards) == 1

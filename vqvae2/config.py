@@ -82,6 +82,9 @@ class VQVAE2Config:
     """Width inside a residual block (the paper: 64)."""
     num_residual_blocks: int = 2
     """Residual blocks per encoder and decoder."""
+    level_dropout: float = 0.1
+    """Share of the training images that are decoded without the finer levels (from the top up to some level that is not the bottom).
+    Without it the bottom learns to do everything, and the coarser levels carry next to nothing."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """How features become codes."""
 
@@ -96,6 +99,7 @@ class VQVAE2Config:
         check(min(self.code_dims) >= 1, "code_dims", self.code_dims, "at least 1")
         check(self.hidden_channels >= 2 and self.hidden_channels % 2 == 0, "hidden_channels", self.hidden_channels, "an even number")
         check(self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1")
+        check(0 <= self.level_dropout < 1, "level_dropout", self.level_dropout, "in [0, 1)")
         check(self.num_residual_blocks >= 0, "num_residual_blocks", self.num_residual_blocks, "0 or more")
         stride = math.prod(self.strides)
         for name, side in zip(("height", "width"), self.image.height_width, strict=True):

@@ -90,6 +90,19 @@ def replace_levels(codes: Sequence[Tensor], neutral: Sequence[Tensor], levels: S
     return [neutral[i].to(c.device).expand_as(c) if i in levels else c for i, c in enumerate(codes)]
 
 
+@torch.no_grad()
+def decode_level(model: VQVAE2, codes: Sequence[Tensor], neutral: Sequence[Tensor], level: int) -> Tensor:
+    """Images `(B, C, H, W)` from one level alone: coarser levels at their most frequent codes, finer ones left out.
+
+    A model that was trained with level dropout knows how to do without finer levels; any other gets their most frequent codes as well.
+    """
+    others = [other for other in range(len(codes)) if other != level]
+    embeddings = [model.quantizers[i].lookup(c) for i, c in enumerate(replace_levels(codes, neutral, others))]  # type: ignore[operator]
+    if model.config.level_dropout:
+        embeddings = [e if i <= level else torch.zeros_like(e) for i, e in enumerate(embeddings)]
+    return model.decode(embeddings)
+
+
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity `(B,)` of images `(B, C, H, W)` in [-1, 1] (Wang et al. 2004, equation 13), mean over pixels and channels.
 

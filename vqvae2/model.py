@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqvae2.common.artifact import Artifact, content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.config import VQVAE2Config
+from vqvae2.distributed import random_integers, rank, world_size
 from vqvae2.quantizers import Quantized, Quantizer, make_quantizer
 
 
@@ -86,6 +87,7 @@ class VQVAE2(Artifact, nn.Module):
     """
 
     config_class = VQVAE2Config
+    num_forwards: Tensor
 
     def __init__(self, config: VQVAE2Config) -> None:
         super().__init__()
@@ -103,12 +105,16 @@ class VQVAE2(Artifact, nn.Module):
         )
         self.upsamplers = nn.ModuleList(make_upsampler(channels, stride) for channels, stride in zip(canvas_channels, coarser_strides, strict=False))
         self.image_decoder = make_decoder(canvas_channels[-1], config.image.channels, config.strides[-1], config)
+        self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions, and a free view for the quantizers
 
     def forward(self, images: Tensor) -> VQVAE2Output:
         """Images `(B, C, H, W)` in [-1, 1] to their reconstruction and what each level said; in training mode the codebooks learn."""
         levels = self.encode(images)
-        return VQVAE2Output(self.decode([level.embeddings for level in levels]), levels)
+        embeddings = [level.embeddings for level in levels]
+        if self.training and self.config.level_dropout and self.config.num_levels > 1:
+            embeddings = self._drop_finer_levels(embeddings)
+        return VQVAE2Output(self.decode(embeddings), levels)
 
     def encode(self, images: Tensor) -> tuple[Quantized, ...]:
         """Images `(B, C, H, W)` in [-1, 1] to one `Quantized` per level, coarse to fine.
@@ -147,6 +153,19 @@ class VQVAE2(Artifact, nn.Module):
         """A hash of all that decides which codes an image gets: configuration, preprocessing, encoders, codebooks; not the image decoder."""
         decoding = ("image_decoder.", "upsamplers.") if self.config.num_levels < 3 else ("image_decoder.",)
         return content_hash(self.config, [(name, t) for name, t in self.state_dict().items() if not name.startswith(decoding)])
+
+    def _drop_finer_levels(self, embeddings: list[Tensor]) -> list[Tensor]:
+        """For a share of the images, zeros in place of the embeddings of all levels below a random one: nested dropout (Rippel et al. 2014).
+
+        Which images and levels is a hash of (forward, place in the joint batch): one process or many choose the same.
+        """
+        batch = len(embeddings[0])
+        draws = random_integers(self.num_forwards, 2 * batch * world_size()).view(-1, 2)[batch * rank() : batch * (rank() + 1)]
+        chosen = (draws[:, 0] % 2**20) < self.config.level_dropout * 2**20
+        finest = draws[:, 1] % (self.config.num_levels - 1)  # of the levels that a chosen image keeps
+        self.num_forwards += 1
+        kept = [(~chosen | (level <= finest)) for level in range(self.config.num_levels)]
+        return [e * k[:, None, None, None].to(e.dtype) for e, k in zip(embeddings, kept, strict=True)]
 
     def _extend(self, canvas: Tensor | None, level: int, embeddings: Tensor) -> Tensor:
         """The canvas of `level`: the coarser canvas upsampled to its grid, and its embeddings."""

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae2.config import QuantizerConfig
+from vqvae2.distributed import gather_rows, random_integers, rank, sum_over_processes, world_size
 
 MOST_AT_ONCE = 4096  # vectors per matrix product: more is not faster
 
@@ -155,7 +155,7 @@ class CodebookQuantizer(Quantizer):
         if self._started is None:
             self._started = bool(self.num_updates > 0)
         if not self._started and self.config.start_from_data:
-            self.codebook.copy_(self.prepare(k_means(_gather(vectors), self.codebook_size)))
+            self.codebook.copy_(self.prepare(k_means(gather_rows(vectors), self.codebook_size)))
         self._started = True
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class CodebookQuantizer(Quantizer):
         totals[:, :-1].index_add_(0, codes, vectors)
         totals[:, -1].index_add_(0, codes, torch.ones_like(vectors[:, 0]))
         candidates = self._candidates(vectors)
-        totals, candidates = _sum_over_processes(torch.cat([totals, candidates], dim=1)).split([self.code_dim + 1, self.code_dim], dim=1)
+        totals, candidates = sum_over_processes(torch.cat([totals, candidates], dim=1)).split([self.code_dim + 1, self.code_dim], dim=1)
         self.counts.lerp_(totals[:, -1], 1 - self.config.decay)
         self.learn(totals[:, :-1])
         if self.config.revival_threshold:
@@ -179,9 +179,8 @@ class CodebookQuantizer(Quantizer):
 
         The choice is a hash of (update, code), the same on every process, and the joint batch of one process gives the same vectors.
         """
-        number, rank = vectors.shape[0], _rank()
-        keys = self.num_updates * self.codebook_size + torch.arange(self.codebook_size, device=vectors.device)
-        chosen = _mix(keys) % (number * _world_size()) - rank * number
+        number = vectors.shape[0]
+        chosen = random_integers(self.num_updates, self.codebook_size) % (number * world_size()) - rank() * number
         mine = (chosen >= 0) & (chosen < number)
         return vectors[chosen.clamp(0, number - 1)] * mine[:, None]
 
@@ -328,41 +327,3 @@ def k_means(vectors: Tensor, num_clusters: int, *, num_rounds: int = 10) -> Tens
         number = members[:, :1]
         centres = torch.where(number > 0, members[:, 1:] / number.clamp(min=1), centres)
     return centres
-
-
-# Collectives. Whether there is a process group is asked at every call: a model may be built before the group is.
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _world_size() > 1 else 0
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if _world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _gather(vectors: Tensor) -> Tensor:
-    """The vectors of all processes in rank order, as one process would see the joint batch."""
-    if _world_size() == 1:
-        return vectors
-    parts = [torch.empty_like(vectors, memory_format=torch.contiguous_format) for _ in range(_world_size())]
-    dist.all_gather(parts, vectors.contiguous())
-    return torch.cat(parts)
-
-
-def _mix(keys: Tensor) -> Tensor:
-    """A non-negative hash of int64 keys (the finaliser of SplitMix64 with logical shifts; products wrap around)."""
-
-    def shifted(value: Tensor, bits: int) -> Tensor:
-        return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-    keys = keys + 1
-    keys = (keys ^ shifted(keys, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    keys = (keys ^ shifted(keys, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return (keys ^ shifted(keys, 31)) & (2**63 - 1)

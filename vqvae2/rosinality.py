@@ -42,7 +42,7 @@ def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
     config = _read_config(checkpoint, theirs, size)
     model = VQVAE2(config)
     expected = model.state_dict()
-    ours = {name: torch.ones_like(tensor) for name, tensor in expected.items() if name.endswith("num_updates")}  # the codebook has begun
+    ours = {name: torch.ones_like(tensor) for name, tensor in expected.items() if name.endswith(("num_updates", "num_forwards"))}  # the codebooks have begun
     for name, tensor in theirs.items():
         our_name = _rename(name)
         if our_name not in expected:
@@ -92,6 +92,7 @@ def _read_config(checkpoint: Path, state: dict[str, Tensor], size: tuple[int, ..
         hidden_channels=hidden,
         residual_channels=residual,
         num_residual_blocks=len(blocks),
+        level_dropout=0.0,
     )
 
 

@@ -1,0 +1,49 @@
+"""What stage 1 needs when several processes train together.
+
+Whether there is a process group is asked at every call: a model may be built before the group is.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes in rank order, as one process would see the joint batch."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def random_integers(draw: Tensor, number: int) -> Tensor:
+    """`number` non-negative random integers `(number,)` int64, a function of the counter `draw` `()` alone: equal on every process.
+
+    They are a hash (the finaliser of SplitMix64, products wrap around), so no generator has a state to save or to ask for.
+    """
+
+    def shifted(value: Tensor, bits: int) -> Tensor:
+        return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+    keys = draw * number + torch.arange(1, number + 1, device=draw.device)
+    keys = (keys ^ shifted(keys, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    keys = (keys ^ shifted(keys, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return (keys ^ shifted(keys, 31)) & (2**63 - 1)
