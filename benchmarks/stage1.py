@@ -7,10 +7,10 @@ All run with the same threads and the same allocator settings, in turns; figures
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from textbook import OneHotQuantizer, TextbookVQVAE2
@@ -132,9 +132,15 @@ def quantizers(codebook_size: int, features: Tensor) -> dict[str, Work]:
 def _extra_memory(codebook_size: int, name: str, result: "multiprocessing.Queue[float]") -> None:
     features = torch.randn(8, 64, 64, 64).contiguous(memory_format=torch.channels_last)
     work = quantizers(codebook_size, features)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+    before = _peak_mebibytes()
     work()
-    result.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    result.put(_peak_mebibytes() - before)
+
+
+def _peak_mebibytes() -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def extra_memory(codebook_size: int, name: str) -> float:
