@@ -161,13 +161,11 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         """One step of all that does not learn by gradient, from the vectors of all processes. Nothing here asks the device for a value."""
-        totals = vectors.new_zeros(self.codebook_size, self.code_dim + 1)
-        totals[:, :-1].index_add_(0, codes, vectors)
-        totals[:, -1].index_add_(0, codes, torch.ones_like(vectors[:, 0]))
-        candidates = self._candidates(vectors)
-        totals, candidates = sum_over_processes(torch.cat([totals, candidates], dim=1)).split([self.code_dim + 1, self.code_dim], dim=1)
-        self.counts.lerp_(totals[:, -1], 1 - self.config.decay)
-        self.learn(totals[:, :-1])
+        sums, counts = _sum_by_code(vectors, codes, self.codebook_size)
+        together = sum_over_processes(torch.cat([sums, self._candidates(vectors), counts[:, None]], dim=1))  # one message
+        sums, candidates, counts = together.split([self.code_dim, self.code_dim, 1], dim=1)
+        self.counts.lerp_(counts[:, 0], 1 - self.config.decay)
+        self.learn(sums)
         if self.config.revival_threshold:
             dead = self.counts < self.config.revival_threshold * self.counts.mean()
             self.counts.copy_(torch.where(dead, self.counts.mean(), self.counts))
@@ -320,10 +318,13 @@ def k_means(vectors: Tensor, num_clusters: int, *, num_rounds: int = 10) -> Tens
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
     centres = vectors[order[torch.arange(num_clusters, device=vectors.device) % len(vectors)]].clone()
-    ones = torch.ones_like(vectors[:, :1])
     for _ in range(num_rounds):
-        members = vectors.new_zeros(num_clusters, 1 + vectors.shape[1])
-        members.index_add_(0, nearest(vectors, centres), torch.cat([ones, vectors], dim=1))
-        number = members[:, :1]
-        centres = torch.where(number > 0, members[:, 1:] / number.clamp(min=1), centres)
+        sums, counts = _sum_by_code(vectors, nearest(vectors, centres), num_clusters)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
     return centres
+
+
+def _sum_by_code(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """The sum `(K, D)` and the number `(K,)` of the vectors `(N, D)` assigned to each code."""
+    sums = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
+    return sums, vectors.new_zeros(codebook_size).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
