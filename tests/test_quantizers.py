@@ -6,7 +6,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from vqvae2.config import QuantizerConfig
-from vqvae2.quantizers import CosineQuantizer, EMAQuantizer, FSQuantizer, GradientQuantizer, k_means, make_quantizer, nearest, rotation
+from vqvae2.quantizers import CosineQuantizer, EMAQuantizer, FSQuantizer, GradientQuantizer, _argmax, k_means, make_quantizer, nearest, rotation
 
 
 def started(quantizer, codebook):  # type: ignore[no-untyped-def]
@@ -267,3 +267,10 @@ def test_revival_does_not_depend_on_the_batch_size() -> None:
     moved = [(quantizer.codebook - codebook).norm(dim=1) > 1e-3 for quantizer in (small, large)]
     assert torch.equal(*moved)
     assert moved[0].any()
+
+
+@pytest.mark.parametrize("columns", [64, 512, 640, 100, 7])
+def test_argmax_in_blocks_is_argmax_also_among_equals(columns: int) -> None:
+    torch.manual_seed(0)
+    for scores in (torch.randn(300, columns), torch.randint(0, 3, (300, columns)).float(), torch.zeros(5, columns)):
+        assert torch.equal(_argmax(scores), scores.argmax(dim=1))
