@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(overview())
             return 0
         if arguments[0] not in COMMANDS:
-            raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)}. See vqvae2 --help.")
+            raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help).")
         config = parse(arguments[0], arguments[1:])
         function_of(arguments[0])(config)
         return 0
@@ -121,7 +121,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in (known := [*_flags(config_class), "--help"]):
-            raise UserError(f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)}. See vqvae2 {command} --help.")
+            raise UserError(f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)} (see vqvae2 {command} --help).")
     section = recipe_section(load_recipe(recipe), command, _take_flag(list(arguments), "--level")[1]) if recipe else {}
     default: Any = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
@@ -195,7 +195,10 @@ def _one_sentence(box: str) -> str:
     """What tyro says in a box, without the box."""
     lines = [re.sub(r"[│╭╮╰╯]|─+", " ", line).strip() for line in box.splitlines()]
     text = " ".join(line for line in lines if line and "full helptext" not in line and "rgument helptext" not in line)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".") + "."
+    text = re.sub(r"\s+", " ", text).removeprefix("Value error ").strip()
+    if text.startswith("Required options"):
+        return f"{' and '.join(re.findall(r'(--[a-z.-]+) [A-Z{]', text))} must be given."
+    return text.rstrip(".") + "."
 
 
 if __name__ == "__main__":
