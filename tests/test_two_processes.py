@@ -14,7 +14,7 @@ from tests.conftest import ROOT, two_processes, vqvae2
 WORKER = ROOT / "tests" / "worker_two_processes.py"
 
 
-@pytest.mark.parametrize(("quantizer", "parts"), [("ema", 1), ("cosine", 1), ("gradient", 1), ("fsq", 2)])
+@pytest.mark.parametrize(("quantizer", "parts"), [("ema", 1), ("cosine", 1), ("gradient", 1), ("fsq", 2), ("adversary", 1)])
 def test_stage_1_equals_one_process(quantizer: str, parts: int, tmp_path: Path) -> None:
     """Twenty steps in float64 with initialisation, revival and averages on: weights and codebooks agree to 1e-9."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

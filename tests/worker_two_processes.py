@@ -11,8 +11,9 @@ from vqvae2.common.config import TrainingConfig
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import fit
-from vqvae2.config import QuantizerConfig
-from vqvae2.losses import make_loss
+from vqvae2.config import DiscriminatorConfig, QuantizerConfig
+from vqvae2.discriminator import AdversarialPair
+from vqvae2.losses import make_adversarial_term, make_loss
 
 
 class Images(Dataset):
@@ -32,6 +33,7 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
     torch.manual_seed(0)
     image = PreprocessingConfig(size=(16,), channels=1)
     small = {"codebook_sizes": (16, 32), "code_dims": (8,), "hidden_channels": 16, "residual_channels": 8, "num_residual_blocks": 1}
+    adversary, quantizer = quantizer == "adversary", "ema" if quantizer == "adversary" else quantizer
     config = VQVAE2Config(image=image, quantizer=QuantizerConfig(kind=quantizer, fsq_levels=(4, 3)), **small)
     model = VQVAE2(config).double()  # built before the process group is: whether to talk must be decided later
     training = TrainingConfig(
@@ -40,7 +42,13 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
     accelerator = make_accelerator(training, output_dir)
     assert accelerator.num_processes == expected_processes, accelerator.num_processes
     loader = ShuffledLoader(Images(), training.batch_size // parts, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
-    fit(accelerator, model, make_loss("mse", config.codebook_size_per_level), loader, training, output_dir)
+    if adversary:
+        settings = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
+        pair = AdversarialPair(model, settings).double()
+        loss_fn = make_loss("mse", config.codebook_size_per_level, adversarial=make_adversarial_term(settings, model.last_layer, start=5))
+        fit(accelerator, pair, loss_fn, loader, training, output_dir, parameter_groups=pair.parameter_groups(settings))
+    else:
+        fit(accelerator, model, make_loss("mse", config.codebook_size_per_level), loader, training, output_dir)
     torch.save(model.state_dict(), output_dir / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
 

@@ -151,6 +151,50 @@ class DataConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """A loss that compares images as a network trained on photographs sees them. Nothing is ever downloaded."""
+
+    weight: float = 0.0
+    """Its weight beside the reconstruction loss; 0 is off, 0.1 to 1 usual."""
+    network: str = "vgg"
+    """vgg: a VGG from the file in weights_file, nothing else needed. lpips: LPIPS with VGG-16 (pip install torchmetrics torchvision, or
+    lpips). timm/NAME: features of a timm model (pip install timm), for example timm/resnet18.a1_in1k."""
+    weights_file: str | None = may_change(None)
+    """vgg: torchvision's weights (.pth or .safetensors), with or without LPIPS's lin0 to lin4 in it. timm: weights instead of those in the Hub's cache."""
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "weight", self.weight, "0 (off) or more")
+        known = self.network in ("vgg", "lpips") or (self.network.startswith("timm/") and len(self.network) > len("timm/"))
+        check(known, "network", self.network, "vgg, lpips or timm/NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """A network that learns to tell reconstructions from images, patch by patch, and that the autoencoder learns to fool (VQGAN): sharper
+    textures, at the price of exactness. With it the last weights are kept, not those with the lowest error."""
+
+    weight: float = 0.0
+    """Weight of fooling it, relative to the pull of the reconstruction loss; 0 is off, 0.8 VQGAN's."""
+    start_step: int = 5000
+    """Step from which it takes part. Let the reconstruction become good first."""
+    learning_rate_factor: float = 0.2
+    """Its learning rate, as a multiple of the autoencoder's."""
+    adam_betas: tuple[float, float] = (0.5, 0.9)
+    """Its AdamW decay rates."""
+    hidden_channels: int = 64
+    """Width of its first layer; it doubles with each further one, up to eight times."""
+    num_layers: int = 3
+    """Halvings of the image before a patch is judged: 3 makes patches of 70 pixels, 2 of 34, 1 of 16."""
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "weight", self.weight, "0 (off) or more")
+        check(self.start_step >= 1, "start_step", self.start_step, "at least 1")
+        check(self.learning_rate_factor > 0, "learning_rate_factor", self.learning_rate_factor, "above 0")
+        check(self.hidden_channels >= 8 and self.hidden_channels % 8 == 0, "hidden_channels", self.hidden_channels, "a multiple of 8")
+        check(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainVQVAEConfig(TrainingConfig):
     """Train the autoencoder (stage 1) on images.
 
@@ -167,3 +211,13 @@ class TrainVQVAEConfig(TrainingConfig):
     """Peak learning rate of AdamW."""
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     """What is minimised between image and reconstruction, in [-1, 1]."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """An optional perceptual loss."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """An optional patch discriminator."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        side, layers = min(self.model.image.height_width), self.discriminator.num_layers
+        judged = not self.discriminator.weight or side >= 3 * 2**layers
+        check(judged, "discriminator.num_layers", layers, f"so small that images of {side} pixels are left with 3 after as many halvings")

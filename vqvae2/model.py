@@ -149,6 +149,11 @@ class VQVAE2(Artifact, nn.Module):
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
         return self.decode([cast(Quantizer, quantizer).lookup(level) for quantizer, level in zip(self.quantizers, codes, strict=True)])
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The kernel of the convolution that writes the image."""
+        return cast(nn.Parameter, self.image_decoder[-1].weight)
+
     def content_hash(self) -> str:
         """A hash of all that decides which codes an image gets: configuration, preprocessing, encoders, codebooks; not the image decoder."""
         decoding = ("image_decoder.", "upsamplers.") if self.config.num_levels < 3 else ("image_decoder.",)

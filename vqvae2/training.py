@@ -21,8 +21,10 @@ from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import Draw, fit, is_finished
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import ImageDataset, lies_in, load_images, to_images
-from vqvae2.losses import make_loss
+from vqvae2.discriminator import AdversarialPair
+from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
+from vqvae2.perceptual import load_perceptual
 from vqvae2.usage import level_name, perplexity, usage, verdict
 
 RECORD_NAME = "train_config.yaml"
@@ -50,6 +52,7 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
     model = VQVAE2(config.model)
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
+    perceptual = load_perceptual(config.perceptual).to(accelerator.device) if config.perceptual.weight else None
     if lies_in(config.output_dir, config.data.path):
         raise UserError(f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir.")
     images = load_images(config.data, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
@@ -71,18 +74,44 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
         num_workers=config.data.num_workers,
     )
     shown = images.validation if len(images.validation) else images.train
+    draw = make_draw(shown, accelerator.device) if make_draw else None
+
+    # With a discriminator, what is trained is a pair; what is validated, drawn and saved is its autoencoder.
+    pair = AdversarialPair(model, config.discriminator) if config.discriminator.weight else None
+    adversarial: AdversarialTerm | None = None
+    if pair is not None:
+        start = (config.discriminator.start_step - 1) * config.gradient_accumulation_steps
+        adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
+
+    def evaluate_autoencoder(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
+        figures = evaluate(_autoencoder(net), images.validation, accelerator, perceptual=perceptual)
+        if pair is None:  # of a pair the last weights are kept: those that fool the discriminator are not those with the lowest error
+            figures["loss"] = figures["mse"] + config.perceptual.weight * figures.get("perceptual", 0.0)
+        return figures
+
     fit(
         accelerator,
-        model,
-        make_loss(config.reconstruction_loss, config.model.codebook_size_per_level),
+        pair or model,
+        make_loss(
+            config.reconstruction_loss,
+            config.model.codebook_size_per_level,
+            perceptual=perceptual,
+            perceptual_weight=config.perceptual.weight,
+            adversarial=adversarial,
+        ),
         loader,
         config,
         output_dir,
-        evaluate=(lambda net: evaluate(net, images.validation, accelerator)) if len(images.validation) else None,
-        draw=make_draw(shown, accelerator.device) if make_draw else None,
+        evaluate=evaluate_autoencoder if len(images.validation) else None,
+        draw=(lambda net: draw(_autoencoder(net))) if draw else None,
         describe=CodebookWatch(config.model.num_levels, accelerator),
         shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
+        parameter_groups=pair.parameter_groups(config.discriminator) if pair is not None else None,
     )
+
+
+def _autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
+    return net.autoencoder if isinstance(net, AdversarialPair) else net
 
 
 def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
@@ -93,26 +122,30 @@ def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
     return same, data.get("validation_path") if same else None
 
 
-def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, batch_size: int = 64) -> dict[str, float]:
+def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, perceptual: Perceptual | None = None, batch_size: int = 64) -> dict[str, float]:
     """Overall figures on a set of images, the same for any number of processes (each sees its share, none twice).
 
     Returns:
-        `loss` and `mse`: mean squared error in [-1, 1] over all values; `perplexity_l` and `usage_l` for each level l: the exponential of
-        the entropy of its code frequencies over the whole set (K when all codes are equally frequent), and the share of codes that occur.
+        `mse`: mean squared error in [-1, 1] over all values; `perceptual` where there is one; `perplexity_l` and `usage_l` for each level l: the
+        exponential of the entropy of its code frequencies over the whole set (K when all codes are equally frequent), and the share that occurs.
     """
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    error = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    errors = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # squared, perceptual
     counts = [torch.zeros(k, dtype=torch.float64, device=accelerator.device) for k in model.config.codebook_size_per_level]
     for first in range(0, len(mine), batch_size):
         batch = to_images(images.__getitems__(mine[first : first + batch_size])["images"].to(accelerator.device))
         reconstruction, levels = model(batch)
-        error += (reconstruction.float().clamp(-1, 1) - batch).square().sum(dtype=torch.float64)
+        clamped = reconstruction.float().clamp(-1, 1)
+        errors[0] += (clamped - batch).square().sum(dtype=torch.float64)
+        if perceptual is not None:
+            errors[1] += perceptual(clamped, batch) * len(batch)
         for count, level in zip(counts, levels, strict=True):
             count.add_(torch.bincount(level.codes.flatten(), minlength=len(count)))
-    totals: Any = accelerator.reduce([error, *counts], reduction="sum")
-    values = len(images) * model.config.image.channels * math.prod(model.config.image.height_width)
-    mse = (totals[0] / values).item()
-    figures = {"loss": mse, "mse": mse}
+    totals: Any = accelerator.reduce([errors, *counts], reduction="sum")
+    squared, seen = totals[0].tolist()
+    figures = {"mse": squared / (len(images) * model.config.image.channels * math.prod(model.config.image.height_width))}
+    if perceptual is not None:
+        figures["perceptual"] = seen / len(images)
     for level, count in enumerate(totals[1:]):
         figures |= {f"perplexity_{level}": perplexity(count), f"usage_{level}": usage(count)}
     return figures

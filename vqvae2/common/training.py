@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqvae2.common.artifact import WEIGHTS_NAME, Artifact
+from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.files import remove_folder, write_text
@@ -29,6 +29,14 @@ LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
 Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
 Evaluate = Callable[[Any], Mapping[str, float]]
 Draw = Callable[[Any], Image.Image]
+ParameterGroups = Sequence[Mapping[str, Any]]
+
+
+class Savable(Protocol):
+    """What a training leaves behind when it is done: an `Artifact`, or a module that holds one."""
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write a model folder."""
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -41,7 +49,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 def fit(
     accelerator: Accelerator,
-    model: Artifact,
+    model: Savable,
     loss_fn: LossFunction,
     loader: Loader,
     config: TrainingConfig,
@@ -51,6 +59,7 @@ def fit(
     draw: Draw | None = None,
     describe: Describe | None = None,
     shown: Sequence[str] = (),
+    parameter_groups: ParameterGroups | None = None,
 ) -> None:
     """Train `model` for `config.num_steps` steps and leave the best weights in `output_dir`; continue if it holds a checkpoint.
 
@@ -58,10 +67,12 @@ def fit(
         loss_fn: `loss_fn(model, batch)` gives the loss to go down and figures to report (tensors on the device, averaged over steps and processes).
         loader: batches of `batch_size / gradient_accumulation_steps` rows over all processes.
         evaluate: figures on held-out data, the same on every process; the weights with the lowest "loss" among them are kept.
-            Without it the last weights are kept.
+            Without it, or without a "loss" among its figures, the last weights are kept.
         draw: a picture of what the model does now, saved at intervals; called on the main process alone.
         describe: turns a step, the sums of the figures since the last report, and their number into numbers; without it the scalars' means are reported.
         shown: which of these numbers stand on the progress bar, besides the loss.
+        parameter_groups: groups of the optimizer, each with its "params" and what it has of its own ("betas", ...); "rate" multiplies the
+            learning rate. Without it there is one.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
@@ -74,7 +85,7 @@ def fit(
     averaged = copy.deepcopy(model).to(accelerator.device).eval() if config.weight_ema_decay else None
     if config.compile:
         model.compile()  # in place: names of weights stay as they are
-    net, optimizer = accelerator.prepare(model, _make_optimizer(model, accelerator.device, config))
+    net, optimizer = accelerator.prepare(model, _make_optimizer(parameter_groups or [{"params": list(model.parameters())}], accelerator.device, config))
     plain = accelerator.unwrap_model(net)
     kept = plain if averaged is None else averaged
 
@@ -98,7 +109,7 @@ def fit(
             # One update.
             net.train()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+                group["lr"] = learning_rate(step, config) * group["rate"]
             for part in range(config.gradient_accumulation_steps):
                 asked = time.perf_counter()
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
@@ -137,8 +148,8 @@ def fit(
                 metrics.write(step, {f"validation/{name}": value for name, value in found.items()})
                 if accelerator.is_main_process:
                     bar.write(f"step {step}: held out " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-                if found["loss"] < progress.best:
-                    progress.best = found["loss"]
+                if "loss" not in found or found["loss"] < progress.best:
+                    progress.best = found.get("loss", progress.best)
                     if accelerator.is_main_process:
                         kept.save_pretrained(output_dir)
             if draw is not None and config.picture_every and (last or step % config.picture_every == 0) and accelerator.is_main_process:
@@ -186,11 +197,14 @@ def _scalars(step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, flo
     return {name: total.item() / count for name, total in sums.items() if total.ndim == 0}
 
 
-def _make_optimizer(model: nn.Module, device: torch.device, config: TrainingConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=device.type in ("cpu", "cuda"))
+def _make_optimizer(groups: ParameterGroups, device: torch.device, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Matrices and kernels decay, vectors do not."""
+    split = []
+    for group in groups:
+        learned = [p for p in group["params"] if p.requires_grad]
+        split.append({"rate": 1.0, **group, "params": [p for p in learned if p.ndim >= 2], "weight_decay": config.weight_decay})
+        split.append({"rate": 1.0, **group, "params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0})
+    return torch.optim.AdamW(split, lr=config.learning_rate, betas=config.adam_betas, fused=device.type in ("cpu", "cuda"))
 
 
 def _seed_processes(seed: int, process_index: int) -> None:

@@ -1,0 +1,87 @@
+"""The patch discriminator of stage 1, and the pair that is trained when there is one (Esser et al. 2021, VQGAN, section 3.1)."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vqvae2.config import DiscriminatorConfig
+from vqvae2.model import VQVAE2
+from vqvae2.quantizers import Quantized
+
+
+class PatchDiscriminator(nn.Sequential):
+    """One logit for each patch of an image, high for real ones (Isola et al. 2017, section 3.2).
+
+    Strided convolutions and LeakyReLU, as there; but group instead of batch normalisation, so that a verdict does not depend on what else
+    is in the batch, nor on how a batch is split over processes.
+    """
+
+    def __init__(self, in_channels: int, config: DiscriminatorConfig) -> None:
+        base, halvings = config.hidden_channels, config.num_layers
+        widths = [base * min(2**i, 8) for i in range(halvings + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, base, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (before, after) in enumerate(pairwise(widths), start=1):
+            stride = 2 if i < halvings else 1
+            layers += [nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=False), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class AdversarialOutput(NamedTuple):
+    """What the pair makes of a batch of images; the logits are `(B, 1, h', w')`."""
+
+    reconstruction: Tensor
+    """`(B, C, H, W)`."""
+    levels: tuple[Quantized, ...]
+    """What each level's quantizer said, coarse to fine."""
+    fooling: Tensor
+    """Logits of the reconstruction; their gradient reaches the autoencoder alone."""
+    fake: Tensor
+    """The same logits; their gradient reaches the discriminator alone."""
+    real: Tensor
+    """Logits of the images."""
+    num_forwards: Tensor
+    """`()`, how many training batches came before this one."""
+
+
+class AdversarialPair(nn.Module):
+    """An autoencoder and the discriminator that it trains against, as one module: one optimizer, one checkpoint, one wrapper for several processes.
+
+    What it leaves behind is the autoencoder.
+    """
+
+    num_forwards: Tensor
+
+    def __init__(self, autoencoder: VQVAE2, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.discriminator = PatchDiscriminator(autoencoder.config.image.channels, config)
+        self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> AdversarialOutput:
+        """Images `(B, C, H, W)` in [-1, 1] to reconstructions and verdicts."""
+        before = self.num_forwards.clone()
+        self.num_forwards += 1
+        reconstruction, levels = self.autoencoder(images)
+        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        fooling = functional_call(self.discriminator, frozen, (reconstruction,))
+        fake, real = self.discriminator(torch.cat([reconstruction.detach().to(images.dtype), images])).chunk(2)
+        fooling, fake, real = (logits.to(images.dtype) for logits in (fooling, fake, real))
+        return AdversarialOutput(reconstruction, levels, fooling, fake, real, before)
+
+    def parameter_groups(self, config: DiscriminatorConfig) -> Sequence[Mapping[str, Any]]:
+        """The two groups of the optimizer: the discriminator has a learning rate and a momentum of its own."""
+        adversary = {"params": list(self.discriminator.parameters()), "rate": config.learning_rate_factor, "betas": config.adam_betas}
+        return [{"params": list(self.autoencoder.parameters())}, adversary]
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Save the autoencoder as a folder."""
+        self.autoencoder.save_pretrained(save_directory)
