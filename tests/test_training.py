@@ -145,6 +145,15 @@ def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) 
         assert (tmp_path / str(i) / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes() != base, option
 
 
+@pytest.mark.parametrize("adversary", [(), ("--discriminator.weight", 0.8, "--discriminator.num-layers", 1, "--discriminator.start-step", 2)])
+def test_compiled_training_is_the_same_training(adversary: tuple[object, ...], photos: Path, tmp_path: Path) -> None:
+    options = ("--num-steps", 4, "--mixed-precision", "no", "--model.image.size", 16, "--log-every", 1, *adversary)
+    vqvae2(*train_command(photos, tmp_path / "eager", *options))
+    vqvae2(*train_command(photos, tmp_path / "compiled", *options, "--compile"))
+    for eager, compiled in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-3)
+
+
 def test_tensorboard(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", 6, "--tracker", "tensorboard"))

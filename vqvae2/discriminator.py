@@ -77,6 +77,10 @@ class AdversarialPair(nn.Module):
         fooling, fake, real = (logits.to(images.dtype) for logits in (fooling, fake, real))
         return AdversarialOutput(reconstruction, levels, fooling, fake, real, before)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the autoencoder's networks (torch.compile, in place)."""
+        self.autoencoder.compile(*args, **kwargs)
+
     def parameter_groups(self, config: DiscriminatorConfig) -> Sequence[Mapping[str, Any]]:
         """The two groups of the optimizer: the discriminator has a learning rate and a momentum of its own."""
         adversary = {"params": list(self.discriminator.parameters()), "rate": config.learning_rate_factor, "betas": config.adam_betas}

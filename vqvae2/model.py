@@ -6,7 +6,7 @@ Letters: B batch, C image channels, H W image, h w a level's code grid, E hidden
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,11 @@ class VQVAE2(Artifact, nn.Module):
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
         return self.decode([cast(Quantizer, quantizer).lookup(level) for quantizer, level in zip(self.quantizers, codes, strict=True)])
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the convolutional networks (torch.compile, in place); the quantizers, which wait for data and for other processes, stay."""
+        for network in (*self.encoders, *self.level_decoders, *self.upsamplers, self.image_decoder):
+            network.compile(*args, **kwargs)
 
     @property
     def last_layer(self) -> nn.Parameter:
