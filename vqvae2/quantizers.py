@@ -61,7 +61,18 @@ def nearest(vectors: Tensor, codebook: Tensor, *, megabytes: float = 64.0) -> Te
     offset = -0.5 * codebook.square().sum(dim=1)
     bytes_per_vector = len(codebook) * codebook.element_size()
     chunk = min(MOST_AT_ONCE, max(1, int(megabytes * 2**20 / bytes_per_vector)))
-    return torch.cat([_argmax(torch.addmm(offset, part - centre, codebook.T)) for part in vectors.split(chunk)])
+    return torch.cat([_argmax(_scores(part - centre, codebook, offset)) for part in vectors.split(chunk)])
+
+
+def _scores(vectors: Tensor, codebook: Tensor, offset: Tensor) -> Tensor:
+    """`(N, D)` and `(K, D)` to the products of all pairs plus `offset` `(K,)`: `(N, K)`.
+
+    On a CPU as a 1x1 convolution, which is the same sum; where oneDNN computes it, it was up to twice as fast as the matrix product.
+    """
+    if vectors.device.type != "cpu" or vectors.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return torch.addmm(offset, vectors, codebook.T)
+    pixels = rearrange(vectors, "n d -> 1 d n 1")  # a view: channels are last in memory, and so they are in the result
+    return rearrange(F.conv2d(pixels, codebook[:, :, None, None], offset), "1 k n 1 -> n k")
 
 
 def _argmax(scores: Tensor) -> Tensor:
