@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prior.base import Prior
+from prior.registry import load_prior
 from prior.sampling import SamplingConfig, image_seeds
-from prior.transformer import TransformerPrior
 from vqvae2.common.artifact import local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
@@ -66,7 +66,7 @@ class VQVAE2Pipeline:
         Raises:
             UserError: see `Artifact.from_pretrained` and `__init__`.
         """
-        return cls(VQVAE2.from_pretrained(vqvae), [TransformerPrior.from_pretrained(prior) for prior in priors])
+        return cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors])
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:

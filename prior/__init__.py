@@ -3,12 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from prior.config import PriorConfig, TrainPriorConfig, TransformerConfig
+from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerConfig, TransformerPriorConfig
 
 if TYPE_CHECKING:
     from prior.base import Prior as Prior
     from prior.codes import CodeDataset as CodeDataset
     from prior.codes import Manifest as Manifest
+    from prior.registry import load_prior as load_prior
+    from prior.registry import make_prior as make_prior
+    from prior.sampling import Known as Known
     from prior.sampling import SamplingConfig as SamplingConfig
     from prior.transformer import TransformerPrior as TransformerPrior
 
@@ -16,10 +19,21 @@ _LAZY = {  # torch is loaded when one of these is first used, not when the comma
     "Prior": "prior.base",
     "CodeDataset": "prior.codes",
     "Manifest": "prior.codes",
+    "load_prior": "prior.registry",
+    "make_prior": "prior.registry",
+    "Known": "prior.sampling",
     "SamplingConfig": "prior.sampling",
     "TransformerPrior": "prior.transformer",
 }
-__all__ = ["PriorConfig", "TrainPriorConfig", "TransformerConfig", *_LAZY]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+    "PixelSNAILConfig",
+    "PixelSNAILPriorConfig",
+    "PriorConfig",
+    "TrainPriorConfig",
+    "TransformerConfig",
+    "TransformerPriorConfig",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prior.config import PriorConfig
-from prior.sampling import SamplingConfig, draw, uniforms
+from prior.sampling import Known, SamplingConfig, draw, guide, uniforms
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.errors import UserError
 
@@ -34,7 +34,7 @@ class Prior(Artifact, nn.Module, ABC):
         Args:
             codes: `(B, h, w)` int64.
             condition: the codes of all coarser levels, coarse to fine.
-            labels: `(B,)` int64, if the prior has classes.
+            labels: `(B,)` int64, if the prior has classes; `num_classes` stands for a hidden label.
 
         Returns:
             `(B, K, h, w)`.
@@ -57,19 +57,26 @@ class Prior(Artifact, nn.Module, ABC):
         *,
         sampling: SamplingConfig | None = None,
         seeds: Sequence[int],
+        known: Known | None = None,
     ) -> Tensor:
         """Draw codes `(B, h, w)` int64, position after position, through caches: code for code what `sample_plain` draws.
 
         Args:
+            labels: `(B,)`; `num_classes` stands for no label, where the prior was trained with label dropout.
             seeds: one number per image; the random numbers of an image come from its own seed alone.
+            known: codes that are not drawn but given.
         """
-        self.check_inputs(batch_size, condition, labels)
-        state = self.start(batch_size, condition, labels)
+        sampling = sampling or SamplingConfig()
+        self.check_inputs(batch_size, condition, labels, sampling)
         numbers = uniforms(seeds, self.config.level, self.config.num_positions).to(self.device)
+        state = self.start(*self._with_unlabelled(batch_size, condition, labels, sampling))
         drawn: list[Tensor] = []
         for position in range(self.config.num_positions):
-            logits = self.step(state, position, drawn[-1] if drawn else None)
-            drawn.append(draw(logits, numbers[:, position], sampling or SamplingConfig()))
+            previous = drawn[-1] if drawn else None
+            if previous is not None and sampling.guided:
+                previous = torch.cat([previous, previous])
+            code = draw(guide(self.step(state, position, previous), sampling), numbers[:, position], sampling)
+            drawn.append(code if known is None else known.instead_of(code, position))
         return rearrange(torch.stack(drawn, dim=1), "b (h w) -> b h w", h=self.config.grids[-1][0])
 
     @torch.no_grad()
@@ -81,31 +88,50 @@ class Prior(Artifact, nn.Module, ABC):
         *,
         sampling: SamplingConfig | None = None,
         seeds: Sequence[int],
+        known: Known | None = None,
     ) -> Tensor:
         """The definition of sampling: `forward` over the whole grid for every position. Slow; what `sample` is held against."""
-        self.check_inputs(batch_size, condition, labels)
+        sampling = sampling or SamplingConfig()
+        self.check_inputs(batch_size, condition, labels, sampling)
         height, width = self.config.grids[-1]
         codes = torch.zeros(batch_size, height, width, dtype=torch.int64, device=self.device)
         numbers = uniforms(seeds, self.config.level, height * width).to(self.device)
+        _, given, classes = self._with_unlabelled(batch_size, condition, labels, sampling)
         for position in range(height * width):
             row, column = divmod(position, width)
-            logits = self.forward(codes, condition, labels)[:, :, row, column]
-            codes[:, row, column] = draw(logits, numbers[:, position], sampling or SamplingConfig())
+            logits = self.forward(torch.cat([codes, codes]) if sampling.guided else codes, given, classes)[:, :, row, column]
+            code = draw(guide(logits, sampling), numbers[:, position], sampling)
+            codes[:, row, column] = code if known is None else known.instead_of(code, position)
         return codes
 
-    def check_inputs(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> None:
-        """Refuse a condition or labels that are not what the prior was made for.
+    def _with_unlabelled(
+        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, sampling: SamplingConfig
+    ) -> tuple[int, Sequence[Tensor], Tensor | None]:
+        """For guidance every image twice, the second time without its label."""
+        if not sampling.guided or labels is None:
+            return batch_size, condition, labels
+        return 2 * batch_size, [torch.cat([codes, codes]) for codes in condition], torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+
+    def check_inputs(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, sampling: SamplingConfig) -> None:
+        """Refuse a condition, labels or guidance that are not what the prior was made for.
 
         Raises:
             UserError: naming what was expected.
         """
-        expected = [(batch_size, *grid) for grid in self.config.grids[:-1]]
+        config = self.config
+        expected = [(batch_size, *grid) for grid in config.grids[:-1]]
         if [tuple(codes.shape) for codes in condition] != expected:
-            raise UserError(f"the condition has shapes {[tuple(c.shape) for c in condition]}, but the prior of level {self.config.level} expects {expected}.")
-        if (labels is None) != (self.config.num_classes == 0):
-            raise UserError(f"the prior has {self.config.num_classes} classes: give {'labels' if labels is None else 'no labels'}.")
-        if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) < self.config.num_classes):
-            raise UserError(f"labels reach from {int(labels.min())} to {int(labels.max())}, but must be from 0 to {self.config.num_classes - 1}.")
+            raise UserError(f"the condition has shapes {[tuple(c.shape) for c in condition]}, but the prior of level {config.level} expects {expected}.")
+        if (labels is None) != (config.num_classes == 0):
+            raise UserError(f"the prior has {config.num_classes} classes: give {'labels' if labels is None else 'no labels'}.")
+        highest = config.num_classes if config.label_dropout else config.num_classes - 1
+        if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) <= highest):
+            raise UserError(f"labels reach from {int(labels.min())} to {int(labels.max())}, but must be from 0 to {highest}.")
+        if sampling.guided and not (config.num_classes and config.label_dropout):
+            raise UserError(
+                f"guidance_scale is {sampling.guidance_scale}, but the prior of level {config.level} was trained "
+                f"{'without label dropout' if config.num_classes else 'without classes'}: leave it at 1, or train with --label-dropout 0.1."
+            )
 
     @property
     def device(self) -> torch.device:

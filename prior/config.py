@@ -1,6 +1,7 @@
 """Configuration of stage 2. Torch-free."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vqvae2.common.config import TrainingConfig, check, may_change
 
@@ -28,8 +29,44 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PixelSNAILConfig:
+    """The network of a PixelSNAIL prior, the paper's."""
+
+    width: int = 128
+    """Feature channels."""
+    residual_channels: int = 128
+    """Channels inside a gated residual block."""
+    num_blocks: int = 2
+    """Blocks, each a stack of gated residual blocks and (with num_heads above 0) one attention."""
+    num_residual_blocks: int = 4
+    """Gated residual blocks per block."""
+    kernel_size: int = 5
+    """Side of the causal convolutions; odd."""
+    num_heads: int = 4
+    """Attention heads; 0 for no attention, as on the paper's large grids."""
+    num_condition_blocks: int = 4
+    """Residual blocks of the network that reads the coarser levels' codes."""
+    num_output_blocks: int = 0
+    """Gated 1x1 residual blocks between the last block and the logits."""
+    dropout: float = 0.1
+    """Dropout inside residual blocks and after attention."""
+
+    def __post_init__(self) -> None:
+        check(self.width >= 2 and self.width % 2 == 0, "width", self.width, "an even number")
+        check(self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1")
+        check(self.num_blocks >= 1, "num_blocks", self.num_blocks, "at least 1")
+        check(self.num_residual_blocks >= 1, "num_residual_blocks", self.num_residual_blocks, "at least 1")
+        check(self.kernel_size >= 3 and self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "an odd number from 3 on")
+        heads = self.num_heads
+        check(heads == 0 or (heads > 0 and self.width // 2 % heads == 0), "num_heads", heads, f"0, or a divisor of half the width = {self.width // 2}")
+        check(self.num_condition_blocks >= 0, "num_condition_blocks", self.num_condition_blocks, "0 or more")
+        check(self.num_output_blocks >= 0, "num_output_blocks", self.num_output_blocks, "0 or more")
+        check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """A prior: its network, and the facts about its codes, which come from the code dataset's manifest and never from a flag."""
+    """The facts about a prior's codes, which come from the code dataset's manifest and never from a flag. Each family adds its network."""
 
     level: int
     """Which level it models: 0 is the top. The levels before it are its condition."""
@@ -39,10 +76,10 @@ class PriorConfig:
     """K of level 0 up to this one."""
     class_names: tuple[str, ...] = ()
     """Names of the classes it is conditioned on; empty for none."""
+    label_dropout: float = 0.0
+    """Share of the training rows whose label was hidden; above 0, labels may be left out and guidance is possible."""
     encoder_hash: str = ""
     """Content hash of the encoder that made the codes."""
-    network: TransformerConfig = field(default_factory=TransformerConfig)
-    """Sizes of the network."""
 
     def __post_init__(self) -> None:
         check(len(self.grids) == len(self.codebook_sizes) == self.level + 1, "grids", self.grids, f"one (h, w) for each level from 0 to {self.level}")
@@ -62,6 +99,22 @@ class PriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransformerPriorConfig(PriorConfig):
+    """A transformer prior."""
+
+    network: TransformerConfig = field(default_factory=TransformerConfig)
+    """Sizes of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSNAILPriorConfig(PriorConfig):
+    """A PixelSNAIL prior."""
+
+    network: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
+    """Sizes of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPriorConfig(TrainingConfig):
     """Train the prior of one level (stage 2) on a code dataset.
 
@@ -74,11 +127,26 @@ class TrainPriorConfig(TrainingConfig):
     """top, bottom, or the level's number (0 is the top)."""
     output_dir: str = may_change()
     """Folder of this run: model, metrics, pictures, checkpoints. The same command again continues it."""
-    network: TransformerConfig = field(default_factory=TransformerConfig)
-    """Sizes of the network."""
+    family: Literal["transformer", "pixelsnail"] = "transformer"
+    """transformer: attention over the codes in raster order. pixelsnail: the paper's causal convolutions with attention between them."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """Sizes of the network, for family transformer."""
+    pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
+    """Sizes of the network, for family pixelsnail."""
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them."""
+    label_dropout: float = 0.1
+    """Share of the rows whose label is hidden, so that the prior learns to do without, which classifier-free guidance needs."""
+    token_corruption: float = 0.0
+    """Share of the codes that are replaced by random ones where they are read (not where they are predicted): sampling then survives its own mistakes."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, on matrices only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
+        check(0 <= self.token_corruption < 1, "token_corruption", self.token_corruption, "in [0, 1)")
+        for family, network in (("transformer", self.transformer), ("pixelsnail", self.pixelsnail)):
+            check(family == self.family or network == type(network)(), family, network, f"left alone when the family is {self.family}")

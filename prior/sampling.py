@@ -1,7 +1,8 @@
-"""Drawing codes from logits: temperature, top-k, top-p, and random numbers that belong to an image rather than to a batch."""
+"""Drawing codes from logits: temperature, top-k, top-p, min-p, guidance, and random numbers that belong to an image rather than to a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,43 @@ class SamplingConfig:
     """Only the k most likely codes."""
     top_p: float | None = None
     """Only the smallest set of most likely codes whose probability reaches p (Holtzman et al. 2020), after top_k."""
+    min_p: float | None = None
+    """Only codes at least this share as likely as the most likely one (Nguyen et al. 2024), after top_p."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance (Ho and Salimans 2022): how far to go from the logits without the label to those with it; 1 is the prior itself."""
 
     def __post_init__(self) -> None:
         check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        check(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "in (0, 1]")
+        check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more")
+
+    @property
+    def guided(self) -> bool:
+        """Whether logits without the label are needed too."""
+        return self.guidance_scale != 1
+
+
+class Known(NamedTuple):
+    """Codes of one level that are given rather than drawn."""
+
+    codes: Tensor
+    """`(B, h, w)` int64."""
+    mask: Tensor
+    """`(B, h, w)` bool: where the codes are known."""
+
+    def instead_of(self, drawn: Tensor, position: int) -> Tensor:
+        """The codes `(B,)` at a position: the known ones, else those drawn."""
+        return torch.where(self.mask.flatten(1)[:, position], self.codes.flatten(1)[:, position], drawn)
+
+
+def guide(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Logits `(2B, K)`, with labels and then without, to guided ones `(B, K)`: without + scale (with - without). Unguided ones stay as they are."""
+    if not sampling.guided:
+        return logits
+    labelled, unlabelled = logits.chunk(2)
+    return unlabelled + sampling.guidance_scale * (labelled - unlabelled)
 
 
 def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -39,6 +72,9 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
         before = ordered.cumsum(dim=-1) - ordered  # probability of the codes more likely than this one
         dropped = torch.zeros_like(result, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
         result = result.masked_fill(dropped, 0)
+        result = result / result.sum(dim=-1, keepdim=True)
+    if sampling.min_p is not None:
+        result = result.masked_fill(result < sampling.min_p * result.amax(dim=-1, keepdim=True), 0)
         result = result / result.sum(dim=-1, keepdim=True)
     return result
 

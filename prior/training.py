@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from prior.base import Prior
 from prior.codes import CodeDataset, Manifest, parse_level, read_manifest
-from prior.config import PriorConfig, TrainPriorConfig
-from prior.transformer import TransformerPrior
+from prior.config import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
+from prior.registry import make_prior
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.files import RunRecord
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.machine import make_accelerator
-from vqvae2.common.training import Draw, fit, is_finished
+from vqvae2.common.training import Draw, LossFunction, fit, is_finished
 
 RECORD_NAME = "train_config.yaml"
 
@@ -44,7 +44,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")
         return
     set_seed(config.seed)
-    model = TransformerPrior(facts)
+    model = make_prior(facts)
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
     train, validation = (CodeDataset(folder, manifest, split, num_levels=facts.level + 1) for split in ("train", "validation"))
@@ -66,7 +66,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     fit(
         accelerator,
         model,
-        loss_fn,
+        make_loss(facts, token_corruption=config.token_corruption),
         loader,
         config,
         output_dir,
@@ -78,20 +78,39 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
 def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
     """The prior that the configuration asks for over the codes that the manifest describes."""
     level = parse_level(config.level, manifest.num_levels)
-    return PriorConfig(
-        level=level,
-        grids=manifest.grids[: level + 1],
-        codebook_sizes=manifest.codebook_sizes[: level + 1],
-        class_names=manifest.class_names if config.class_conditional else (),
-        encoder_hash=manifest.encoder_hash,
-        network=config.network,
-    )
+    facts: dict[str, Any] = {
+        "level": level,
+        "grids": manifest.grids[: level + 1],
+        "codebook_sizes": manifest.codebook_sizes[: level + 1],
+        "class_names": manifest.class_names if config.class_conditional else (),
+        "label_dropout": config.label_dropout,
+        "encoder_hash": manifest.encoder_hash,
+    }
+    if config.family == "pixelsnail":
+        return PixelSNAILPriorConfig(network=config.pixelsnail, **facts)
+    return TransformerPriorConfig(network=config.transformer, **facts)
 
 
-def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean negative log-likelihood of a code, in nats."""
-    nats = _nats(model, batch).mean()
-    return nats, {"bits_per_code": nats / math.log(2)}
+def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
+    """The loss function of stage 2 for `fit`: the mean negative log-likelihood of a code, in nats.
+
+    Some labels are hidden (`label_dropout`), and some codes are replaced by random ones where the network reads them.
+    """
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        *condition, codes = batch["codes"]
+        labels = batch.get("labels") if config.num_classes else None
+        if labels is not None and config.label_dropout:
+            hidden = torch.rand(labels.shape, device=labels.device) < config.label_dropout
+            labels = labels.masked_fill(hidden, config.num_classes)
+        read = codes
+        if token_corruption:
+            wrong = torch.rand(codes.shape, device=codes.device) < token_corruption
+            read = torch.where(wrong, torch.randint_like(codes, config.codebook_sizes[-1]), codes)
+        nats = F.cross_entropy(model(read, condition, labels).float(), codes)
+        return nats, {"bits_per_code": nats / math.log(2)}
+
+    return loss_fn
 
 
 def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128) -> dict[str, float]:
@@ -105,13 +124,8 @@ def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batc
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for first in range(0, len(mine), batch_size):
         batch = send_to_device(codes.__getitems__(mine[first : first + batch_size]), accelerator.device)
-        total += _nats(model, batch).sum(dtype=torch.float64)
+        *condition, given = batch["codes"]
+        logits = model(given, condition, batch.get("labels") if model.config.num_classes else None)
+        total += F.cross_entropy(logits.float(), given, reduction="none").sum(dtype=torch.float64)
     nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * model.config.num_positions)
     return {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2), "unigram_bits": codes.unigram_bits(model.config.level)}
-
-
-def _nats(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Negative log-likelihood of each code, `(B, h, w)`, in nats."""
-    *condition, codes = batch["codes"]
-    logits = model(codes, condition, batch.get("labels"))
-    return F.cross_entropy(logits.float(), codes, reduction="none")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from prior.attention import KVCache, attend
 from prior.base import Prior
-from prior.config import PriorConfig, TransformerConfig
+from prior.config import TransformerConfig, TransformerPriorConfig
 
 
 class Block(nn.Module):
@@ -57,7 +57,7 @@ class ConditionNetwork(nn.Module):
     position is repeated over the finer positions that it covers.
     """
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__()
         network = config.network
         self.grids = config.grids
@@ -90,7 +90,10 @@ class SamplingState:
 class TransformerPrior(Prior):
     """The transformer prior of any level. The input at a position is the code *before* it, so causal attention is all the masking there is."""
 
-    def __init__(self, config: PriorConfig) -> None:
+    config_class = TransformerPriorConfig
+    config: TransformerPriorConfig
+
+    def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__()
         self.config = config
         network = config.network
@@ -98,7 +101,8 @@ class TransformerPrior(Prior):
         self.codebook_size = config.codebook_sizes[-1]
         self.embedding = nn.Embedding(self.codebook_size + 1, network.width)  # the last entry stands before the first position
         self.positions = Positions(height, width, network.width)
-        self.labels = nn.Embedding(config.num_classes, network.width) if config.num_classes else None
+        # The last entry stands for a hidden label.
+        self.labels = nn.Embedding(config.num_classes + 1, network.width) if config.num_classes else None
         self.condition = ConditionNetwork(config) if config.level else None
         self.blocks = nn.ModuleList(Block(network, causal=True) for _ in range(network.num_layers))
         self.norm = nn.RMSNorm(network.width)

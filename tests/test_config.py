@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.cli import load_recipe, parse, recipe_names, recipe_section
-from prior.config import PriorConfig, TransformerConfig
+from prior.config import TransformerConfig, TransformerPriorConfig
 from vqvae2.common.config import differences, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.config import TrainVQVAEConfig, VQVAE2Config
@@ -14,8 +14,8 @@ TRAIN = {"output_dir": "o", "data": {"path": "p"}}
 def test_round_trip() -> None:
     config = from_dict(TrainVQVAEConfig, {**TRAIN, "model": {"strides": [2, 2, 4], "codebook_sizes": [8, 16, 32]}}, "here")
     assert from_dict(TrainVQVAEConfig, to_dict(config), "here") == config
-    prior = PriorConfig(level=1, grids=((2, 3), (4, 6)), codebook_sizes=(5, 6), class_names=("a", "b"), network=TransformerConfig(width=64))
-    assert from_dict(PriorConfig, to_dict(prior), "here") == prior
+    prior = TransformerPriorConfig(level=1, grids=((2, 3), (4, 6)), codebook_sizes=(5, 6), class_names=("a", "b"), network=TransformerConfig(width=64))
+    assert from_dict(TransformerPriorConfig, to_dict(prior), "here") == prior
 
 
 @pytest.mark.parametrize(

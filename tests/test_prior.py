@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prior import PriorConfig, SamplingConfig, TransformerConfig, TransformerPrior
+from prior import SamplingConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import attend_written_out
 from vqvae2.common.errors import UserError
 
@@ -22,7 +22,7 @@ def make(name: str) -> TransformerPrior:
     torch.manual_seed(0)
     network = TransformerConfig(width=32, num_layers=3, num_heads=2, num_condition_layers=1, dropout=0.0)
     facts = PRIORS[name]
-    prior = TransformerPrior(PriorConfig(level=len(facts["grids"]) - 1, network=network, **facts))
+    prior = TransformerPrior(TransformerPriorConfig(level=len(facts["grids"]) - 1, network=network, **facts))
     with torch.no_grad():  # larger weights than at the start of a training: every path carries weight
         for parameter in prior.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -104,7 +104,7 @@ def test_every_parameter_receives_a_gradient(name: str) -> None:
 
 def test_forward_changes_no_parameter_and_starts_near_uniform() -> None:
     torch.manual_seed(0)
-    prior = TransformerPrior(PriorConfig(level=0, grids=((8, 8),), codebook_sizes=(512,)))
+    prior = TransformerPrior(TransformerPriorConfig(level=0, grids=((8, 8),), codebook_sizes=(512,)))
     before = {name: p.clone() for name, p in prior.named_parameters()}
     codes = torch.randint(512, (4, 8, 8))
     loss = torch.nn.functional.cross_entropy(prior(codes), codes).item()

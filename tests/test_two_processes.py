@@ -43,7 +43,20 @@ def test_the_script_is_the_command(photos: Path, tmp_path: Path) -> None:
 
 
 def test_prior_on_two_processes(run: Path, tmp_path: Path) -> None:
-    arguments = ["--config", "tiny", "--codes", run / "codes", "--level", "bottom", "--mixed-precision", "no", "--network.dropout", "0"]
+    arguments = [
+        "--config",
+        "tiny",
+        "--codes",
+        run / "codes",
+        "--level",
+        "bottom",
+        "--mixed-precision",
+        "no",
+        "--transformer.dropout",
+        "0",
+        "--label-dropout",
+        "0",
+    ]
     vqvae2("train-prior", *arguments, "--output-dir", tmp_path / "one")
     two_processes(ROOT / "scripts" / "train_prior.py", *arguments, "--output-dir", tmp_path / "two")
     lines = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
