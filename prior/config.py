@@ -20,9 +20,15 @@ class TransformerConfig:
     """Blocks of the network that reads the coarser levels' codes (it sees all of them, so it is not causal)."""
     dropout: float = 0.1
     """Dropout after attention and MLP."""
+    attention_rows: int = 0
+    """Each position attends to this many rows above it only, which saves memory and time on large grids; 0 for all."""
+    checkpoint_activations: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: a third slower, much less memory."""
 
     def __post_init__(self) -> None:
-        check(self.num_heads >= 1 and self.width >= 1 and self.width % self.num_heads == 0, "width", self.width, f"divisible by num_heads = {self.num_heads}")
+        fits = self.num_heads >= 1 and self.width >= 1 and self.width % (4 * self.num_heads) == 0
+        check(fits, "width", self.width, f"divisible by 4 x num_heads = {4 * self.num_heads}")
+        check(self.attention_rows >= 0, "attention_rows", self.attention_rows, "0 (all) or more")
         check(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
         check(self.num_condition_layers >= 0, "num_condition_layers", self.num_condition_layers, "0 or more")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")

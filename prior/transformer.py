@@ -5,11 +5,13 @@ Letters: B batch, h w code grid, T = h*w positions, W width, n heads, d = W/n, K
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from prior.attention import KVCache, attend
 from prior.base import Prior
@@ -17,25 +19,51 @@ from prior.config import TransformerConfig, TransformerPriorConfig
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), as in Llama (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU.
 
-    def __init__(self, config: TransformerConfig, *, causal: bool) -> None:
+    Queries and keys are normalised before their product (Dehghani et al. 2023, section 2.1), which keeps it from growing without bound.
+    """
+
+    def __init__(self, config: TransformerConfig, grid: tuple[int, ...], *, causal: bool) -> None:
         super().__init__()
-        width = config.width
+        width, head_dim = config.width, config.width // config.num_heads
+        hidden = -(-8 * width // 24) * 8  # SwiGLU has three matrices: 8/3 W makes them as large as the usual two, and a multiple of 8 is fast
         self.causal, self.num_heads, self.dropout = causal, config.num_heads, config.dropout
+        self.window = config.attention_rows * grid[1] if causal else 0
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.from_heads = nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gate_and_up, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, position: int = 0) -> Tensor:
-        """`(B, T, W)` to the same; with a cache, T = 1 and x is at `position`."""
-        q, k, v = rearrange(self.to_qkv(self.norm_attention(x)), "b t (three n d) -> three b n t d", three=3, n=self.num_heads)
+    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None = None, position: int = 0) -> Tensor:
+        """`(B, T, W)` to the same, `angles` as `rotate` takes them; with a cache, T = 1 and x is at `position`."""
+        q, k, v = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d) each
+        q, k = rotate(self.norm_q(q), angles).to(v.dtype), rotate(self.norm_k(k), angles).to(v.dtype)
         if cache is not None:
-            k, v = cache.append(position, k, v)
-        attended = rearrange(attend(q, k, v, causal=self.causal and cache is None), "b n t d -> b t (n d)")
-        x = x + F.dropout(self.from_heads(attended), self.dropout, self.training)
-        return x + F.dropout(self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh")), self.dropout, self.training)
+            k, v = cache.append(position, k, v, self.window)
+        attended = attend(q, k, v, causal=self.causal and cache is None, window=self.window)
+        x = x + F.dropout(self.from_heads(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        gate, up = self.gate_and_up(self.norm_mlp(x)).chunk(2, dim=-1)
+        return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+
+
+def rotary_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
+    """The angles by which queries and keys turn, `(2, T, d/2)` as cosines and sines (Su et al. 2021; here half for the row, half for the column).
+
+    A product of two turned vectors depends on how many rows and columns lie between their positions, not on where they are.
+    """
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    speeds = 100.0 ** -torch.linspace(0, 1, head_dim // 4)  # grids are small: the slowest turns by less than one radian in 64 rows
+    angles = torch.cat([rows.flatten()[:, None] * speeds, columns.flatten()[:, None] * speeds], dim=1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (i, i + d/2) of the features of `(B, n, T, d)` by its angle `(2, T, d/2)`."""
+    cosines, sines = angles
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat([one * cosines - other * sines, one * sines + other * cosines], dim=-1)
 
 
 class Positions(nn.Module):
@@ -63,7 +91,12 @@ class ConditionNetwork(nn.Module):
         self.grids = config.grids
         self.embeddings = nn.ModuleList(nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1])
         self.positions = nn.ModuleList(Positions(h, w, network.width) for h, w in config.grids[:-1])
-        self.blocks = nn.ModuleList(nn.Sequential(*(Block(network, causal=False) for _ in range(network.num_condition_layers))) for _ in self.embeddings)
+        numbers = [network.num_condition_layers if grid != (1, 1) else 0 for grid in config.grids[:-1]]  # one position has nothing to attend to
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(Block(network, grid, causal=False) for _ in range(number)) for number, grid in zip(numbers, config.grids[:-1], strict=True)
+        )
+        for level, grid in enumerate(config.grids[:-1]):
+            self.register_buffer(f"angles_{level}", rotary_angles(grid, network.width // network.num_heads), persistent=False)
         self.norm = nn.RMSNorm(network.width)
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
@@ -71,7 +104,8 @@ class ConditionNetwork(nn.Module):
         x = context
         for level, codes in enumerate(condition):
             x = x + self.embeddings[level](rearrange(codes, "b h w -> b (h w)")) + self.positions[level]()
-            x = self.blocks[level](x)
+            for block in cast(nn.ModuleList, self.blocks[level]):
+                x = block(x, getattr(self, f"angles_{level}"))
             (h, w), (finer_h, finer_w) = self.grids[level], self.grids[level + 1]
             x = repeat(x, "b (h w) c -> b (h up w across) c", h=h, w=w, up=finer_h // h, across=finer_w // w)
         return self.norm(x)
@@ -92,6 +126,7 @@ class TransformerPrior(Prior):
 
     config_class = TransformerPriorConfig
     config: TransformerPriorConfig
+    angles: Tensor
 
     def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__()
@@ -104,7 +139,8 @@ class TransformerPrior(Prior):
         # The last entry stands for a hidden label.
         self.labels = nn.Embedding(config.num_classes + 1, network.width) if config.num_classes else None
         self.condition = ConditionNetwork(config) if config.level else None
-        self.blocks = nn.ModuleList(Block(network, causal=True) for _ in range(network.num_layers))
+        self.blocks = nn.ModuleList(Block(network, config.grids[-1], causal=True) for _ in range(network.num_layers))
+        self.register_buffer("angles", rotary_angles(config.grids[-1], network.width // network.num_heads), persistent=False)
         self.norm = nn.RMSNorm(network.width)
         self.head = nn.Linear(network.width, self.codebook_size)
         self.apply(_initialise)
@@ -119,7 +155,10 @@ class TransformerPrior(Prior):
         before = F.pad(flat[:, :-1], (1, 0), value=self.codebook_size)  # position t reads the code at t - 1
         x = self.embedding(before) + self.background(len(codes), condition, labels)
         for block in self.blocks:
-            x = block(x)
+            if self.training and self.config.network.checkpoint_activations:
+                x = checkpoint(block, x, self.angles, use_reentrant=False)
+            else:
+                x = block(x, self.angles)
         return rearrange(self.head(self.norm(x)), "b (h w) k -> b k h w", h=codes.shape[1])
 
     def background(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Tensor:
@@ -141,8 +180,9 @@ class TransformerPrior(Prior):
         if previous is None:
             previous = torch.full((len(background),), self.codebook_size, device=background.device)
         x = self.embedding(previous)[:, None] + background
+        angles = self.angles[:, position : position + 1]
         for block, cache in zip(self.blocks, state.caches, strict=True):
-            x = block(x, cache, position)
+            x = block(x, angles, cache, position)
         return self.head(self.norm(x))[:, 0]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prior import SamplingConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
-from prior.attention import attend_written_out
+from prior.attention import attend
 from vqvae2.common.errors import UserError
 
 # Name -> facts: one level without and with classes, two and three levels, other vocabularies and stride ratios, not square.
@@ -14,14 +14,15 @@ PRIORS = {
     "bottom": {"grids": ((2, 3), (4, 6)), "codebook_sizes": (17, 7)},
     "bottom, classes, ratio 4": {"grids": ((1, 2), (4, 8)), "codebook_sizes": (600, 512), "class_names": ("a", "b", "c")},
     "third of three, classes": {"grids": ((1, 1), (2, 2), (4, 4)), "codebook_sizes": (5, 6, 7), "class_names": ("a", "b", "c")},
+    "window of one row": {"grids": ((4, 4),), "codebook_sizes": (9,), "rows": 1},
 }
 BATCH = 3
 
 
 def make(name: str) -> TransformerPrior:
     torch.manual_seed(0)
-    network = TransformerConfig(width=32, num_layers=3, num_heads=2, num_condition_layers=1, dropout=0.0)
-    facts = PRIORS[name]
+    facts = dict(PRIORS[name])
+    network = TransformerConfig(width=32, num_layers=4, num_heads=2, num_condition_layers=1, dropout=0.0, attention_rows=facts.pop("rows", 0))
     prior = TransformerPrior(TransformerPriorConfig(level=len(facts["grids"]) - 1, network=network, **facts))
     with torch.no_grad():  # larger weights than at the start of a training: every path carries weight
         for parameter in prior.parameters():
@@ -117,7 +118,16 @@ def test_written_out_attention_is_sdpa(causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 33, 16, dtype=torch.float64)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    torch.testing.assert_close(attend_written_out(q, k, v, causal=causal), expected)
+    torch.testing.assert_close(attend(q, k, v, causal=causal), expected)
+
+
+@pytest.mark.parametrize(("length", "window"), [(33, 4), (33, 11), (33, 16), (33, 40), (600, 300)])
+def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, length, 8, dtype=torch.float64)
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & torch.ones(length, length, dtype=torch.bool).triu(-window)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
 
 
 def test_an_image_depends_on_its_own_seed_alone() -> None:
