@@ -121,7 +121,7 @@ def main() -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(options.pipeline)
     with torch.no_grad():
         reconstructions = torch.cat([pipeline.vqvae(part).reconstruction for part in real.split(100)])
-    samples = pipeline(options.num_images, temperature=options.temperature, seed=options.seed, batch_size=100, output_type="pt", show_progress=True).images
+    samples = pipeline(options.num_images, temperature=options.temperature, seed=options.seed, lanes=100, output_type="pt", show_progress=True).images
     asked = torch.arange(options.num_images) % len(splits.class_names)
     on_real, on_reconstructions, on_samples = judge(model, real) == real_labels, judge(model, reconstructions) == real_labels, judge(model, samples) == asked
 

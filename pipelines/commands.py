@@ -1,21 +1,27 @@
 """What the subcommands do: each a function of its configuration, called by the command line, by scripts/, and by the demo."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from pipelines.config import AssembleConfig, ImportWeightsConfig, PartsConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
 from pipelines.drawing import make_reconstruction_drawer, make_sample_drawer, reconstruction_sheet, sample_sheet
+from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
+from prior.sampling import Known
 from prior.training import train_prior as train_prior_alone
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord, check_empty
+from vqvae2.common.files import RunRecord, check_empty, whole_file
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, to_pil
 from vqvae2.config import ImagesConfig, TrainVQVAEConfig
-from vqvae2.data import ImageDataset, load_images, load_source, to_images
+from vqvae2.data import ImageDataset, load_images, load_picture, load_source, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
@@ -64,38 +70,65 @@ def reconstruct(config: ReconstructConfig) -> None:
 
 
 def sample(config: SampleConfig) -> None:
-    """Write samples as PNG files, and a sheet of them."""
+    """Write samples as PNG files, and a sheet of them. Files that are there already are not made again; processes share the work."""
     state, output_dir = processes(), Path(config.output_dir)
     pipeline = _load(config, config.pipeline).to(state.device)
     labels = pipeline.label_numbers(config.labels)
+    names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
+    samplings = pipeline.samplings(**{name: getattr(config, name) for name in names})
+    known = _known_codes(config, pipeline)
+    if known and not config.labels and pipeline.can_hide_labels:
+        labels = pipeline.label_numbers("none")  # nobody said what the image shows
     run = RunRecord("sample", config, "sample_config.yaml", facts={"encoder_hash": pipeline.vqvae.content_hash()})
     run.check(output_dir)
     state.wait_for_everyone()
-    share = -(-config.num_images // state.num_processes)
-    first = min(state.process_index * share, config.num_images)
-    number = min(share, config.num_images - first)
-    if number:
-        output = pipeline(
-            number,
-            labels=labels or None,
-            temperature=config.temperature,
-            top_k=config.top_k or None,
-            top_p=config.top_p or None,
-            seed=config.seed,
-            first_index=first,
-            batch_size=config.batch_size,
-            show_progress=state.is_main_process,
-        )
-        if state.is_main_process:
-            run.write(output_dir)
-        for i, image in enumerate(output.images, start=first):
-            save_picture(image, output_dir / f"{i:06d}.png")
+    if state.is_main_process:
+        run.write(output_dir)
+    files = [output_dir / f"{i:06d}.png" for i in range(config.num_images)]
+    chunks = [range(first, first + config.lanes) for first in range(0, config.num_images, config.lanes)]
+    unfinished = [chunk for chunk in chunks if not all(path.exists() for path in files[chunk.start : chunk.stop])]
+    state.wait_for_everyone()  # all have looked before the first one writes
+    mine = unfinished[state.process_index :: state.num_processes]
+    bar = tqdm(total=sum(len(files[chunk.start : chunk.stop]) for chunk in mine), desc="sampling", unit="image", disable=not state.is_main_process)
+    for chunk in mine:
+        images, _ = pipeline.sample_lanes(chunk, labels, samplings, seed=config.seed, known=repeat_known(known, config.lanes))
+        asked_for = files[chunk.start : chunk.stop]
+        for image, path in zip(to_pil(images), asked_for, strict=False):
+            save_picture(image, path)
+        bar.update(len(asked_for))
+    bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
         shown = range(min(config.num_images, 10 * min(20, max(6, len(labels)))))
-        images = [Image.open(output_dir / f"{i:06d}.png").copy() for i in shown]
-        save_picture(sample_sheet(images, [labels[i % len(labels)] for i in shown] if labels else [], pipeline.class_names), output_dir / "samples.png")
+        pictures = [Image.open(files[i]).copy() for i in shown]
+        rows = [labels[i % len(labels)] for i in shown] if labels else []
+        save_picture(sample_sheet(pictures, rows, [*pipeline.class_names, "no label"] if labels else []), output_dir / "samples.png")
+        if config.npz:
+            _write_npz(files, labels, output_dir / "samples.npz")
         print(f"{output_dir}: {config.num_images} samples, and samples.png with {len(shown)} of them.")
+
+
+def _known_codes(config: SampleConfig, pipeline: VQVAE2Pipeline) -> Sequence[Known | None]:
+    """The codes that --init-image keeps, one row per level."""
+    if config.init_image is None:
+        return []
+    settings, device = pipeline.vqvae.config.image, next(pipeline.vqvae.parameters()).device
+    images = to_images(load_picture(config.init_image, settings).to(device))
+    if config.mask is None:
+        return keep_levels(pipeline.vqvae, images, config.keep_levels)
+    grey = dataclasses.replace(settings, channels=1, background="black")
+    painted = load_picture(config.mask, grey).to(device)[:, 0] > 127
+    return known_outside(pipeline.vqvae, images, painted)
+
+
+def _write_npz(files: Sequence[Path], labels: Sequence[int], path: Path) -> None:
+    """The layout of the evaluators of guided-diffusion: arr_0 images, arr_1 labels."""
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    arrays = [images if images.ndim == 4 else images[..., None]]
+    if labels:
+        arrays.append(np.array([labels[i % len(labels)] for i in range(len(files))]))
+    with whole_file(path) as aside, open(aside, "wb") as file:
+        np.savez(file, *arrays)
 
 
 def assemble(config: AssembleConfig) -> None:

@@ -98,22 +98,35 @@ class SampleConfig(PartsConfig):
     num_images: int = may_change(64)
     """How many images. A larger number continues a set."""
     labels: tuple[str, ...] = ()
-    """Class names or numbers, taken in turns; all classes in turns if none are given."""
+    """Class names or numbers, or none for no label, taken in turns; all classes in turns if nothing is given."""
     temperature: tuple[float, ...] = (1.0,)
     """Below 1 for likelier, above 1 for more varied codes; 0 for the likeliest. One value, or one per level."""
     top_k: tuple[int, ...] = ()
     """Draw from the k likeliest codes only. One value, or one per level."""
     top_p: tuple[float, ...] = ()
     """Draw from the smallest set of codes that has this probability. One value, or one per level."""
+    min_p: tuple[float, ...] = ()
+    """Draw from codes at least this share as likely as the likeliest only. One value, or one per level."""
+    guidance_scale: tuple[float, ...] = (1.0,)
+    """Above 1 for images more typical of their class (and less varied): classifier-free guidance. One value, or one per level."""
     seed: int = 0
-    """Image i is a function of (seed, i, its label)."""
-    batch_size: int = may_change(64)
-    """Images sampled at once."""
+    """Image i is a function of (seed, i, its label), whatever the number of images and processes."""
+    lanes: int = 16
+    """Images computed side by side: more is faster on a GPU. Always as many, so that nothing else decides an image's last bits."""
+    init_image: str | None = None
+    """Start from this image: with --mask it is repainted where the mask is white, without its coarsest levels are kept (--keep-levels)."""
+    mask: str | None = None
+    """With --init-image: a picture of the same size, white where the image is to be repainted."""
+    keep_levels: int = 1
+    """With --init-image and no --mask: how many levels, from the top, are kept; the finer ones are drawn anew."""
+    npz: bool = may_change(False)
+    """Also write samples.npz (arr_0: uint8 images (N, H, W, C); arr_1: labels), which evaluators read."""
 
     def __post_init__(self) -> None:
         check(self.num_images >= 1, "num_images", self.num_images, "at least 1")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check(self.lanes >= 1, "lanes", self.lanes, "at least 1")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
+        check(self.mask is None or self.init_image is not None, "mask", self.mask, "used together with init_image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from prior.base import Prior
 from prior.registry import load_prior
-from prior.sampling import SamplingConfig, image_seeds
+from prior.sampling import Known, SamplingConfig, image_seeds
 from vqvae2.common.artifact import local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
@@ -102,6 +102,11 @@ class VQVAE2Pipeline:
         """The classes that labels count; empty if no prior has classes."""
         return next((prior.config.class_names for prior in self.priors if prior.config.num_classes), ())
 
+    @property
+    def can_hide_labels(self) -> bool:
+        """Whether the priors have classes and can do without a label, having been trained with label dropout."""
+        return bool(self.class_names) and all(prior.config.label_dropout > 0 for prior in self.priors if prior.config.num_classes)
+
     def __call__(
         self,
         num_images: int,
@@ -110,54 +115,69 @@ class VQVAE2Pipeline:
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        min_p: float | Sequence[float] | None = None,
+        guidance_scale: float | Sequence[float] = 1.0,
         seed: int = 0,
         first_index: int = 0,
-        batch_size: int = 64,
+        lanes: int = 16,
+        known: Sequence[Known | None] | None = None,
         output_type: str = "pil",
         show_progress: bool = False,
     ) -> PipelineOutput:
         """Sample images, level after level from the top, and decode them.
 
         Args:
-            labels: a class number or name, or several taken in turns; None takes all classes in turns (and is right for a pipeline without classes).
-            temperature, top_k, top_p: one value, or one per level, coarse to fine.
-            seed: image i is a function of (seed, first_index + i, its label), up to the last bits of the arithmetic at other batch sizes.
+            labels: a class number or name, or "none", or several taken in turns; None takes all classes in turns (and is right without classes).
+            temperature, top_k, top_p, min_p, guidance_scale: one value, or one per level, coarse to fine; see `SamplingConfig`.
+            seed: image i is a function of (seed, i, its label) alone, bit for bit on the same device, number of threads and `lanes`.
             first_index: index of the first image: 1000 continues a set of 1000 with the same seed.
+            lanes: images computed side by side, always as many: image i in lane i % lanes, and what nobody asked for is thrown away. The last bits
+                of a matrix product depend on its shape; a shape that never changes makes them depend on nothing.
+            known: per level, codes that are given rather than drawn, for all `num_images` images; see `pipelines.editing`.
             output_type: "pil", or "pt" for a tensor in [-1, 1].
 
         Raises:
             UserError: an unknown label, or a setting out of its range.
         """
-        samplings = self._samplings(temperature, top_k, top_p)
-        if num_images < 1 or batch_size < 1:
-            raise UserError(f"num_images is {num_images} and batch_size {batch_size}, but both must be at least 1.")
+        if num_images < 1 or lanes < 1:
+            raise UserError(f"num_images is {num_images} and lanes {lanes}, but both must be at least 1.")
         if seed < 0 or first_index < 0:
             raise UserError(f"seed is {seed} and first_index {first_index}, but both must be 0 or more.")
         if output_type not in ("pil", "pt"):
             raise UserError(f"output_type is {output_type!r}, but must be 'pil' or 'pt'.")
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "guidance_scale": guidance_scale}
+        samplings = self.samplings(**settings)
         numbers = self.label_numbers(labels)
-        drawn: list[list[Tensor]] = [[] for _ in self.priors]
-        images: list[Tensor] = []
+        wanted = range(first_index, first_index + num_images)
+        parts: list[PipelineOutput] = []
         bar = tqdm(total=num_images, desc="sampling", unit="image", disable=not show_progress)
-        for first in range(first_index, first_index + num_images, batch_size):
-            number = min(batch_size, first_index + num_images - first)
-            chosen = [numbers[i % len(numbers)] for i in range(first, first + number)] if numbers else None
-            codes: list[Tensor] = []
-            for prior, sampling in zip(self.priors, samplings, strict=True):
-                given = torch.tensor(chosen, device=prior.device) if prior.config.num_classes else None
-                codes.append(prior.sample(number, codes, given, sampling=sampling, seeds=image_seeds(seed, first, number)))
-            with torch.no_grad():
-                images.append(self.vqvae.decode_codes(codes).float().clamp(-1, 1).cpu())
-            for level, new in zip(drawn, codes, strict=True):
-                level.append(new.cpu())
-            bar.update(number)
+        for first in range(first_index // lanes * lanes, wanted.stop, lanes):
+            inside = [i - first for i in wanted[max(0, first - wanted.start) : first + lanes - wanted.start]]
+            given = [None if level is None else level.spread(first - first_index, lanes) for level in known or ()]
+            images, codes = self.sample_lanes(range(first, first + lanes), numbers, samplings, seed=seed, known=given)
+            parts.append(PipelineOutput(images[inside], tuple(level[inside] for level in codes)))
+            bar.update(len(inside))
         bar.close()
-        decoded = torch.cat(images)
+        decoded = torch.cat([part.images for part in parts])
         result: list[Image.Image] | Tensor = to_pil(decoded) if output_type == "pil" else decoded
-        return PipelineOutput(result, tuple(torch.cat(level) for level in drawn))
+        return PipelineOutput(result, tuple(torch.cat(level) for level in zip(*(part.codes for part in parts), strict=True)))
+
+    @torch.no_grad()
+    def sample_lanes(
+        self, indices: range, labels: Sequence[int], samplings: Sequence[SamplingConfig], *, seed: int, known: Sequence[Known | None] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The images with these indices, `(B, C, H, W)` in [-1, 1], and their codes, all on the CPU; `labels` are taken in turns."""
+        seeds = image_seeds(seed, indices.start, len(indices))
+        codes: list[Tensor] = []
+        for prior, sampling, given in zip(self.priors, samplings, known or [None] * len(self.priors), strict=True):
+            classes = torch.tensor([labels[i % len(labels)] for i in indices], device=prior.device) if prior.config.num_classes else None
+            on_device = given and Known(given.codes.to(prior.device), given.mask.to(prior.device))
+            codes.append(prior.sample(len(indices), codes, classes, sampling=sampling, seeds=seeds, known=on_device))
+        images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
+        return images.cpu(), tuple(level.cpu() for level in codes)
 
     def label_numbers(self, labels: int | str | Sequence[int | str] | None) -> list[int]:
-        """Class names or numbers as numbers; all classes for None; none for a pipeline without classes.
+        """Class names or numbers as numbers, "none" (a hidden label) as their number; all classes for None; nothing for a pipeline without classes.
 
         Raises:
             UserError: naming the label and what is allowed.
@@ -179,18 +199,24 @@ class VQVAE2Pipeline:
                 numbers.append(names.index(label))
             elif str(label).isdigit() and int(label) < len(names):
                 numbers.append(int(label))
+            elif label == "none" and self.can_hide_labels:
+                numbers.append(len(names))
             else:
-                raise UserError(f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}.")
+                none = ", or none" if self.can_hide_labels else ""
+                raise UserError(f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}{none}.")
         return numbers
 
-    def _samplings(
-        self, temperature: float | Sequence[float], top_k: int | Sequence[int] | None, top_p: float | Sequence[float] | None
-    ) -> list[SamplingConfig]:
-        settings = zip(self._per_level("temperature", temperature), self._per_level("top_k", top_k), self._per_level("top_p", top_p), strict=True)
-        return [SamplingConfig(temperature=1.0 if t is None else t, top_k=k, top_p=p) for t, k, p in settings]
+    def samplings(self, **settings: Any) -> list[SamplingConfig]:
+        """Each setting of `SamplingConfig` as one value, or one per level, to one configuration per level; None leaves the default.
+
+        Raises:
+            UserError: another number of values than levels, or a value out of its range.
+        """
+        columns = [[(name, value) for value in self._per_level(name, values)] for name, values in settings.items()]
+        return [SamplingConfig(**{name: value for name, value in row if value is not None}) for row in zip(*columns, strict=True)]
 
     def _per_level(self, name: str, value: T | Sequence[T] | None) -> list[T | None]:
-        values: list[T | None] = list(value) if isinstance(value, Sequence) else [value]
+        values: list[T | None] = list(value) or [None] if isinstance(value, Sequence) else [value]
         if len(values) not in (1, len(self.priors)):
             raise UserError(f"{name} has {len(values)} values, but there are {len(self.priors)} levels: give one value, or one per level.")
         return values if len(values) > 1 else values * len(self.priors)

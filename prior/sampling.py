@@ -51,6 +51,13 @@ class Known(NamedTuple):
         """The codes `(B,)` at a position: the known ones, else those drawn."""
         return torch.where(self.mask.flatten(1)[:, position], self.codes.flatten(1)[:, position], drawn)
 
+    def spread(self, first: int, number: int) -> "Known":
+        """The images `first` to `first + number`; where there are none (before 0, after the last), nothing is known."""
+        rows = torch.arange(first, first + number)
+        inside = (rows >= 0) & (rows < len(self.codes))
+        rows = rows.clamp(0, len(self.codes) - 1).to(self.codes.device)
+        return Known(self.codes[rows], self.mask[rows] & inside[:, None, None].to(self.mask.device))
+
 
 def guide(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Logits `(2B, K)`, with labels and then without, to guided ones `(B, K)`: without + scale (with - without). Unguided ones stay as they are."""

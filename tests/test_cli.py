@@ -62,8 +62,6 @@ def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline")
     whole = pipeline(6, seed=3, output_type="pt")
     assert tuple(whole.images.shape) == (6, 1, 16, 16)
-    rest = pipeline(4, seed=3, first_index=2, batch_size=2)
-    assert all((a == b[2:]).all() for a, b in zip(rest.codes, whole.codes, strict=True))
     assert not (pipeline(6, seed=4).codes[1] == whole.codes[1]).all()
 
 

@@ -58,6 +58,19 @@ def prepare(image: Image.Image, config: PreprocessingConfig) -> np.ndarray:
     return rearrange(np.array(image).reshape(height, width, config.channels), "h w c -> c h w")
 
 
+def load_picture(path: str, config: PreprocessingConfig) -> Tensor:
+    """One picture file as 8-bit pixels `(1, C, H, W)`.
+
+    Raises:
+        UserError: the file is missing, is no picture, or cannot be prepared.
+    """
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return torch.from_numpy(prepare(image, config))[None]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({str(error).splitlines()[0]}): check the path and the file.") from None
+
+
 def _convert(image: Image.Image, mode: str, background: str) -> Image.Image:
     """To the mode, transparent parts on the background where the mode has no alpha."""
     if "A" not in mode and (image.has_transparency_data):
