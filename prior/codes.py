@@ -53,6 +53,12 @@ class Manifest:
         """Number of levels."""
         return len(self.grids)
 
+    @property
+    def values_per_image(self) -> int:
+        """Channels times height times width of the images that the codes were made of."""
+        size = self.preprocessing["size"]
+        return self.preprocessing["channels"] * size[0] * size[-1]
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a code dataset.

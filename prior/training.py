@@ -118,7 +118,8 @@ def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batc
 
     Returns:
         `loss` and `nats`: mean negative log-likelihood of a code in nats; `bits_per_code`: the same in bits;
-        `unigram_bits`: what a code of these rows would cost without any model, coded by its frequency alone.
+        `unigram_bits`: what a code of these rows would cost without any model, coded by its frequency alone; `code_bits_per_image_value`: the
+        bits of this level's codes, spread over all values of the image. That is the rate of a lossy code, not a likelihood of pixels.
     """
     mine = range(accelerator.process_index, len(codes), accelerator.num_processes)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -128,4 +129,7 @@ def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batc
         logits = model(given, condition, batch.get("labels") if model.config.num_classes else None)
         total += F.cross_entropy(logits.float(), given, reduction="none").sum(dtype=torch.float64)
     nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * model.config.num_positions)
-    return {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2), "unigram_bits": codes.unigram_bits(model.config.level)}
+    bits = nats / math.log(2)
+    rate = bits * model.config.num_positions / codes.manifest.values_per_image
+    unigram_bits = codes.unigram_bits(model.config.level)
+    return {"loss": nats, "nats": nats, "bits_per_code": bits, "unigram_bits": unigram_bits, "code_bits_per_image_value": rate}

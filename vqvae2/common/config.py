@@ -45,7 +45,7 @@ class TrainingConfig:
     adam_betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the first and second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns clipping off."""
+    """Gradients are clipped to this norm (a discriminator's by themselves); 0 turns clipping off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it natively, else fp32. fp16 needs CUDA."""
     compile: bool = may_change(False)

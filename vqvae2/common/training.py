@@ -85,7 +85,8 @@ def fit(
     averaged = copy.deepcopy(model).to(accelerator.device).eval() if config.weight_ema_decay else None
     if config.compile:
         model.compile()  # in place: names of weights stay as they are
-    net, optimizer = accelerator.prepare(model, _make_optimizer(parameter_groups or [{"params": list(model.parameters())}], accelerator.device, config))
+    groups = parameter_groups or [{"params": list(model.parameters())}]
+    net, optimizer = accelerator.prepare(model, _make_optimizer(groups, accelerator.device, config))
     plain = accelerator.unwrap_model(net)
     kept = plain if averaged is None else averaged
 
@@ -121,7 +122,9 @@ def fit(
                     accelerator.backward(loss / config.gradient_accumulation_steps)
                 metrics.add({"loss": loss, **figures})
             if config.max_grad_norm:
-                accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm)
+                accelerator.unscale_gradients()
+                for group in groups:  # each by itself: a discriminator's large gradients must not shrink the autoencoder's
+                    nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             if averaged is not None:
