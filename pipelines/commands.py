@@ -91,7 +91,7 @@ def sample(config: SampleConfig) -> None:
     mine = unfinished[state.process_index :: state.num_processes]
     bar = tqdm(total=sum(len(files[chunk.start : chunk.stop]) for chunk in mine), desc="sampling", unit="image", disable=not state.is_main_process)
     for chunk in mine:
-        images, _ = pipeline.sample_lanes(chunk, labels, samplings, seed=config.seed, known=repeat_known(known, config.lanes))
+        images, _ = pipeline.sample_lanes(chunk, labels, samplings, seed=config.seed, bf16=config.bf16, known=repeat_known(known, config.lanes))
         asked_for = files[chunk.start : chunk.stop]
         for image, path in zip(to_pil(images), asked_for, strict=False):
             save_picture(image, path)

@@ -113,6 +113,8 @@ class SampleConfig(PartsConfig):
     """Image i is a function of (seed, i, its label), whatever the number of images and processes."""
     lanes: int = 16
     """Images computed side by side: more is faster on a GPU. Always as many, so that nothing else decides an image's last bits."""
+    bf16: bool = False
+    """Multiply in bfloat16 in the priors: faster, and other images."""
     init_image: str | None = None
     """Start from this image: with --mask it is repainted where the mask is white, without its coarsest levels are kept (--keep-levels)."""
     mask: str | None = None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prior.packed import can_pack, pack_linears
 from prior.sampling import SamplingConfig, draw, image_seeds, probabilities, uniforms
 from vqvae2.common.errors import UserError
 
@@ -55,3 +56,19 @@ def test_random_numbers_belong_to_the_image() -> None:
 def test_impossible_settings(bad: dict) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingConfig(**bad)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_packed_linears_are_the_linears(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Sequential(torch.nn.Linear(48, 20, bias=False)))
+    packed = pack_linears(network, 4, dtype)
+    x = torch.randn(4, 7, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), network(x), atol=tolerance, rtol=0)
+        assert packed(x).dtype == torch.float32
+    assert [type(module) for module in network.modules()].count(torch.nn.Linear) == 2  # the original is as it was
+    if can_pack(dtype):
+        assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    double = network.double()
+    assert pack_linears(double, 4, dtype) is double
