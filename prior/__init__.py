@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from prior.base import Prior as Prior
     from prior.codes import CodeDataset as CodeDataset
     from prior.codes import Manifest as Manifest
+    from prior.pixelsnail import PixelSNAIL as PixelSNAIL
     from prior.registry import load_prior as load_prior
     from prior.registry import make_prior as make_prior
     from prior.sampling import Known as Known
@@ -19,6 +20,7 @@ _LAZY = {  # torch is loaded when one of these is first used, not when the comma
     "Prior": "prior.base",
     "CodeDataset": "prior.codes",
     "Manifest": "prior.codes",
+    "PixelSNAIL": "prior.pixelsnail",
     "load_prior": "prior.registry",
     "make_prior": "prior.registry",
     "Known": "prior.sampling",

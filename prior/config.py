@@ -45,13 +45,13 @@ class PixelSNAILConfig:
     num_blocks: int = 2
     """Blocks, each a stack of gated residual blocks and (with num_heads above 0) one attention."""
     num_residual_blocks: int = 4
-    """Gated residual blocks per block."""
+    """Gated residual blocks of two causal convolutions each, per block."""
     kernel_size: int = 5
-    """Side of the causal convolutions; odd."""
+    """Columns that a causal convolution sees; it sees half as many rows above and positions to the left. Odd."""
     num_heads: int = 4
     """Attention heads; 0 for no attention, as on the paper's large grids."""
     num_condition_blocks: int = 4
-    """Residual blocks of the network that reads the coarser levels' codes."""
+    """Residual blocks of the network that reads the coarser levels' codes, for each of these levels."""
     num_output_blocks: int = 0
     """Gated 1x1 residual blocks between the last block and the logits."""
     dropout: float = 0.1
@@ -136,9 +136,9 @@ class TrainPriorConfig(TrainingConfig):
     family: Literal["transformer", "pixelsnail"] = "transformer"
     """transformer: attention over the codes in raster order. pixelsnail: the paper's causal convolutions with attention between them."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    """Sizes of the network, for family transformer."""
+    """Sizes of the network, for family transformer; the other family leaves it unread."""
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
-    """Sizes of the network, for family pixelsnail."""
+    """Sizes of the network, for family pixelsnail; the other family leaves it unread."""
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them."""
     label_dropout: float = 0.1
@@ -154,5 +154,3 @@ class TrainPriorConfig(TrainingConfig):
         super().__post_init__()
         check(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
         check(0 <= self.token_corruption < 1, "token_corruption", self.token_corruption, "in [0, 1)")
-        for family, network in (("transformer", self.transformer), ("pixelsnail", self.pixelsnail)):
-            check(family == self.family or network == type(network)(), family, network, f"left alone when the family is {self.family}")

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from prior.base import Prior
 from prior.config import PriorConfig
+from prior.pixelsnail import PixelSNAIL
 from prior.transformer import TransformerPrior
 from vqvae2.common.artifact import CONFIG_NAME, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 
-FAMILIES: tuple[type[Prior], ...] = (TransformerPrior,)
+FAMILIES: tuple[type[Prior], ...] = (TransformerPrior, PixelSNAIL)
 
 
 def make_prior(config: PriorConfig) -> Prior:

@@ -65,6 +65,17 @@ def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
     assert not (pipeline(6, seed=4).codes[1] == whole.codes[1]).all()
 
 
+def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> None:
+    for level, name in enumerate(("top", "bottom")):
+        vqvae2("train-prior", "--config", "tiny", "--family", "pixelsnail", "--codes", run / "codes", "--level", name, "--output-dir", tmp_path / f"p{level}")
+        assert read_json(tmp_path / f"p{level}" / "config.json")["architecture"] == "PixelSNAIL"
+    for priors in ((tmp_path / "p0", tmp_path / "p1"), (tmp_path / "p0", run / "prior_1")):
+        pipeline = VQVAE2Pipeline.from_parts(run / "vqvae", priors)
+        pipeline.save_pretrained(tmp_path / "pipeline")
+        images = VQVAE2Pipeline.from_pretrained(tmp_path / "pipeline")(4, output_type="pt").images
+        assert (images == pipeline(4, output_type="pt").images).all()
+
+
 def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> None:
     vqvae2("sample", "--pipeline", run / "pipeline", "--num-images", 7, "--output-dir", tmp_path / "one")
     two_processes(ROOT / "scripts" / "sample.py", "--pipeline", run / "pipeline", "--num-images", 7, "--output-dir", tmp_path / "two")

@@ -1,0 +1,87 @@
+"""Convolutions over a grid that never look at a later position, all positions at once or one after the other.
+
+Features are `(B, h, w, C)`, so that a 1x1 convolution is a linear layer, at a single position too. Letters: B batch, h w grid, k kernel size.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Conv3x3(nn.Conv2d):
+    """An ordinary 3x3 convolution, `(B, h, w, C)` to `(B, h, w, C')`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, kernel_size=3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """A tensor `(B, h, w, C)` is one `(B, C, h, w)` in the channels_last format: no copy is made."""
+        return rearrange(super().forward(rearrange(features, "b h w c -> b c h w")), "b c h w -> b h w c")
+
+
+class CausalConv(nn.Module):
+    """Two sets of taps with one sum: the k//2 rows above, k columns wide, and in the same row the k//2 positions to the left and the position itself.
+
+    There is no mask: no tap exists that looks at a later position, so nothing is multiplied by zero and no weight is ever set to zero.
+    (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2.2, pad and crop their two stacks in the same way.)
+
+    Args:
+        strict: leave out the position itself. The first layer of a prior does, so that its output at a position knows only the codes before
+            it; all later layers may then look at their own position.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: int, *, strict: bool = False) -> None:
+        super().__init__()
+        self.reach = kernel_size // 2
+        self.above = nn.Conv2d(in_features, out_features, (self.reach, kernel_size), padding=self.reach)
+        self.left = nn.Conv2d(in_features, out_features, (1, self.reach if strict else self.reach + 1), padding=(0, self.reach), bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, h, w, C)` to `(B, h, w, C')`."""
+        height, width = features.shape[1:3]
+        x = rearrange(features, "b h w c -> b c h w")
+        # Padded on all sides, a convolution's first output sees nothing but padding, and the window of output i ends just before row i
+        # (at column i, or just before it): the outputs beyond the grid, which look at what comes later, are cropped.
+        y = self.above(x)[:, :, :height, :width] + self.left(x)[:, :, :height, :width]
+        return rearrange(y, "b c h w -> b h w c")
+
+
+class CausalConvSteps:
+    """The same convolution, position after position in raster order, without computing anything twice.
+
+    The taps that look at finished rows, most of them, are computed for a whole row at its start, in one convolution; at a position only those
+    in its own row remain, a single matrix product. All views are made here, once.
+    """
+
+    def __init__(self, conv: CausalConv, batch_size: int, width: int) -> None:
+        kernel, reach = conv.left.weight, conv.reach
+        out_features, features, _, taps = kernel.shape
+        self.above = conv.above
+        self.left = kernel.permute(3, 1, 2, 0).reshape(taps * features, out_features)
+        self.finished = kernel.new_zeros(batch_size, reach, width + 2 * reach, features)  # inputs: the last k//2 rows, with their padding
+        self.row = kernel.new_zeros(batch_size, width + 2 * reach, features)  # inputs: the current row
+        self.known = kernel.new_empty(width, batch_size, out_features)  # what the current row's outputs are besides their left taps
+        self.inputs = self.row[:, reach : reach + width].unbind(1)
+        self.windows = [self.row[:, column : column + taps].view(batch_size, taps * features) for column in range(width)]
+        self.columns = self.known.unbind(0)
+
+    def start_row(self, bias: Tensor | None = None) -> None:
+        """Move on to the next row: the row that all inputs of have been put is finished.
+
+        Args:
+            bias: `(B, w, C')` or `(B, 1, C')`, added to the row's outputs.
+        """
+        for older, newer in zip(self.finished.unbind(1), [*self.finished.unbind(1)[1:], self.row], strict=True):
+            older.copy_(newer)
+        x = rearrange(self.finished, "b r w c -> b c r w")
+        known = rearrange(F.conv2d(x, self.above.weight, self.above.bias), "b c 1 w -> w b c")
+        self.known.copy_(known if bias is None else known + rearrange(bias, "b w c -> w b c"))
+
+    def put(self, features: Tensor, column: int) -> None:
+        """Give the input `(B, C)` at a column of the current row."""
+        self.inputs[column].copy_(features)
+
+    def output(self, column: int) -> Tensor:
+        """The output `(B, C')` at a column, when all inputs that it looks at have been put."""
+        return torch.addmm(self.columns[column], self.windows[column], self.left)

@@ -1,0 +1,281 @@
+"""PixelSNAIL (Chen, Mishra, Rohaninejad, Abbeel 2018): causal convolutions with causal attention between them, as in the VQ-VAE-2 paper's priors.
+
+Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions in raster order, W width, R residual channels, K codebook size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prior.attention import KVCache, attend
+from prior.base import Prior
+from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
+from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
+
+
+class GatedBlock(nn.Module):
+    """x + a * sigmoid(b), where a and b come from two layers over x and may know a context (PixelSNAIL, figure 5a; van den Oord et al. 2016, equation 4).
+
+    Args:
+        layer: makes a layer from its numbers of input and output features: causal or ordinary convolutions, or linear layers (1x1).
+        context: features of what shifts a and b, or 0 for none.
+        beside: features of a second input, or 0 for none.
+    """
+
+    def __init__(self, width: int, hidden: int, layer: Callable[[int, int], nn.Module], dropout: float, *, context: int = 0, beside: int = 0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.first, self.second = layer(width, hidden), layer(hidden, 2 * width)
+        self.from_context = nn.Linear(context, 2 * width, bias=False) if context else None
+        self.from_beside = nn.Linear(beside, hidden, bias=False) if beside else None
+
+    def forward(self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """`(..., width)` to the same shape; context and beside have the leading dimensions of x, or 1."""
+        hidden = self.first(F.elu(x))
+        if self.from_beside is not None and beside is not None:
+            hidden = hidden + self.from_beside(F.elu(beside))
+        gated = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
+        if self.from_context is not None and context is not None:
+            gated = gated + self.from_context(context)
+        return x + F.glu(gated, dim=-1)
+
+
+class CausalAttention(nn.Module):
+    """Each position reads all positions up to itself (PixelSNAIL, section 3.2 and figure 5b).
+
+    Keys and values come from the code just before a position, its features and its place; queries from the latter two. None of these knows the
+    position's own code, so it may attend to itself: then it sees every code before it, also those that no stack of convolutions reaches (the first
+    position of a row does not see the end of the row above).
+    """
+
+    def __init__(self, config: PixelSNAILConfig) -> None:
+        super().__init__()
+        width, half, dropout = config.width, config.width // 2, config.dropout
+        self.num_heads, self.dropout = config.num_heads, dropout
+        self.read_keys, self.to_keys_values = GatedBlock(2 * width + 2, width, nn.Linear, dropout), nn.Linear(2 * width + 2, 2 * half)
+        self.read_queries, self.to_queries = GatedBlock(width + 2, width, nn.Linear, dropout), nn.Linear(width + 2, half)
+        self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
+
+    def forward(self, x: Tensor, before: Tensor, places: Tensor, cache: KVCache | None = None, position: int = 0) -> Tensor:
+        """`(B, T, W)` to the same, given the embeddings `(B, T, W)` of the codes just before and places `(B, T, 2)`.
+
+        With a cache, T = 1 and all are at `position`.
+        """
+        placed = torch.cat([x, places], dim=-1)
+        q = self._heads(self.to_queries(self.read_queries(placed)))
+        k, v = (self._heads(part) for part in self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1))).chunk(2, dim=-1))
+        if cache is not None:
+            k, v = cache.append(position, k, v)
+        attended = attend(q, k, v, causal=cache is None).transpose(1, 2).flatten(2)  # (B, T, W/2)
+        return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
+
+    def _heads(self, features: Tensor) -> Tensor:
+        """`(B, T, n*d)` to `(B, n, T, d)`."""
+        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class ConditionNetwork(nn.Module):
+    """Reads the codes of the coarser levels and lays what it read over the level's grid.
+
+    From coarse to fine: each coarser level's codes join what the levels before said, residual blocks read the joint grid (section 3.2 of the VQ-VAE-2
+    paper calls them the conditioning stack), and each position is repeated over the finer positions that it covers, told which of these it is.
+    """
+
+    def __init__(self, config: PixelSNAILPriorConfig) -> None:
+        super().__init__()
+        network = config.network
+        self.embeddings = nn.ModuleList(nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1])
+        self.stacks = nn.ModuleList(
+            nn.Sequential(
+                *(GatedBlock(network.width, network.residual_channels, Conv3x3, network.dropout) for _ in range(network.num_condition_blocks)),
+            )
+            for _ in self.embeddings
+        )
+        self.offsets = nn.ParameterList(  # of a finer position within the coarser one
+            torch.zeros(fine[0] // coarse[0], fine[1] // coarse[1], network.width) for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True)
+        )
+
+    def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
+        """Coarser codes `(B, h', w')` each, and a context `(B, 1, 1, W)` that every position gets, to `(B, h, w, W)`."""
+        x = context
+        for codes, embedding, stack, offsets in zip(condition, self.embeddings, self.stacks, self.offsets, strict=True):
+            x = stack(x + embedding(codes))
+            up, across, _ = offsets.shape
+            x = repeat(x, "b h w c -> b (h up) (w across) c", up=up, across=across) + offsets.repeat(*codes.shape[1:], 1)
+        return x
+
+
+class Block(nn.Module):
+    """Gated residual blocks of causal convolutions, which know the context, then one attention if the network has any (PixelSNAIL, figure 5)."""
+
+    def __init__(self, config: PixelSNAILConfig, *, context: int) -> None:
+        super().__init__()
+        conv = partial(CausalConv, kernel_size=config.kernel_size)
+        self.residuals = nn.ModuleList(
+            GatedBlock(config.width, config.residual_channels, conv, config.dropout, context=context) for _ in range(config.num_residual_blocks)
+        )
+        self.attention = CausalAttention(config) if config.num_heads else None
+
+    def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor | None) -> Tensor:
+        """`(B, h, w, W)` to the same; before `(B, T, W)` and places `(B, T, 2)` are the attention's, the context is `(B, h, w, W)` or `(B, 1, 1, W)`."""
+        for residual in self.residuals:
+            x = residual(x, context=context)
+        if self.attention is None:
+            return x
+        return self.attention(x.flatten(1, 2), before, places).unflatten(1, x.shape[1:3])
+
+
+class GatedBlockSteps:
+    """A causal `GatedBlock`, position after position."""
+
+    def __init__(self, block: GatedBlock, batch_size: int, width: int) -> None:
+        self.from_context = block.from_context
+        self.first, self.second = (CausalConvSteps(cast(CausalConv, layer), batch_size, width) for layer in (block.first, block.second))
+
+    def start_row(self, context: Tensor | None) -> None:
+        """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
+        self.first.start_row()
+        self.second.start_row(self.from_context(context) if self.from_context is not None else None)
+
+    def step(self, x: Tensor, column: int) -> Tensor:
+        """`(B, W)` to the same."""
+        self.first.put(F.elu(x), column)
+        self.second.put(F.elu(self.first.output(column)), column)
+        return x + F.glu(self.second.output(column))
+
+
+@dataclass
+class SamplingState:
+    """What a PixelSNAIL keeps between positions."""
+
+    context: Tensor | None
+    """`(B, h, w, W)` or `(B, h, 1, W)`: what the class and the coarser codes say."""
+    places: Tensor
+    """`(B, T, 2)`."""
+    stem: CausalConvSteps
+    """Of the first layer."""
+    blocks: list[tuple[list[GatedBlockSteps], KVCache | None]]
+    """Of each block its residual blocks, and its attention's keys and values."""
+
+
+class PixelSNAIL(Prior):
+    """The PixelSNAIL prior of any level."""
+
+    config_class = PixelSNAILPriorConfig
+    config: PixelSNAILPriorConfig
+    places: Tensor
+
+    def __init__(self, config: PixelSNAILPriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        network = config.network
+        width = network.width
+        self.codebook_size = config.codebook_sizes[-1]
+        self.embedding = nn.Embedding(self.codebook_size, width)
+        # The last entry stands for a hidden label.
+        self.labels = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.condition = ConditionNetwork(config) if config.level else None
+        self.stem = CausalConv(width, width, network.kernel_size, strict=True)
+        has_context = bool(config.num_classes or config.level)
+        self.blocks = nn.ModuleList(Block(network, context=width * has_context) for _ in range(network.num_blocks))
+        self.output = nn.Sequential(
+            *(GatedBlock(width, network.residual_channels, nn.Linear, network.dropout) for _ in range(network.num_output_blocks)),
+            nn.ELU(),
+            nn.Linear(width, self.codebook_size),
+        )
+        rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
+        self.register_buffer("places", rearrange(torch.stack(torch.meshgrid(rows, columns, indexing="ij")), "c h w -> 1 (h w) c"), persistent=False)
+        _initialise(self)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions
+
+    def forward(self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None) -> Tensor:
+        """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
+        context = self.context(len(codes), condition, labels)
+        places = self.places.expand(len(codes), -1, -1)
+        embedded = self.embedding(codes)
+        before = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0))  # position t reads the code at t - 1
+        x = self.stem(embedded)
+        for block in self.blocks:
+            x = block(x, before, places, context)
+        return rearrange(self.output(x), "b h w k -> b k h w")
+
+    def context(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Tensor | None:
+        """What every position is told: the class, and what the coarser codes say. `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
+        context = self.labels(labels)[:, None, None] if self.labels is not None else None
+        if self.condition is None:
+            return context
+        return self.condition(condition, self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width) if context is None else context)
+
+    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> SamplingState:
+        """Run the condition network once and take the caches."""
+        network = self.config.network
+        height, width = self.config.grids[-1]
+        context = self.context(batch_size, condition, labels)
+        blocks: list[tuple[list[GatedBlockSteps], KVCache | None]] = []
+        for block in cast(Sequence[Block], self.blocks):
+            residuals = [GatedBlockSteps(residual, batch_size, width) for residual in cast(Sequence[GatedBlock], block.residuals)]
+            heads = network.num_heads
+            cache = KVCache(batch_size, heads, height * width, network.width // 2 // heads, self.embedding.weight) if heads else None
+            blocks.append((residuals, cache))
+        return SamplingState(
+            context=None if context is None else context.expand(-1, height, -1, -1),
+            places=self.places.expand(batch_size, -1, -1),
+            stem=CausalConvSteps(self.stem, batch_size, width),
+            blocks=blocks,
+        )
+
+    def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
+        """Logits `(B, K)` of one position; see `Prior.step`."""
+        width = self.config.grids[-1][1]
+        row, column = divmod(position, width)
+        if previous is None:
+            before = torch.zeros_like(state.stem.inputs[0])
+        else:
+            before = self.embedding(previous)
+            state.stem.put(before, (column - 1) % width)
+        if column == 0:
+            self._start_row(state, row)
+        x = state.stem.output(column)
+        for block, (residuals, cache) in zip(cast(Sequence[Block], self.blocks), state.blocks, strict=True):
+            for residual in residuals:
+                x = residual.step(x, column)
+            if block.attention is not None:
+                x = block.attention(x[:, None], before[:, None], state.places[:, position : position + 1], cache, position)[:, 0]
+        return self.output(x)
+
+    def _start_row(self, state: SamplingState, row: int) -> None:
+        context = None if state.context is None else state.context[:, row]
+        state.stem.start_row()
+        for residuals, _ in state.blocks:
+            for residual in residuals:
+                residual.start_row(context)
+
+
+def _initialise(prior: PixelSNAIL) -> None:
+    """Layers that keep the variance of their input, second layers of residual blocks that start small, and a head that says almost nothing yet."""
+    depth = sum(isinstance(module, GatedBlock) for module in prior.modules())
+    for module in prior.modules():
+        if isinstance(module, CausalConv):  # its two sets of taps are one sum
+            fan_in = module.above.weight[0].numel() + module.left.weight[0].numel()
+            for taps in (module.above, module.left):
+                nn.init.normal_(taps.weight, std=fan_in**-0.5)
+            nn.init.zeros_(cast(Tensor, module.above.bias))
+        elif isinstance(module, Conv3x3 | nn.Linear):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ConditionNetwork):
+            for offsets in module.offsets:
+                nn.init.normal_(offsets, std=0.02)
+    with torch.no_grad():
+        for module in prior.modules():
+            if isinstance(module, GatedBlock):
+                for parameter in module.second.parameters():
+                    parameter.mul_(depth**-0.5)
+        cast(nn.Linear, prior.output[-1]).weight.mul_(0.1)
