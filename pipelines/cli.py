@@ -21,6 +21,7 @@ from pipelines.config import (
     ExtractConfig,
     ImportWeightsConfig,
     InspectConfig,
+    PlanConfig,
     ReconstructConfig,
     SampleConfig,
     TrainPriorCommandConfig,
@@ -31,6 +32,7 @@ from vqvae2.config import TrainVQVAEConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, and where its function is
     "demo": (DemoConfig, "pipelines.demo:demo"),
+    "plan": (PlanConfig, "pipelines.plan:plan"),
     "train": (TrainVQVAEConfig, "pipelines.commands:train"),
     "extract": (ExtractConfig, "pipelines.extract:extract"),
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),
