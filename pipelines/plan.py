@@ -1,8 +1,8 @@
 """`vqvae2 plan`: what the trainings of a recipe need, found by running one step of each on tensors that have shapes but no memory.
 
 The step is the real one (model, loss, autocast, backward) under `FakeTensorMode`: meta tensors that pretend to lie on the CPU, so that the code
-takes the paths that it takes there, which plain meta tensors do not (they know no autocast, and attention keeps every score). On a GPU, where more operations are
-fused, the same step keeps a little less.
+takes the paths that it takes there. Plain meta tensors know no autocast, and their attention keeps every score. For a GPU, which fuses other
+operations, the same step is an approximation.
 """
 
 import contextlib
@@ -39,7 +39,6 @@ from vqvae2.losses import make_adversarial_term
 from vqvae2.losses import make_loss as make_vqvae_loss
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
-from vqvae2.usage import level_name
 
 GIBIBYTE = 2**30
 USABLE = 0.9  # of the device's memory: the rest is for Python, libraries, buffers of a single operation, and gaps
@@ -253,9 +252,8 @@ def _prior(config: TrainPriorConfig, train: TrainVQVAEConfig, num_classes: int) 
         return drawn | {"labels": torch.randint(num_classes, (rows,), device=device)} if facts.num_classes else drawn
 
     height, width = facts.grids[-1]
-    name = level_name(facts.level, train.model.num_levels)
     classes = f"{facts.num_classes or 'no'} classes"
-    title = f"{config.family} prior of the {name} level, {height} x {width} codes of {facts.codebook_sizes[-1]}, {classes}"
+    title = f"{config.family} prior of level {facts.level} (0 is the top), {height} x {width} codes of {facts.codebook_sizes[-1]}, {classes}"
     return Stage(f"prior_{facts.level}", title, config, lambda: make_prior(facts), make_loss, batch)
 
 
@@ -445,7 +443,7 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def time_step(stage: Stage, rows: int, device: torch.device, precision: str) -> tuple[float, float]:
-    """Seconds of forward and backward with so many rows, and of the update that follows: medians of three, after one that is not counted."""
+    """Seconds of forward and backward with so many rows, and of the update that follows: medians of three or more, the first not counted."""
     model = stage.make_model().to(device).train()
     loss_fn = stage.make_loss(model)
     averaged = stage.make_model().to(device) if stage.config.weight_ema_decay else None
@@ -464,8 +462,11 @@ def time_step(stage: Stage, rows: int, device: torch.device, precision: str) -> 
         if averaged is not None:
             update_average(averaged, model, 1, stage.config.weight_ema_decay)
 
-    times = [(_timed(forward_and_backward, device), _timed(update, device)) for _ in range(4)][1:]
-    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+    times: list[tuple[float, float]] = []
+    started = time.perf_counter()
+    while len(times) < 4 or (len(times) < 50 and time.perf_counter() - started < 1):
+        times.append((_timed(forward_and_backward, device), _timed(update, device)))
+    return statistics.median(a for a, _ in times[1:]), statistics.median(b for _, b in times[1:])
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
