@@ -21,6 +21,7 @@ from pipelines.config import (
     ExtractConfig,
     ImportWeightsConfig,
     InspectConfig,
+    PlanConfig,
     ReconstructConfig,
     SampleConfig,
     TrainPriorCommandConfig,
@@ -31,6 +32,7 @@ from vqvae2.config import TrainVQVAEConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, and where its function is
     "demo": (DemoConfig, "pipelines.demo:demo"),
+    "plan": (PlanConfig, "pipelines.plan:plan"),
     "train": (TrainVQVAEConfig, "pipelines.commands:train"),
     "extract": (ExtractConfig, "pipelines.extract:extract"),
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),
@@ -197,7 +199,8 @@ def _one_sentence(box: str) -> str:
     text = " ".join(line for line in lines if line and "full helptext" not in line and "rgument helptext" not in line)
     text = re.sub(r"\s+", " ", text).removeprefix("Value error ").strip()
     if text.startswith("Required options"):
-        return f"{' and '.join(re.findall(r'(--[a-z.-]+) [A-Z{]', text))} must be given."
+        flags = re.findall(r"(--[a-z.-]+) [A-Z{]", text)
+        return f"{' and '.join(flags) or 'what comes after the subcommand, without a flag,'} must be given."
     return text.rstrip(".") + "."
 
 

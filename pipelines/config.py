@@ -1,6 +1,7 @@
 """Configuration of the commands that need both stages. Torch-free."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -155,6 +156,41 @@ class ImportWeightsConfig:
     """The model folder."""
     size: tuple[int, ...] = (256,)
     """Height and width of the images that it was trained on, or one number for both (the file does not say)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Say what the trainings of a recipe will need before they start: parameters, memory for a step, hours, and whether it fits the device.
+
+    No weights are made: a network of any size is planned in seconds.
+
+    Example: vqvae2 plan ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """The recipe: its name, or a YAML file."""
+    num_images: int | None = None
+    """Training images, for the hours per epoch; without it an epoch is a million images."""
+    num_classes: int = 0
+    """Classes that the priors are conditioned on (a training reads them from the codes)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to plan for; auto is what a training on this machine would use. cuda may be planned where there is none, with --memory-gibibytes."""
+    memory_gibibytes: float | None = None
+    """Memory of the device, if it is not this machine's."""
+    num_devices: int = 1
+    """Processes that share a batch, each on a device of its own."""
+    measure: bool = False
+    """Time a real step of every training on this device, with as many images as take a few seconds. Without it, hours follow from how fast
+    the device multiplies matrices, which no training reaches: they are then the least it can take."""
+    images_per_second: tuple[float, ...] = ()
+    """A rate that you measured (`images_per_second` in metrics.jsonl): one number for all trainings, or one for each. Wins over --measure."""
+
+    def __post_init__(self) -> None:
+        check(self.num_images is None or self.num_images >= 1, "num_images", self.num_images, "at least 1")
+        check(self.num_classes >= 0, "num_classes", self.num_classes, "0 (none) or more")
+        check(self.memory_gibibytes is None or self.memory_gibibytes > 0, "memory_gibibytes", self.memory_gibibytes, "above 0")
+        check(self.num_devices >= 1, "num_devices", self.num_devices, "at least 1")
+        check(all(rate > 0 for rate in self.images_per_second), "images_per_second", self.images_per_second, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 Letters: B batch, D code dimension, h w code grid, N = B*h*w vectors, K codebook size. sg() is stop-gradient.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
@@ -294,8 +295,9 @@ class FSQuantizer(Quantizer):
 
     def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
         super().__init__()
-        levels = torch.tensor((config or QuantizerConfig()).fsq_levels)
-        assert (int(levels.prod()), len(levels)) == (codebook_size, code_dim), "the configuration derives both from fsq_levels"
+        fsq_levels = (config or QuantizerConfig()).fsq_levels
+        assert (math.prod(fsq_levels), len(fsq_levels)) == (codebook_size, code_dim), "the configuration derives both from fsq_levels"
+        levels = torch.tensor(fsq_levels)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("basis", torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(dim=0)]), persistent=False)
 
