@@ -39,13 +39,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None = None, position: int = 0) -> Tensor:
         """`(B, T, W)` to the same, `angles` as `rotate` takes them; with a cache, T = 1 and x is at `position`."""
         q, k, v = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d) each
-        q, k = rotate(self.norm_q(q), angles).to(v.dtype), rotate(self.norm_k(k), angles).to(v.dtype)
+        q, k = _turn(self.norm_q, q, angles), _turn(self.norm_k, k, angles)
         if cache is not None:
             k, v = cache.append(position, k, v, self.window)
         attended = attend(q, k, v, causal=self.causal and cache is None, window=self.window)
         x = x + F.dropout(self.from_heads(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
         gate, up = self.gate_and_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+
+
+def _turn(norm: nn.Module, heads: Tensor, angles: Tensor) -> Tensor:
+    """Normalise and turn, in at least fp32 whatever autocast says outside."""
+    exact = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    return rotate(norm(exact), angles).to(heads.dtype)
 
 
 def rotary_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
