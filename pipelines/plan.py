@@ -10,8 +10,9 @@ import os
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pipelines.cli import load_recipe, recipe_section
@@ -41,8 +44,11 @@ from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
 GIBIBYTE = 2**30
-USABLE = 0.9  # of the device's memory: the rest is for Python, libraries, buffers of a single operation, and gaps
+# What a process takes over what its tensors take, Python and libraries aside. On a CPU measured: 1.2 to 1.7 for steps of 0.4 to 1.6 GiB, most of it because
+# `keep_freed_memory` lets the heap grow for speed. On a GPU assumed, not measured: libraries and gaps.
+OVERHEAD = {"cpu": 1.7, "cuda": 1.1}
 PATIENCE = 10.0  # seconds that a measured step of a single image may take by estimate
+PER_ROW = ("activations", "working", "flops")
 AUTOCAST_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,7 +96,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step needs. All but the first three are linear in the number of rows."""
+    """What one training step needs. The first three are constant, the others linear in the number of rows."""
 
     num_parameters: int
     weights: int
@@ -99,18 +105,10 @@ class Cost:
     """Bytes of the parameters that learn."""
     activations: int
     """Bytes that the backward pass finds saved, parameters aside."""
+    working: int
+    """Bytes of all else that is alive at the worst moment, the parameters' gradients aside: results on their way from one operation to the next."""
     flops: int
     """Forward and backward."""
-
-    def memory(self, config: TrainingConfig, rows: int) -> dict[str, int]:
-        """Bytes by what they are for, with `activations` and `flops` those of so many rows."""
-        return {
-            "weights": self.weights,
-            "gradients": self.learned,
-            "optimizer": 2 * self.learned,
-            "averaged weights": self.weights if config.weight_ema_decay else 0,
-            "activations": self.activations * rows,
-        }
 
 
 @dataclass(frozen=True)
@@ -120,9 +118,9 @@ class Estimate:
     stage: Stage
     device: Device
     fixed: Cost
-    """`activations` and `flops` of no rows."""
+    """`activations`, `working` and `flops` of no rows."""
     per_row: Cost
-    """`activations` and `flops` of each row."""
+    """`activations`, `working` and `flops` of each row."""
     rows: int
     """Rows that a device computes at once."""
 
@@ -133,12 +131,19 @@ class Estimate:
 
     def memory_with(self, rows: int) -> dict[str, int]:
         """Bytes by what they are for, with so many rows at once."""
-        found = self.per_row.memory(self.stage.config, rows)
-        return {**found, "activations": found["activations"] + self.fixed.activations}
+        config, each, fixed = self.stage.config, self.per_row, self.fixed
+        return {
+            "weights": each.weights,
+            "gradients": each.learned,
+            "optimizer": 2 * each.learned,
+            "averaged weights": each.weights if config.weight_ema_decay else 0,
+            "activations": fixed.activations + rows * each.activations,
+            "working memory": max(0, fixed.working + rows * each.working),
+        }
 
     def fits(self, rows: int) -> bool:
         """Whether a step with so many rows at once fits the device, or nobody knows how much it has."""
-        return self.device.memory is None or sum(self.memory_with(rows).values()) <= USABLE * self.device.memory
+        return self.device.memory is None or sum(self.memory_with(rows).values()) * OVERHEAD[self.device.kind] <= self.device.memory
 
     @property
     def flops_per_step(self) -> int:
@@ -272,8 +277,8 @@ def estimate_stage(stage: Stage, device: Device, num_devices: int = 1) -> Estima
         )
     precision = device.precision(config)
     two, three = (trace(stage, rows, precision) for rows in (2, 3))
-    per_row = Cost(two.num_parameters, two.weights, two.learned, three.activations - two.activations, three.flops - two.flops)
-    fixed = Cost(two.num_parameters, two.weights, two.learned, two.activations - 2 * per_row.activations, two.flops - 2 * per_row.flops)
+    per_row = replace(two, **{name: getattr(three, name) - getattr(two, name) for name in PER_ROW})
+    fixed = replace(two, **{name: getattr(two, name) - 2 * getattr(per_row, name) for name in PER_ROW})
     return Estimate(stage, device, fixed, per_row, config.batch_size // parts)
 
 
@@ -287,7 +292,7 @@ def trace(stage: Stage, rows: int, precision: str) -> Cost:
         for module in model.modules():
             if isinstance(module, Quantizer):  # how a codebook learns without gradients saves nothing for later, and asks for values
                 module.eval()
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops, LiveMemory(model) as live:
             with saved_for_backward(model) as saved, torch.autocast("cpu", AUTOCAST_TYPES[precision], enabled=precision != "no"):
                 loss, _ = loss_fn(model, stage.batch(rows, torch.device("cpu")))
             loss.backward()
@@ -297,8 +302,39 @@ def trace(stage: Stage, rows: int, precision: str) -> Cost:
         weights=sum(t.nbytes for t in [*parameters, *model.buffers()]),
         learned=sum(p.nbytes for p in parameters if p.requires_grad),
         activations=sum(saved.values()),
+        working=live.peak - sum(saved.values()),
         flops=flops.get_total_flops(),
     )
+
+
+class LiveMemory(TorchDispatchMode):
+    """Watches what the operations in it allocate and when it is freed; `peak` is the most that was alive at once, parameters' gradients aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._set_aside)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carry out an operation and note its results."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _address(tensor) not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(_address(tensor))
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, _address(tensor), storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def _freed(self, address: int, number: int) -> None:
+        self.seen.discard(address)
+        self.alive -= number
+
+    def _set_aside(self, parameter: Tensor) -> None:
+        self.alive -= parameter.nbytes
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
@@ -373,20 +409,21 @@ def report(estimate: Estimate, config: PlanConfig, images_per_second: float | No
 
 def advice(estimate: Estimate, accumulation: int) -> str:
     """Whether it fits, and what to change if it does not."""
-    available = estimate.device.memory
+    available, margin = estimate.device.memory, f"with a margin of {OVERHEAD[estimate.device.kind] - 1:.0%} for what lies between tensors"
     if available is None:
         return "nobody knows whether it fits: give --memory-gibibytes."
     if estimate.fits(estimate.rows):
-        return f"fits the {_bytes(available)} of the device."
+        return f"fits the {_bytes(available)} of the device, {margin}."
     for parts in range(2, estimate.rows + 1):
         if estimate.rows % parts == 0 and estimate.fits(estimate.rows // parts):
             needed = sum(estimate.memory_with(estimate.rows // parts).values())
             return (
-                f"DOES NOT FIT the {_bytes(available)} of the device, but with --gradient-accumulation-steps {accumulation * parts} it does "
+                f"DOES NOT FIT the {_bytes(available)} of the device, {margin}; but with --gradient-accumulation-steps {accumulation * parts} it does "
                 f"({estimate.rows // parts} images at once, {_bytes(needed)}), as it does shared out over {parts} devices."
             )
     needed = sum(estimate.memory_with(1).values())
-    return f"DOES NOT FIT the {_bytes(available)} of the device: even a single image at once needs {_bytes(needed)}. Take a smaller network or more memory."
+    refusal = f"DOES NOT FIT the {_bytes(available)} of the device, {margin}"
+    return f"{refusal}: even a single image at once needs {_bytes(needed)}. Take a smaller network or more memory."
 
 
 def _time(estimate: Estimate, config: PlanConfig, images_per_second: float | None) -> list[str]:
