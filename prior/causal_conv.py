@@ -3,10 +3,10 @@
 Features are `(B, h, w, C)`, so that a 1x1 convolution is a linear layer, at a single position too. Letters: B batch, h w grid, k kernel size.
 """
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from prior.prepared import PreparedLinear
 
 
 class Conv3x3(nn.Conv2d):
@@ -50,33 +50,36 @@ class CausalConv(nn.Module):
 class CausalConvSteps:
     """The same convolution, position after position in raster order, without computing anything twice.
 
-    The taps that look at finished rows, most of them, are computed for a whole row at its start, in one convolution; at a position only those
-    in its own row remain, a single matrix product. All views are made here, once.
+    The taps that look at finished rows, most of them, are computed for a whole row at its start; at a position only those in its own row remain.
+    Both are one matrix product over the concatenated inputs of all taps. All buffers and views are made here, once.
     """
 
     def __init__(self, conv: CausalConv, batch_size: int, width: int) -> None:
-        kernel, reach = conv.left.weight, conv.reach
-        out_features, features, _, taps = kernel.shape
-        self.above = conv.above
-        self.left = kernel.permute(3, 1, 2, 0).reshape(taps * features, out_features)
-        self.finished = kernel.new_zeros(batch_size, reach, width + 2 * reach, features)  # inputs: the last k//2 rows, with their padding
-        self.row = kernel.new_zeros(batch_size, width + 2 * reach, features)  # inputs: the current row
-        self.known = kernel.new_empty(width, batch_size, out_features)  # what the current row's outputs are besides their left taps
-        self.inputs = self.row[:, reach : reach + width].unbind(1)
+        reach, weight = conv.reach, conv.above.weight
+        out_features, features, _, kernel = weight.shape
+        taps, padded = conv.left.weight.shape[-1], width + 2 * reach
+        self.above = PreparedLinear(rearrange(weight, "o i r c -> o (r c i)"), conv.above.bias, batch_size * width)
+        self.left = PreparedLinear(rearrange(conv.left.weight, "o i 1 c -> o (c i)"), None, batch_size)
+        self.finished = weight.new_zeros(batch_size, reach, padded, features)  # inputs: the last k//2 rows, with their padding
+        self.row = weight.new_zeros(batch_size, padded, features)  # inputs: the current row
+        self.known = weight.new_empty(batch_size, width, out_features)  # what the current row's outputs are besides their left taps
+        # Each column's k neighbours lie side by side in memory, so a window is a view with overlapping strides: (B, w, k//2, k*C).
+        row_size = padded * features
+        self.windows_above = self.finished.as_strided((batch_size, width, reach, kernel * features), (reach * row_size, features, row_size, 1))
         self.windows = [self.row[:, column : column + taps].view(batch_size, taps * features) for column in range(width)]
-        self.columns = self.known.unbind(0)
+        self.inputs = self.row[:, reach : reach + width].unbind(1)
+        self.columns = self.known.unbind(1)
 
     def start_row(self, bias: Tensor | None = None) -> None:
-        """Move on to the next row: the row that all inputs of have been put is finished.
+        """Move on to the next row, when all inputs of the last one have been put.
 
         Args:
             bias: `(B, w, C')` or `(B, 1, C')`, added to the row's outputs.
         """
         for older, newer in zip(self.finished.unbind(1), [*self.finished.unbind(1)[1:], self.row], strict=True):
             older.copy_(newer)
-        x = rearrange(self.finished, "b r w c -> b c r w")
-        known = rearrange(F.conv2d(x, self.above.weight, self.above.bias), "b c 1 w -> w b c")
-        self.known.copy_(known if bias is None else known + rearrange(bias, "b w c -> w b c"))
+        known = self.above(self.windows_above.flatten(2))
+        self.known.copy_(known if bias is None else known + bias)
 
     def put(self, features: Tensor, column: int) -> None:
         """Give the input `(B, C)` at a column of the current row."""
@@ -84,4 +87,4 @@ class CausalConvSteps:
 
     def output(self, column: int) -> Tensor:
         """The output `(B, C')` at a column, when all inputs that it looks at have been put."""
-        return torch.addmm(self.columns[column], self.windows[column], self.left)
+        return self.left(self.windows[column]).add_(self.columns[column])

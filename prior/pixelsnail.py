@@ -17,6 +17,7 @@ from prior.attention import KVCache, attend
 from prior.base import Prior
 from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
+from prior.prepared import prepared
 
 
 class GatedBlock(nn.Module):
@@ -135,7 +136,7 @@ class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
     def __init__(self, block: GatedBlock, batch_size: int, width: int) -> None:
-        self.from_context = block.from_context
+        self.from_context = prepared(block.from_context, batch_size * width) if block.from_context is not None else None
         self.first, self.second = (CausalConvSteps(cast(CausalConv, layer), batch_size, width) for layer in (block.first, block.second))
 
     def start_row(self, context: Tensor | None) -> None:
@@ -160,8 +161,10 @@ class SamplingState:
     """`(B, T, 2)`."""
     stem: CausalConvSteps
     """Of the first layer."""
-    blocks: list[tuple[list[GatedBlockSteps], KVCache | None]]
-    """Of each block its residual blocks, and its attention's keys and values."""
+    blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]]
+    """Of each block its residual blocks, its attention (prepared), and the attention's keys and values."""
+    output: nn.Module
+    """From features to logits (prepared)."""
 
 
 class PixelSNAIL(Prior):
@@ -217,17 +220,18 @@ class PixelSNAIL(Prior):
         network = self.config.network
         height, width = self.config.grids[-1]
         context = self.context(batch_size, condition, labels)
-        blocks: list[tuple[list[GatedBlockSteps], KVCache | None]] = []
+        blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]] = []
         for block in cast(Sequence[Block], self.blocks):
             residuals = [GatedBlockSteps(residual, batch_size, width) for residual in cast(Sequence[GatedBlock], block.residuals)]
             heads = network.num_heads
             cache = KVCache(batch_size, heads, height * width, network.width // 2 // heads, self.embedding.weight) if heads else None
-            blocks.append((residuals, cache))
+            blocks.append((residuals, prepared(block.attention, batch_size) if block.attention is not None else None, cache))
         return SamplingState(
             context=None if context is None else context.expand(-1, height, -1, -1),
             places=self.places.expand(batch_size, -1, -1),
             stem=CausalConvSteps(self.stem, batch_size, width),
             blocks=blocks,
+            output=prepared(self.output, batch_size),
         )
 
     def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
@@ -242,17 +246,17 @@ class PixelSNAIL(Prior):
         if column == 0:
             self._start_row(state, row)
         x = state.stem.output(column)
-        for block, (residuals, cache) in zip(cast(Sequence[Block], self.blocks), state.blocks, strict=True):
+        for residuals, attention, cache in state.blocks:
             for residual in residuals:
                 x = residual.step(x, column)
-            if block.attention is not None:
-                x = block.attention(x[:, None], before[:, None], state.places[:, position : position + 1], cache, position)[:, 0]
-        return self.output(x)
+            if attention is not None:
+                x = attention(x[:, None], before[:, None], state.places[:, position : position + 1], cache, position)[:, 0]
+        return state.output(x)
 
     def _start_row(self, state: SamplingState, row: int) -> None:
         context = None if state.context is None else state.context[:, row]
         state.stem.start_row()
-        for residuals, _ in state.blocks:
+        for residuals, _, _ in state.blocks:
             for residual in residuals:
                 residual.start_row(context)
 
