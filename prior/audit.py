@@ -318,9 +318,11 @@ def check_condition_helps(prior: Prior, rows: Rows) -> Finding | None:
     number = len(rows.codes)
     if not prior.config.level or number < 2:
         return None
-    own = nats_per_code(prior, rows)
-    # Half of the rows away: neighbours are often of the same class.
-    other = nats_per_code(prior, rows._replace(condition=[codes.roll(number // 2, dims=0) for codes in rows.condition]))
+    condition = [codes.roll(number // 2, dims=0) for codes in rows.condition]  # half of the rows away: neighbours are often of the same class
+    if all(torch.equal(mine, others) for mine, others in zip(rows.condition, condition, strict=True)):
+        said = f"the coarser codes of all {number} rows are the same, so there is nothing in them to use: see vqvae2 inspect for what each level carries"
+        return Finding("condition helps", True, f"{said}.")
+    own, other = nats_per_code(prior, rows), nats_per_code(prior, rows._replace(condition=condition))
     said = f"a code costs {own:.3f} nats given the coarser codes of its own image, and {other:.3f} given those of another one"
     if own < other:
         return Finding("condition helps", True, f"{said} ({number} rows).")
