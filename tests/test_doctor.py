@@ -207,6 +207,19 @@ def test_healthy_priors_pass(facts: dict) -> None:
     assert failures(make(**facts)) == {}
 
 
+def test_the_audit_does_not_depend_on_what_was_learned() -> None:
+    """An attention that is as good as switched off, or blows up rounding, is no bug of the structure; weights that are no numbers are."""
+    extreme = make()
+    with torch.no_grad():
+        for block in extreme.blocks:
+            block.to_qkv.weight.mul_(1e4)
+    assert failures(extreme) == {}
+    nn.init.constant_(extreme.head.bias, torch.nan)
+    found = failures(extreme)
+    assert found.keys() == {"weights"}
+    assert "1 of 35 weights hold values that are no numbers, the first is head.bias" in found["weights"]
+
+
 def test_large_grids_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prior.audit, "MOST_ROWS", 5)
     monkeypatch.setattr(prior.audit, "MOST_STEPS", 40)
@@ -283,7 +296,7 @@ def test_a_healthy_pipeline_passes_all(trained: Path) -> None:
     assert all(line.startswith("pass  ") for line in checks)
     assert (empty, summary) == ("", f"All {len(checks)} checks passed.")
     names = [line.removeprefix("pass  ").split(":")[0] for line in checks]
-    structural = ["forward", "causality", "cache", "condition", "labels", "gradients", "start"]
+    structural = ["weights", "forward", "causality", "cache", "condition", "labels", "gradients", "start"]
     learned = ["cache on real codes", "condition helps", "likelihood"]
     assert names == [
         *("parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
@@ -299,7 +312,7 @@ def test_failures_decide_the_exit_code(run: Path, capsys: pytest.CaptureFixture[
     (line,) = (line for line in said.splitlines() if line.startswith("FAIL"))
     assert line.startswith("FAIL  prior of level 0, likelihood: a code costs ")
     assert "Train it longer" in line
-    assert "1 of 10 checks failed." in said
+    assert "1 of 11 checks failed." in said
     assert "Not checked: the autoencoder (give --pipeline, or --vqvae)." in said
 
 
