@@ -18,6 +18,7 @@ import tyro
 from pipelines.config import (
     AssembleConfig,
     DemoConfig,
+    DoctorConfig,
     ExtractConfig,
     ImportWeightsConfig,
     InspectConfig,
@@ -38,6 +39,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, an
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),
     "reconstruct": (ReconstructConfig, "pipelines.commands:reconstruct"),
     "inspect": (InspectConfig, "pipelines.inspect:inspect_command"),
+    "doctor": (DoctorConfig, "pipelines.doctor:doctor"),
     "sample": (SampleConfig, "pipelines.commands:sample"),
     "assemble": (AssembleConfig, "pipelines.commands:assemble"),
     "import-weights": (ImportWeightsConfig, "pipelines.commands:import_weights"),
@@ -46,7 +48,7 @@ RECIPES = files("pipelines") / "recipes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0, 2 for a user's mistake (one sentence on stderr), 128 + n after signal n."""
+    """Run one command line and return its exit code: 0, 1 where checks failed, 2 for a user's mistake (one sentence on stderr), 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -55,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help).")
         config = parse(arguments[0], arguments[1:])
-        function_of(arguments[0])(config)
-        return 0
+        return function_of(arguments[0])(config) or 0
     except UserError as error:
         print(f"vqvae2: error: {error}", file=sys.stderr)
         return 2
@@ -89,8 +90,8 @@ def run_script(command: str) -> None:
     sys.exit(main([command, *sys.argv[1:]]))
 
 
-def function_of(command: str) -> Callable[[Any], None]:
-    """The function that carries out a subcommand; importing it loads torch."""
+def function_of(command: str) -> Callable[[Any], int | None]:
+    """The function that carries out a subcommand, and may return an exit code; importing it loads torch."""
     module, name = COMMANDS[command][1].split(":")
     return getattr(importlib.import_module(module), name)
 

@@ -1,6 +1,6 @@
 """Configuration of the commands that need both stages. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
@@ -130,6 +130,37 @@ class SampleConfig(PartsConfig):
         check(self.lanes >= 1, "lanes", self.lanes, "at least 1")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
         check(self.mask is None or self.init_image is not None, "mask", self.mask, "used together with init_image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractedImagesConfig:
+    """The images that a code dataset was extracted from. If not given, those that its own record names, if they are still there."""
+
+    path: str | None = may_change(None)
+    """A folder, a Parquet file, or a Hub dataset id."""
+    validation_path: str | None = may_change(None)
+    """The explicit held-out set, if there was one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(PartsConfig):
+    """Check trained parts, in seconds, for what is wrong without showing: one line per check, exit code 1 if any fails.
+
+    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Of every prior: no logit sees the code it
+    predicts or a later one (to the last bit), cached sampling equals the plain loop, condition and labels reach the logits, every weight
+    receives a gradient, the loss starts at ln K. With codes: held-out rows cost less given their own condition than given another image's, and less
+    than by frequency alone. Of the autoencoder: every code survives a round trip. Of the codes: all rows are there, and some images
+    encoded again get the codes that are stored. Of all together: they belong to the same encoder.
+
+    Example: vqvae2 doctor --pipeline runs/photos/pipeline --codes runs/photos/codes
+    """
+
+    pipeline: str | None = may_change(None)
+    """A pipeline folder or Hub id, instead of --vqvae and --priors."""
+    codes: str | None = may_change(None)
+    """The code dataset."""
+    data: ExtractedImagesConfig = field(default_factory=ExtractedImagesConfig)
+    """Images to encode again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,19 @@ class PipelineOutput:
     """`(B, h, w)` int64 per level, coarse to fine."""
 
 
+def part_folders(name: str | Path, *, revision: str | None = None) -> tuple[Path, list[Path]]:
+    """Where the autoencoder and the priors of a pipeline lie: in its folder, or in what the Hub delivers.
+
+    Raises:
+        UserError: the folder holds no pipeline.
+    """
+    folder = local_folder(name, revision=revision)
+    index = read_json(folder / INDEX_NAME)
+    if not isinstance(index.get("vqvae"), str) or not isinstance(index.get("priors"), list):
+        raise UserError(f"{folder / INDEX_NAME} does not name 'vqvae' and 'priors': remake the folder with vqvae2 assemble.")
+    return folder / index["vqvae"], [folder / prior for prior in index["priors"]]
+
+
 class VQVAE2Pipeline:
     """`VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`"""
 
@@ -75,11 +88,7 @@ class VQVAE2Pipeline:
         Raises:
             UserError: see `from_parts`; and if the folder holds no pipeline.
         """
-        folder = local_folder(name, revision=revision)
-        index = read_json(folder / INDEX_NAME)
-        if not isinstance(index.get("vqvae"), str) or not isinstance(index.get("priors"), list):
-            raise UserError(f"{folder / INDEX_NAME} does not name 'vqvae' and 'priors': remake the folder with vqvae2 assemble.")
-        return cls.from_parts(folder / index["vqvae"], [folder / prior for prior in index["priors"]])
+        return cls.from_parts(*part_folders(name, revision=revision))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model_index.json` and one folder per part. The index comes last: without it the folder is unfinished."""

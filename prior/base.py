@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prior.config import PriorConfig
-from prior.packed import pack_linears
 from prior.sampling import Known, SamplingConfig, draw, guide, uniforms
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.errors import UserError
@@ -42,8 +41,12 @@ class Prior(Artifact, nn.Module, ABC):
         """
 
     @abstractmethod
-    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Any:
-        """What sampling needs to keep between positions: caches, and all that follows from condition and labels."""
+    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> Any:
+        """What sampling needs to keep between positions: caches, packed weights, and all that follows from condition and labels.
+
+        Args:
+            dtype: of the products of packed weights, see `prior.packed`.
+        """
 
     @abstractmethod
     def step(self, state: Any, position: int, previous: Tensor | None) -> Tensor:
@@ -73,15 +76,14 @@ class Prior(Artifact, nn.Module, ABC):
         self.check_inputs(batch_size, condition, labels, sampling)
         numbers = uniforms(seeds, self.config.level, self.config.num_positions).to(self.device)
         rows, condition, labels = self._with_unlabelled(batch_size, condition, labels, sampling)
-        network = pack_linears(self, rows, torch.bfloat16 if bf16 else torch.float32)
         drawn: list[Tensor] = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and self.device.type != "cpu"):
-            state = network.start(rows, condition, labels)
+            state = self.start(rows, condition, labels, dtype=torch.bfloat16 if bf16 else torch.float32)
             for position in range(self.config.num_positions):
                 previous = drawn[-1] if drawn else None
                 if previous is not None and sampling.guided:
                     previous = torch.cat([previous, previous])
-                code = draw(guide(network.step(state, position, previous), sampling), numbers[:, position], sampling)
+                code = draw(guide(self.step(state, position, previous), sampling), numbers[:, position], sampling)
                 drawn.append(code if known is None else known.instead_of(code, position))
         return rearrange(torch.stack(drawn, dim=1), "b (h w) -> b h w", h=self.config.grids[-1][0])
 

@@ -3,10 +3,11 @@
 Features are `(B, h, w, C)`, so that a 1x1 convolution is a linear layer, at a single position too. Letters: B batch, h w grid, k kernel size.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prior.prepared import PreparedLinear
+from prior.packed import PackedLinear
 
 
 class Conv3x3(nn.Conv2d):
@@ -54,12 +55,12 @@ class CausalConvSteps:
     Both are one matrix product over the concatenated inputs of all taps. All buffers and views are made here, once.
     """
 
-    def __init__(self, conv: CausalConv, batch_size: int, width: int) -> None:
+    def __init__(self, conv: CausalConv, batch_size: int, width: int, dtype: torch.dtype) -> None:
         reach, weight = conv.reach, conv.above.weight
         out_features, features, _, kernel = weight.shape
         taps, padded = conv.left.weight.shape[-1], width + 2 * reach
-        self.above = PreparedLinear(rearrange(weight, "o i r c -> o (r c i)"), conv.above.bias, batch_size * width)
-        self.left = PreparedLinear(rearrange(conv.left.weight, "o i 1 c -> o (c i)"), None, batch_size)
+        self.above = PackedLinear(rearrange(weight, "o i r c -> o (r c i)"), conv.above.bias, batch_size * width, dtype)
+        self.left = PackedLinear(rearrange(conv.left.weight, "o i 1 c -> o (c i)"), None, batch_size, dtype)
         self.finished = weight.new_zeros(batch_size, reach, padded, features)  # inputs: the last k//2 rows, with their padding
         self.row = weight.new_zeros(batch_size, padded, features)  # inputs: the current row
         self.known = weight.new_empty(batch_size, width, out_features)  # what the current row's outputs are besides their left taps

@@ -6,54 +6,47 @@ times faster; packed in bf16 there is half as much to read. The packing operator
 
 import copy
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-M = TypeVar("M", bound=nn.Module)
-
 
 class PackedLinear(nn.Module):
-    """`x @ weight^T + bias` for `(..., in)`: the products in the weights' precision, input and output in that of the input.
+    """`x @ weight^T + bias` for `(..., in)`, the products in `dtype`, input and output in the input's type. For inference alone.
+
+    Where packing does not work (another device, another build of torch, weights that are not fp32) it is a plain linear layer.
 
     Args:
         weight: `(out, in)`.
         bias: `(out,)`.
-        rows: about how many rows will be multiplied at once.
+        rows: how many rows will be multiplied at once, all leading dimensions together; other numbers are slower, not wrong.
+        dtype: fp32 or bf16.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.out_features, self.dtype, self.rows = len(weight), dtype, rows
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), rows)
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.dtype, self.packed = dtype, weight.device.type == "cpu" and weight.dtype == torch.float32 and can_pack(dtype)
+        if self.packed:
+            self.weight, self.bias = _pack(self.weight, rows, dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        result = torch.ops.mkldnn._linear_pointwise(flat, self.weight, self.bias, "none", [], "")
-        return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
+        return _multiply(x.to(self.dtype), self.weight, self.bias).to(x.dtype)
 
 
-def pack_linears(module: M, rows: int, dtype: torch.dtype = torch.float32) -> M:
-    """The module with packed linear layers; all else is shared with the original, which stays as it is.
-
-    Where packing does not work (another device, another build of torch), or the layer is not in fp32, linear layers stay plain.
-    """
-    weight = next(module.parameters())
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not can_pack(dtype):
-        return module
-    return _pack(module, rows, dtype)
-
-
-def _pack(module: M, rows: int, dtype: torch.dtype) -> M:
+def pack_linears(module: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The module with packed linear layers; all else is shared with the original, which stays as it is."""
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias, rows, dtype)
     clone = copy.copy(module)
-    clone._modules = {
-        name: PackedLinear(child.weight, child.bias, rows, dtype) if isinstance(child, nn.Linear) else child and _pack(child, rows, dtype)
-        for name, child in module._modules.items()
-    }
+    clone._modules = {name: child and pack_linears(child, rows, dtype) for name, child in module._modules.items()}
     return clone
 
 
@@ -63,8 +56,16 @@ def can_pack(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((3, 24), (40, 24), (40,)))
     try:
-        found = PackedLinear(weight, bias, 3, dtype)(x)
+        found = _multiply(x.to(dtype), _pack(weight, 3, dtype), bias.to(dtype)).float()
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     return bool((found - F.linear(x, weight, bias)).abs().max() < tolerance)
+
+
+def _pack(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), rows)
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -17,7 +17,7 @@ from prior.attention import KVCache, attend
 from prior.base import Prior
 from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
-from prior.prepared import prepared
+from prior.packed import pack_linears
 
 
 class GatedBlock(nn.Module):
@@ -135,9 +135,9 @@ class Block(nn.Module):
 class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
-    def __init__(self, block: GatedBlock, batch_size: int, width: int) -> None:
-        self.from_context = prepared(block.from_context, batch_size * width) if block.from_context is not None else None
-        self.first, self.second = (CausalConvSteps(cast(CausalConv, layer), batch_size, width) for layer in (block.first, block.second))
+    def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
+        self.from_context = pack_linears(block.from_context, batch_size * width, dtype) if block.from_context is not None else None
+        self.first, self.second = (CausalConvSteps(cast(CausalConv, layer), batch_size, width, dtype) for layer in (block.first, block.second))
 
     def start_row(self, context: Tensor | None) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
@@ -162,9 +162,9 @@ class SamplingState:
     stem: CausalConvSteps
     """Of the first layer."""
     blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]]
-    """Of each block its residual blocks, its attention (prepared), and the attention's keys and values."""
+    """Of each block its residual blocks, its attention (packed), and the attention's keys and values."""
     output: nn.Module
-    """From features to logits (prepared)."""
+    """From features to logits (packed)."""
 
 
 class PixelSNAIL(Prior):
@@ -215,23 +215,23 @@ class PixelSNAIL(Prior):
             return context
         return self.condition(condition, self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width) if context is None else context)
 
-    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> SamplingState:
-        """Run the condition network once and take the caches."""
+    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
+        """Run the condition network once, pack the weights, and take the caches."""
         network = self.config.network
         height, width = self.config.grids[-1]
         context = self.context(batch_size, condition, labels)
         blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]] = []
         for block in cast(Sequence[Block], self.blocks):
-            residuals = [GatedBlockSteps(residual, batch_size, width) for residual in cast(Sequence[GatedBlock], block.residuals)]
+            residuals = [GatedBlockSteps(residual, batch_size, width, dtype) for residual in cast(Sequence[GatedBlock], block.residuals)]
             heads = network.num_heads
             cache = KVCache(batch_size, heads, height * width, network.width // 2 // heads, self.embedding.weight) if heads else None
-            blocks.append((residuals, prepared(block.attention, batch_size) if block.attention is not None else None, cache))
+            blocks.append((residuals, pack_linears(block.attention, batch_size, dtype) if block.attention is not None else None, cache))
         return SamplingState(
             context=None if context is None else context.expand(-1, height, -1, -1),
             places=self.places.expand(batch_size, -1, -1),
-            stem=CausalConvSteps(self.stem, batch_size, width),
+            stem=CausalConvSteps(self.stem, batch_size, width, dtype),
             blocks=blocks,
-            output=prepared(self.output, batch_size),
+            output=pack_linears(self.output, batch_size, dtype),
         )
 
     def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prior.audit import stop_if_unsound
 from prior.base import Prior
 from prior.codes import CodeDataset, Manifest, parse_level, read_manifest
 from prior.config import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
@@ -31,7 +32,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         draw: a picture of what the prior does now, for `fit`.
 
     Raises:
-        UserError: no such level, no code dataset, or an output folder that holds another run.
+        UserError: no such level, no code dataset, a prior that fails a structural check (see `prior.audit`), or an output folder that holds another run.
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
     """
     folder, output_dir = Path(config.codes), Path(config.output_dir)
@@ -47,6 +48,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     model = make_prior(facts)
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
+    stop_if_unsound(model, accelerator.device)
     train, validation = (CodeDataset(folder, manifest, split, num_levels=facts.level + 1) for split in ("train", "validation"))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

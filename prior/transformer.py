@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from prior.attention import KVCache, attend
 from prior.base import Prior
 from prior.config import TransformerConfig, TransformerPriorConfig
+from prior.packed import pack_linears
 
 
 class Block(nn.Module):
@@ -123,8 +124,10 @@ class SamplingState:
 
     background: Tensor
     """`(B, T, W)`: all that a position's input holds besides the code before it."""
-    caches: list[KVCache]
-    """One per block."""
+    blocks: list[tuple[Block, KVCache]]
+    """Each block, with packed weights, and its keys and values."""
+    output: nn.Module
+    """From features to logits, with packed weights."""
 
 
 class TransformerPrior(Prior):
@@ -173,12 +176,18 @@ class TransformerPrior(Prior):
         context = self.labels(labels)[:, None] if self.labels is not None else torch.zeros_like(where[:, :1])
         return where + context + (self.condition(condition, context) if self.condition is not None else 0)
 
-    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> SamplingState:
-        """Run the condition network once and take the caches."""
+    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
+        """Run the condition network once, pack the weights, and take the caches."""
         background = self.background(batch_size, condition, labels)
-        heads = self.config.network.num_heads
-        caches = [KVCache(batch_size, heads, background.shape[1], background.shape[2] // heads, background) for _ in self.blocks]
-        return SamplingState(background, caches)
+        heads, width = self.config.network.num_heads, self.config.network.width
+        return SamplingState(
+            background=background,
+            blocks=[
+                (cast(Block, pack_linears(block, batch_size, dtype)), KVCache(batch_size, heads, background.shape[1], width // heads, background))
+                for block in self.blocks
+            ],
+            output=pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype),
+        )
 
     def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
         """Logits `(B, K)` of one position; see `Prior.step`."""
@@ -187,9 +196,9 @@ class TransformerPrior(Prior):
             previous = torch.full((len(background),), self.codebook_size, device=background.device)
         x = self.embedding(previous)[:, None] + background
         angles = self.angles[:, position : position + 1]
-        for block, cache in zip(self.blocks, state.caches, strict=True):
+        for block, cache in state.blocks:
             x = block(x, angles, cache, position)
-        return self.head(self.norm(x))[:, 0]
+        return state.output(x)[:, 0]
 
 
 def _initialise(module: nn.Module) -> None:

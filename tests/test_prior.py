@@ -9,7 +9,6 @@ import torch
 from prior import Known, PixelSNAILConfig, PixelSNAILPriorConfig, Prior, SamplingConfig, TransformerConfig, TransformerPriorConfig
 from prior.attention import attend
 from prior.config import PriorConfig
-from prior.prepared import prepared
 from prior.registry import FAMILIES, load_prior, make_prior
 from vqvae2.common.errors import UserError
 
@@ -257,18 +256,6 @@ def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: in
     seen = torch.ones(length, length, dtype=torch.bool).tril() & torch.ones(length, length, dtype=torch.bool).triu(-window)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_prepared_layers_are_the_layers(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.ELU(), torch.nn.Sequential(torch.nn.Linear(50, 7, bias=False))).to(dtype)
-    fast = prepared(layers, 3)
-    assert [type(layer).__name__ for layer in (layers[0], fast[0], fast[2][0])] == ["Linear", "PreparedLinear", "PreparedLinear"]
-    for shape in ((3, 30), (1, 30), (2, 5, 30)):
-        x = torch.randn(shape, dtype=dtype)
-        with torch.no_grad():
-            torch.testing.assert_close(fast(x), layers(x), atol=1e-6, rtol=0)
 
 
 @each_family

@@ -42,6 +42,10 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `(B, h, w)` to embeddings `(B, D, h, w)`."""
 
+    def features_of(self, codes: Tensor) -> Tensor:
+        """Features `(B, D, h, w)` that are quantized to these codes `(B, h, w)` and to their embeddings without a rest: the embeddings themselves."""
+        return self.lookup(codes)
+
 
 def nearest(vectors: Tensor, codebook: Tensor, *, megabytes: float = 64.0) -> Tensor:
     """The index of the codebook entry nearest to each vector (van den Oord et al. 2017, equation 1).
@@ -316,11 +320,20 @@ class FSQuantizer(Quantizer):
         digits = codes[..., None] // self.basis % self.levels
         return rearrange((digits - self.levels // 2) / (self.levels // 2), "b h w d -> b d h w")
 
+    def features_of(self, codes: Tensor) -> Tensor:
+        """Features `(B, D, h, w)` that are squashed to exactly the values that the codes `(B, h, w)` stand for."""
+        half, offset = self._interval()
+        bounded = rearrange(self.lookup(codes), "b d h w -> b h w d") * (self.levels // 2)
+        return rearrange(torch.atanh((bounded + offset) / half) - torch.atanh(offset / half), "b h w d -> b d h w")
+
     def _bound(self, vectors: Tensor) -> Tensor:
-        """Squash to the interval that rounds to L values (section 3.1 there): symmetric for an odd L, half a step lower for an even one."""
-        half = (self.levels - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(vectors.dtype)
+        """Squash to the interval that rounds to L values (section 3.1 there)."""
+        half, offset = self._interval()
         return torch.tanh(vectors + torch.atanh(offset / half)) * half - offset
+
+    def _interval(self) -> tuple[Tensor, Tensor]:
+        """Half of the interval's width and its distance below zero: symmetric for an odd L, half a step lower for an even one. `(D,)` each."""
+        return (self.levels - 1) * (1 + 1e-3) / 2, torch.where(self.levels % 2 == 0, 0.5, 0.0)
 
 
 QUANTIZERS: dict[str, Callable[[int, int, QuantizerConfig], Quantizer]] = {
