@@ -21,7 +21,9 @@ from prior.packed import pack_linears
 
 
 class GatedBlock(nn.Module):
-    """x + a * sigmoid(b), where a and b come from two layers over x and may know a context (PixelSNAIL, figure 5a; van den Oord et al. 2016, equation 4).
+    """x + a * sigmoid(b), where a and b come from two layers over x and may know a context.
+
+    The residual block of PixelSNAIL; the gate, shifted by what is known beforehand, is that of van den Oord et al. 2016 (equation 4) without the tanh.
 
     Args:
         layer: makes a layer from its numbers of input and output features: causal or ordinary convolutions, or linear layers (1x1).
@@ -48,7 +50,7 @@ class GatedBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Each position reads all positions up to itself (PixelSNAIL, section 3.2 and figure 5b).
+    """Each position reads all positions up to itself: the attention block of PixelSNAIL.
 
     Keys and values come from the code just before a position, its features and its place; queries from the latter two. None of these knows the
     position's own code, so it may attend to itself: then it sees every code before it, also those that no stack of convolutions reaches (the first
@@ -113,7 +115,7 @@ class ConditionNetwork(nn.Module):
 
 
 class Block(nn.Module):
-    """Gated residual blocks of causal convolutions, which know the context, then one attention if the network has any (PixelSNAIL, figure 5)."""
+    """Gated residual blocks of causal convolutions, which know the context, then one attention if the network has any."""
 
     def __init__(self, config: PixelSNAILConfig, *, context: int) -> None:
         super().__init__()
@@ -168,7 +170,11 @@ class SamplingState:
 
 
 class PixelSNAIL(Prior):
-    """The PixelSNAIL prior of any level."""
+    """The PixelSNAIL prior of any level.
+
+    The class and the coarser codes are told to the gates of all causal residual blocks. A position's own code enters nothing that it reads: the stem
+    leaves it out, and attention gets the code before.
+    """
 
     config_class = PixelSNAILPriorConfig
     config: PixelSNAILPriorConfig
