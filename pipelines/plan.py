@@ -29,7 +29,7 @@ from pipelines.cli import load_recipe, recipe_section
 from pipelines.config import PlanConfig
 from prior.codes import Manifest
 from prior.config import PriorConfig, TrainPriorConfig
-from prior.registry import FAMILIES, make_prior
+from prior.registry import make_prior
 from prior.training import make_loss as make_prior_loss
 from prior.training import prior_config
 from vqvae2.common.config import TrainingConfig, check, from_dict
@@ -245,8 +245,6 @@ def _prior(config: TrainPriorConfig, train: TrainVQVAEConfig, num_classes: int) 
         rows_hash="", num_train=0, num_validation=0, preprocessing=None,
     )  # fmt: skip
     facts: PriorConfig = prior_config(config, manifest)
-    if not any(family.config_class is type(facts) for family in FAMILIES):
-        raise UserError(f"prior_{facts.level}: this version of vqvae2 has no priors of the family {config.family}.")
 
     def make_loss(model: Any) -> LossFunction:
         return make_prior_loss(facts, token_corruption=config.token_corruption)
