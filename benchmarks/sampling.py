@@ -1,6 +1,6 @@
 """Sampling through caches against the plain loop, side by side in one run: seconds per image and codes per second.
 
-    python benchmarks/sampling.py                    # models of 85-90 M parameters; half an hour on two cores
+    python benchmarks/sampling.py                    # models of 85-90 M parameters; ten minutes on two cores
     python benchmarks/sampling.py --small            # models as the demo has them; a minute
     pip install -e ".[benchmark]"                    # for the row of transformers' generate
 
@@ -43,9 +43,9 @@ TOP = {"level": 0, "grids": ((32, 32),), "codebook_sizes": (512,)}
 BOTTOM = {"level": 1, "grids": ((32, 32), (64, 64)), "codebook_sizes": (512, 512)}
 SNAIL = {"num_blocks": 4, "num_residual_blocks": 5, "dropout": 0.0}
 LARGE = [
-    Case("PixelSNAIL, top 32x32", PixelSNAILPriorConfig(network=PixelSNAILConfig(width=320, residual_channels=320, num_heads=8, **SNAIL), **TOP), (1, 8, 32)),
-    Case("PixelSNAIL, bottom 64x64", PixelSNAILPriorConfig(network=PixelSNAILConfig(width=320, residual_channels=320, num_heads=0, **SNAIL), **BOTTOM), (1, 8)),
-    Case("transformer, top 32x32", TransformerPriorConfig(network=TransformerConfig(width=768, num_layers=12, num_heads=12, dropout=0.0), **TOP), (1, 8, 32)),
+    Case("PixelSNAIL, top 32x32", PixelSNAILPriorConfig(network=PixelSNAILConfig(width=320, residual_channels=320, num_heads=8, **SNAIL), **TOP), (1, 8)),
+    Case("PixelSNAIL, bottom 64x64", PixelSNAILPriorConfig(network=PixelSNAILConfig(width=320, residual_channels=320, num_heads=0, **SNAIL), **BOTTOM), (1,)),
+    Case("transformer, top 32x32", TransformerPriorConfig(network=TransformerConfig(width=768, num_layers=12, num_heads=12, dropout=0.0), **TOP), (1, 8)),
 ]
 SMALL_TOP = {"level": 0, "grids": ((8, 8),), "codebook_sizes": (512,)}
 SMALL_BOTTOM = {"level": 1, "grids": ((8, 8), (16, 16)), "codebook_sizes": (512, 512)}

@@ -8,6 +8,7 @@ Letters: B batch, h w the level's code grid, T = h*w positions in raster order, 
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -68,27 +69,35 @@ def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
 
 @torch.no_grad()
 def randomised_copy(prior: Prior, device: torch.device | None = None) -> Prior:
-    """A copy (on `device`, if given) in evaluation mode with fresh weights and noise on each, so that every path carries something.
+    """Another one of the same configuration (on `device`, if given), in evaluation mode, with fresh weights and noise on each.
 
     A weight that starts at zero (an output layer, a residual branch) would let everything behind it pass unseen, and so would an attention
     that has learned to look elsewhere. Matrices and kernels get noise of 0.5 / sqrt(inputs), with which deep networks do not blow up what
     passes through them, vectors of 0.1. The noise is always the same, and torch's own random numbers stay as they are: a training
-    that was audited gives the same bits as one that was not.
+    that was audited gives the same bits as one that was not. A large prior is copied with smaller grids: the same layers, in seconds.
     """
     generator = torch.Generator().manual_seed(0)
-    copied = copy.deepcopy(prior).to(device or prior.device).eval()
-    fresh = dict(fresh_prior(prior).named_parameters())
-    for name, weight in copied.named_parameters():
+    copied = fresh_prior(prior, affordable_grids(prior))
+    for weight in copied.parameters():
         size = 0.1 if weight.ndim < 2 else 0.5 * weight[0].numel() ** -0.5
-        weight.copy_(fresh[name] + size * torch.randn(weight.shape, generator=generator))
-    return copied
+        weight.add_(size * torch.randn(weight.shape, generator=generator))
+    return copied.to(device or prior.device)
 
 
-def fresh_prior(prior: Prior) -> Prior:
-    """Another one of the same configuration, with the weights that a training would start from, in evaluation mode on the CPU."""
+def fresh_prior(prior: Prior, grids: tuple[tuple[int, ...], ...] | None = None) -> Prior:
+    """Another one of the same configuration (with other grids, if given) and fresh weights, in evaluation mode on the CPU."""
+    config = dataclasses.replace(prior.config, grids=grids or prior.config.grids)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
-        return type(prior)(prior.config).eval()
+        return type(prior)(config).eval()
+
+
+def affordable_grids(prior: Prior) -> tuple[tuple[int, ...], ...]:
+    """The grids of all levels, halved until a forward of three rows is affordable (as long as all sides can be halved)."""
+    grids, size = prior.config.grids, sum(p.numel() for p in prior.parameters())
+    while 3 * size * math.prod(grids[-1]) > WORK and all(side % 2 == 0 and side >= 4 for grid in grids for side in grid):
+        grids = tuple(tuple(side // 2 for side in grid) for grid in grids)
+    return grids
 
 
 def affordable_rows(prior: Prior) -> int:

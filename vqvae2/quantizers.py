@@ -76,8 +76,8 @@ def _scores(vectors: Tensor, codebook: Tensor, offset: Tensor) -> Tensor:
     """
     if vectors.device.type != "cpu" or vectors.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return torch.addmm(offset, vectors, codebook.T)
-    pixels = rearrange(vectors, "n d -> 1 d n 1")  # a view: channels are last in memory, and so they are in the result
-    return rearrange(F.conv2d(pixels, codebook[:, :, None, None], offset), "1 k n 1 -> n k")
+    pixels = vectors[None, :, None].permute(0, 3, 1, 2)  # (1, D, N, 1) with the strides of channels_last (rearrange gives others, which are slow)
+    return F.conv2d(pixels, codebook[:, :, None, None], offset)[0, :, :, 0].T  # in memory (N, K)
 
 
 def _argmax(scores: Tensor) -> Tensor:
