@@ -127,13 +127,10 @@ def streaming_rate(num_parameters: int, dtype: torch.dtype) -> float:
 
 def generate_seconds(num_parameters: int, positions: int, batch_size: int, *, bf16: bool) -> float | None:
     """Seconds per position of transformers' generate for a GPT-2 of 12 layers and about this size; None where it is not installed."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
+    model = make_gpt(num_parameters, positions)
+    if model is None:
         return None
-    width = 64 * max(1, round((num_parameters / 12 / 12) ** 0.5 / 64))
-    config = GPT2Config(vocab_size=513, n_positions=positions + 1, n_embd=width, n_layer=12, n_head=width // 64, bos_token_id=512, eos_token_id=None)
-    model = GPT2LMHeadModel(config).eval()
+    model = model.eval()
     model = model.to(torch.bfloat16) if bf16 else model
     start = torch.full((batch_size, 1), 512)
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": positions, "min_new_tokens": positions, "pad_token_id": 0, "use_cache": True}
@@ -141,10 +138,45 @@ def generate_seconds(num_parameters: int, positions: int, batch_size: int, *, bf
     return seconds(lambda: model.generate(start, **options)) / positions
 
 
+def make_gpt(num_parameters: int, positions: int) -> Any:
+    """A GPT-2 of 12 layers and about this size, with SDPA; None where transformers is not installed."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    width = 64 * max(1, round((num_parameters / 12 / 12) ** 0.5 / 64))
+    config = GPT2Config(vocab_size=513, n_positions=positions + 1, n_embd=width, n_layer=12, n_head=width // 64, bos_token_id=512, eos_token_id=None)
+    return GPT2LMHeadModel(config)
+
+
+def print_training_steps(case: Case, batch_size: int) -> None:
+    """A training step of a prior, and of a GPT-2 of its size over as many codes."""
+    with torch.enable_grad():
+        prior = make_prior(case.config).train()
+        size, positions = sum(parameter.numel() for parameter in prior.parameters()), prior.config.num_positions
+        gpt = make_gpt(size, positions)
+        *condition, codes = [torch.randint(k, (batch_size, *grid)) for k, grid in zip(prior.config.codebook_sizes, prior.config.grids, strict=True)]
+        works: dict[str, Callable[[], Tensor]] = {case.name: lambda: F.cross_entropy(prior(codes, condition).float(), codes)}
+        if gpt is not None:
+            works["GPT-2"] = lambda: gpt.train()(codes.flatten(1), labels=codes.flatten(1)).loss
+        for precision in ("fp32", "bf16"):
+            times: dict[str, list[float]] = {name: [] for name in works}
+            for turn in range(4):
+                for name, loss in works.items():
+                    started = time.perf_counter()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                        value = loss()
+                    value.backward()
+                    times[name] += [time.perf_counter() - started] * (turn > 0)
+            found = {name: f"{median(values):6.2f} s" for name, values in times.items()}
+            print(f"  training step, {positions} codes, batch {batch_size}, {precision}: {found}")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="models as large as the demo's")
+    parser.add_argument("--training", action="store_true", help="time training steps instead")
     parser.add_argument("--only", default="", help="only models whose name holds this")
     options = parser.parse_args()
     keep_freed_memory()
@@ -152,6 +184,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for case in (case for case in (SMALL if options.small else LARGE) if options.only in case.name):
         torch.manual_seed(0)
+        if options.training:
+            print_training_steps(case, batch_size=64 if options.small else 2)
+            continue
         prior = make_prior(case.config).eval()
         size = sum(parameter.numel() for parameter in prior.parameters())
         positions = prior.config.num_positions

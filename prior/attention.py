@@ -73,15 +73,30 @@ def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) 
 
 
 class KVCache:
-    """Keys and values of the positions so far, `(B, n, S, d)` each, in buffers taken once."""
+    """Keys and values of the positions so far, `(B, n, S, d)` each, in buffers taken once.
 
-    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.keys = like.new_empty(batch_size, num_heads, length, head_dim)
-        self.values = torch.empty_like(self.keys)
+    Args:
+        window: how many positions before its own a query sees; 0 for all.
+        static: give the whole buffers and a mask, so that no shape depends on the position: what CUDA graphs need.
+    """
 
-    def append(self, position: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
-        """Keep those of one position, `(B, n, 1, d)`, and give all up to it (of a window: it and so many before it)."""
+    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor, *, window: int = 0, static: bool = False) -> None:
+        self.keys = like.new_zeros(batch_size, num_heads, length, head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.window, self.static = window, static
+        if static:  # CUDA graphs replay on the same addresses
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
+
+    def attend(self, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it; `position` is a tensor `(1,)` if the cache is static."""
+        if isinstance(position, Tensor):
+            self.keys.index_copy_(2, position, k.to(self.keys.dtype))
+            self.values.index_copy_(2, position, v.to(self.values.dtype))
+            slots = torch.arange(self.keys.shape[2], device=position.device)
+            seen = (slots <= position) & (slots >= position - (self.window or len(slots)))
+            return F.scaled_dot_product_attention(q, self.keys.to(q.dtype), self.values.to(q.dtype), attn_mask=seen[None, None, None])
         self.keys[:, :, position : position + 1] = k
         self.values[:, :, position : position + 1] = v
-        first = max(0, position - window) if window else 0
-        return self.keys[:, :, first : position + 1], self.values[:, :, first : position + 1]
+        first = max(0, position - self.window) if self.window else 0
+        return attend(q, self.keys[:, :, first : position + 1], self.values[:, :, first : position + 1], causal=False)

@@ -73,9 +73,8 @@ class CausalAttention(nn.Module):
         placed = torch.cat([x, places], dim=-1)
         q = self._heads(self.to_queries(self.read_queries(placed)))
         k, v = (self._heads(part) for part in self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1))).chunk(2, dim=-1))
-        if cache is not None:
-            k, v = cache.append(position, k, v)
-        attended = attend(q, k, v, causal=cache is None).transpose(1, 2).flatten(2)  # (B, T, W/2)
+        attended = attend(q, k, v, causal=True) if cache is None else cache.attend(position, q, k, v)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
 
     def _heads(self, features: Tensor) -> Tensor:

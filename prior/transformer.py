@@ -3,7 +3,7 @@
 Letters: B batch, h w code grid, T = h*w positions, W width, n heads, d = W/n, K codebook size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,45 +32,43 @@ class Block(nn.Module):
         self.causal, self.num_heads, self.dropout = causal, config.num_heads, config.dropout
         self.window = config.attention_rows * grid[1] if causal else 0
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.scale_qk = nn.Parameter(torch.ones(2 * head_dim))
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.from_heads = nn.Linear(width, width, bias=False)
         self.gate_and_up, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None = None, position: int = 0) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None = None, position: int | Tensor = 0) -> Tensor:
         """`(B, T, W)` to the same, `angles` as `rotate` takes them; with a cache, T = 1 and x is at `position`."""
-        q, k, v = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d) each
-        q, k = _turn(self.norm_q, q, angles), _turn(self.norm_k, k, angles)
-        if cache is not None:
-            k, v = cache.append(position, k, v, self.window)
-        attended = attend(q, k, v, causal=self.causal and cache is None, window=self.window)
+        qkv = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, n, T, d)
+        q, k = self._normalise_and_turn(qkv[:2], angles)
+        v = qkv[2]
+        attended = attend(q, k, v, causal=self.causal, window=self.window) if cache is None else cache.attend(position, q, k, v)
         x = x + F.dropout(self.from_heads(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
         gate, up = self.gate_and_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
 
-
-def _turn(norm: nn.Module, heads: Tensor, angles: Tensor) -> Tensor:
-    """Normalise and turn, in at least fp32 whatever autocast says outside."""
-    exact = heads.to(torch.promote_types(heads.dtype, torch.float32))
-    return rotate(norm(exact), angles).to(heads.dtype)
+    def _normalise_and_turn(self, qk: Tensor, angles: Tensor) -> Tensor:
+        """Queries and keys `(2, B, n, T, d)` to the same, computed in at least fp32 whatever autocast says outside."""
+        exact = qk.to(torch.promote_types(qk.dtype, torch.float32))
+        scales = self.scale_qk.view(2, 1, 1, 1, -1)
+        return rotate(F.rms_norm(exact, exact.shape[-1:]) * scales, angles).to(qk.dtype)
 
 
 def rotary_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
-    """The angles by which queries and keys turn, `(2, T, d/2)` as cosines and sines (Su et al. 2021; here half for the row, half for the column).
+    """The angles by which queries and keys turn, `(2, T, d)` as cosines and signed sines (Su et al. 2021; here half for the row, half for the column).
 
     A product of two turned vectors depends on how many rows and columns lie between their positions, not on where they are.
     """
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     speeds = 100.0 ** -torch.linspace(0, 1, head_dim // 4)  # grids are small: the slowest turns by less than one radian in 64 rows
     angles = torch.cat([rows.flatten()[:, None] * speeds, columns.flatten()[:, None] * speeds], dim=1)
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.stack([torch.cat([angles.cos(), angles.cos()], dim=1), torch.cat([-angles.sin(), angles.sin()], dim=1)])
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of the features of `(B, n, T, d)` by its angle `(2, T, d/2)`."""
+    """Turn each pair (i, i + d/2) of the features of `(..., T, d)` by its angle `(2, T, d)`."""
     cosines, sines = angles
-    one, other = x.chunk(2, dim=-1)
-    return torch.cat([one * cosines - other * sines, one * sines + other * cosines], dim=-1)
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
 
 
 class Positions(nn.Module):
@@ -122,12 +120,14 @@ class ConditionNetwork(nn.Module):
 class SamplingState:
     """What the transformer keeps between positions."""
 
-    background: Tensor
-    """`(B, T, W)`: all that a position's input holds besides the code before it."""
-    blocks: list[tuple[Block, KVCache]]
-    """Each block, with packed weights, and its keys and values."""
-    output: nn.Module
-    """From features to logits, with packed weights."""
+    advance: Callable[[int | Tensor, Tensor], Tensor]
+    """A position and the codes before it `(B,)` to logits `(B, K)`; it holds the packed weights, the caches and what the condition says."""
+    before_all: Tensor
+    """`(B,)`: what stands before the first position."""
+    positions: Tensor
+    """`(T,)`: the positions on the device."""
+    static: bool
+    """Whether positions are given as tensors, so that no shape depends on them."""
 
 
 class TransformerPrior(Prior):
@@ -177,28 +177,42 @@ class TransformerPrior(Prior):
         return where + context + (self.condition(condition, context) if self.condition is not None else 0)
 
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
-        """Run the condition network once, pack the weights, and take the caches."""
+        """Run the condition network once, pack the weights, and take the caches; on CUDA compile the step, with CUDA graphs."""
+        state = self.make_state(batch_size, condition, labels, dtype, static=self.device.type == "cuda")
+        if state.static:
+            state.advance = torch.compile(state.advance, mode="reduce-overhead")
+        return state
+
+    def make_state(
+        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype = torch.float32, *, static: bool = False
+    ) -> SamplingState:
+        """The state before the first position; `static` if no shape may depend on the position."""
         background = self.background(batch_size, condition, labels)
         heads, width = self.config.network.num_heads, self.config.network.width
-        return SamplingState(
-            background=background,
-            blocks=[
-                (cast(Block, pack_linears(block, batch_size, dtype)), KVCache(batch_size, heads, background.shape[1], width // heads, background))
-                for block in self.blocks
-            ],
-            output=pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype),
-        )
+        blocks = [cast(Block, pack_linears(block, batch_size, dtype)) for block in self.blocks]
+        caches = [KVCache(batch_size, heads, background.shape[1], width // heads, background, window=block.window, static=static) for block in blocks]
+        output = pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype)
+
+        def advance(position: int | Tensor, previous: Tensor) -> Tensor:
+            x = self.embedding(previous)[:, None] + _at(background, position)
+            angles = _at(self.angles, position)
+            for block, cache in zip(blocks, caches, strict=True):
+                x = block(x, angles, cache, position)
+            return output(x)[:, 0]
+
+        before_all = torch.full((batch_size,), self.codebook_size, device=self.device)
+        return SamplingState(advance, before_all, torch.arange(self.config.num_positions, device=self.device), static)
 
     def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
         """Logits `(B, K)` of one position; see `Prior.step`."""
-        background = state.background[:, position : position + 1]
-        if previous is None:
-            previous = torch.full((len(background),), self.codebook_size, device=background.device)
-        x = self.embedding(previous)[:, None] + background
-        angles = self.angles[:, position : position + 1]
-        for block, cache in state.blocks:
-            x = block(x, angles, cache, position)
-        return state.output(x)[:, 0]
+        where = state.positions[position : position + 1] if state.static else position
+        logits = state.advance(where, state.before_all if previous is None else previous)
+        return logits.clone() if state.static else logits  # a CUDA graph writes its next result to the same place
+
+
+def _at(features: Tensor, position: int | Tensor) -> Tensor:
+    """`(B, T, W)` at one position, `(B, 1, W)`."""
+    return features.index_select(1, position) if isinstance(position, Tensor) else features[:, position : position + 1]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -258,6 +258,19 @@ def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: in
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
 
 
+@pytest.mark.parametrize("family", ["transformer", "transformer, window"])
+def test_steps_without_changing_shapes_are_the_steps(family: str) -> None:
+    """What CUDA graphs replay: the same logits from whole buffers under a mask."""
+    prior = make(family, "bottom, classes, ratio 4")
+    codes, condition, labels = inputs(prior)
+    flat = codes.flatten(1)
+    with torch.no_grad():
+        states = [prior.make_state(BATCH, condition, labels, static=static) for static in (False, True)]
+        for position in range(flat.shape[1]):
+            one, other = (prior.step(state, position, flat[:, position - 1] if position else None) for state in states)
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
 @each_family
 def test_an_image_depends_on_its_own_seed_alone(family: str) -> None:
     prior = make(family, "bottom, classes, ratio 4")
