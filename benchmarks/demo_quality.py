@@ -13,11 +13,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from pipelines import VQVAE2Pipeline
+from vqvae2.common.curves import draw_panel
 from vqvae2.common.machine import keep_freed_memory
 from vqvae2.config import DataConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, load_images, to_images
@@ -94,6 +96,31 @@ def tensors(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     return to_images(batch["images"]), batch["labels"]
 
 
+def compare_settings(pipeline: VQVAE2Pipeline, model: Classifier, options: argparse.Namespace) -> None:
+    """Samples at several temperatures and guidance scales: how many are as asked, how many in the worst class, how diverse; a table and a plot."""
+    num_classes = len(pipeline.class_names)
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {"as asked": {}, "lowest class": {}, "diversity of features": {}}
+    print("temperature  guidance   as asked   lowest class   diversity of features")
+    for temperature in (0.8, 0.9, 1.0):
+        for scale in (1.0, 1.5, 2.0, 3.0):
+            settings = {"temperature": temperature, "guidance_scale": scale, "seed": options.seed, "lanes": 100}
+            samples = pipeline(options.num_images, output_type="pt", **settings).images
+            asked = torch.arange(options.num_images) % num_classes
+            right = (judge(model, samples) == asked).float()
+            of_class = [right[asked == label].mean().item() for label in range(num_classes)]
+            diverse = sum(diversity(model, samples[asked == label])[1] for label in range(num_classes)) / num_classes
+            found = {"as asked": right.mean().item(), "lowest class": min(of_class), "diversity of features": diverse}
+            print(f"{temperature:11.1f} {scale:9.1f} {found['as asked']:10.1%} {found['lowest class']:14.1%} {diverse:23.2f}", flush=True)
+            for name, value in found.items():
+                curves[name].setdefault(f"T = {temperature}", []).append((scale, value))
+    panels = [draw_panel(name, lines, x_name="guidance") for name, lines in curves.items()]
+    page = Image.new("RGB", (sum(panel.width for panel in panels), panels[0].height), "white")
+    for i, panel in enumerate(panels):
+        page.paste(panel, (i * panel.width, 0))
+    page.save(options.table)
+    print(f"{options.table}: the same as curves.")
+
+
 def main() -> None:
     """Judge, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--classifier", type=Path, default=Path("runs/demo_quality_classifier.pt"))
+    parser.add_argument("--table", type=Path, help="compare temperatures and guidance scales instead, and draw them in this PNG file")
     options = parser.parse_args()
     keep_freed_memory()
 
@@ -119,6 +147,9 @@ def main() -> None:
         torch.save(model.state_dict(), options.classifier)
 
     pipeline = VQVAE2Pipeline.from_pretrained(options.pipeline)
+    if options.table is not None:
+        compare_settings(pipeline, model, options)
+        return
     with torch.no_grad():
         reconstructions = torch.cat([pipeline.vqvae(part).reconstruction for part in real.split(100)])
     samples = pipeline(options.num_images, temperature=options.temperature, seed=options.seed, lanes=100, output_type="pt", show_progress=True).images

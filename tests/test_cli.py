@@ -39,7 +39,9 @@ def test_the_readmes_commands_and_python(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_run_folder_holds_what_the_design_says(run: Path) -> None:
     for name in ("vqvae", "prior_0", "prior_1"):
         found = {path.name for path in (run / name).iterdir()}
-        assert found == {"config.json", "model.safetensors", "train_config.yaml", "metrics.jsonl", "checkpoints"} | ({"images"} if name else set())
+        assert found == {"config.json", "model.safetensors", "train_config.yaml", "metrics.jsonl", "curves.png", "checkpoints"} | (
+            {"images"} if name else set()
+        )
         assert [p.name for p in sorted((run / name / "checkpoints").iterdir())] == ["step_00000008", "step_00000012"]
         with Image.open(run / name / "images" / "step_00000012.png") as picture:
             assert picture.width > 100

@@ -174,11 +174,11 @@ PLANTED = {
     Shifted: {"causality": "not shifted: position t may read the codes up to t - 1", "cache": ""},
     ShiftedByTwo: {"causality": "does not change the logits at row 0, column 1: .* shifted too far", "cache": ""},
     ConditionNotInSteps: {"cache": "Samples would not be what the training taught"},
-    ConditionIgnored: {"condition": "whole level 0 leave the logits at row 0, column 0 .* Feed the condition", "gradients": "of 35 weights .* condition"},
+    ConditionIgnored: {"condition": "whole level 0 leave the logits at row 0, column 0 .* Feed the condition", "gradients": "of \\d+ weights .* condition"},
     ConditionInPart: {"condition": "the code of level 0 at row 1, column 0 changes no logit: a part of the condition is dropped"},
     ConditionNotEverywhere: {"condition": "whole level 0 leave the logits at row 0, column 0 as they are"},
     LabelIgnored: {"labels": "cannot tell the classes apart"},
-    Unused: {"gradients": "1 of 36 weights receive no gradient, the first is forgotten"},
+    Unused: {"gradients": "1 of \\d+ weights receive no gradient, the first is forgotten"},
     ChangesItself: {"forward": "head.weight is another after a forward pass"},
     FarFromUniform: {"start": "starts far from uniform"},
     SamplesOtherwise: {"cache": "sample draws another code"},
@@ -217,7 +217,7 @@ def test_the_audit_does_not_depend_on_what_was_learned() -> None:
     nn.init.constant_(extreme.head.bias, torch.nan)
     found = failures(extreme)
     assert found.keys() == {"weights"}
-    assert "1 of 35 weights hold values that are no numbers, the first is head.bias" in found["weights"]
+    assert re.match(r"1 of \d+ weights hold values that are no numbers, the first is head.bias", found["weights"])
 
 
 def test_large_grids_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Points = Sequence[tuple[float, float]]
 PANEL, MARGIN = (340, 240), 34
-COLOURS = {"training": "#4477aa", "held out": "#cc5522"}
+COLOURS = ("#4477aa", "#cc5522", "#228833", "#aa3377", "#777777")
 
 
 def run_curves(metrics: Path) -> Image.Image | None:
@@ -29,24 +29,26 @@ def run_curves(metrics: Path) -> Image.Image | None:
     return page
 
 
-def draw_panel(title: str, curves: dict[str, Points]) -> Image.Image:
-    """Curves over steps in one frame, with the ends of both axes written at them; the lowest 2 % of the start's height is not cut off."""
+def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -> Image.Image:
+    """Curves in one frame; the first twentieth of the points does not set its height, so that the rest can be seen."""
     width, height = PANEL
     panel = Image.new("RGB", PANEL, "white")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(11)
-    last = max(x for points in curves.values() for x, _ in points)
+    first, last = _range(x for points in curves.values() for x, _ in points)
     low, high = _range(y for points in curves.values() for _, y in points[len(points) // 20 :])
     left, top, right, bottom = MARGIN + 14, MARGIN, width - 12, height - 24
     draw.rectangle((left, top, right, bottom), outline="#bbbbbb")
-    for name, points in curves.items():
-        path = [(left + (right - left) * x / last, bottom - (bottom - top) * (min(max(y, low), high) - low) / (high - low)) for x, y in points]
-        draw.line(path, fill=COLOURS.get(name, "black"), width=2, joint="curve")
+    for points, colour in zip(curves.values(), COLOURS, strict=False):
+        across = [left + (right - left) * (x - first) / (last - first) for x, _ in points]
+        up = [bottom - (bottom - top) * (min(max(y, low), high) - low) / (high - low) for _, y in points]
+        draw.line(list(zip(across, up, strict=True)), fill=colour, width=2, joint="curve")
     draw.text((left, 4), title, fill="black", font=font)
-    for i, name in enumerate(curves):
-        draw.text((left + 70 * i, 18), name, fill=COLOURS.get(name, "black"), font=font)
+    for i, (name, colour) in enumerate(zip(curves, COLOURS, strict=False)):
+        draw.text((left + 70 * i, 18), name, fill=colour, font=font)
     for value, y in ((high, top), (low, bottom - 12)):
         draw.text((2, y), f"{value:.3g}", fill="black", font=font)
-    draw.text((right - 70, bottom + 4), f"step {last:.0f}", fill="black", font=font)
+    draw.text((left, bottom + 4), f"{x_name} {first:.3g}", fill="black", font=font)
+    draw.text((right, bottom + 4), f"{last:.6g}", fill="black", font=font, anchor="ra")
     return panel
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.config import TrainingConfig
+from vqvae2.common.curves import run_curves
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.files import remove_folder, write_text
 from vqvae2.common.loading import Loader
@@ -150,6 +151,7 @@ def fit(
                 found = _evaluate(evaluate, kept, accelerator)
                 metrics.write(step, {f"validation/{name}": value for name, value in found.items()})
                 if accelerator.is_main_process:
+                    metrics.draw_curves()
                     bar.write(f"step {step}: held out " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
                 if "loss" not in found or found["loss"] < progress.best:
                     progress.best = found.get("loss", progress.best)
@@ -325,6 +327,12 @@ class _Metrics:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
         if self.config.tracker:
             self.accelerator.log(dict(figures), step=step)
+
+    def draw_curves(self) -> None:
+        """curves.png: training and held-out figures over the steps."""
+        picture = run_curves(self.path)
+        if picture is not None:
+            save_picture(picture, self.path.parent / "curves.png")
 
     def write_picture(self, step: int, picture: Image.Image) -> None:
         for tracker in self.accelerator.trackers:
