@@ -258,6 +258,17 @@ def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: in
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
 
 
+def test_activations_that_are_computed_again_give_the_same_gradients() -> None:
+    gradients = []
+    for again in (False, True):
+        prior = make("transformer", "bottom", checkpoint_activations=again, dropout=0.5).train()
+        codes, condition, labels = inputs(prior)
+        torch.manual_seed(2)
+        torch.nn.functional.cross_entropy(prior(codes, condition, labels), codes).backward()
+        gradients.append([parameter.grad for parameter in prior.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("family", ["transformer", "transformer, window"])
 def test_steps_without_changing_shapes_are_the_steps(family: str) -> None:
     """What CUDA graphs replay: the same logits from whole buffers under a mask."""

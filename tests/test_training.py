@@ -145,6 +145,17 @@ def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) 
         assert (tmp_path / str(i) / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes() != base, option
 
 
+def test_every_setting_of_a_prior_changes_something(run: Path, tmp_path: Path) -> None:
+    vqvae2(*prior_command(run, tmp_path / "base", "--num-steps", 4))
+    weights = "checkpoints/step_00000004/model.safetensors"
+    for i, option in enumerate(
+        (["--label-dropout", "0.5"], ["--token-corruption", "0.5"], ["--no-class-conditional"], ["--transformer.dropout", "0.3"],
+         ["--transformer.attention-rows", 1], ["--transformer.num-condition-layers", 0], ["--family", "pixelsnail"])
+    ):  # fmt: skip
+        vqvae2(*prior_command(run, tmp_path / str(i), "--num-steps", 4, *option))
+        assert (tmp_path / str(i) / weights).read_bytes() != (tmp_path / "base" / weights).read_bytes(), option
+
+
 @pytest.mark.parametrize("adversary", [(), ("--discriminator.weight", 0.8, "--discriminator.num-layers", 1, "--discriminator.start-step", 2)])
 def test_compiled_training_is_the_same_training(adversary: tuple[object, ...], photos: Path, tmp_path: Path) -> None:
     options = ("--num-steps", 4, "--mixed-precision", "no", "--model.image.size", 16, "--log-every", 1, *adversary)
