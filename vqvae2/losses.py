@@ -64,7 +64,8 @@ def make_adversarial_term(config: DiscriminatorConfig, last_layer: nn.Parameter,
 
     Args:
         last_layer: the weight that writes the image, on which gradients are compared for lambda.
-        start: training batches before D learns and is listened to; until then its terms are multiplied by zero.
+        start: training batches before D is listened to; until then -D(decode(e)) is multiplied by zero. D itself learns from the first batch on: one that
+            has learned nothing yet would pull as strongly as the reconstruction, to nowhere.
     """
 
     def term(output: AdversarialOutput, fidelity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +74,7 @@ def make_adversarial_term(config: DiscriminatorConfig, last_layer: nn.Parameter,
         hinge = 0.5 * (F.relu(1 - output.real).mean() + F.relu(1 + output.fake).mean())
         started = (output.num_forwards >= start).to(fidelity.dtype)  # stays on the device: the host need not know
         figures = {"generator": generator, "discriminator": hinge, "adaptive_weight": balance}
-        return started * (config.weight * balance * generator + hinge), figures
+        return started * config.weight * balance * generator + hinge, figures
 
     return term
 
