@@ -146,6 +146,8 @@ def make_gpt(num_parameters: int, positions: int) -> Any:
         return None
     width = 64 * max(1, round((num_parameters / 12 / 12) ** 0.5 / 64))
     config = GPT2Config(vocab_size=513, n_positions=positions + 1, n_embd=width, n_layer=12, n_head=width // 64, bos_token_id=512, eos_token_id=None)
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # as ours here
+    config._attn_implementation = "sdpa"
     return GPT2LMHeadModel(config)
 
 

@@ -15,13 +15,14 @@ from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
 from prior.sampling import Known
 from prior.training import train_prior as train_prior_alone
+from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, check_empty, whole_file
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, to_pil
 from vqvae2.config import ImagesConfig, TrainVQVAEConfig
-from vqvae2.data import ImageDataset, load_images, load_picture, load_source, to_images
+from vqvae2.data import ImageDataset, load_images, load_picture, load_source, picture_size, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
@@ -79,7 +80,8 @@ def sample(config: SampleConfig) -> None:
     known = _known_codes(config, pipeline)
     if known and not config.labels and pipeline.can_hide_labels:
         labels = pipeline.label_numbers("none")  # nobody said what the image shows
-    run = RunRecord("sample", config, "sample_config.yaml", facts={"encoder_hash": pipeline.vqvae.content_hash()})
+    facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, [(f"{i}", t) for i, level in enumerate(known) for t in level or ()])}
+    run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
     run.check(output_dir)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -115,8 +117,10 @@ def _known_codes(config: SampleConfig, pipeline: VQVAE2Pipeline) -> Sequence[Kno
     settings, device = pipeline.vqvae.config.image, next(pipeline.vqvae.parameters()).device
     images = to_images(load_picture(config.init_image, settings).to(device))
     if config.mask is None:
-        return keep_levels(pipeline.vqvae, images, config.keep_levels)
+        return keep_levels(pipeline.vqvae, images, 1 if config.keep_levels is None else config.keep_levels)
     grey = dataclasses.replace(settings, channels=1, background="black")
+    if picture_size(config.mask) != picture_size(config.init_image):
+        raise UserError(f"{config.mask} and {config.init_image} have different sizes: paint the mask over the image itself.")
     painted = load_picture(config.mask, grey).to(device)[:, 0] > 127
     return known_outside(pipeline.vqvae, images, painted)
 

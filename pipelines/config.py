@@ -120,8 +120,8 @@ class SampleConfig(PartsConfig):
     """Start from this image: with --mask it is repainted where the mask is white, without its coarsest levels are kept (--keep-levels)."""
     mask: str | None = None
     """With --init-image: a picture of the same size, white where the image is to be repainted."""
-    keep_levels: int = 1
-    """With --init-image and no --mask: how many levels, from the top, are kept; the finer ones are drawn anew."""
+    keep_levels: int | None = None
+    """With --init-image and no --mask: how many levels, from the top, are kept (1 if not given); the finer ones are drawn anew."""
     npz: bool = may_change(False)
     """Also write samples.npz (arr_0: uint8 images (N, H, W, C); arr_1: labels), which evaluators read."""
 
@@ -130,6 +130,8 @@ class SampleConfig(PartsConfig):
         check(self.lanes >= 1, "lanes", self.lanes, "at least 1")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
         check(self.mask is None or self.init_image is not None, "mask", self.mask, "used together with init_image")
+        alone = self.init_image is not None and self.mask is None
+        check(self.keep_levels is None or alone, "keep_levels", self.keep_levels, "used together with init_image and without mask")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds
-from vqvae2.common.artifact import local_folder
+from vqvae2.common.artifact import content_hash, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
@@ -111,6 +111,11 @@ class VQVAE2Pipeline:
         """The classes that labels count; empty if no prior has classes."""
         return next((prior.config.class_names for prior in self.priors if prior.config.num_classes), ())
 
+    def content_hashes(self) -> dict[str, str]:
+        """A hash of the whole of each part: equal exactly when configuration and weights are."""
+        parts: dict[str, Any] = {"vqvae": self.vqvae, **{f"prior_{prior.config.level}": prior for prior in self.priors}}
+        return {f"{name}_hash": content_hash(part.config, part.state_dict().items()) for name, part in parts.items()}
+
     @property
     def can_hide_labels(self) -> bool:
         """Whether the priors have classes and can do without a label, having been trained with label dropout."""
@@ -156,6 +161,7 @@ class VQVAE2Pipeline:
             raise UserError(f"seed is {seed} and first_index {first_index}, but both must be 0 or more.")
         if output_type not in ("pil", "pt"):
             raise UserError(f"output_type is {output_type!r}, but must be 'pil' or 'pt'.")
+        self._check_known(known, num_images)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "guidance_scale": guidance_scale}
         samplings = self.samplings(**settings)
         numbers = self.label_numbers(labels)
@@ -208,7 +214,7 @@ class VQVAE2Pipeline:
         for label in labels:
             if isinstance(label, str) and label in names:
                 numbers.append(names.index(label))
-            elif str(label).isdigit() and int(label) < len(names):
+            elif str(label).isdecimal() and int(label) < len(names):
                 numbers.append(int(label))
             elif label == "none" and self.can_hide_labels:
                 numbers.append(len(names))
@@ -216,6 +222,23 @@ class VQVAE2Pipeline:
                 none = ", or none" if self.can_hide_labels else ""
                 raise UserError(f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}{none}.")
         return numbers
+
+    def _check_known(self, known: Sequence[Known | None] | None, num_images: int) -> None:
+        if known is None:
+            return
+        if len(known) != len(self.priors):
+            raise UserError(f"known has {len(known)} entries, but there are {len(self.priors)} levels: give one per level, None where nothing is known.")
+        for prior, level in zip(self.priors, known, strict=True):
+            expected = (num_images, *prior.config.grids[-1])
+            if level is not None and not (tuple(level.codes.shape) == tuple(level.mask.shape) == expected):
+                raise UserError(
+                    f"known codes of level {prior.config.level} are {tuple(level.codes.shape)} with a mask {tuple(level.mask.shape)}, but must be "
+                    f"{expected}: one grid per image (pipelines.editing.repeat_known repeats them)."
+                )
+            if level is not None and not (int(level.codes.min()) >= 0 and int(level.codes.max()) < prior.config.codebook_sizes[-1]):
+                raise UserError(
+                    f"known codes of level {prior.config.level} must be from 0 to {prior.config.codebook_sizes[-1] - 1}: check where they come from."
+                )
 
     def samplings(self, **settings: Any) -> list[SamplingConfig]:
         """Each setting of `SamplingConfig` as one value, or one per level, to one configuration per level; None leaves the default.

@@ -77,19 +77,18 @@ class KVCache:
 
     Args:
         window: how many positions before its own a query sees; 0 for all.
-        static: give the whole buffers and a mask, so that no shape depends on the position: what CUDA graphs need.
     """
 
-    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor, *, window: int = 0, static: bool = False) -> None:
+    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor, *, window: int = 0) -> None:
         self.keys = like.new_zeros(batch_size, num_heads, length, head_dim)
         self.values = torch.zeros_like(self.keys)
-        self.window, self.static = window, static
-        if static:  # CUDA graphs replay on the same addresses
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
+        self.window = window
 
     def attend(self, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it; `position` is a tensor `(1,)` if the cache is static."""
+        """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it.
+
+        Given the position as a tensor `(1,)`, no shape depends on it: the whole buffers are attended to under a mask, as CUDA graphs need it.
+        """
         if isinstance(position, Tensor):
             self.keys.index_copy_(2, position, k.to(self.keys.dtype))
             self.values.index_copy_(2, position, v.to(self.values.dtype))

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +86,11 @@ def randomised_copy(prior: Prior, device: torch.device | None = None) -> Prior:
 
 def fresh_prior(prior: Prior, grids: tuple[tuple[int, ...], ...] | None = None) -> Prior:
     """Another one of the same configuration (with other grids, if given) and fresh weights, in evaluation mode on the CPU."""
-    config = dataclasses.replace(prior.config, grids=grids or prior.config.grids)
+    config: Any = dataclasses.replace(prior.config, grids=grids or prior.config.grids)
+    window = getattr(config.network, "attention_rows", 0)
+    if window:  # a share of the grid, else it would be no window of a smaller one
+        window = max(1, window * config.grids[-1][0] // prior.config.grids[-1][0])
+        config = dataclasses.replace(config, network=dataclasses.replace(config.network, attention_rows=window))
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
         return type(prior)(config).eval()

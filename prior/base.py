@@ -4,7 +4,8 @@ Letters: B batch, h w the level's code grid, T = h*w positions in raster order, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from prior.config import PriorConfig
 from prior.sampling import Known, SamplingConfig, draw, guide, uniforms
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.errors import UserError
+
+Stepper = Callable[[int, Tensor | None], Tensor]
 
 
 class Prior(Artifact, nn.Module, ABC):
@@ -52,6 +55,13 @@ class Prior(Artifact, nn.Module, ABC):
     def step(self, state: Any, position: int, previous: Tensor | None) -> Tensor:
         """Logits `(B, K)` at a position, given the code before it `(B,)` (None at the first), and `state` moved on in place."""
 
+    def make_stepper(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype) -> Stepper:
+        """A function of a position and the codes before it `(B,)` (None at the first) to logits `(B, K)`: `step` on a fresh `start`.
+
+        A family that can do it faster on some device overrides this.
+        """
+        return partial(self.step, self.start(batch_size, condition, labels, dtype=dtype))
+
     @torch.no_grad()
     def sample(
         self,
@@ -71,21 +81,28 @@ class Prior(Artifact, nn.Module, ABC):
             labels: `(B,)`; `num_classes` stands for no label, where the prior was trained with label dropout.
             seeds: one number per image; the random numbers of an image come from its own seed alone.
             known: codes that are not drawn but given.
+
+        Raises:
+            UserError: see `check_inputs`; or the logits are not finite.
         """
         sampling = sampling or SamplingConfig()
         self.check_inputs(batch_size, condition, labels, sampling)
         numbers = uniforms(seeds, self.config.level, self.config.num_positions).to(self.device)
         rows, condition, labels = self._with_unlabelled(batch_size, condition, labels, sampling)
+        if known is not None and bool(known.mask.all()):
+            return known.codes
+        step = self.make_stepper(rows, condition, labels, torch.bfloat16 if bf16 else torch.float32)
         drawn: list[Tensor] = []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and self.device.type != "cpu"):
-            state = self.start(rows, condition, labels, dtype=torch.bfloat16 if bf16 else torch.float32)
-            for position in range(self.config.num_positions):
-                previous = drawn[-1] if drawn else None
-                if previous is not None and sampling.guided:
-                    previous = torch.cat([previous, previous])
-                code = draw(guide(self.step(state, position, previous), sampling), numbers[:, position], sampling)
-                drawn.append(code if known is None else known.instead_of(code, position))
-        return rearrange(torch.stack(drawn, dim=1), "b (h w) -> b h w", h=self.config.grids[-1][0])
+        for position in range(self.config.num_positions):
+            previous = drawn[-1] if drawn else None
+            if previous is not None and sampling.guided:
+                previous = torch.cat([previous, previous])
+            code = draw(guide(step(position, previous), sampling), numbers[:, position], sampling)
+            drawn.append(code if known is None else known.instead_of(code, position))
+        codes = rearrange(torch.stack(drawn, dim=1), "b (h w) -> b h w", h=self.config.grids[-1][0])
+        if int(codes.max()) >= self.config.codebook_sizes[-1]:  # what drawing from logits that are no numbers ends in
+            raise UserError(f"the prior of level {self.config.level} gives logits that are not finite: its weights are damaged; see vqvae2 doctor.")
+        return codes
 
     @torch.no_grad()
     def sample_plain(

@@ -84,7 +84,7 @@ def parse_level(level: str, num_levels: int) -> int:
     Raises:
         UserError: no such level.
     """
-    number = {"top": 0, "bottom": num_levels - 1}.get(level, int(level) if level.isdigit() else -1)
+    number = {"top": 0, "bottom": num_levels - 1}.get(level, int(level) if level.isdecimal() else -1)
     check(0 <= number < num_levels, "level", level, f"top, bottom, or a number from 0 to {num_levels - 1}")
     return number
 

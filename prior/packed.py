@@ -15,7 +15,8 @@ from torch.nn import functional as F
 class PackedLinear(nn.Module):
     """`x @ weight^T + bias` for `(..., in)`, the products in `dtype`, input and output in the input's type. For inference alone.
 
-    Where packing does not work (another device, another build of torch, weights that are not fp32) it is a plain linear layer.
+    Where packing does not work (another device, another build of torch, weights that are not fp32) it is a plain linear layer; on CUDA with its
+    weights in `dtype`.
 
     Args:
         weight: `(out, in)`.
@@ -31,14 +32,18 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.dtype, self.packed = dtype, weight.device.type == "cpu" and weight.dtype == torch.float32 and can_pack(dtype)
+        self.cast = self.packed or (weight.device.type == "cuda" and dtype != torch.float32)
         if self.packed:
-            self.weight, self.bias = _pack(self.weight, rows, dtype), None if self.bias is None else self.bias.to(dtype)
+            self.weight = _pack(self.weight, rows, dtype)
+        elif self.cast:
+            self.weight = self.weight.to(dtype)
+        if self.cast and self.bias is not None:
+            self.bias = self.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias)
-        return _multiply(x.to(self.dtype), self.weight, self.bias).to(x.dtype)
+        multiply = _multiply if self.packed else F.linear
+        return multiply(x.to(self.dtype) if self.cast else x, self.weight, self.bias).to(x.dtype)
 
 
 def pack_linears(module: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -> nn.Module:

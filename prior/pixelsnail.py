@@ -169,7 +169,7 @@ class SamplingState:
 
 
 class PixelSNAIL(Prior):
-    """The PixelSNAIL prior of any level.
+    """The PixelSNAIL prior of any level. (Its sampling has no compiled path on CUDA yet: there each position launches many small kernels.)
 
     The class and the coarser codes are told to the gates of all causal residual blocks. A position's own code enters nothing that it reads: the stem
     leaves it out, and attention gets the code before.

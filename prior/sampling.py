@@ -1,5 +1,6 @@
 """Drawing codes from logits: temperature, top-k, top-p, min-p, guidance, and random numbers that belong to an image rather than to a batch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,11 +28,11 @@ class SamplingConfig:
     """Classifier-free guidance (Ho and Salimans 2022): how far to go from the logits without the label to those with it; 1 is the prior itself."""
 
     def __post_init__(self) -> None:
-        check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         check(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "in (0, 1]")
-        check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more")
+        check(0 <= self.guidance_scale < math.inf, "guidance_scale", self.guidance_scale, "0 or more")
 
     @property
     def guided(self) -> bool:
@@ -71,8 +72,8 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Logits `(B, K)` to the probabilities `(B, K)`, in float64, that codes are drawn with; temperature 0 is not for here."""
     logits = logits.double() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        lowest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        likeliest = logits.topk(sampling.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
     result = logits.softmax(dim=-1)
     if sampling.top_p is not None:
         ordered, order = result.sort(dim=-1, descending=True, stable=True)

@@ -65,6 +65,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
+    rows = min(128, config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes))  # what fits for training fits
     fit(
         accelerator,
         model,
@@ -72,7 +73,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         loader,
         config,
         output_dir,
-        evaluate=(lambda net: evaluate(net, validation, accelerator)) if len(validation) else None,
+        evaluate=(lambda net: evaluate(net, validation, accelerator, batch_size=rows)) if len(validation) else None,
         draw=draw,
     )
 

@@ -3,9 +3,10 @@
 Letters: B batch, h w code grid, T = h*w positions, W width, n heads, d = W/n, K codebook size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from einops import rearrange, repeat
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from prior.attention import KVCache, attend
-from prior.base import Prior
+from prior.base import Prior, Stepper
 from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.packed import pack_linears
 
@@ -120,14 +121,12 @@ class ConditionNetwork(nn.Module):
 class SamplingState:
     """What the transformer keeps between positions."""
 
-    advance: Callable[[int | Tensor, Tensor], Tensor]
-    """A position and the codes before it `(B,)` to logits `(B, K)`; it holds the packed weights, the caches and what the condition says."""
-    before_all: Tensor
-    """`(B,)`: what stands before the first position."""
-    positions: Tensor
-    """`(T,)`: the positions on the device."""
-    static: bool
-    """Whether positions are given as tensors, so that no shape depends on them."""
+    background: Tensor
+    """`(B, T, W)`: all that a position's input holds besides the code before it."""
+    blocks: list[tuple[Block, KVCache]]
+    """Each block, with packed weights, and its keys and values."""
+    output: nn.Module
+    """From features to logits, with packed weights."""
 
 
 class TransformerPrior(Prior):
@@ -140,6 +139,7 @@ class TransformerPrior(Prior):
     def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__()
         self.config = config
+        self._compiled_steps: dict[Any, Any] = {}
         network = config.network
         height, width = config.grids[-1]
         self.codebook_size = config.codebook_sizes[-1]
@@ -177,37 +177,56 @@ class TransformerPrior(Prior):
         return where + context + (self.condition(condition, context) if self.condition is not None else 0)
 
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
-        """Run the condition network once, pack the weights, and take the caches; on CUDA compile the step, with CUDA graphs."""
-        state = self.make_state(batch_size, condition, labels, dtype, static=self.device.type == "cuda")
-        if state.static:
-            state.advance = torch.compile(state.advance, mode="reduce-overhead")
-        return state
-
-    def make_state(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype = torch.float32, *, static: bool = False
-    ) -> SamplingState:
-        """The state before the first position; `static` if no shape may depend on the position."""
+        """Run the condition network once, pack the weights, and take the caches."""
         background = self.background(batch_size, condition, labels)
         heads, width = self.config.network.num_heads, self.config.network.width
-        blocks = [cast(Block, pack_linears(block, batch_size, dtype)) for block in self.blocks]
-        caches = [KVCache(batch_size, heads, background.shape[1], width // heads, background, window=block.window, static=static) for block in blocks]
-        output = pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype)
+        return SamplingState(
+            background=background,
+            blocks=[
+                (
+                    cast(Block, pack_linears(block, batch_size, dtype)),
+                    KVCache(batch_size, heads, background.shape[1], width // heads, background, window=block.window),
+                )
+                for block in cast(Sequence[Block], self.blocks)
+            ],
+            output=pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype),
+        )
 
-        def advance(position: int | Tensor, previous: Tensor) -> Tensor:
-            x = self.embedding(previous)[:, None] + _at(background, position)
-            angles = _at(self.angles, position)
-            for block, cache in zip(blocks, caches, strict=True):
-                x = block(x, angles, cache, position)
-            return output(x)[:, 0]
+    def step(self, state: SamplingState, position: int | Tensor, previous: Tensor | None) -> Tensor:
+        """Logits `(B, K)` of one position; see `Prior.step`. It may be given as a tensor `(1,)`: then no shape depends on it."""
+        background = _at(state.background, position)
+        if previous is None:
+            previous = torch.full((len(background),), self.codebook_size, device=background.device)
+        x = self.embedding(previous)[:, None] + background
+        angles = _at(self.angles, position)
+        for block, cache in state.blocks:
+            x = block(x, angles, cache, position)
+        return state.output(x)[:, 0]
 
+    def make_stepper(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype) -> Stepper:
+        """See `Prior.make_stepper`. On CUDA: one step compiled with CUDA graphs, kept for the next batch of this size."""
+        if self.device.type != "cuda":
+            return super().make_stepper(batch_size, condition, labels, dtype)
+        key = (batch_size, dtype, self.device)
+        if key not in self._compiled_steps:
+            state = self.start(batch_size, condition, labels, dtype=dtype)
+            self._compiled_steps[key] = (state, torch.compile(partial(self.step, state), mode="reduce-overhead"))
+        state, compiled = self._compiled_steps[key]
+        state.background.copy_(self.background(batch_size, condition, labels))  # in place: a CUDA graph replays on the same addresses
+        positions = torch.arange(self.config.num_positions, device=self.device)
         before_all = torch.full((batch_size,), self.codebook_size, device=self.device)
-        return SamplingState(advance, before_all, torch.arange(self.config.num_positions, device=self.device), static)
 
-    def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
-        """Logits `(B, K)` of one position; see `Prior.step`."""
-        where = state.positions[position : position + 1] if state.static else position
-        logits = state.advance(where, state.before_all if previous is None else previous)
-        return logits.clone() if state.static else logits  # a CUDA graph writes its next result to the same place
+        def step(position: int, previous: Tensor | None) -> Tensor:
+            logits = compiled(positions[position : position + 1], before_all if previous is None else previous)
+            return logits.clone()  # the graph writes its next result to the same place
+
+        return step
+
+    def train(self, mode: bool = True) -> Self:
+        """Training changes the weights: compiled steps, which may hold copies of them, are dropped."""
+        if mode:
+            self._compiled_steps = {}
+        return super().train(mode)
 
 
 def _at(features: Tensor, position: int | Tensor) -> Tensor:

@@ -79,8 +79,9 @@ def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> None:
-    vqvae2("sample", "--pipeline", run / "pipeline", "--num-images", 7, "--output-dir", tmp_path / "one")
-    two_processes(ROOT / "scripts" / "sample.py", "--pipeline", run / "pipeline", "--num-images", 7, "--output-dir", tmp_path / "two")
+    command = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2, "--output-dir")
+    vqvae2("sample", *command, tmp_path / "one")
+    two_processes(ROOT / "scripts" / "sample.py", *command, tmp_path / "two")
     assert len(list((tmp_path / "one").iterdir())) == 9
     for path in (tmp_path / "one").glob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from pipelines import VQVAE2Pipeline
-from pipelines.editing import keep_levels, known_outside
+from pipelines.editing import keep_levels, known_outside, repeat_known
+from prior import Known, load_prior
 from tests.conftest import kill_when, vqvae2
+from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import to_pil
 from vqvae2.data import load_picture, to_images
 
@@ -70,3 +73,40 @@ def test_editing_keeps_what_is_known(run: Path, photos: Path, tmp_path: Path) ->
     vqvae2(*edit, "--output-dir", tmp_path / "varied")
     refused = vqvae2(*edit, "--mask", tmp_path / "none.png", "--output-dir", tmp_path / "x", check=False)
     assert (refused.returncode, "none.png cannot be read" in refused.stderr, (tmp_path / "x").exists()) == (2, True, False)
+
+
+def test_another_model_does_not_continue_a_set(copy_of_run: Path, tmp_path: Path) -> None:
+    """The same encoder, another prior: its images do not belong into the same folder."""
+    command = ("sample", "--pipeline", copy_of_run / "pipeline", "--output-dir", tmp_path / "out", "--num-images")
+    vqvae2(*command, 4)
+    prior = load_prior(copy_of_run / "pipeline" / "prior_1")
+    torch.nn.init.normal_(prior.head.bias)
+    prior.save_pretrained(copy_of_run / "pipeline" / "prior_1")
+    refused = vqvae2(*command, 8, check=False)
+    assert (refused.returncode, "prior_1_hash" in refused.stderr) == (2, True)
+
+
+def test_known_codes_that_do_not_fit_are_refused(run: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline")
+    known = keep_levels(pipeline.vqvae, torch.zeros(1, 1, 16, 16), 1)
+    assert torch.equal(pipeline(3, known=repeat_known(known, 3)).codes[0], known[0].codes.repeat(3, 1, 1))
+    with pytest.raises(UserError, match="one grid per image"):
+        pipeline(3, known=known)
+    with pytest.raises(UserError, match="give one per level"):
+        pipeline(1, known=known[:1])
+    with pytest.raises(UserError, match="from 0 to 15"):
+        pipeline(1, known=[Known(known[0].codes + 16, known[0].mask), None])
+
+
+def test_weights_that_are_no_numbers_are_a_sentence(run: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline")
+    torch.nn.init.constant_(pipeline.priors[0].head.bias, torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        pipeline(1)
+
+
+def test_sampling_in_bf16_is_as_good(run: Path) -> None:
+    """Other codes here and there, but the logits are those of fp32 to bf16's precision."""
+    pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline")
+    exact, fast = (pipeline(16, seed=1, bf16=bf16).codes for bf16 in (False, True))
+    assert all((a == b).float().mean() > 0.8 for a, b in zip(exact, fast, strict=True))

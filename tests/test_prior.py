@@ -276,10 +276,11 @@ def test_steps_without_changing_shapes_are_the_steps(family: str) -> None:
     codes, condition, labels = inputs(prior)
     flat = codes.flatten(1)
     with torch.no_grad():
-        states = [prior.make_state(BATCH, condition, labels, static=static) for static in (False, True)]
+        state, static = prior.start(BATCH, condition, labels), prior.start(BATCH, condition, labels)
         for position in range(flat.shape[1]):
-            one, other = (prior.step(state, position, flat[:, position - 1] if position else None) for state in states)
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+            previous = flat[:, position - 1] if position else None
+            other = prior.step(static, torch.tensor([position]), previous)
+            torch.testing.assert_close(prior.step(state, position, previous), other, atol=1e-5, rtol=0)
 
 
 @each_family

@@ -64,11 +64,25 @@ def load_picture(path: str, config: PreprocessingConfig) -> Tensor:
     Raises:
         UserError: the file is missing, is no picture, or cannot be prepared.
     """
+    return torch.from_numpy(prepare(_read_picture(path), config))[None]
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """Width and height of a picture file as it stands upright.
+
+    Raises:
+        UserError: the file is missing, or is no picture.
+    """
+    return ImageOps.exif_transpose(_read_picture(path)).size
+
+
+def _read_picture(path: str) -> Image.Image:
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            return torch.from_numpy(prepare(image, config))[None]
+        image = Image.open(Path(path).expanduser())
+        image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a picture ({str(error).splitlines()[0]}): check the path and the file.") from None
+    return image
 
 
 def _convert(image: Image.Image, mode: str, background: str) -> Image.Image:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +48,8 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
     if is_finished(output_dir, config):
         accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")
         return
+    if config.discriminator.weight and accelerator.mixed_precision == "fp16":
+        raise UserError("mixed_precision is 'fp16', in which the gradients that the adaptive weight compares vanish: use 'bf16' or 'no' with a discriminator.")
     set_seed(config.seed)
     model = VQVAE2(config.model)
     if config.init_from is not None:
@@ -84,9 +86,10 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
         adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
 
     def evaluate_autoencoder(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
-        figures = evaluate(_autoencoder(net), images.validation, accelerator, perceptual=perceptual)
+        rows = min(64, config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes))
+        figures = evaluate(_autoencoder(net), images.validation, accelerator, perceptual=perceptual, kind=config.reconstruction_loss, batch_size=rows)
         if pair is None:  # of a pair the last weights are kept: those that fool the discriminator are not those with the lowest error
-            figures["loss"] = figures["mse"] + config.perceptual.weight * figures.get("perceptual", 0.0)
+            figures["loss"] = figures["reconstruction"] + config.perceptual.weight * figures.get("perceptual", 0.0)
         return figures
 
     fit(
@@ -122,28 +125,39 @@ def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
     return same, data.get("validation_path") if same else None
 
 
-def evaluate(model: VQVAE2, images: ImageDataset, accelerator: Accelerator, *, perceptual: Perceptual | None = None, batch_size: int = 64) -> dict[str, float]:
+def evaluate(
+    model: VQVAE2,
+    images: ImageDataset,
+    accelerator: Accelerator,
+    *,
+    kind: Literal["mse", "l1"] = "mse",
+    perceptual: Perceptual | None = None,
+    batch_size: int = 64,
+) -> dict[str, float]:
     """Overall figures on a set of images, the same for any number of processes (each sees its share, none twice).
 
     Returns:
-        `mse`: mean squared error in [-1, 1] over all values; `perceptual` where there is one; `perplexity_l` and `usage_l` for each level l: the
-        exponential of the entropy of its code frequencies over the whole set (K when all codes are equally frequent), and the share that occurs.
+        `mse`: mean squared error in [-1, 1] over all values; `reconstruction`: what the training minimises, the same or the mean absolute error;
+        `perceptual` where there is one; `perplexity_l` and `usage_l` for each level l: the exponential of the entropy of its code frequencies over
+        the whole set (K when all codes are equally frequent), and the share that occurs.
     """
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    errors = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # squared, perceptual
+    errors = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # squared, absolute, perceptual
     counts = [torch.zeros(k, dtype=torch.float64, device=accelerator.device) for k in model.config.codebook_size_per_level]
     for first in range(0, len(mine), batch_size):
         batch = to_images(images.__getitems__(mine[first : first + batch_size])["images"].to(accelerator.device))
         reconstruction, levels = model(batch)
         clamped = reconstruction.float().clamp(-1, 1)
         errors[0] += (clamped - batch).square().sum(dtype=torch.float64)
+        errors[1] += (clamped - batch).abs().sum(dtype=torch.float64)
         if perceptual is not None:
-            errors[1] += perceptual(clamped, batch) * len(batch)
+            errors[2] += perceptual(clamped, batch) * len(batch)
         for count, level in zip(counts, levels, strict=True):
             count.add_(torch.bincount(level.codes.flatten(), minlength=len(count)))
     totals: Any = accelerator.reduce([errors, *counts], reduction="sum")
-    squared, seen = totals[0].tolist()
-    figures = {"mse": squared / (len(images) * model.config.image.channels * math.prod(model.config.image.height_width))}
+    squared, absolute, seen = totals[0].tolist()
+    number = len(images) * model.config.image.channels * math.prod(model.config.image.height_width)
+    figures = {"mse": squared / number, "reconstruction": (squared if kind == "mse" else absolute) / number}
     if perceptual is not None:
         figures["perceptual"] = seen / len(images)
     for level, count in enumerate(totals[1:]):

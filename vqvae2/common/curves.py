@@ -18,6 +18,8 @@ def run_curves(metrics: Path) -> Image.Image | None:
     names = [name.removeprefix("validation/") for name in dict.fromkeys(name for line in lines for name in line) if name.startswith("validation/")]
     panels = []
     for name in names:
+        if name == "loss" and len(names) > 1:  # held out it lacks what only training pays; the figures that it is made of are all there
+            continue
         curves = {"training": _points(lines, name), "held out": _points(lines, f"validation/{name}")}
         if min(map(len, curves.values())) >= 2:
             panels.append(draw_panel(name, curves))
