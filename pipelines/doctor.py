@@ -37,6 +37,8 @@ class Parts:
     priors: Sequence[Prior]
     codes: Path | None
     manifest: Manifest | None
+    complete: bool = False
+    """Whether they should be all parts of a pipeline."""
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -79,6 +81,7 @@ def load_parts(config: DoctorConfig) -> Parts:
         priors=[load_prior(prior).to(device) for prior in priors],
         codes=codes,
         manifest=read_manifest(codes) if codes is not None else None,
+        complete=config.pipeline is not None,
     )
 
 
@@ -188,6 +191,8 @@ def check_parts(parts: Parts) -> Finding:
     levels = [prior.config.level for prior in parts.priors]
     if len(set(levels)) < len(levels):
         wrong.append(f"the priors are of the levels {levels}, some of which come twice")
+    if parts.complete and parts.vqvae is not None and levels != list(range(parts.vqvae.config.num_levels)):
+        wrong.append(f"the priors are of the levels {levels}, but the pipeline needs {list(range(parts.vqvae.config.num_levels))}, the top first")
     if wrong:
         what_to_do = "The codes of one part mean something else to another: extract with this autoencoder and train the priors on those codes."
         return Finding("parts", False, f"{'; '.join(wrong)}. {what_to_do}")

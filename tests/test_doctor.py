@@ -465,3 +465,10 @@ def test_lookup_must_give_what_the_decoder_was_trained_with(monkeypatch: pytest.
     monkeypatch.setattr(quantizer, "lookup", lambda codes: 2 * lookup(codes))
     found = check_round_trip(quantizer, "top")
     assert "another embedding than quantizing does" in found.message
+
+
+def test_a_pipeline_without_a_level_fails(copy_of_trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = copy_of_trained / "pipeline" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "priors": ["prior_0"]}))
+    command("doctor", "--pipeline", copy_of_trained / "pipeline", code=1)
+    assert "FAIL  parts: the priors are of the levels [0], but the pipeline needs [0, 1]" in capsys.readouterr().out

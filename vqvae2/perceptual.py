@@ -123,7 +123,10 @@ def _vgg_distance(weights_file: str | None) -> nn.Module:
         raise UserError(
             f"{weights_file} does not hold the weights of a VGG without batch normalisation (features.0.weight, ...): give torchvision's vgg16 file."
         )
-    network = VGGFeatures(kernels)
+    try:
+        network = VGGFeatures(kernels)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{weights_file} does not hold the weights of a VGG ({str(error).splitlines()[0]}): give torchvision's vgg16 file.") from None
     learned = [state[name].flatten() for name in sorted(state) if re.fullmatch(r"lin\d\.model\.1\.weight", name)]
     return FeatureDistance(network, layer_weights=learned or None, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
@@ -166,11 +169,15 @@ def _timm_distance(name: str, weights_file: str | None) -> nn.Module:
         raise UserError(f"perceptual.network is 'timm/{name}', but timm knows no such model: see timm.list_models(pretrained=True).")
     found = weights_file or (try_to_load_from_cache(settings.hf_hub_id, "model.safetensors") if settings.hf_hub_id else None)
     if not isinstance(found, str) or not Path(found).is_file():
+        fetch = f"run `hf download {settings.hf_hub_id} model.safetensors`, or " if settings.hf_hub_id else ""
         raise UserError(
             f"perceptual.network is 'timm/{name}', but its weights are not at {weights_file or 'hand in the cache of the Hub'}: "
-            f"run `hf download {settings.hf_hub_id} model.safetensors`, or give a file as perceptual.weights_file."
+            f"{fetch}give a file as perceptual.weights_file."
         )
-    network = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay={"file": found})
+    try:
+        network = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay={"file": found})
+    except RuntimeError as error:
+        raise UserError(f"{found} does not hold the weights of timm's {name} ({str(error).splitlines()[0]}): give the right file.") from None
     return FeatureDistance(network, layer_weights=None, mean=tuple(settings.mean), std=tuple(settings.std))
 
 
