@@ -126,7 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="runs/demo/pipeline")
     parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.9], help="one value, or one per level")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="one value, or one per level")
+    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[1.5], help="one value, or one per level")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--classifier", type=Path, default=Path("runs/demo_quality_classifier.pt"))
@@ -152,7 +153,8 @@ def main() -> None:
         return
     with torch.no_grad():
         reconstructions = torch.cat([pipeline.vqvae(part).reconstruction for part in real.split(100)])
-    samples = pipeline(options.num_images, temperature=options.temperature, seed=options.seed, lanes=100, output_type="pt", show_progress=True).images
+    settings = {"temperature": options.temperature, "guidance_scale": options.guidance_scale, "seed": options.seed, "lanes": 100}
+    samples = pipeline(options.num_images, output_type="pt", show_progress=True, **settings).images
     asked = torch.arange(options.num_images) % len(splits.class_names)
     on_real, on_reconstructions, on_samples = judge(model, real) == real_labels, judge(model, reconstructions) == real_labels, judge(model, samples) == asked
 
