@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.cli import main
+
 ROOT = Path(__file__).parent.parent
 PARQUET = Path(str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
 
@@ -29,6 +31,11 @@ def vqvae2(*arguments: object, check: bool = True, cwd: Path | None = None) -> s
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def command(*arguments: object, code: int = 0) -> None:
+    """Run the command line in this process, which is quicker, and demand its exit code."""
+    assert main([str(argument) for argument in arguments]) == code
 
 
 def two_processes(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 import prior.audit
 import prior.training
-from pipelines.cli import main
 from pipelines.config import DoctorConfig
 from pipelines.doctor import check_round_trip, examine, find_images, load_parts
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.audit import Finding, audit, stop_if_unsound
 from prior.base import Prior
-from tests.conftest import vqvae2
+from tests.conftest import command, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
 from vqvae2.config import QuantizerConfig
@@ -267,11 +266,6 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("train-prior", *longer, *options, "--codes", x / "codes", "--level", level, "--output-dir", x / f"prior_{level}")
     command("assemble", "--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1", "--output-dir", x / "pipeline")
     return x
-
-
-def command(*arguments: object, code: int = 0) -> None:
-    """A command line in this process, and the exit code that it must have."""
-    assert main([str(argument) for argument in arguments]) == code
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import kill_when, vqvae2, write_images
+from tests.conftest import command, kill_when, vqvae2, write_images
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.loading import StreamLoader
@@ -135,24 +135,24 @@ def test_the_average_lerps_parameters_and_copies_buffers() -> None:
 
 def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) -> None:
     """No flag is accepted and dropped."""
-    vqvae2(*train_command(photos, tmp_path / "base", "--num-steps", 8))
+    command(*train_command(photos, tmp_path / "base", "--num-steps", 8))
     base = (tmp_path / "base" / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes()
     for i, option in enumerate(
         (["--batch-size", 8], ["--learning-rate", "1e-2"], ["--warmup-steps", 5], ["--weight-decay", "0.5"], ["--adam-betas", "0.5", "0.5"],
          ["--max-grad-norm", "0.001"], ["--mixed-precision", "no"], ["--seed", 1], ["--reconstruction-loss", "l1"], ["--model.quantizer.beta", "2"])
     ):  # fmt: skip
-        vqvae2(*train_command(photos, tmp_path / str(i), "--num-steps", 8, *option))
+        command(*train_command(photos, tmp_path / str(i), "--num-steps", 8, *option))
         assert (tmp_path / str(i) / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes() != base, option
 
 
 def test_every_setting_of_a_prior_changes_something(run: Path, tmp_path: Path) -> None:
-    vqvae2(*prior_command(run, tmp_path / "base", "--num-steps", 4))
+    command(*prior_command(run, tmp_path / "base", "--num-steps", 4))
     weights = "checkpoints/step_00000004/model.safetensors"
     for i, option in enumerate(
         (["--label-dropout", "0.5"], ["--token-corruption", "0.5"], ["--no-class-conditional"], ["--transformer.dropout", "0.3"],
          ["--transformer.attention-rows", 1], ["--transformer.num-condition-layers", 0], ["--family", "pixelsnail"])
     ):  # fmt: skip
-        vqvae2(*prior_command(run, tmp_path / str(i), "--num-steps", 4, *option))
+        command(*prior_command(run, tmp_path / str(i), "--num-steps", 4, *option))
         assert (tmp_path / str(i) / weights).read_bytes() != (tmp_path / "base" / weights).read_bytes(), option
 
 
