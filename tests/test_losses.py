@@ -14,7 +14,7 @@ from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.errors import UserError
 from vqvae2.config import DiscriminatorConfig, PerceptualConfig
 from vqvae2.discriminator import AdversarialPair, PatchDiscriminator
-from vqvae2.losses import make_adversarial_term, make_loss
+from vqvae2.losses import RAMP, make_adversarial_term, make_loss
 from vqvae2.perceptual import load_perceptual
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
@@ -34,7 +34,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 
 def test_each_term_reaches_its_own_network_alone() -> None:
-    pair, config, loss_fn = make_pair(start=0)
+    pair, config, loss_fn = make_pair(start=-RAMP)
     state = {name: tensor.clone() for name, tensor in pair.state_dict().items()}
     loss, figures = loss_fn(pair, {"images": IMAGES})
     loss.backward()
@@ -56,7 +56,7 @@ def test_each_term_reaches_its_own_network_alone() -> None:
 
 
 def test_the_adaptive_weight_makes_both_pull_equally_at_the_last_layer() -> None:
-    pair, _, loss_fn = make_pair(start=0)
+    pair, _, loss_fn = make_pair(start=-RAMP)
     _, figures = loss_fn(pair, {"images": IMAGES})
     last_layer = pair.autoencoder.last_layer
     pulls = [torch.autograd.grad(figures[name], last_layer, retain_graph=True)[0].norm() for name in ("reconstruction", "generator")]
@@ -64,7 +64,7 @@ def test_the_adaptive_weight_makes_both_pull_equally_at_the_last_layer() -> None
 
 
 def test_before_its_start_the_discriminator_learns_and_is_not_heard() -> None:
-    pair, _, loss_fn = make_pair(start=1)
+    pair, _, loss_fn = make_pair(start=0)
     plain = VQVAE2(pair.autoencoder.config).double().train()
     plain.load_state_dict(pair.autoencoder.state_dict())
     expected, _ = make_loss("mse", (16, 16))(plain, {"images": IMAGES})

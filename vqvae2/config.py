@@ -176,7 +176,7 @@ class DiscriminatorConfig:
     weight: float = 0.0
     """Weight of fooling it, relative to the pull of the reconstruction loss; 0 is off, 0.8 VQGAN's."""
     start_step: int = 5000
-    """Step from which the autoencoder tries to fool it. Let the reconstruction become good first; until then it only learns."""
+    """Step from which the autoencoder tries to fool it, at first a little. Let the reconstruction become good before; until then it only learns."""
     learning_rate_factor: float = 0.2
     """Its learning rate, as a multiple of the autoencoder's."""
     adam_betas: tuple[float, float] = (0.5, 0.9)

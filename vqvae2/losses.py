@@ -16,6 +16,8 @@ LossFunction = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, dict[str, 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 AdversarialTerm = Callable[[AdversarialOutput, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
+RAMP = 500  # training batches over which the autoencoder begins to listen to a discriminator
+
 
 def make_loss(
     kind: Literal["mse", "l1"],
@@ -64,17 +66,17 @@ def make_adversarial_term(config: DiscriminatorConfig, last_layer: nn.Parameter,
 
     Args:
         last_layer: the weight that writes the image, on which gradients are compared for lambda.
-        start: training batches before D is listened to; until then -D(decode(e)) is multiplied by zero. D itself learns from the first batch on: one that
-            has learned nothing yet would pull as strongly as the reconstruction, to nowhere.
+        start: training batches before D is listened to; until then -D(decode(e)) is multiplied by zero, and over the next `RAMP` batches by more and
+            more up to one: from one batch to the next a new pull makes Adam leap, and the codebooks collapse. D itself learns from the first batch on.
     """
 
     def term(output: AdversarialOutput, fidelity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         generator = -output.fooling.mean()
         balance = adaptive_weight(fidelity, generator, last_layer)
         hinge = 0.5 * (F.relu(1 - output.real).mean() + F.relu(1 + output.fake).mean())
-        started = (output.num_forwards >= start).to(fidelity.dtype)  # stays on the device: the host need not know
+        heard = ((output.num_forwards - start) / RAMP).clamp(0, 1).to(fidelity.dtype)  # stays on the device: the host need not know
         figures = {"generator": generator, "discriminator": hinge, "adaptive_weight": balance}
-        return started * config.weight * balance * generator + hinge, figures
+        return heard * config.weight * balance * generator + hinge, figures
 
     return term
 
