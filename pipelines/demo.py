@@ -75,5 +75,5 @@ def summary(root: Path) -> str:
             f"  {name:<7} {height} x {width} codes: perplexity {stage_1[f'perplexity_{level}']:.0f} of {size}; "
             f"the prior needs {prior['bits_per_code']:.2f} bits per code (by frequency alone {prior['unigram_bits']:.2f})"
         )
-    more = f"vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --temperature 0.9 --seed 1 --output-dir {root}/more"
+    more = f"vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --guidance-scale 2 --seed 1 --output-dir {root}/more"
     return "\n".join([*lines, "", f"Sample more:  {more}"])
