@@ -46,6 +46,7 @@ LARGE = [
     Case("PixelSNAIL, top 32x32", PixelSNAILPriorConfig(network=PixelSNAILConfig(width=320, residual_channels=320, num_heads=8, **SNAIL), **TOP), (1, 8)),
     Case("PixelSNAIL, bottom 64x64", PixelSNAILPriorConfig(network=PixelSNAILConfig(width=320, residual_channels=320, num_heads=0, **SNAIL), **BOTTOM), (1,)),
     Case("transformer, top 32x32", TransformerPriorConfig(network=TransformerConfig(width=768, num_layers=12, num_heads=12, dropout=0.0), **TOP), (1, 8)),
+    Case("transformer, bottom 64x64", TransformerPriorConfig(network=TransformerConfig(width=768, num_layers=10, num_heads=12, dropout=0.0), **BOTTOM), (1,)),
 ]
 SMALL_TOP = {"level": 0, "grids": ((8, 8),), "codebook_sizes": (512,)}
 SMALL_BOTTOM = {"level": 1, "grids": ((8, 8), (16, 16)), "codebook_sizes": (512, 512)}
@@ -179,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="models as large as the demo's")
     parser.add_argument("--training", action="store_true", help="time training steps instead")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="instead of each model's own; the plain loop of a large batch takes long")
     parser.add_argument("--only", default="", help="only models whose name holds this")
     options = parser.parse_args()
     keep_freed_memory()
@@ -194,7 +196,7 @@ def main() -> None:
         positions = prior.config.num_positions
         floors = {name: size * bits / 8 / streaming_rate(size, dtype) for name, bits, dtype in (("fp32", 32, torch.float32), ("bf16", 16, torch.bfloat16))}
         print(f"\n{case.name}, {size / 1e6:.1f} M parameters; floor {1 / floors['fp32']:.0f} codes/s fp32, {1 / floors['bf16']:.0f} bf16 per image at batch 1")
-        for batch_size in case.batch_sizes:
+        for batch_size in options.batch_sizes or case.batch_sizes:
             condition = [torch.randint(k, (batch_size, *grid)) for k, grid in zip(prior.config.codebook_sizes, prior.config.grids[:-1], strict=False)]
             plain, all_codes = plain_seconds(prior, batch_size, condition), positions * batch_size
             print(f"  batch {batch_size:2}  plain loop, fp32  {plain / batch_size:9.2f} s/image {all_codes / plain:9.1f} codes/s (extrapolated)")
