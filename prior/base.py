@@ -77,10 +77,10 @@ class Prior(Artifact, nn.Module, ABC):
         """Draw codes `(B, h, w)` int64, position after position, through caches: code for code what `sample_plain` draws.
 
         Args:
-            bf16: products in bfloat16, sums and caches in fp32: faster, and not code for code the same.
             labels: `(B,)`; `num_classes` stands for no label, where the prior was trained with label dropout.
             seeds: one number per image; the random numbers of an image come from its own seed alone.
             known: codes that are not drawn but given.
+            bf16: products in bfloat16, sums and caches in fp32: faster, and not code for code the same.
 
         Raises:
             UserError: see `check_inputs`; or the logits are not finite.
@@ -94,7 +94,7 @@ class Prior(Artifact, nn.Module, ABC):
         step = self.make_stepper(rows, condition, labels, torch.bfloat16 if bf16 else torch.float32)
         drawn: list[Tensor] = []
         for position in range(self.config.num_positions):
-            previous = drawn[-1] if drawn else None
+            previous = drawn[-1].clamp(max=self.config.codebook_sizes[-1] - 1) if drawn else None  # beyond it only if logits are no numbers, see below
             if previous is not None and sampling.guided:
                 previous = torch.cat([previous, previous])
             code = draw(guide(step(position, previous), sampling), numbers[:, position], sampling)

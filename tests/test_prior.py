@@ -9,6 +9,7 @@ import torch
 from prior import Known, PixelSNAILConfig, PixelSNAILPriorConfig, Prior, SamplingConfig, TransformerConfig, TransformerPriorConfig
 from prior.attention import attend
 from prior.config import PriorConfig
+from prior.packed import can_pack
 from prior.registry import FAMILIES, load_prior, make_prior
 from vqvae2.common.errors import UserError
 
@@ -256,6 +257,20 @@ def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: in
     seen = torch.ones(length, length, dtype=torch.bool).tril() & torch.ones(length, length, dtype=torch.bool).triu(-window)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
+
+
+@each_family
+def test_steps_in_bf16_give_nearly_the_logits_of_fp32(family: str) -> None:
+    prior = make(family, "bottom, classes, ratio 4")
+    codes, condition, labels = inputs(prior)
+    flat = codes.flatten(1)
+    with torch.no_grad():
+        states = [prior.start(BATCH, condition, labels, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        for position in range(flat.shape[1]):
+            exact, fast = (prior.step(state, position, flat[:, position - 1] if position else None) for state in states)
+            assert (exact - fast).square().mean().sqrt() < 0.02 * exact.std()
+            assert fast.dtype == torch.float32
+            assert not can_pack(torch.bfloat16) or not torch.equal(exact, fast)  # it is used
 
 
 def test_activations_that_are_computed_again_give_the_same_gradients() -> None:
