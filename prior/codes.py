@@ -8,7 +8,9 @@ A row is a view of an image; `prior.code_shards` says what a shard holds.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,14 +21,16 @@ import pyarrow as pa
 import torch
 from einops import rearrange
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from prior.code_shards import ORIGINAL, ShardRecord, check_file, column_name, flat_values, row_groups, shard_schema, smallest_type
+from prior.code_shards import ORIGINAL, ShardRecord, check_file, column_name, flat_values, row_groups, shard_schema
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json, write_json
+from vqvae2.common.files import read_json, whole_file, write_json
 
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+MEMORY_BYTES = 2 << 30  # a split of codes up to this size is held in memory, by every process
 NOT_CONTENT = ("source", "versions", "codes_hash")  # keys of the manifest that say where the codes come from, not what they are
 
 
@@ -144,21 +148,29 @@ def parse_level(level: str, num_levels: int) -> int:
 class CodeDataset(Dataset):
     """One split of a code dataset up to some level, as batches {"codes": one (B, h, w) int64 per level, "labels": (B,) int64 if there are labels}.
 
-    Codes and labels are held in memory in the type that they are stored in.
+    Codes and labels are kept in the type that they are stored in: in memory if they take at most `MEMORY_BYTES`, else decoded once into files
+    that are mapped into memory (see `decode_to_disk`). Either way any row is at hand, so that a loader's order is all that a resumed run needs.
+
+    Args:
+        split: "train" or "validation".
+        num_levels: levels from the top on; all of them if not given.
+        cache_dir: where codes too large for the memory are decoded to; `.decoded` in the dataset's folder if not given.
 
     Raises:
         UserError: a shard is missing, broken or another than the manifest says, or holds codes outside of the codebook.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, *, num_levels: int | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, split: str, *, num_levels: int | None = None, cache_dir: Path | None = None) -> None:
         self.manifest = manifest
         self.num_levels = num_levels or manifest.num_levels
-        rows = sum(shard.rows for shard in manifest.shards(split))
-        grids = zip(manifest.grids[: self.num_levels], manifest.codebook_sizes, strict=False)
-        self.codes = [np.empty((rows, math.prod(grid)), smallest_type(size)) for grid, size in grids]
-        self.labels = np.empty(rows, np.int32) if manifest.class_names else None
-        columns = {column_name(level): codes for level, codes in enumerate(self.codes)}
-        decode(folder, manifest, split, {**columns, "label": self.labels} if self.labels is not None else columns)
+        names = column_names(manifest, self.num_levels)
+        if fits_in_memory(manifest, split, names):
+            columns = {name: np.empty(*shape_and_type(manifest, split, name)) for name in names}
+            decode(folder, manifest, split, columns)
+        else:
+            columns = decode_to_disk(folder, manifest, split, names, cache_dir)
+        self.codes = [columns[column_name(level)] for level in range(self.num_levels)]
+        self.labels = columns.get("label")
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -188,14 +200,75 @@ class CodeDataset(Dataset):
         return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
 
 
-def decode(folder: Path, manifest: Manifest, split: str, columns: dict[str, np.ndarray]) -> None:
+def column_names(manifest: Manifest, num_levels: int) -> list[str]:
+    """The columns that a prior of the last of these levels reads."""
+    return [column_name(level) for level in range(num_levels)] + ["label"] * bool(manifest.class_names)
+
+
+def shape_and_type(manifest: Manifest, split: str, column: str) -> tuple[tuple[int, ...], np.dtype]:
+    """What an array that holds a column of a split is: `(N, h*w)` for codes, `(N,)` for labels."""
+    rows = sum(shard.rows for shard in manifest.shards(split))
+    kind = manifest.schema.field(column).type
+    if pa.types.is_fixed_size_list(kind):
+        return (rows, kind.list_size), kind.value_type.to_pandas_dtype()
+    return (rows,), kind.to_pandas_dtype()
+
+
+def fits_in_memory(manifest: Manifest, split: str, columns: Sequence[str]) -> bool:
+    """Whether these columns of a split are read into memory."""
+    return _num_bytes(manifest, split, columns) <= MEMORY_BYTES
+
+
+def _num_bytes(manifest: Manifest, split: str, columns: Sequence[str]) -> int:
+    described = [shape_and_type(manifest, split, column) for column in columns]
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in described)
+
+
+def decode_to_disk(folder: Path, manifest: Manifest, split: str, columns: Sequence[str], cache_dir: Path | None = None) -> dict[str, np.ndarray]:
+    """These columns of a split as arrays that are mapped from files; a file that is not there yet is made, whole or not at all.
+
+    The files bear the dataset's content hash, so they are never those of other codes. They may be removed when nothing trains on them.
+
+    Raises:
+        UserError: see `decode`; the disk has no room, or a file is broken.
+    """
+    target = (cache_dir or folder / ".decoded") / manifest.codes_hash[:32] / split
+    paths = {name: target / f"{name}.npy" for name in columns}
+    missing = [name for name in columns if not paths[name].exists()]
+    if missing:
+        target.mkdir(parents=True, exist_ok=True)
+        needed, free = _num_bytes(manifest, split, missing), shutil.disk_usage(target).free
+        if needed > free:  # running out of space while writing to a mapped file would kill the process
+            raise UserError(f"{target} needs {needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB: set another codes_cache.")
+        with ExitStack() as stack:
+            arrays = {}
+            for name in missing:
+                shape, kind = shape_and_type(manifest, split, name)
+                arrays[name] = np.lib.format.open_memmap(stack.enter_context(whole_file(paths[name])), mode="w+", dtype=kind, shape=shape)
+            decode(folder, manifest, split, arrays)
+            for array in arrays.values():
+                array.flush()
+    return {name: _map(path, *shape_and_type(manifest, split, name)) for name, path in paths.items()}
+
+
+def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is broken ({error}): remove it, and it is made again.") from None
+    if array.shape != shape or array.dtype != kind:
+        raise UserError(f"{path} is broken (it holds {array.shape} {array.dtype}, not {shape} {np.dtype(kind)}): remove it, and it is made again.")
+    return np.asarray(array)  # without the class memmap, which is slower to index
+
+
+def decode(folder: Path, manifest: Manifest, split: str, columns: Mapping[str, np.ndarray]) -> None:
     """Read these columns of a split's shards into arrays of one row per row.
 
     Raises:
         UserError: a shard is missing, broken or another than the manifest says, or holds numbers out of their range.
     """
     first = 0
-    for shard in manifest.shards(split):
+    for shard in tqdm(manifest.shards(split), desc=f"reading {split} codes", unit="shard", delay=3, leave=False):
         path = folder / split / shard.name
         check_file(path, shard)
         last = first + shard.rows

@@ -141,6 +141,8 @@ class TrainPriorConfig(TrainingConfig):
     """Sizes of the network, for family transformer; the other family leaves it unread."""
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
     """Sizes of the network, for family pixelsnail; the other family leaves it unread."""
+    codes_cache: str | None = may_change(None)
+    """Where a code dataset of more than 2 GiB is decoded to, once, and read from: a fast local disk. In the dataset's own folder if not given."""
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them."""
     label_dropout: float = 0.1

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from prior.audit import stop_if_unsound
 from prior.base import Prior
-from prior.codes import CodeDataset, Manifest, parse_level, read_manifest
+from prior.codes import SPLITS, CodeDataset, Manifest, column_names, decode_to_disk, fits_in_memory, parse_level, read_manifest
 from prior.config import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
 from prior.registry import make_prior
 from vqvae2.common.artifact import load_weights, local_folder
@@ -50,7 +50,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
     stop_if_unsound(model, accelerator.device)
-    train, validation = (CodeDataset(folder, manifest, split, num_levels=facts.level + 1) for split in ("train", "validation"))
+    train, validation = open_codes(config, manifest, facts.level + 1, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.write(output_dir)
@@ -77,6 +77,23 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         evaluate=(lambda net: evaluate(net, validation, accelerator, batch_size=rows)) if len(validation) else None,
         draw=draw,
     )
+
+
+def open_codes(config: TrainPriorConfig, manifest: Manifest, num_levels: int, accelerator: Accelerator) -> tuple[CodeDataset, CodeDataset]:
+    """The training and the held-out rows. What must be decoded to disk is decoded by one process of each machine, or of all that share the disk.
+
+    Raises:
+        UserError: see `CodeDataset`.
+    """
+    folder, cache_dir = Path(config.codes), Path(config.codes_cache) if config.codes_cache is not None else None
+    names = column_names(manifest, num_levels)
+    for mine in (accelerator.is_main_process, accelerator.is_local_main_process):
+        for split in SPLITS:
+            if mine and not fits_in_memory(manifest, split, names):
+                decode_to_disk(folder, manifest, split, names, cache_dir)
+        accelerator.wait_for_everyone()
+    train, validation = (CodeDataset(folder, manifest, split, num_levels=num_levels, cache_dir=cache_dir) for split in SPLITS)
+    return train, validation
 
 
 def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:

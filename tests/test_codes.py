@@ -1,18 +1,24 @@
 """Codes on disk and back: as small as their entropy allows, the same bytes for the same rows, and nothing that was changed since is read."""
 
 import dataclasses
+import itertools
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+import prior.codes
 from prior.code_shards import ShardRecord, content_hash, file_hash, record_shard, write_shard
 from prior.codes import CodeDataset, Manifest, read_manifest, write_manifest
 from vqvae2.common.errors import UserError
+from vqvae2.common.loading import ShuffledLoader
 
 PREPROCESSING = {"size": [64], "channels": 3}
 
@@ -128,3 +134,53 @@ def test_an_edited_shard_is_refused(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(UserError, match=r"00001.parquet is not there"):
         CodeDataset(tmp_path, manifest, "train")
+
+
+def assert_same_stream(one: CodeDataset, other: CodeDataset, *, first: int, batches: int) -> None:
+    streams = [ShuffledLoader(dataset, 8, seed=3).start_at(first) for dataset in (one, other)]
+    for a, b in itertools.islice(zip(*streams, strict=True), batches):
+        assert torch.equal(a["labels"], b["labels"])
+        assert all(torch.equal(x, y) and x.dtype == torch.int64 for x, y in zip(a["codes"], b["codes"], strict=True))
+
+
+def test_codes_larger_than_memory_are_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same order from any position on, from a cache that is made once."""
+    codes, labels = write_dataset(tmp_path / "codes")
+    manifest = read_manifest(tmp_path / "codes")
+    in_memory = CodeDataset(tmp_path / "codes", manifest, "train")
+    monkeypatch.setattr(prior.codes, "MEMORY_BYTES", 0)
+    mapped = CodeDataset(tmp_path / "codes", manifest, "train", cache_dir=tmp_path / "cache")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    assert len(files) == 3
+    assert_same_stream(in_memory, mapped, first=0, batches=15)
+    assert_same_stream(in_memory, mapped, first=9, batches=3)
+    batch = mapped.__getitems__([49, 0, 7])
+    assert all(np.array_equal(read.flatten(1), level[[49, 0, 7]]) for read, level in zip(batch["codes"], codes, strict=True))
+    assert batch["labels"].tolist() == labels[[49, 0, 7]].tolist()
+    shutil.rmtree(tmp_path / "codes" / "train")
+    CodeDataset(tmp_path / "codes", manifest, "train", num_levels=1, cache_dir=tmp_path / "cache")
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    assert len(CodeDataset(tmp_path / "codes", manifest, "validation")) == 0
+
+
+def test_a_cache_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path)
+    manifest, last = read_manifest(tmp_path), tmp_path / "train" / "00002.parquet"
+    monkeypatch.setattr(prior.codes, "MEMORY_BYTES", 0)
+    kept = last.read_bytes()
+    last.unlink()
+    with pytest.raises(UserError, match="is not there"):
+        CodeDataset(tmp_path, manifest, "train")
+    assert not [path for path in (tmp_path / ".decoded").rglob("*") if path.is_file()]
+    last.write_bytes(kept)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+        with pytest.raises(UserError, match=r"needs 0.0 GiB .* its disk has 0.0 GiB: set another codes_cache"):
+            CodeDataset(tmp_path, manifest, "train")
+    CodeDataset(tmp_path, manifest, "train")
+    (cached,) = (tmp_path / ".decoded").rglob("codes_1.npy")
+    for broken in (cached.read_bytes()[:-8], b"", cached.with_name("codes_0.npy").read_bytes()):
+        cached.write_bytes(broken)
+        with pytest.raises(UserError, match=r"codes_1.npy is broken .* remove it, and it is made again"):
+            CodeDataset(tmp_path, manifest, "train")
+    assert datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"].num_rows == 50  # the cache disturbs nobody

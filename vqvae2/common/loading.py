@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -50,12 +51,12 @@ class ShuffledLoader:
         share = self.batch_size // self.num_processes
         first = index * self.batch_size + self.process_index * share
         size = len(self.dataset)  # type: ignore[arg-type]
-        return [self._permutation(p // size)[p % size] for p in range(first, first + share)]
+        return [int(self._permutation(p // size)[p % size]) for p in range(first, first + share)]
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> np.ndarray:
         if getattr(self, "_cached_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._cached = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+            self._cached = torch.randperm(len(self.dataset), generator=generator).numpy()  # type: ignore[arg-type]
             self._cached_epoch = epoch
         return self._cached
 
