@@ -190,6 +190,31 @@ class DataConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Decode and resize images once, into Parquet shards that training and extraction read at the speed of memory.
+
+    The folder is used as any other source: vqvae2 train --data.path prepared. Random crops need a larger size here than in training.
+
+    Example: vqvae2 prepare --data.path photos --image.size 128 --output-dir prepared
+    """
+
+    data: ImagesConfig
+    """Where the images are."""
+    image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """How files become images: as --model.image of the training to come."""
+    output_dir: str = may_change()
+    """Folder of the prepared images. The same command again continues a killed preparation."""
+    shard_size: int = 4096
+    """Images per Parquet shard (of a stream, each shard becomes one)."""
+    num_threads: int = may_change(0)
+    """Threads that decode, for each process; 0 for one per core."""
+
+    def __post_init__(self) -> None:
+        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        check(self.num_threads >= 0, "num_threads", self.num_threads, "0 (one per core) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerceptualConfig:
     """A loss that compares images as a network trained on photographs sees them. Nothing is ever downloaded."""
 

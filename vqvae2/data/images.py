@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import array_source
@@ -53,6 +54,11 @@ class ImageDataset(Dataset):
         self.source, self.indices, self.config = source, indices, config
         shape = (len(indices), config.channels, *config.height_width)
         self.is_prepared = source.prepared is not None and _same_pixels(source.prepared.config, config)
+        if source.prepared is not None and not self.is_prepared and (source.prepared.config.value_range, config.value_range) != (BYTES, BYTES):
+            raise UserError(
+                f"{source.name} was prepared with image = {to_dict(source.prepared.config)}, but {to_dict(config)} is due, and only 8-bit images "
+                f"can be prepared once more: prepare them again."
+            )
         kind = torch.uint8 if config.value_range == BYTES else torch.float32
         fits = np.prod(shape, dtype=np.int64) * kind.itemsize <= CACHE_BYTES
         self.cache = torch.empty(shape, dtype=kind) if cached and fits and len(indices) and not self.is_prepared else None
@@ -194,11 +200,7 @@ class AugmentedImages(Dataset):
     def _choose(self, index: int) -> Choice:
         epoch, row = divmod(index, len(self))
         name = self.images.source.ids[self.images.indices[row]]
-        return partial(_random_change, self.config, self.images.config, self.seed, epoch, name)
-
-
-def _random_change(config: AugmentationConfig, image: PreprocessingConfig, seed: int, epoch: int, name: str, size: tuple[int, int]) -> Change:
-    return random_change(config, image, size, seed=seed, epoch=epoch, name=name)
+        return partial(random_change, self.config, self.images.config, seed=self.seed, epoch=epoch, name=name)
 
 
 @dataclass(frozen=True)

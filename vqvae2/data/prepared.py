@@ -61,7 +61,7 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
     try:
         table = datasets.load_dataset("parquet", data_files=files, split="train")
         ids, labels = list(table["id"]), list(table["label"]) if manifest.has_labels else None
-        rows = table.select_columns(["pixels"]).with_format("numpy")
+        rows = table.select_columns(["pixels"]).with_format("arrow")  # the numpy format widens to int64
     except Exception as error:  # `datasets` raises many kinds
         raise UserError(f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): run vqvae2 prepare again.") from None
     if len(ids) != number:
@@ -72,7 +72,7 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
 
 
 def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:
-    return rows[list(indices)]["pixels"].reshape(-1, *shape)
+    return rows[list(indices)]["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape).copy()
 
 
 def _read_picture(pixels: Any, index: int) -> Picture:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.errors import UserError
-from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data.augmentation import random_change
-from vqvae2.data.images import BadImage, ImageDataset, is_held_out
-from vqvae2.data.preprocessing import Picture, first_line, picture_size, prepare, read_picture
+from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
+from vqvae2.data.augmentation import Change, random_change
+from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
+from vqvae2.data.preprocessing import Picture, first_line, picture_size, read_picture
 from vqvae2.data.source import ImageSource, Prepared
 from vqvae2.data.sources import expand, expand_ranges, find_shards, open_source
 from vqvae2.data.tables import find_column, read_cell, row_ids
@@ -188,7 +188,7 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
             break
         if is_held_out(row.id, config.validation_fraction):
             try:
-                pixels.append(_decode(shards.name, row, config, None, 0, 0))
+                pixels.append(decode(shards.name, row, config, None))
                 ids.append(row.id)
             except BadImage:
                 if data.on_error == "stop":
@@ -201,12 +201,16 @@ def _take(stacked: np.ndarray, indices: Sequence[int]) -> np.ndarray:
     return stacked[list(indices)]
 
 
-def _decode(name: str, row: StreamRow, config: PreprocessingConfig, augmentation: AugmentationConfig | None, seed: int, epoch: int) -> np.ndarray:
+def decode(name: str, row: StreamRow, config: PreprocessingConfig, choice: Choice | None) -> np.ndarray:
+    """A row's pixels `(C, H, W)`, changed as is chosen for its size, or not.
+
+    Raises:
+        BadImage: naming it and what is wrong with it.
+    """
     try:
         picture = row.read()
-        if augmentation is None:
-            return prepare(picture, config)
-        return random_change(augmentation, config, picture_size(picture), seed=seed, epoch=epoch, name=row.id).apply(picture, config)
+        change = choice(picture_size(picture)) if choice is not None else Change()
+        return change.apply(picture, config)
     except Exception as error:  # decoders raise many kinds for a file that is not what it seems
         raise BadImage(name, row.id, error) from None
 
@@ -266,7 +270,8 @@ class StreamedImages:
             for place in range(lane * self.per_lane, (lane + 1) * self.per_lane):
                 row, epoch = next(stream)
                 if place in self.mine:
-                    rows.append((row, pool.submit(_decode, self.shards.name, row, self.config, self.data.augmentation, self.seed, epoch)))
+                    choice = partial(random_change, self.data.augmentation, self.config, seed=self.seed, epoch=epoch, name=row.id)
+                    rows.append((row, pool.submit(decode, self.shards.name, row, self.config, choice)))
         return rows
 
     def _finish_batch(self, rows: Sequence[tuple[StreamRow, Future]]) -> dict[str, Tensor]:
