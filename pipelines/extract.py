@@ -3,20 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
-from prior.codes import MANIFEST_NAME, Manifest, column_name, read_manifest
+from prior.code_shards import ShardRecord, record_shard, shard_schema, write_shard
+from prior.codes import MANIFEST_NAME, SPLITS, Manifest, read_manifest, write_manifest
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord, whole_file, write_json
-from vqvae2.common.machine import processes
+from vqvae2.common.files import RunRecord
+from vqvae2.common.machine import processes, versions
 from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
@@ -39,7 +38,7 @@ def extract(config: ExtractConfig) -> None:
     run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
     _refuse_other_split(config)
-    if _is_finished(output_dir, config):
+    if _is_finished(output_dir):
         state.print(f"{output_dir}: all codes are extracted already.")
         return
     images = load_images(config.data, model.config.image, show_progress=state.is_main_process)
@@ -49,30 +48,36 @@ def extract(config: ExtractConfig) -> None:
     if state.is_main_process:
         run.write(output_dir)
     model.to(state.device)
+    sizes = model.config.codebook_size_per_level
+    schema = shard_schema([h * w for h, w in model.config.grids], sizes, labelled=bool(images.class_names))
+    records: dict[str, list[ShardRecord]] = {}
     for split, dataset in images.items():
         starts = range(0, len(dataset), config.shard_size)
         mine = list(enumerate(starts))[state.process_index :: state.num_processes]
         bar = tqdm(total=len(dataset), desc=f"extracting {split}", unit="image", disable=not state.is_main_process)
+        written: list[ShardRecord] = []
         for number, first in mine:
             path = shard_path(output_dir, split, number)
             rows = range(first, min(first + config.shard_size, len(dataset)))
-            if not path.exists():
-                write_shard(path, model, dataset, rows)
+            written.append(record_shard(path, schema) if path.exists() else encode_shard(path, model, dataset, rows))
             bar.update(min(len(rows) * state.num_processes, len(dataset) - bar.n))
         bar.close()
+        records[split] = sorted(gather_object(written), key=lambda shard: (len(shard.name), shard.name))
     state.wait_for_everyone()
     if state.is_main_process:
         manifest = Manifest(
             encoder_hash=model.content_hash(),
             grids=model.config.grids,
-            codebook_sizes=model.config.codebook_size_per_level,
+            codebook_sizes=sizes,
             class_names=images.class_names,
             rows_hash=images.names_hash(),
-            num_train=len(images.train),
-            num_validation=len(images.validation),
             preprocessing=to_dict(model.config.image),
+            train=tuple(records["train"]),
+            validation=tuple(records["validation"]),
+            source=config.data.path,
+            versions=versions(),
         )
-        write_json(output_dir / MANIFEST_NAME, to_dict(manifest))
+        write_manifest(output_dir, manifest)
     state.wait_for_everyone()
 
 
@@ -86,13 +91,12 @@ def _refuse_other_split(config: ExtractConfig) -> None:
         )
 
 
-def _is_finished(output_dir: Path, config: ExtractConfig) -> bool:
+def _is_finished(output_dir: Path) -> bool:
     """Whether the manifest and every shard that it speaks of are there."""
     if not (output_dir / MANIFEST_NAME).exists():
         return False
     manifest = read_manifest(output_dir)
-    number = {"train": manifest.num_train, "validation": manifest.num_validation}
-    return all(shard_path(output_dir, split, first // config.shard_size).exists() for split in number for first in range(0, number[split], config.shard_size))
+    return all((output_dir / split / shard.name).exists() for split in SPLITS for shard in manifest.shards(split))
 
 
 def shard_path(output_dir: Path, split: str, number: int) -> Path:
@@ -100,7 +104,7 @@ def shard_path(output_dir: Path, split: str, number: int) -> Path:
     return output_dir / split / f"{number:05d}.parquet"
 
 
-def write_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -> None:
+def encode_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -> ShardRecord:
     """Encode these rows and write them as one Parquet file, whole or not at all."""
     codes: list[list[Tensor]] = []
     labels: list[Tensor] = []
@@ -108,14 +112,13 @@ def write_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -
         batch = dataset.__getitems__(rows[first : first + LANES])
         codes.append(encode_lanes(model, batch["images"]))
         labels += [batch["labels"]] if "labels" in batch else []
-    columns: dict[str, pa.Array] = {"id": pa.array([dataset.source.ids[dataset.indices[i]] for i in rows], pa.string())}
-    for level, size in enumerate(model.config.codebook_size_per_level):
-        flat = torch.cat([batch[level] for batch in codes]).numpy().astype(smallest_type(size))
-        columns[column_name(level)] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    if labels:
-        columns["label"] = pa.array(torch.cat(labels).numpy(), pa.int32())
-    with whole_file(path) as aside:
-        pq.write_table(pa.table(columns), aside, compression="zstd")
+    return write_shard(
+        path,
+        ids=[dataset.source.ids[dataset.indices[i]] for i in rows],
+        codes=[torch.cat(level).numpy() for level in zip(*codes, strict=True)],
+        codebook_sizes=model.config.codebook_size_per_level,
+        labels=torch.cat(labels).numpy() if labels else None,
+    )
 
 
 @torch.inference_mode()
@@ -125,8 +128,3 @@ def encode_lanes(model: VQVAE2, pixels: Tensor) -> list[Tensor]:
     padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
     levels = model.encode(to_images(torch.cat([pixels, padding]).to(device)))
     return [rearrange(level.codes[: len(pixels)], "b h w -> b (h w)").cpu() for level in levels]
-
-
-def smallest_type(codebook_size: int) -> np.dtype:
-    """The smallest unsigned integer type that holds the codes 0 ... K - 1."""
-    return np.min_scalar_type(codebook_size - 1)

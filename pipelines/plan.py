@@ -242,7 +242,7 @@ def _prior(config: TrainPriorConfig, train: TrainVQVAEConfig, num_classes: int) 
     sizes = train.model.codebook_size_per_level
     manifest = Manifest(
         encoder_hash="", grids=train.model.grids, codebook_sizes=sizes, class_names=tuple(map(str, range(num_classes))),
-        rows_hash="", num_train=0, num_validation=0, preprocessing=None,
+        rows_hash="", preprocessing=None,
     )  # fmt: skip
     facts: PriorConfig = prior_config(config, manifest)
 

@@ -366,7 +366,7 @@ def check_condition_helps(prior: Prior, rows: Rows) -> Finding | None:
 def check_beats_frequencies(prior: Prior, rows: Rows, train: CodeDataset) -> Finding:
     """The prior foretells codes better than their frequencies among the training rows do (each code counted once more, so that none has none)."""
     level = prior.config.level
-    counts = torch.bincount(train.codes[level].flatten().long(), minlength=prior.config.codebook_sizes[level]).double() + 1
+    counts = torch.from_numpy(train.counts(level)).double() + 1
     bits = nats_per_code(prior, rows) / math.log(2)
     unigram = -(counts / counts.sum()).log2()[rows.codes.cpu()].mean().item()
     said = f"a code costs {bits:.3f} bits, by frequency alone {unigram:.3f} ({len(rows.codes)} rows)"

@@ -2,26 +2,32 @@
 
     manifest.json   train/00000.parquet ...   validation/00000.parquet ...
 
-A row is an image: `id`, `codes_0` ... `codes_L` (one fixed-size list per level in raster order, the smallest unsigned type that fits) and
-`label` where there are classes.
+A row is a view of an image; `prior.code_shards` says what a shard holds.
 """
 
+import hashlib
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from einops import rearrange
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqvae2.common.config import check, from_dict
+from prior.code_shards import ORIGINAL, ShardRecord, check_file, column_name, flat_values, row_groups, shard_schema, smallest_type
+from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json
+from vqvae2.common.files import read_json, write_json
 
 MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "validation")
+NOT_CONTENT = ("source", "versions", "codes_hash")  # keys of the manifest that say where the codes come from, not what they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +44,42 @@ class Manifest:
     """Names of the classes that labels count, or empty."""
     rows_hash: str
     """Content hash of which images the rows are: names, labels, splits."""
-    num_train: int
-    """Rows in train/."""
-    num_validation: int
-    """Rows in validation/."""
     preprocessing: Any
     """How the images were prepared (stage 1's business; here for people)."""
+    train: tuple[ShardRecord, ...] = ()
+    """The shards of train/, in order."""
+    validation: tuple[ShardRecord, ...] = ()
+    """The shards of validation/, in order."""
+    views: tuple[str, ...] = (ORIGINAL,)
+    """The views that each image has a row of."""
+    source: str = ""
+    """Where the images came from."""
+    versions: Any = field(default_factory=dict)
+    """What wrote it: package -> version."""
+    codes_hash: str = ""
+    """Content hash of all of this (but for source, versions and the files' bytes) and of all rows. Priors remember it."""
 
     def __post_init__(self) -> None:
         check(len(self.grids) == len(self.codebook_sizes) >= 1, "grids", self.grids, "one (h, w) per level")
+        check(all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids), "grids", self.grids, "a height and a width, at least 1, per level")
+        check(all(1 <= size <= 1 << 32 for size in self.codebook_sizes), "codebook_sizes", self.codebook_sizes, "from 1 to 2^32")
+        for split in SPLITS:
+            names = [shard.name for shard in self.shards(split)]
+            check(len(set(names)) == len(names), split, names, "a list of shards without repeats")
+
+    def shards(self, split: str) -> tuple[ShardRecord, ...]:
+        """The shards of "train" or "validation", in order."""
+        return self.train if split == "train" else self.validation
+
+    @property
+    def num_train(self) -> int:
+        """Rows in train/."""
+        return sum(shard.rows for shard in self.train)
+
+    @property
+    def num_validation(self) -> int:
+        """Rows in validation/."""
+        return sum(shard.rows for shard in self.validation)
 
     @property
     def num_levels(self) -> int:
@@ -59,23 +92,42 @@ class Manifest:
         size = self.preprocessing["size"]
         return self.preprocessing["channels"] * size[0] * size[-1]
 
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of every shard."""
+        return shard_schema([math.prod(grid) for grid in self.grids], self.codebook_sizes, labelled=bool(self.class_names))
+
+    def content_hash(self) -> str:
+        """What `codes_hash` must be."""
+        content = {key: value for key, value in to_dict(self).items() if key not in NOT_CONTENT}
+        for split in SPLITS:
+            content[split] = [[shard.rows, shard.content_hash] for shard in self.shards(split)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a code dataset, with its `codes_hash`: the last file, which makes the folder a finished dataset."""
+    write_json(folder / MANIFEST_NAME, {**to_dict(manifest), "codes_hash": manifest.content_hash()})
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a code dataset.
 
     Raises:
-        UserError: there is none, or it is broken.
+        UserError: there is none, it is broken, or it was edited.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: make the code dataset with vqvae2 extract.")
-    if not (folder / MANIFEST_NAME).exists():
+    path = folder / MANIFEST_NAME
+    if not path.exists():
         raise UserError(f"{folder} has no {MANIFEST_NAME}: it is no finished code dataset; run vqvae2 extract (again).")
-    return from_dict(Manifest, read_json(folder / MANIFEST_NAME), str(folder / MANIFEST_NAME))
-
-
-def column_name(level: int) -> str:
-    """The column that holds a level's codes."""
-    return f"codes_{level}"
+    manifest = from_dict(Manifest, read_json(path), str(path))
+    if manifest.codes_hash != manifest.content_hash():
+        raise UserError(
+            f"{path} was edited: it says codes_hash {manifest.codes_hash[:12]}, but what it says of the codes has {manifest.content_hash()[:12]}: "
+            f"restore it, or remove it and run vqvae2 extract again."
+        )
+    return manifest
 
 
 def parse_level(level: str, num_levels: int) -> int:
@@ -92,62 +144,83 @@ def parse_level(level: str, num_levels: int) -> int:
 class CodeDataset(Dataset):
     """One split of a code dataset up to some level, as batches {"codes": one (B, h, w) int64 per level, "labels": (B,) int64 if there are labels}.
 
+    Codes and labels are held in memory in the type that they are stored in.
+
     Raises:
-        UserError: a shard is missing, broken, or holds codes outside of the codebook.
+        UserError: a shard is missing, broken or another than the manifest says, or holds codes outside of the codebook.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, *, num_levels: int | None = None) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.manifest = manifest
         self.num_levels = num_levels or manifest.num_levels
-        names = [column_name(level) for level in range(self.num_levels)] + ["label"] * bool(manifest.class_names)
-        expected = manifest.num_train if split == "train" else manifest.num_validation
-        try:
-            table = pa.concat_tables([pq.read_table(path, columns=names) for path in sorted((folder / split).glob("*.parquet"))]) if expected else None
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{folder / split} has a broken shard ({error}): remove it and run vqvae2 extract again.") from None
-        if table is not None and (len(table) != expected or table.column_names != names):
-            raise UserError(f"{folder / split} holds {len(table)} rows of {table.column_names}, but its manifest says {expected} of {names}: extract again.")
-        self.codes = [self._read(folder / split, table, level) for level in range(self.num_levels)]
-        self.labels = self._read_labels(folder / split, table)
-
-    def _read(self, folder: Path, table: Any, level: int) -> Tensor:
-        """A level's codes as `(N, h*w)`, in the type they are stored in."""
-        height, width = self.manifest.grids[level]
-        if table is None:
-            return torch.zeros(0, height * width, dtype=torch.int64)
-        flat = table[column_name(level)].combine_chunks().flatten().to_numpy()
-        size = self.manifest.codebook_sizes[level]
-        if len(flat) != len(table) * height * width or flat.max() >= size:
-            raise UserError(
-                f"{folder}: {column_name(level)} holds {len(flat)} codes up to {flat.max()}, but {len(table)} grids of {height} x {width} below {size} are due."
-            )
-        return torch.from_numpy(flat.reshape(len(table), -1).copy())
-
-    def _read_labels(self, folder: Path, table: Any) -> Tensor | None:
-        if table is None or not self.manifest.class_names:
-            return None
-        labels = table["label"].to_numpy().astype(np.int64)
-        if labels.min() < 0 or labels.max() >= len(self.manifest.class_names):
-            raise UserError(
-                f"{folder}: labels reach from {labels.min()} to {labels.max()}, but there are {len(self.manifest.class_names)} classes: extract again."
-            )
-        return torch.from_numpy(labels)
+        rows = sum(shard.rows for shard in manifest.shards(split))
+        grids = zip(manifest.grids[: self.num_levels], manifest.codebook_sizes, strict=False)
+        self.codes = [np.empty((rows, math.prod(grid)), smallest_type(size)) for grid, size in grids]
+        self.labels = np.empty(rows, np.int32) if manifest.class_names else None
+        columns = {column_name(level): codes for level, codes in enumerate(self.codes)}
+        decode(folder, manifest, split, {**columns, "label": self.labels} if self.labels is not None else columns)
 
     def __len__(self) -> int:
         return len(self.codes[0])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        chosen = torch.as_tensor(indices)
-        grids = self.manifest.grids[: self.num_levels]
-        batch: dict[str, Any] = {"codes": [rearrange(c[chosen].long(), "b (h w) -> b h w", h=h) for c, (h, _) in zip(self.codes, grids, strict=True)]}
+        chosen = np.asarray(indices, np.int64)
+        grids = zip(self.codes, self.manifest.grids, strict=False)
+        batch: dict[str, Any] = {
+            "codes": [torch.from_numpy(rearrange(codes[chosen].astype(np.int64), "b (h w) -> b h w", h=height)) for codes, (height, _) in grids]
+        }
         if self.labels is not None:
-            batch["labels"] = self.labels[chosen]
+            batch["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
         return batch
+
+    @cache  # noqa: B019
+    def counts(self, level: int) -> np.ndarray:
+        """How often each code of a level occurs: `(K,)`."""
+        size = self.manifest.codebook_sizes[level]
+        counts = np.zeros(size, np.int64)
+        for first in range(0, len(self), 4096):  # a few rows at a time: counting takes int64
+            counts += np.bincount(self.codes[level][first : first + 4096].reshape(-1), minlength=size)
+        return counts
 
     def unigram_bits(self, level: int) -> float:
         """Entropy in bits of a level's code frequencies: what a code costs when each is coded alone, knowing the frequencies."""
-        counts = torch.bincount(self.codes[level].flatten().long()).double()
-        return torch.special.entr(counts / counts.sum()).sum().item() / float(np.log(2))
+        counts = torch.from_numpy(self.counts(level)).double()
+        return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
+
+
+def decode(folder: Path, manifest: Manifest, split: str, columns: dict[str, np.ndarray]) -> None:
+    """Read these columns of a split's shards into arrays of one row per row.
+
+    Raises:
+        UserError: a shard is missing, broken or another than the manifest says, or holds numbers out of their range.
+    """
+    first = 0
+    for shard in manifest.shards(split):
+        path = folder / split / shard.name
+        check_file(path, shard)
+        last = first + shard.rows
+        for table in row_groups(path, manifest.schema, list(columns)):
+            if first + len(table) > last:
+                break
+            for name, array in columns.items():
+                values = flat_values(table[name])
+                check_range(path, manifest, name, values)
+                array[first : first + len(table)] = values.reshape(len(table), *array.shape[1:])
+            first += len(table)
+        if first != last:
+            raise UserError(f"{path} does not hold the {shard.rows} rows that the manifest says: remove it and run vqvae2 extract again.")
+
+
+def check_range(path: Path, manifest: Manifest, column: str, values: np.ndarray) -> None:
+    """Whether the numbers of a column of codes or labels are in their range.
+
+    Raises:
+        UserError: naming the file, the column and what was found.
+    """
+    if column == "label":
+        size, of = len(manifest.class_names), f"{len(manifest.class_names)} classes"
+    else:
+        size = manifest.codebook_sizes[int(column.removeprefix("codes_"))]
+        of = f"a codebook of {size}"
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
+        raise UserError(f"{path}: {column} reaches from {values.min()} to {values.max()}, but there is {of}: remove the file and run vqvae2 extract again.")

@@ -86,6 +86,8 @@ class PriorConfig:
     """Share of the training rows whose label was hidden; above 0, labels may be left out and guidance is possible."""
     encoder_hash: str = ""
     """Content hash of the encoder that made the codes."""
+    codes_hash: str = ""
+    """Content hash of the code dataset that it was trained on."""
 
     def __post_init__(self) -> None:
         check(len(self.grids) == len(self.codebook_sizes) == self.level + 1, "grids", self.grids, f"one (h, w) for each level from 0 to {self.level}")

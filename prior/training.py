@@ -39,7 +39,8 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     manifest = read_manifest(folder)
     facts = prior_config(config, manifest)
     accelerator = make_accelerator(config, output_dir)
-    run = RunRecord("train-prior", config, RECORD_NAME, facts={"encoder_hash": manifest.encoder_hash, "rows_hash": manifest.rows_hash})
+    hashes = {"encoder_hash": manifest.encoder_hash, "rows_hash": manifest.rows_hash, "codes_hash": manifest.codes_hash}
+    run = RunRecord("train-prior", config, RECORD_NAME, facts=hashes)
     run.check(output_dir)
     if is_finished(output_dir, config):
         accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")
@@ -88,6 +89,7 @@ def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
         "class_names": manifest.class_names if config.class_conditional else (),
         "label_dropout": config.label_dropout,
         "encoder_hash": manifest.encoder_hash,
+        "codes_hash": manifest.codes_hash,
     }
     if config.family == "pixelsnail":
         return PixelSNAILPriorConfig(network=config.pixelsnail, **facts)

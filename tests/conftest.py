@@ -6,20 +6,25 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import dataclasses
 import io
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipelines.cli import main
+from prior.code_shards import record_shard
+from prior.codes import read_manifest, write_manifest
 
 ROOT = Path(__file__).parent.parent
 PARQUET = Path(str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
@@ -65,6 +70,22 @@ def write_images(folder: Path, number: int, *, num_classes: int = 3) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.open(io.BytesIO(row["image"]["bytes"])).save(path)
     return folder
+
+
+def edit_manifest(codes: Path, **changes: object) -> None:
+    """Give a code dataset another meaning, as if it had been extracted so: its own hash is made anew."""
+    write_manifest(codes, dataclasses.replace(read_manifest(codes), **changes))  # type: ignore[arg-type]
+
+
+def edit_shard(path: Path, change: Callable[[dict[str, list]], object]) -> None:
+    """Change a shard's rows, given as columns of lists, and its record in the manifest, as if it had been extracted so."""
+    folder, split = path.parent.parent, path.parent.name
+    manifest, table = read_manifest(folder), pq.read_table(path)
+    columns = table.to_pydict()
+    change(columns)
+    pq.write_table(pa.table(columns, schema=table.schema), path)
+    new = record_shard(path, manifest.schema)
+    write_manifest(folder, dataclasses.replace(manifest, **{split: tuple(new if old.name == new.name else old for old in manifest.shards(split))}))
 
 
 @pytest.fixture(scope="session")

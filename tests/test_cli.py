@@ -10,9 +10,9 @@ from PIL import Image
 
 from pipelines import VQVAE2Pipeline
 from pipelines.cli import main
-from tests.conftest import ROOT, two_processes, vqvae2, write_images
+from tests.conftest import ROOT, edit_manifest, two_processes, vqvae2, write_images
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json, write_json
+from vqvae2.common.files import read_json
 
 README = (ROOT / "README.md").read_text()
 
@@ -119,7 +119,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(copy_of_run: Path, photos: Pa
     full.mkdir()
     (full / "thesis.txt").write_text("precious")
     other_codes = shutil.copytree(x / "codes", tmp_path / "other_codes")
-    write_json(other_codes / "manifest.json", {**read_json(other_codes / "manifest.json"), "encoder_hash": "f" * 64})
+    edit_manifest(other_codes, encoder_hash="f" * 64)
     cut_codes = shutil.copytree(x / "codes", tmp_path / "cut_codes")
     shard = cut_codes / "train" / "00000.parquet"
     pq.write_table(pq.read_table(shard).slice(0, 5), shard)
@@ -149,7 +149,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(copy_of_run: Path, photos: Pa
         (["extract", "--vqvae", "runs/nowhere/vqvae", "--data.path", photos, "--output-dir", out], ["runs/nowhere/vqvae is not a folder"]),
         (["train-prior", "--codes", empty, "--level", "top", "--output-dir", out], ["no manifest.json", "vqvae2 extract"]),
         (["train-prior", "--codes", x / "codes", "--level", "2", "--output-dir", out], ["level is '2'", "from 0 to 1"]),
-        (["train-prior", "--codes", cut_codes, "--level", "top", "--output-dir", out], ["5 rows", "manifest says"]),
+        (["train-prior", "--codes", cut_codes, "--level", "top", "--output-dir", out], ["00000.parquet was changed", "SHA-256", "manifest says"]),
         (["train-prior", "--config", "tiny", "--codes", other_codes, "--level", "top", "--output-dir", x / "prior_0"], ["encoder_hash", "f" * 64]),
         (["sample", *parts, "--labels", "hat", "--output-dir", out], ["label 'hat'", "from 0 to 2", "bag"]),
         (["sample", *parts, "--labels", "3", "--output-dir", out], ["label '3'", "from 0 to 2"]),

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.extract import encode_lanes, smallest_type
+from pipelines.extract import encode_lanes
+from prior.code_shards import smallest_type
 from prior.codes import CodeDataset, read_manifest
-from tests.conftest import ROOT, kill_when, two_processes, vqvae2
+from tests.conftest import ROOT, edit_manifest, kill_when, two_processes, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.config import DataConfig
 from vqvae2.data import load_images, to_images
@@ -122,8 +123,7 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
 
 
 def test_a_prior_does_not_continue_on_other_rows(copy_of_run: Path, tmp_path: Path) -> None:
-    manifest = copy_of_run / "codes" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"rows_hash": "', '"rows_hash": "0'))
+    edit_manifest(copy_of_run / "codes", rows_hash="0")
     command = ["train-prior", "--config", "tiny", "--codes", copy_of_run / "codes", "--level", "top", "--output-dir", copy_of_run / "prior_0"]
     refused = vqvae2(*command, "--num-steps", 20, check=False)
     assert refused.returncode == 2
