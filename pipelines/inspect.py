@@ -15,6 +15,7 @@ from vqvae2.common.files import RunRecord, write_json, write_text
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.data import ImageDataset, load_images, to_images
+from vqvae2.data.streams import find_stream, held_out_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
@@ -37,8 +38,11 @@ def inspect_command(config: InspectConfig) -> None:
         run.check(output_dir)
     _, validation_path = trained_with(config.vqvae, config.data.path)
     data = replace(config.data, validation_path=config.data.validation_path or validation_path)
-    splits = load_images(data, model.config.image, show_progress=state.is_main_process)
-    images, which = (splits.validation, "held-out") if len(splits.validation) > 1 else (splits.train, "training")
+    if data.streaming:
+        images, which = held_out_images(find_stream(data), data, model.config.image), "held-out"
+    else:
+        splits = load_images(data, model.config.image, show_progress=state.is_main_process)
+        images, which = (splits.validation, "held-out") if len(splits.validation) > 1 else (splits.train, "training")
     found = inspect(model, images, state.device, show_progress=state.is_main_process)
     if not state.is_main_process:
         return

@@ -37,7 +37,19 @@ def test_prepared_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     smaller = load(tmp_path / "x", replace(IMAGE, size=(16,)))  # prepared once more, for random crops
     assert smaller.train.pixels(0).shape == (3, 16, 16)
     command(
-        "train", "--config", "tiny", "--data.path", tmp_path / "x", "--data.augmentation.crop", "random", "--num-steps", 2, "--output-dir", tmp_path / "run"
+        "train",
+        "--config",
+        "tiny",
+        "--data.path",
+        tmp_path / "x",
+        "--model.image.channels",
+        3,
+        "--data.augmentation.crop",
+        "random",
+        "--num-steps",
+        2,
+        "--output-dir",
+        tmp_path / "run",
     )
 
 
