@@ -29,11 +29,12 @@ from pipelines.config import (
 )
 from vqvae2.common.config import from_dict, read_yaml, suggest
 from vqvae2.common.errors import Stopped, UserError
-from vqvae2.config import TrainVQVAEConfig
+from vqvae2.config import PrepareConfig, TrainVQVAEConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, and where its function is
     "demo": (DemoConfig, "pipelines.demo:demo"),
     "plan": (PlanConfig, "pipelines.plan:plan"),
+    "prepare": (PrepareConfig, "vqvae2.prepare:prepare_command"),
     "train": (TrainVQVAEConfig, "pipelines.commands:train"),
     "extract": (ExtractConfig, "pipelines.extract:extract"),
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from pipelines.config import AssembleConfig, ImportWeightsConfig, PartsConfig, ReconstructConfig, SampleConfig, TrainPriorCommandConfig
@@ -20,9 +19,9 @@ from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, check_empty, whole_file
 from vqvae2.common.machine import processes
-from vqvae2.common.pictures import save_picture, to_pil
+from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.config import ImagesConfig, TrainVQVAEConfig
-from vqvae2.data import ImageDataset, load_images, load_picture, load_source, picture_size, to_images
+from vqvae2.data import ImageDataset, load_images, load_picture, load_source, picture_size, read_picture_file, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
@@ -41,20 +40,20 @@ def train_prior(config: TrainPriorCommandConfig) -> None:
 
 @torch.no_grad()
 def reconstruct(config: ReconstructConfig) -> None:
-    """Write reconstructions as PNG files, and a sheet that compares them with the originals."""
+    """Write reconstructions as files, and a sheet that compares them with the originals."""
     state, output_dir = processes(), Path(config.output_dir)
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
     run = RunRecord("reconstruct", config, "reconstruct_config.yaml", facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
+    settings = model.config.image
     if config.held_out:
         _, validation_path = trained_with(config.vqvae, config.images)
-        images = load_images(
-            ImagesConfig(path=config.images, validation_path=validation_path), model.config.image, show_progress=state.is_main_process
-        ).validation
+        data = ImagesConfig(path=config.images, validation_path=validation_path)
+        images = load_images(data, settings, show_progress=state.is_main_process, check=False).validation
         check(len(images) > 0, "held_out", True, f"used with held-out images, but {config.images} has none")
     else:
-        source = load_source(config.images)
-        images = ImageDataset(source, range(len(source.ids)), model.config.image)
+        source = load_source(ImagesConfig(path=config.images), settings.channels)
+        images = ImageDataset(source, range(len(source)), settings)
     number = min(config.num_images or len(images), len(images))
     images = ImageDataset(images.source, images.indices[:number], images.config)
     images.check(show_progress=state.is_main_process)
@@ -63,15 +62,15 @@ def reconstruct(config: ReconstructConfig) -> None:
         run.write(output_dir)
     for i in range(state.process_index, number, state.num_processes):
         batch = to_images(images.__getitems__([i])["images"].to(state.device))
-        (picture,) = to_pil(model(batch).reconstruction)
-        save_picture(picture, output_dir / f"{i:06d}.png")
+        (image,) = model(batch).reconstruction
+        save_image(image, output_dir / f"{i:06d}{file_suffix(settings.channels, settings.value_range)}", settings.value_range)
     if state.is_main_process:
         save_picture(reconstruction_sheet(model, images, state.device, num_images=32), output_dir / "reconstructions.png")
         print(f"{output_dir}: {number} reconstructions, and reconstructions.png beside the originals.")
 
 
 def sample(config: SampleConfig) -> None:
-    """Write samples as PNG files, and a sheet of them. Files that are there already are not made again; processes share the work."""
+    """Write samples as files, and a sheet of them. Files that are there already are not made again; processes share the work."""
     state, output_dir = processes(), Path(config.output_dir)
     pipeline = _load(config, config.pipeline).to(state.device)
     labels = pipeline.label_numbers(config.labels)
@@ -86,7 +85,9 @@ def sample(config: SampleConfig) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(output_dir)
-    files = [output_dir / f"{i:06d}.png" for i in range(config.num_images)]
+    settings = pipeline.vqvae.config.image
+    suffix = file_suffix(settings.channels, settings.value_range)
+    files = [output_dir / f"{i:06d}{suffix}" for i in range(config.num_images)]
     chunks = [range(first, first + config.lanes) for first in range(0, config.num_images, config.lanes)]
     unfinished = [chunk for chunk in chunks if not all(path.exists() for path in files[chunk.start : chunk.stop])]
     state.wait_for_everyone()  # all have looked before the first one writes
@@ -95,14 +96,14 @@ def sample(config: SampleConfig) -> None:
     for chunk in mine:
         images, _ = pipeline.sample_lanes(chunk, labels, samplings, seed=config.seed, bf16=config.bf16, known=repeat_known(known, config.lanes))
         asked_for = files[chunk.start : chunk.stop]
-        for image, path in zip(to_pil(images), asked_for, strict=False):
-            save_picture(image, path)
+        for image, path in zip(images, asked_for, strict=False):
+            save_image(image, path, settings.value_range)
         bar.update(len(asked_for))
     bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
         shown = range(min(config.num_images, 10 * min(20, max(6, len(labels)))))
-        pictures = [Image.open(files[i]).copy() for i in shown]
+        pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
         rows = [labels[i % len(labels)] for i in shown] if labels else []
         save_picture(sample_sheet(pictures, rows, [*pipeline.class_names, "no label"] if labels else []), output_dir / "samples.png")
         if config.npz:
@@ -118,8 +119,8 @@ def _known_codes(config: SampleConfig, pipeline: VQVAE2Pipeline) -> Sequence[Kno
     images = to_images(load_picture(config.init_image, settings).to(device))
     if config.mask is None:
         return keep_levels(pipeline.vqvae, images, 1 if config.keep_levels is None else config.keep_levels)
-    grey = dataclasses.replace(settings, channels=1, background="black")
-    if picture_size(config.mask) != picture_size(config.init_image):
+    grey = dataclasses.replace(settings, channels=1, background="black", value_range=(0, 255))
+    if picture_size(read_picture_file(config.mask)) != picture_size(read_picture_file(config.init_image)):
         raise UserError(f"{config.mask} and {config.init_image} have different sizes: paint the mask over the image itself.")
     painted = load_picture(config.mask, grey).to(device)[:, 0] > 127
     return known_outside(pipeline.vqvae, images, painted)
@@ -127,7 +128,7 @@ def _known_codes(config: SampleConfig, pipeline: VQVAE2Pipeline) -> Sequence[Kno
 
 def _write_npz(files: Sequence[Path], labels: Sequence[int], path: Path) -> None:
     """The layout of the evaluators of guided-diffusion: arr_0 images, arr_1 labels."""
-    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    images = np.stack([np.asarray(read_picture_file(str(file))) for file in files])
     arrays = [images if images.ndim == 4 else images[..., None]]
     if labels:
         arrays.append(np.array([labels[i % len(labels)] for i in range(len(files))]))

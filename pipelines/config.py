@@ -24,10 +24,16 @@ class ExtractConfig:
     output_dir: str = may_change()
     """Folder of the code dataset. The same command again continues a killed extraction."""
     shard_size: int = 8192
-    """Rows per Parquet shard."""
+    """Images per Parquet shard (of a stream, each shard becomes one)."""
+    views: tuple[str, ...] = ("original",)
+    """Rows per training image: original, flip, top_left, top_right, bottom_left, bottom_right (parts of nine tenths), flip_top_left, ... The
+    prior then sees them too. Held-out images are never changed."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 is faster where the hardware computes in it, and changes a few codes: how many is printed."""
 
     def __post_init__(self) -> None:
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        check(len(set(self.views)) == len(self.views) >= 1, "views", self.views, "one or more different views")
 
 
 @dataclass(frozen=True, kw_only=True)

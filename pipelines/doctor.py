@@ -20,6 +20,7 @@ from prior.registry import load_prior
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.machine import processes
+from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageSource, load_source
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
@@ -104,8 +105,10 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
         path, validation_path = recorded.get("path"), recorded.get("validation_path")
         if path is None or not all(Path(p).expanduser().exists() for p in (path, validation_path) if p is not None):
             return {}
-    train = load_source(path)
-    return {"train": train, "validation": load_source(validation_path) if validation_path is not None else train}
+    channels = parts.vqvae.config.image.channels
+    train = load_source(ImagesConfig(path=path), channels)
+    held_out = load_source(ImagesConfig(path=validation_path), channels) if validation_path is not None else train
+    return {"train": train, "validation": held_out}
 
 
 def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding]:

@@ -1,22 +1,33 @@
-"""Images to a code dataset: one row per image, in input order, whatever the number of processes; continues after a kill."""
+"""Images to a code dataset: one row per image and view, in input order, whatever the number of processes; continues after a kill."""
 
+import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
-from prior.code_shards import ShardRecord, record_shard, shard_schema, write_shard
-from prior.codes import MANIFEST_NAME, SPLITS, Manifest, read_manifest, write_manifest
-from vqvae2.common.config import to_dict
+from prior.code_shards import ShardRecord, record_shard, shard_schema, smallest_type, write_shard
+from prior.codes import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord
+from vqvae2.common.files import RunRecord, read_json, write_json
 from vqvae2.common.machine import processes, versions
-from vqvae2.data import ImageDataset, load_images, to_images
+from vqvae2.data import to_images
+from vqvae2.data.augmentation import ORIGINAL, view_change
+from vqvae2.data.images import Choice
+from vqvae2.data.parts import SPLITS, Item, Part, Parts, find_parts, read_items
+from vqvae2.data.skipping import report_skipped
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
 
@@ -27,7 +38,7 @@ LANES = 32  # images encoded at once, always: the last bits of a convolution dep
 def extract(config: ExtractConfig) -> None:
     """Write the code dataset; continue it, or do nothing if it is finished.
 
-    Each shard holds a fixed range of rows, and process r of n writes the shards r, r + n, ...: which rows are where depends on nothing else.
+    Each shard holds a fixed part of the images, and process r of n writes the parts r, r + n, ...: which rows are where depends on nothing else.
 
     Raises:
         UserError: bad images, no such model, or an output folder that holds another run.
@@ -41,43 +52,29 @@ def extract(config: ExtractConfig) -> None:
     if _is_finished(output_dir):
         state.print(f"{output_dir}: all codes are extracted already.")
         return
-    images = load_images(config.data, model.config.image, show_progress=state.is_main_process)
-    run = replace(run, facts={**run.facts, "image_names_hash": images.names_hash()})
+    found = find_parts(config.data, model.config.image, config.shard_size)
+    run = replace(run, facts={**run.facts, "image_names_hash": found.names_hash})
     run.check(output_dir)
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(output_dir)
     model.to(state.device)
-    sizes = model.config.codebook_size_per_level
-    schema = shard_schema([h * w for h, w in model.config.grids], sizes, labelled=bool(images.class_names))
-    records: dict[str, list[ShardRecord]] = {}
-    for split, dataset in images.items():
-        starts = range(0, len(dataset), config.shard_size)
-        mine = list(enumerate(starts))[state.process_index :: state.num_processes]
-        bar = tqdm(total=len(dataset), desc=f"extracting {split}", unit="image", disable=not state.is_main_process)
-        written: list[ShardRecord] = []
-        for number, first in mine:
-            path = shard_path(output_dir, split, number)
-            rows = range(first, min(first + config.shard_size, len(dataset)))
-            written.append(record_shard(path, schema) if path.exists() else encode_shard(path, model, dataset, rows))
-            bar.update(min(len(rows) * state.num_processes, len(dataset) - bar.n))
-        bar.close()
-        records[split] = sorted(gather_object(written), key=lambda shard: (len(shard.name), shard.name))
+    mine = found.parts[state.process_index :: state.num_processes]
+    encode = partial(encode_lanes, model, bf16=config.mixed_precision == "bf16")
+    if config.mixed_precision == "bf16" and state.is_main_process:
+        print(_count_changes(model, found.parts[0]))
+    sizes = [part.num_items for part in mine]
+    known = [size for size in sizes if size is not None]
+    bar = tqdm(total=sum(known) if len(known) == len(sizes) else None, desc="extracting", unit="image", disable=not state.is_main_process)
+    for part in mine:
+        if part.is_written(output_dir):
+            bar.update(part.num_items or 0)
+        else:
+            _write_part(part, config, model, encode, bar)
+    bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        manifest = Manifest(
-            encoder_hash=model.content_hash(),
-            grids=model.config.grids,
-            codebook_sizes=sizes,
-            class_names=images.class_names,
-            rows_hash=images.names_hash(),
-            preprocessing=to_dict(model.config.image),
-            train=tuple(records["train"]),
-            validation=tuple(records["validation"]),
-            source=config.data.path,
-            versions=versions(),
-        )
-        write_manifest(output_dir, manifest)
+        _finish(output_dir, config, model, found)
     state.wait_for_everyone()
 
 
@@ -96,35 +93,137 @@ def _is_finished(output_dir: Path) -> bool:
     if not (output_dir / MANIFEST_NAME).exists():
         return False
     manifest = read_manifest(output_dir)
-    return all((output_dir / split / shard.name).exists() for split in SPLITS for shard in manifest.shards(split))
+    return all((output_dir / split / record.name).exists() for split in SPLITS for record in manifest.shards(split))
 
 
-def shard_path(output_dir: Path, split: str, number: int) -> Path:
-    """Where a shard lies."""
-    return output_dir / split / f"{number:05d}.parquet"
+class _Rows:
+    """The rows of one shard as they come; encoded whenever there are enough for the lanes."""
+
+    def __init__(self, encode: Callable[[Tensor], list[Tensor]], codebook_sizes: Sequence[int]) -> None:
+        self.encode, self.kinds = encode, [smallest_type(size) for size in codebook_sizes]
+        self.ids: list[str] = []
+        self.views: list[str] = []
+        self.labels: list[int | None] = []
+        self.codes: list[list[np.ndarray]] = [[] for _ in codebook_sizes]
+        self.waiting: list[np.ndarray] = []
+
+    def add(self, item: Item, view: str, pixels: np.ndarray) -> None:
+        self.ids.append(item.id)
+        self.views.append(view)
+        self.labels.append(item.label)
+        self.waiting.append(pixels)
+        if len(self.waiting) == LANES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            for kept, codes, kind in zip(self.codes, self.encode(torch.from_numpy(np.stack(self.waiting))), self.kinds, strict=True):
+                kept.append(codes.numpy().astype(kind))
+            self.waiting = []
 
 
-def encode_shard(path: Path, model: VQVAE2, dataset: ImageDataset, rows: range) -> ShardRecord:
-    """Encode these rows and write them as one Parquet file, whole or not at all."""
-    codes: list[list[Tensor]] = []
-    labels: list[Tensor] = []
-    for first in range(0, len(rows), LANES):
-        batch = dataset.__getitems__(rows[first : first + LANES])
-        codes.append(encode_lanes(model, batch["images"]))
-        labels += [batch["labels"]] if "labels" in batch else []
-    return write_shard(
-        path,
-        ids=[dataset.source.ids[dataset.indices[i]] for i in rows],
-        codes=[torch.cat(level).numpy() for level in zip(*codes, strict=True)],
-        codebook_sizes=model.config.codebook_size_per_level,
-        labels=torch.cat(labels).numpy() if labels else None,
+def _write_part(part: Part, config: ExtractConfig, model: VQVAE2, encode: Callable[[Tensor], list[Tensor]], bar: tqdm) -> None:
+    """Encode the images of a part and write its shards, each whole or not at all."""
+    views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images are not changed
+    sizes = model.config.codebook_size_per_level
+    rows = {split: _Rows(encode, sizes) for split in part.splits}
+    skipped: dict[str, list[tuple[str, str]]] = {split: [] for split in part.splits}
+    choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
+    for item, pixels, error in read_items(part.items(), choices.__getitem__, skip=config.data.on_error == "skip", num_threads=os.cpu_count() or 1):
+        if error is not None:
+            skipped[item.split].append((error.name, error.reason))
+        for view, image in zip(views[item.split], pixels, strict=False):
+            rows[item.split].add(item, view, image)
+        bar.update()
+    labelled = any(label is not None for found in rows.values() for label in found.labels)
+    for split, found in reversed(rows.items()):
+        found.flush()
+        grids = [height * width for height, width in model.config.grids]
+        codes = [np.concatenate(level) if level else np.zeros((0, number), kind) for level, number, kind in zip(found.codes, grids, found.kinds, strict=True)]
+        path = part.path(Path(config.output_dir), split)
+        labels = _labels_of(found, path) if labelled else None
+        facts = {"skipped": json.dumps(skipped[split])}
+        record = write_shard(path, ids=found.ids, codes=codes, codebook_sizes=sizes, labels=labels, views=found.views, facts=facts)
+        write_json(_record_path(path), to_dict(record))
+
+
+def _choice(view: str, model: VQVAE2) -> Choice | None:
+    return None if view == ORIGINAL else partial(view_change, view, model.config.image)
+
+
+def _labels_of(rows: _Rows, path: Path) -> np.ndarray:
+    if None in rows.labels:
+        raise UserError(f"{path}: {rows.ids[rows.labels.index(None)]} has no label, but others have one: give every image a label, or none.")
+    return np.array(rows.labels, np.int32)
+
+
+def _record_path(shard: Path) -> Path:
+    """Where what the manifest will say of a shard waits until all shards are there."""
+    return shard.with_name(f".{shard.stem}.json")
+
+
+def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts) -> None:
+    """Write the manifest, which says that everything is there, and tell the user."""
+    paths = {split: [part.path(output_dir, split) for part in found.parts if split in part.splits] for split in SPLITS}
+    all_paths = [path for split in SPLITS for path in paths[split]]
+    class_names = found.class_names if found.class_names is not None else _classes_met(all_paths)
+    grids, sizes = model.config.grids, model.config.codebook_size_per_level
+    schema = shard_schema([height * width for height, width in grids], sizes, labelled=bool(class_names))
+    records = {split: tuple(_record_of(path, schema) for path in paths[split]) for split in SPLITS}
+    manifest = Manifest(
+        encoder_hash=model.content_hash(),
+        grids=grids,
+        codebook_sizes=sizes,
+        class_names=class_names,
+        rows_hash=found.names_hash,
+        preprocessing=to_dict(model.config.image),
+        train=records["train"],
+        validation=records["validation"],
+        views=config.views,
+        source=found.source,
+        versions=versions(),
     )
+    if not manifest.num_train:
+        raise UserError(f"{found.source}: none of the training images can be read: check data.path.")
+    write_manifest(output_dir, manifest)
+    for path in all_paths:
+        _record_path(path).unlink(missing_ok=True)
+    skipped = [(name, reason) for path in all_paths for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])]
+    said = report_skipped(output_dir, skipped)
+    print(f"{output_dir}: codes of {manifest.num_train} training rows and {manifest.num_validation} held out. {said}".strip())
+
+
+def _classes_met(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The classes of a stream, which has numbers only: from 0 to the highest that occurs."""
+    labels = [pq.read_table(path, columns=["label"])["label"] for path in paths if "label" in pq.read_schema(path).names]
+    return tuple(map(str, range(1 + max((max(column.to_pylist(), default=-1) for column in labels), default=-1))))
+
+
+def _record_of(path: Path, schema: pa.Schema) -> ShardRecord:
+    """What was noted when the shard was written; found again where a kill came between."""
+    noted = _record_path(path)
+    return from_dict(ShardRecord, read_json(noted), str(noted)) if noted.exists() else record_shard(path, schema)
 
 
 @torch.inference_mode()
-def encode_lanes(model: VQVAE2, pixels: Tensor) -> list[Tensor]:
+def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[Tensor]:
     """Codes `(B, h*w)` of every level for at most `LANES` images `(B, C, H, W)`; the batch is filled up with black ones and cut again."""
     device = next(model.parameters()).device
     padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
-    levels = model.encode(to_images(torch.cat([pixels, padding]).to(device)))
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        levels = model.encode(to_images(torch.cat([pixels, padding]).to(device)))
     return [rearrange(level.codes[: len(pixels)], "b h w -> b (h w)").cpu() for level in levels]
+
+
+def _count_changes(model: VQVAE2, part: Part) -> str:
+    """How many codes of some images are others in bf16."""
+    items = islice(part.items(), 4 * LANES)
+    pixels = [row.pixels[0] for row in read_items(items, lambda split: [None], skip=True, num_threads=os.cpu_count() or 1) if row.pixels]
+    changed, total = [0] * model.config.num_levels, [0] * model.config.num_levels
+    for first in range(0, len(pixels), LANES):
+        batch = torch.from_numpy(np.stack(pixels[first : first + LANES]))
+        for level, (exact, rounded) in enumerate(zip(encode_lanes(model, batch), encode_lanes(model, batch, bf16=True), strict=True)):
+            changed[level] += int((exact != rounded).sum())
+            total[level] += exact.numel()
+    shares = ", ".join(f"{c / max(t, 1):.2%} of level {level}" for level, (c, t) in enumerate(zip(changed, total, strict=True)))
+    return f"bf16 changes these shares of the codes of {len(pixels)} images, against fp32: {shares}."

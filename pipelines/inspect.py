@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from pipelines.config import InspectConfig
 from vqvae2.common.files import RunRecord, write_json, write_text
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, sheet, to_pil
-from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, load_images, to_images
+from vqvae2.data.streams import find_stream, held_out_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
@@ -36,9 +37,12 @@ def inspect_command(config: InspectConfig) -> None:
     if config.output_dir is not None:
         run.check(output_dir)
     _, validation_path = trained_with(config.vqvae, config.data.path)
-    data = ImagesConfig(path=config.data.path, validation_path=config.data.validation_path or validation_path)
-    splits = load_images(data, model.config.image, show_progress=state.is_main_process)
-    images, which = (splits.validation, "held-out") if len(splits.validation) > 1 else (splits.train, "training")
+    data = replace(config.data, validation_path=config.data.validation_path or validation_path)
+    if data.streaming:
+        images, which = held_out_images(find_stream(data), data, model.config.image), "held-out"
+    else:
+        splits = load_images(data, model.config.image, show_progress=state.is_main_process)
+        images, which = (splits.validation, "held-out") if len(splits.validation) > 1 else (splits.train, "training")
     found = inspect(model, images, state.device, show_progress=state.is_main_process)
     if not state.is_main_process:
         return

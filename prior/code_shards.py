@@ -10,7 +10,7 @@ Statistics (the least and the largest value) say nothing of codes and are left o
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class ShardRecord:
 
     def __post_init__(self) -> None:
         check(self.name.endswith(".parquet") and not set(self.name) & set("/\\\0"), "name", self.name, "a file name that ends with .parquet")
-        check(self.rows >= 1, "rows", self.rows, "at least 1")
+        check(self.rows >= 0, "rows", self.rows, "0 or more")
 
 
 def column_name(level: int) -> str:
@@ -72,6 +72,7 @@ def write_shard(
     codebook_sizes: Sequence[int],
     labels: np.ndarray | None = None,
     views: Sequence[str] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> ShardRecord:
     """Write rows as one Parquet file, whole or not at all; the same rows give the same bytes (with the same version of pyarrow).
 
@@ -81,6 +82,7 @@ def write_shard(
         codebook_sizes: K of every level.
         labels: `(N,)` class labels, if there are classes.
         views: N names of views; without them all are `ORIGINAL`.
+        facts: what else the file is to say, in its schema's metadata.
 
     Raises:
         UserError: a code is not in [0, K).
@@ -88,11 +90,12 @@ def write_shard(
     schema = shard_schema([level.shape[1] for level in codes], codebook_sizes, labelled=labels is not None)
     columns = [pa.array(ids, pa.string()), pa.array(views if views is not None else [ORIGINAL] * len(ids), pa.string())]
     for level, (values, size) in enumerate(zip(codes, codebook_sizes, strict=True)):
-        check(0 <= int(values.min()) <= int(values.max()) < size, column_name(level), (int(values.min()), int(values.max())), f"codes from 0 to {size - 1}")
+        low, high = int(values.min(initial=0)), int(values.max(initial=0))
+        check(0 <= low <= high < size, column_name(level), (low, high), f"codes from 0 to {size - 1}")
         flat = pa.array(values.astype(smallest_type(size)).reshape(-1))
         columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(column_name(level)).type))
     columns += [pa.array(labels, pa.int32())] if labels is not None else []
-    table = pa.Table.from_arrays(columns, schema=schema)
+    table = pa.Table.from_arrays(columns, schema=schema).replace_schema_metadata(dict(facts or {}))
     packed = ["view", "label", *(f"{column_name(level)}.list.element" for level in range(len(codes)))]
     rows = max(1, ROW_GROUP_CODES // sum(level.shape[1] for level in codes))
     with whole_file(path) as aside:

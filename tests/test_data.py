@@ -164,10 +164,10 @@ def test_bad_sources_are_named(tmp_path: Path, photos: Path) -> None:
             load(tmp_path / name)
     broken = write_images(tmp_path / "broken", 10)
     (broken / "bag" / "bad.png").write_bytes((broken / "bag").glob("*.png").__next__().read_bytes()[:100])
-    with pytest.raises(UserError, match=r"bag/bad.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"bag/bad.png: it cannot be read as an image"):
         load(broken)
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(broken / "bag" / "bad.png")
-    with pytest.raises(UserError, match=r"bag/bad.png.*more than 8 bits"):
+    with pytest.raises(UserError, match=r"bag/bad.png.*not 8-bit pixels"):
         load(broken)
     with pytest.raises(UserError, match="background"):
         load(photos, config=PreprocessingConfig(background="blurple"))

@@ -1,6 +1,9 @@
 """Codes on disk: one row per image, in order, the same however they were made; readable by anyone."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +17,8 @@ import torch
 from pipelines.extract import encode_lanes
 from prior.code_shards import smallest_type
 from prior.codes import CodeDataset, read_manifest
-from tests.conftest import ROOT, edit_manifest, kill_when, two_processes, vqvae2
+from tests.conftest import ROOT, command, edit_manifest, kill_when, two_processes, vqvae2, write_images
+from tests.test_sources import numbered_tars, spoil
 from vqvae2 import VQVAE2
 from vqvae2.config import DataConfig
 from vqvae2.data import load_images, to_images
@@ -62,7 +66,7 @@ def test_codes_take_the_smallest_type(size: int, expected: str) -> None:
 
 
 def test_two_processes_give_every_row_once_and_the_same_codes(run: Path, photos: Path, tmp_path: Path) -> None:
-    vqvae2(*extract_command(run, photos, tmp_path / "one", "--shard-size", 20))
+    command(*extract_command(run, photos, tmp_path / "one", "--shard-size", 20))
     two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, photos, tmp_path / "two", "--shard-size", 20)[1:])
     assert_same_codes(tmp_path / "one", tmp_path / "two")
     ids = [name for split in ("train", "validation") for name in pq.read_table(tmp_path / "two" / split)["id"].to_pylist()]
@@ -70,13 +74,13 @@ def test_two_processes_give_every_row_once_and_the_same_codes(run: Path, photos:
 
 
 def test_killed_and_continued_is_uninterrupted(run: Path, photos: Path, tmp_path: Path) -> None:
-    vqvae2(*extract_command(run, photos, tmp_path / "whole", "--shard-size", 2))
+    command(*extract_command(run, photos, tmp_path / "whole", "--shard-size", 2))
     killed = tmp_path / "killed"
     code = kill_when(lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5, *extract_command(run, photos, killed, "--shard-size", 2))
     if code == -signal.SIGKILL:
         assert not (killed / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in killed.rglob("[0-9]*.parquet")}
-    vqvae2(*extract_command(run, photos, killed, "--shard-size", 2))
+    two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, photos, killed, "--shard-size", 2)[1:])  # on another number of processes
     assert_same_codes(tmp_path / "whole", killed)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # finished shards are not made again
 
@@ -93,16 +97,16 @@ def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
 def test_other_images_are_not_mixed_in(run: Path, photos: Path, tmp_path: Path) -> None:
     """An extraction that was killed and goes on after the folder changed would repeat some rows and lose others."""
     mine = shutil.copytree(photos, tmp_path / "photos")
-    command = extract_command(run, mine, tmp_path / "codes", "--shard-size", 20)
-    vqvae2(*command)
+    again = extract_command(run, mine, tmp_path / "codes", "--shard-size", 20)
+    command(*again)
     (tmp_path / "codes" / "manifest.json").unlink()
     (tmp_path / "codes" / "train" / "00003.parquet").unlink()
     (mine / "bag" / "0000a.png").write_bytes(next((mine / "bag").glob("*.png")).read_bytes())
-    refused = vqvae2(*command, check=False)
+    refused = vqvae2(*again, check=False)
     assert refused.returncode == 2
     assert "image_names_hash" in refused.stderr
     (mine / "bag" / "0000a.png").unlink()
-    vqvae2(*command)
+    command(*again)
     assert_same_columns(tmp_path / "codes", run / "codes")
 
 
@@ -112,19 +116,100 @@ def assert_same_columns(one: Path, other: Path) -> None:
 
 
 def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) -> None:
-    command = extract_command(run, photos, tmp_path / "codes", "--shard-size", 50)
-    vqvae2(*command)
-    assert "extracted already" in vqvae2(*command).stdout
+    again = extract_command(run, photos, tmp_path / "codes", "--shard-size", 50)
+    command(*again)
+    assert "extracted already" in vqvae2(*again).stdout
     shard = tmp_path / "codes" / "train" / "00001.parquet"
     before = shard.read_bytes()
     shard.unlink()
-    vqvae2(*command)
+    command(*again)
     assert shard.read_bytes() == before
 
 
 def test_a_prior_does_not_continue_on_other_rows(copy_of_run: Path, tmp_path: Path) -> None:
     edit_manifest(copy_of_run / "codes", rows_hash="0")
-    command = ["train-prior", "--config", "tiny", "--codes", copy_of_run / "codes", "--level", "top", "--output-dir", copy_of_run / "prior_0"]
-    refused = vqvae2(*command, "--num-steps", 20, check=False)
+    again = ["train-prior", "--config", "tiny", "--codes", copy_of_run / "codes", "--level", "top", "--output-dir", copy_of_run / "prior_0"]
+    refused = vqvae2(*again, "--num-steps", 20, check=False)
     assert refused.returncode == 2
     assert "rows_hash" in refused.stderr
+
+
+def rows_of(codes: Path, split: str = "train") -> dict[tuple[str, str], dict]:
+    """The rows by id and view."""
+    rows = pq.read_table(codes / split).to_pylist()
+    found = {(row.pop("id"), row.pop("view")): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_views_are_rows_of_changed_images(run: Path, photos: Path, tmp_path: Path) -> None:
+    command(*extract_command(run, photos, tmp_path / "codes", "--views", "original", "flip", "top_left"))
+    manifest, original = read_manifest(tmp_path / "codes"), rows_of(run / "codes")
+    found = rows_of(tmp_path / "codes")
+    assert [key for key in found if key[1] == "original"] == list(original)
+    assert len(found) == manifest.num_train == 3 * len(original)
+    assert all(found[key] == row for key, row in original.items())
+    assert list(found)[:3] == [(next(iter(original))[0], view) for view in ("original", "flip", "top_left")]
+    assert rows_of(tmp_path / "codes", "validation") == rows_of(run / "codes", "validation")  # never changed
+    model = VQVAE2.from_pretrained(run / "vqvae")
+    images = load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False).train
+    mirrored = encode_lanes(model, images.__getitems__(range(20))["images"].flip(-1))
+    assert [found[name, "flip"]["codes_1"] for name in images.ids[:20]] == mirrored[1].tolist()
+    assert vqvae2(*extract_command(run, photos, tmp_path / "no", "--views", "sideways"), check=False).returncode == 2
+
+
+def test_streamed_codes_are_those_of_the_same_images_read_at_once(run: Path, tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "tars", shards=5, rows=30)
+    command(*extract_command(run, tars, tmp_path / "whole", "--shard-size", 40))
+    two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, tars, tmp_path / "stream", "--data.streaming")[1:])
+    for split in ("train", "validation"):
+        assert rows_of(tmp_path / "stream", split) == rows_of(tmp_path / "whole", split)
+        assert list(rows_of(tmp_path / "stream", split)) == list(rows_of(tmp_path / "whole", split))
+    assert read_manifest(tmp_path / "stream").class_names == tuple(map(str, range(150)))
+    assert not list((tmp_path / "stream").rglob(".*.json"))
+    command("train-prior", "--config", "tiny", "--codes", tmp_path / "stream", "--level", "top", "--num-steps", 2, "--output-dir", tmp_path / "prior")
+
+
+def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos", 60)
+    command(*extract_command(run, folder, tmp_path / "clean"))
+    bad = spoil(folder)
+    command(*extract_command(run, folder, tmp_path / "stopped"), code=2)
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    said = vqvae2(*extract_command(run, folder, tmp_path / "codes", "--data.on-error", "skip", "--shard-size", 20)).stdout
+    assert f"{len(bad)} images could not be read" in said
+    assert {json.loads(line)["image"] for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()} == bad
+    for split in ("train", "validation"):
+        assert rows_of(tmp_path / "codes", split) == rows_of(tmp_path / "clean", split)
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real, calls = os.fsync, iter(range(1000))
+
+    def full(file: int) -> None:
+        if next(calls) == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    again = extract_command(run, photos, tmp_path / "codes", "--shard-size", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        command(*again, code=2)
+    assert "No space left on device" in capsys.readouterr().err
+    kept = sorted((tmp_path / "codes").rglob("[0-9]*.parquet"))
+    assert kept
+    assert not list((tmp_path / "codes").rglob("*.partial"))
+    command(*again)
+    assert_same_columns(tmp_path / "codes", run / "codes")
+
+
+def test_bf16_says_how_many_codes_it_changes(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command(*extract_command(run, photos, tmp_path / "codes", "--mixed-precision", "bf16"))
+    shares = [float(share) for share in re.findall(r"([0-9.]+)% of level", capsys.readouterr().out)]
+    one, other = rows_of(tmp_path / "codes"), rows_of(run / "codes")
+    for level, said in enumerate(shares):
+        codes = [np.array([row[f"codes_{level}"] for row in list(rows.values())[:128]]) for rows in (one, other)]
+        assert (codes[0] != codes[1]).mean() * 100 == pytest.approx(said, abs=0.01)
+    assert len(shares) == 2

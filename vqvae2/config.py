@@ -14,17 +14,20 @@ class PreprocessingConfig:
     size: tuple[int, ...] = (64,)
     """Height and width in pixels, or one number for both."""
     channels: int = 3
-    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: files are converted to it."""
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: picture files are converted to it. Arrays (.npy, TIFF of more bands) must have as many, or one."""
+    value_range: tuple[float, float] = (0.0, 255.0)
+    """Values that are black and white: (0, 255) for 8-bit pictures, (0, 65535) for 16 bits, the data's own range for floats."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """crop: resize until both sides cover the size, cut the centre. pad: shrink until it fits, centre on the background. stretch: resize exactly."""
     background: str = "white"
-    """Colour behind padding and behind transparent pixels (a name or #rrggbb)."""
+    """Colour behind padding and behind transparent pixels (a name or #rrggbb). Arrays are padded with their lowest value."""
     validation_fraction: float = 0.05
     """Share of the images held out where the data brings no held-out set; an image's own name decides, so the split never moves."""
 
     def __post_init__(self) -> None:
         check(len(self.size) in (1, 2) and all(s > 0 for s in self.size), "size", self.size, "one positive number, or height and width")
         check(self.channels >= 1, "channels", self.channels, "at least 1")
+        check(self.value_range[0] < self.value_range[1], "value_range", self.value_range, "two rising numbers")
         check(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
 
     @property
@@ -137,9 +140,37 @@ class ImagesConfig:
     """Where the images are. (A run is bound to the images' names, not to where they lie.)"""
 
     path: str = may_change()
-    """A folder (with or without class folders, or with train/ and validation/ in it), a Parquet file, or a Hub dataset id."""
+    """A folder (with or without class folders, or with train/ and validation/ in it), a list of files (.txt, .csv, .tsv or .jsonl with the
+    columns path and label), Parquet or Arrow files or a folder of them, WebDataset tar shards, a .npy or .npz stack, or a Hub dataset id.
+    Several files as a pattern: 'shards/*.tar', 'shards/{000..127}.tar'."""
     validation_path: str | None = may_change(None)
     """An explicit held-out set, of the same kinds."""
+    streaming: bool = False
+    """Read tar or Parquet shards from end to end, as they come: for data that fits on no disk. The path may then be a URL or a pattern of URLs
+    (https://, s3://, hf://, ...)."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """An image that cannot be read: stop and name it, or skip it, count it and list it in skipped.jsonl."""
+    image_column: str | None = None
+    """The column of images in a table or list, where it cannot be guessed."""
+    label_column: str | None = None
+    """The column of classes in a table or list, where it is not named label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """Random changes of the training images, a function of (seed, epoch, image) alone. Held-out images are never changed."""
+
+    horizontal_flip: bool = False
+    """Mirror every other image."""
+    crop: Literal["off", "random", "random_resized"] = "off"
+    """off: as image.fit says. random: the largest part with the right sides' ratio, from a random place. random_resized: a part of random size
+    and ratio from a random place."""
+    crop_area: tuple[float, float] = (0.35, 1.0)
+    """random_resized: smallest and largest share of the picture's area."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        check(0 < low <= high <= 1, "crop_area", self.crop_area, "two rising shares in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +178,40 @@ class DataConfig(ImagesConfig):
     """Where the images are, and how they are loaded for training."""
 
     num_workers: int = may_change(0)
-    """Processes that load batches beside each training process."""
+    """Processes (streaming: threads) that load batches beside each training process."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Random changes of the training images."""
+    shuffle_buffer: int = 1000
+    """Streaming: rows that are kept in memory to draw the next one from. (The order of the shards is shuffled too.)"""
+
+    def __post_init__(self) -> None:
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        check(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Decode and resize images once, into Parquet shards that training and extraction read at the speed of memory.
+
+    The folder is used as any other source: vqvae2 train --data.path prepared. Random crops need a larger size here than in training.
+
+    Example: vqvae2 prepare --data.path photos --image.size 128 --output-dir prepared
+    """
+
+    data: ImagesConfig
+    """Where the images are."""
+    image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """How files become images: as --model.image of the training to come."""
+    output_dir: str = may_change()
+    """Folder of the prepared images. The same command again continues a killed preparation."""
+    shard_size: int = 4096
+    """Images per Parquet shard (of a stream, each shard becomes one)."""
+    num_threads: int = may_change(0)
+    """Threads that decode, for each process; 0 for one per core."""
+
+    def __post_init__(self) -> None:
+        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        check(self.num_threads >= 0, "num_threads", self.num_threads, "0 (one per core) or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Train stage 1 from a configuration: images in, a model folder out."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord
-from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.loading import Loader, ShuffledLoader
 from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import Draw, fit, is_finished
 from vqvae2.config import TrainVQVAEConfig
-from vqvae2.data import ImageDataset, lies_in, load_images, to_images
+from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
+from vqvae2.data.skipping import note_skipped, report_skipped
+from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
@@ -57,26 +60,18 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
     perceptual = load_perceptual(config.perceptual).to(accelerator.device) if config.perceptual.weight else None
     if lies_in(config.output_dir, config.data.path):
         raise UserError(f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir.")
-    images = load_images(config.data, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
-    run = replace(run, facts={"image_names_hash": images.names_hash()})
+    data = _open_data(config, accelerator)
+    run = replace(run, facts=data.facts)
     run.check(output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.write(output_dir)
+    skipped = report_skipped(output_dir, data.skipped) if accelerator.is_main_process else ""
     accelerator.print(
-        f"{len(images.train)} training images, {len(images.validation)} held out, {len(images.class_names) or 'no'} classes; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {accelerator.device.type}, {accelerator.mixed_precision} precision"
+        f"{data.summary}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+        f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     )
-    loader = ShuffledLoader(
-        images.train,
-        config.batch_size // config.gradient_accumulation_steps,
-        seed=config.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        num_workers=config.data.num_workers,
-    )
-    shown = images.validation if len(images.validation) else images.train
-    draw = make_draw(shown, accelerator.device) if make_draw else None
+    draw = make_draw(data.shown, accelerator.device) if make_draw else None
 
     # With a discriminator, what is trained is a pair; what is validated, drawn and saved is its autoencoder.
     pair = AdversarialPair(model, config.discriminator) if config.discriminator.weight else None
@@ -87,7 +82,7 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
 
     def evaluate_autoencoder(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
         rows = min(64, config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes))
-        figures = evaluate(_autoencoder(net), images.validation, accelerator, perceptual=perceptual, kind=config.reconstruction_loss, batch_size=rows)
+        figures = evaluate(_autoencoder(net), data.validation, accelerator, perceptual=perceptual, kind=config.reconstruction_loss, batch_size=rows)
         if pair is None:  # of a pair the last weights are kept: those that fool the discriminator are not those with the lowest error
             figures["loss"] = figures["reconstruction"] + config.perceptual.weight * figures.get("perceptual", 0.0)
         return figures
@@ -102,14 +97,59 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
             perceptual_weight=config.perceptual.weight,
             adversarial=adversarial,
         ),
-        loader,
+        data.loader,
         config,
         output_dir,
-        evaluate=evaluate_autoencoder if len(images.validation) else None,
+        evaluate=evaluate_autoencoder if len(data.validation) else None,
         draw=(lambda net: draw(_autoencoder(net))) if draw else None,
         describe=CodebookWatch(config.model.num_levels, accelerator),
         shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
         parameter_groups=pair.parameter_groups(config.discriminator) if pair is not None else None,
+    )
+    if skipped:
+        accelerator.print(skipped)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a training sees: an endless loader, held-out images, images to draw, and what its record and its user are told."""
+
+    loader: Loader
+    validation: ImageDataset
+    shown: ImageDataset
+    facts: dict[str, str]
+    summary: str
+    skipped: Sequence[tuple[str, str]] = ()
+
+
+def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator) -> _Data:
+    """Images found, split, checked and shuffled as configured, or shards that are read as they come."""
+    place = {"seed": config.seed, "num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    batch_size = config.batch_size // config.gradient_accumulation_steps
+    if config.data.streaming:
+        shards = find_stream(config.data)
+        validation = held_out_images(shards, config.data, config.model.image)
+        loader = StreamedImages(
+            shards,
+            config.data,
+            config.model.image,
+            batch_size,
+            held_out=config.data.validation_path is None,
+            on_skipped=partial(note_skipped, Path(config.output_dir), accelerator.process_index),
+            **place,
+        )
+        summary = f"{len(shards)} shards, {len(validation)} images held out"
+        return _Data(loader, validation, validation, {"image_names_hash": shards.names_hash}, summary)
+    images = load_images(config.data, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
+    changes = config.data.augmentation
+    training = AugmentedImages(images.train, changes, config.seed) if changes.horizontal_flip or changes.crop != "off" else images.train
+    return _Data(
+        ShuffledLoader(training, batch_size, num_workers=config.data.num_workers, **place),
+        images.validation,
+        images.validation if len(images.validation) else images.train,
+        {"image_names_hash": images.names_hash()},
+        f"{len(images.train)} training images, {len(images.validation)} held out, {len(images.class_names) or 'no'} classes",
+        [(error.name, error.reason) for error in images.skipped],
     )
 
 
@@ -121,8 +161,12 @@ def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
     """Whether a model folder was trained on the images at `path`, and with which explicit held-out set, as its record says."""
     record = Path(vqvae) / RECORD_NAME
     data = read_yaml(record).get("data", {}) if record.exists() else {}
-    same = bool(data) and Path(data["path"]).expanduser().resolve() == Path(path).expanduser().resolve()
+    same = bool(data) and _same_place(data["path"], path)
     return same, data.get("validation_path") if same else None
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or ("://" not in one + other and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
 def evaluate(

@@ -25,6 +25,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk, as libraries report it: say where
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

@@ -24,7 +24,8 @@ class ShuffledLoader:
     no row is dropped or repeated at the end of an epoch, a dataset may be smaller than a batch, and any position is reached at once.
 
     Args:
-        dataset: rows by index, or by a list of indices through `__getitems__` (then the whole batch is returned as it is).
+        dataset: rows by index, or by a list of indices through `__getitems__` (then the whole batch is returned as it is). One with a true
+            attribute `endless` is asked for row i of epoch e by the index i + e * N, so that it can change rows from epoch to epoch.
         batch_size: rows per batch over all processes.
     """
 
@@ -51,7 +52,8 @@ class ShuffledLoader:
         share = self.batch_size // self.num_processes
         first = index * self.batch_size + self.process_index * share
         size = len(self.dataset)  # type: ignore[arg-type]
-        return [int(self._permutation(p // size)[p % size]) for p in range(first, first + share)]
+        step = size if getattr(self.dataset, "endless", False) else 0
+        return [int(self._permutation(p // size)[p % size]) + p // size * step for p in range(first, first + share)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if getattr(self, "_cached_epoch", None) != epoch:

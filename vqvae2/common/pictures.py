@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -22,6 +23,29 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         pixels = pixels[:, :3]
     arrays = rearrange(pixels, "b c h w -> b h w c").numpy()
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def file_suffix(channels: int, value_range: tuple[float, float]) -> str:
+    """PNG for 8-bit images of 1 to 4 channels, TIFF for all others: as the files that the model was trained on."""
+    return ".png" if channels in MODES and tuple(value_range) == (0, 255) else ".tif"
+
+
+def save_image(image: Tensor, path: Path, value_range: tuple[float, float]) -> None:
+    """Write one image `(C, H, W)` in [-1, 1], whole or not at all: 8-bit PNG, or TIFF with the values of the range, by the path's suffix.
+
+    TIFF holds uint8 or uint16 where the range is that of these types, else float32.
+    """
+    if path.suffix == ".png":
+        save_picture(to_pil(image[None])[0], path)
+        return
+    import tifffile
+
+    low, high = value_range
+    values = (image.detach().double().clamp(-1, 1).add(1) / 2 * (high - low) + low).cpu().numpy()
+    kind = {255: np.uint8, 65535: np.uint16}.get(int(high)) if low == 0 and high in (255, 65535) else None
+    values = values.round().astype(kind) if kind is not None else values.astype(np.float32)
+    with whole_file(path) as aside:
+        tifffile.imwrite(aside, rearrange(values, "c h w -> h w c").squeeze(), photometric="minisblack", planarconfig="contig" if len(values) > 1 else None)
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2) -> Image.Image:

@@ -1,0 +1,104 @@
+"""Prepared folders hold what their sources give, whatever happens while they are written."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, command, kill_when, two_processes, write_images
+from tests.test_sources import load, numbered_tars, spoil
+from vqvae2.common.errors import UserError
+from vqvae2.config import PreprocessingConfig
+from vqvae2.data import ImageSplits
+
+IMAGE = PreprocessingConfig(size=(24, 32), channels=3, validation_fraction=0.2)
+FLAGS = ["--image.size", "24", "32", "--image.validation-fraction", "0.2", "--shard-size", "16"]
+
+
+def assert_same(one: ImageSplits, other: ImageSplits) -> None:
+    for (_, mine), (_, theirs) in zip(one.items(), other.items(), strict=True):
+        assert mine.ids == theirs.ids
+        rows, expected = (dataset.__getitems__(range(len(dataset))) for dataset in (mine, theirs))
+        assert all(torch.equal(rows[key], expected[key]) for key in expected)
+    assert one.class_names == other.class_names
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_prepared_images_are_those_of_the_source(photos: Path, tmp_path: Path) -> None:
+    command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
+    assert_same(load(tmp_path / "x", IMAGE), load(photos, IMAGE))
+    assert load(tmp_path / "x", IMAGE).train.is_prepared
+    smaller = load(tmp_path / "x", replace(IMAGE, size=(16,)))  # prepared once more, for random crops
+    assert smaller.train.pixels(0).shape == (3, 16, 16)
+    command(
+        "train",
+        "--config",
+        "tiny",
+        "--data.path",
+        tmp_path / "x",
+        "--model.image.channels",
+        3,
+        "--data.augmentation.crop",
+        "random",
+        "--num-steps",
+        2,
+        "--output-dir",
+        tmp_path / "run",
+    )
+
+
+def test_preparation_is_the_same_when_killed_and_on_two_processes(photos: Path, tmp_path: Path) -> None:
+    command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
+    shards = tmp_path / "killed" / "train"
+    arguments = ["prepare", "--data.path", photos, "--output-dir", tmp_path / "killed", *FLAGS]
+    kill_when(lambda: len(list(shards.glob("*.parquet"))) >= 2, *arguments)
+    times = {path: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
+    two_processes(ROOT / "scripts" / "prepare.py", *arguments[1:])
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "x")
+
+
+def test_broken_images_are_skipped_and_listed(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos", 40)
+    clean = shutil.copytree(folder, tmp_path / "clean")
+    bad = spoil(folder)
+    command("prepare", "--data.path", folder, "--output-dir", tmp_path / "x", *FLAGS, code=2)
+    assert not (tmp_path / "x" / "prepared.json").exists()
+    command("prepare", "--data.path", folder, "--output-dir", tmp_path / "y", *FLAGS, "--data.on-error", "skip")
+    listed = (tmp_path / "y" / "skipped.jsonl").read_text()
+    assert len(listed.splitlines()) == len(bad)
+    assert all(name in listed for name in bad)
+    assert_same(load(tmp_path / "y", IMAGE), load(clean, IMAGE))
+
+
+def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "tars", shards=3, rows=20)
+    image = PreprocessingConfig(size=(28,), channels=1, validation_fraction=0.2)
+    flags = ["--image.size", 28, "--image.channels", 1, "--image.validation-fraction", "0.2"]
+    command("prepare", "--data.path", tars / "{000..002}.tar", "--data.streaming", "--output-dir", tmp_path / "x", *flags)
+    streamed, whole = load(tmp_path / "x", image), load(tars, image)
+    assert_same(streamed, replace(whole, class_names=tuple(map(str, range(60)))))
+    np.save(tmp_path / "depth.npy", np.random.default_rng(0).normal(size=(20, 28, 28)).astype(np.float32))
+    floats = replace(image, value_range=(-8, 8))
+    command("prepare", "--data.path", tmp_path / "depth.npy", "--output-dir", tmp_path / "z", *flags, "--image.value-range", -8, 8)
+    assert_same(load(tmp_path / "z", floats), load(tmp_path / "depth.npy", floats))
+    with pytest.raises(UserError, match="prepare them again"):
+        load(tmp_path / "z", replace(floats, size=(16,)))
+
+
+def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) -> None:
+    command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
+    shard = next((tmp_path / "x" / "train").glob("*.parquet"))
+    shard.unlink()
+    with pytest.raises(UserError, match="run vqvae2 prepare again"):
+        load(tmp_path / "x", IMAGE)
+    command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
+    shard.write_bytes(shard.read_bytes()[:500])
+    with pytest.raises(UserError, match="run vqvae2 prepare again"):
+        load(tmp_path / "x", IMAGE)

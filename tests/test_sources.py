@@ -1,0 +1,331 @@
+"""The same pictures, from every kind of source; augmentation; bad files; streams."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from tests.conftest import write_images
+from vqvae2.common.errors import UserError
+from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.pictures import save_image
+from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
+from vqvae2.data import AugmentedImages, BadImage, ImageSplits, load_images, load_picture, to_images
+from vqvae2.data.augmentation import known_views, random_change, view_change
+from vqvae2.data.preprocessing import prepare
+from vqvae2.data.sources import expand_ranges
+from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
+
+GREY = PreprocessingConfig(size=(28,), channels=1, validation_fraction=0)
+
+
+def load(path: Path | str, config: PreprocessingConfig = GREY, **options: object) -> ImageSplits:
+    return load_images(ImagesConfig(path=str(path), **options), config, show_progress=False)  # type: ignore[arg-type]
+
+
+def rows_of(splits: ImageSplits) -> tuple[torch.Tensor, list[str]]:
+    """All training pixels, and the class name of each."""
+    batch = splits.train.__getitems__(range(len(splits.train)))
+    return batch["images"], [splits.class_names[label] for label in batch["labels"]]
+
+
+def write_tars(folder: Path, paths: list[Path], root: Path, per_shard: int = 17) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(paths), per_shard):
+        with tarfile.open(folder / f"s{first // per_shard:03d}.tar", "w") as archive:
+            for path in paths[first : first + per_shard]:
+                for suffix, content in ((".png", path.read_bytes()), (".cls", path.parent.name.encode())):
+                    member = tarfile.TarInfo(path.stem + suffix)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same 60 pictures in the same order, in each form."""
+    root = tmp_path_factory.mktemp("sources")
+    folder = write_images(root / "folder", 60)
+    paths = sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
+    names = [path.relative_to(root).as_posix() for path in paths]
+    labels = [path.parent.name for path in paths]
+    with open(root / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "label"], *zip(names, labels, strict=True)])
+    (root / "list.jsonl").write_text("".join(json.dumps({"file": n, "kind": k}) + "\n" for n, k in zip(names, labels, strict=True)))
+    cells = [path.read_bytes() for path in paths]
+    pq.write_table(pa.table({"image": cells, "label": labels}), root / "one.parquet")
+    (root / "tables").mkdir()
+    for part in range(3):
+        pq.write_table(
+            pa.table({"image": cells[part * 20 : part * 20 + 20], "label": labels[part * 20 : part * 20 + 20]}), root / "tables" / f"p{part}.parquet"
+        )
+    images = np.stack([np.array(Image.open(path)) for path in paths])
+    np.savez(root / "stack.npz", images=images, labels=np.array(labels))
+    import datasets
+
+    datasets.Dataset.from_dict({"image": cells, "label": labels}).save_to_disk(root / "saved")
+    write_tars(root / "tars", paths, folder)
+    return {path.name: path for path in root.iterdir()} | {"pattern": root / "tars" / "s{000..003}.tar", "glob": root / "tables" / "p*.parquet"}
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "one.parquet", "tables", "stack.npz", "saved", "tars", "pattern", "glob"])
+def test_every_source_gives_the_same_rows(name: str, sources: dict[str, Path]) -> None:
+    expected, classes = rows_of(load(sources["folder"]))
+    columns = {"image_column": "file", "label_column": "kind"} if name == "list.jsonl" else {}
+    images, found = rows_of(load(sources[name], **columns))
+    assert torch.equal(images, expected)
+    assert found == classes
+
+
+def test_npy_lists_and_python_data(tmp_path: Path, sources: dict[str, Path]) -> None:
+    expected, classes = rows_of(load(sources["folder"]))
+    array = expected[:, 0].numpy()
+    np.save(tmp_path / "x.npy", array)
+    assert torch.equal(load(tmp_path / "x.npy").train.__getitems__(range(60))["images"], expected)
+    (sources["folder"].parent / "list.txt").write_text("\n".join(f"folder/{name}" for name in load(sources["folder"]).train.ids))
+    assert torch.equal(load(sources["folder"].parent / "list.txt").train.__getitems__(range(60))["images"], expected)
+    for data in ({"images": expected, "labels": classes}, ({"images": row, "labels": label} for row, label in zip(array, classes, strict=True))):
+        images, found = rows_of(load_images(data, GREY, show_progress=False))
+        assert torch.equal(images, expected)
+        assert found == classes
+
+
+def test_links_and_lists_with_a_split(tmp_path: Path, sources: dict[str, Path]) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "linked").symlink_to(sources["folder"] / "bag")
+    (tmp_path / "photos" / "linked" / "again").unlink(missing_ok=True)
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    assert all(name.startswith("linked/") for name in load(tmp_path / "photos").train.ids)
+    names = [os.path.relpath(sources["folder"] / name, tmp_path) for name in load(sources["folder"]).train.ids]
+    lines = ["path\tsplit", *(f"{name}\t{'train' if i % 3 else 'test'}" for i, name in enumerate(names))]
+    (tmp_path / "x.tsv").write_text("\n".join(lines))
+    splits = load(tmp_path / "x.tsv")
+    assert (len(splits.train), len(splits.validation)) == (40, 20)
+    assert set(splits.validation.ids) == set(names[::3])
+
+
+def test_bands_bits_and_floats(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    five = generator.integers(0, 65536, (3, 16, 16, 5), dtype=np.uint16)
+    config = PreprocessingConfig(size=(16,), channels=5, value_range=(0, 65535), validation_fraction=0)
+    for i, array in enumerate(five):
+        np.save(tmp_path / f"{i}.npy", array)
+        tifffile.imwrite(tmp_path / f"{i}.tif", array, planarconfig="contig", photometric="minisblack")
+    images = load(tmp_path, config).train.__getitems__(range(6))["images"]
+    assert torch.equal(images[::2], images[1::2])
+    expected = torch.from_numpy(five.astype(np.float64) / 65535 * 2 - 1).permute(0, 3, 1, 2)
+    assert (images[::2] - expected).abs().max() < 1e-6
+    save_image(images[0], tmp_path / "again" / "x.tif", config.value_range)  # what samples are written as
+    assert np.array_equal(tifffile.imread(tmp_path / "again" / "x.tif"), five[0])
+    grey = Image.fromarray(five[0, ..., 0])
+    grey.save(tmp_path / "grey16.png")
+    read = load_picture(str(tmp_path / "grey16.png"), replace(config, channels=1))
+    assert (read[0, 0] - expected[0, 0]).abs().max() < 1e-6
+    depth = generator.normal(size=(20, 12)).astype(np.float32)
+    pixels = prepare(depth, PreprocessingConfig(size=(20, 12), channels=1, value_range=(-6, 6)))
+    assert np.allclose(pixels[0] * 6, depth, atol=1e-5)
+
+
+def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    sixteen = np.full((8, 8), 40_000, np.uint16)
+    for picture, config, message in (
+        (sixteen, GREY, "value-range"),
+        (sixteen, replace(GREY, value_range=(0, 4095)), "outside of image.value_range"),
+        (np.full((8, 8), np.nan, np.float32), replace(GREY, value_range=(0, 1)), "outside"),
+        (np.zeros((8, 8, 5), np.uint8), GREY, "image.channels"),
+        (Image.new("L", (8, 8)), replace(GREY, value_range=(0, 1)), "8-bit picture"),
+        (Image.new("RGB", (8, 8)), replace(GREY, channels=5), "image.channels is 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(picture, config)
+    rows = [bytes([0]) + np.full((8, 3), 1000, ">u2").tobytes() for _ in range(8)]
+    (tmp_path / "deep.png").write_bytes(png16(rows, 8, 8))
+    with pytest.raises(UserError, match="16 bits in several channels"):
+        load_picture(str(tmp_path / "deep.png"), replace(GREY, channels=3))
+
+
+def png16(rows: list[bytes], width: int, height: int) -> bytes:
+    """An RGB PNG with 16 bits per channel."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+def spoil(folder: Path) -> set[str]:
+    """Plant broken files among pictures."""
+    some = next((folder / "bag").glob("*.png")).read_bytes()
+    (folder / "bag" / "cut.png").write_bytes(some[:100])
+    (folder / "bag" / "text.jpg").write_text("no picture")
+    (folder / "coat" / "empty.png").write_bytes(b"")
+    (folder / "coat" / "bomb.png").write_bytes(png16([b""], 60_000, 60_000))
+    return {"bag/cut.png", "bag/text.jpg", "coat/empty.png", "coat/bomb.png"}
+
+
+def test_bad_files_stop_or_are_skipped_and_listed(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 40)
+    good = load(folder).train.ids
+    bad = spoil(folder)
+    with pytest.raises(BadImage, match=r"(cut|text|empty|bomb)\.(png|jpg).*on-error skip|bomb.*claims"):
+        load(folder)
+    splits = load(folder, on_error="skip")
+    assert {error.name for error in splits.skipped} == bad
+    assert splits.train.ids == good
+    expected, _ = rows_of(splits)
+    for name in bad:
+        (folder / name).unlink()
+    assert torch.equal(rows_of(load(folder))[0], expected)
+
+
+def test_patterns() -> None:
+    assert expand_ranges("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
+    assert len(expand_ranges("{0..1}{0..1}")) == 4
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("crop", ["off", "random", "random_resized"])
+def test_changes_are_a_function_of_seed_epoch_and_image(crop: str, sources: dict[str, Path]) -> None:
+    images = load(sources["folder"], replace(GREY, size=(16, 24))).train
+    config = AugmentationConfig(horizontal_flip=True, crop=crop)  # type: ignore[arg-type]
+    augmented = AugmentedImages(images, config, seed=1)
+    batch = augmented.__getitems__([3, 60 + 3, 120 + 3, 4])["images"]
+    for place, i in enumerate([3, 60 + 3, 120 + 3, 4]):  # whatever else is asked for
+        assert torch.equal(AugmentedImages(images, config, seed=1).__getitems__([i])["images"][0], batch[place])
+    epochs = AugmentedImages(images, config, seed=1).__getitems__([3 + 60 * e for e in range(8)])["images"]
+    assert len({image.numpy().tobytes() for image in epochs}) >= (2 if crop == "off" else 4)
+    one = [row for _, row in zip(range(6), ShuffledLoader(augmented, 8).start_at(0), strict=False)]
+    later = next(ShuffledLoader(augmented, 8).start_at(5))
+    assert torch.equal(one[5]["images"], later["images"])
+    halves = [next(ShuffledLoader(augmented, 8, num_processes=2, process_index=r).start_at(5))["images"] for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), later["images"])
+
+
+def test_windows_lie_in_the_picture_and_have_its_ratio() -> None:
+    image = PreprocessingConfig(size=(32, 64))
+    shares = []
+    for epoch in range(200):
+        change = random_change(AugmentationConfig(crop="random_resized", crop_area=(0.3, 1)), image, (200, 90), seed=0, epoch=epoch, name="a")
+        left, top, right, bottom = change.window or (0, 0, 0, 0)
+        assert 0 <= left < right <= 200
+        assert 0 <= top < bottom <= 90
+        assert 2 * 3 / 4 - 1e-6 <= (right - left) / (bottom - top) <= 2 * 4 / 3 + 1e-6
+        shares.append((right - left) * (bottom - top) / (200 * 90))
+    assert 0.29 < min(shares) < 0.45
+    assert max(shares) > 0.8
+    flipped = view_change("flip", image, (200, 90)).apply(np.arange(32 * 64, dtype=np.uint8).reshape(32, 64) % 251, replace(image, channels=1))
+    assert np.array_equal(flipped[0, :, ::-1], np.arange(32 * 64).reshape(32, 64).astype(np.uint8) % 251)
+    assert {view_change(view, image, (200, 90)) for view in known_views()}.__len__() == 10
+    with pytest.raises(UserError, match="upside_down"):
+        view_change("upside_down", image, (200, 90))
+
+
+# Streams
+
+
+def stream(path: Path | str, batch_size: int = 8, config: PreprocessingConfig = GREY, **options: object) -> StreamedImages:
+    place = {name: options.pop(name) for name in ("num_processes", "process_index", "on_skipped") if name in options}
+    data = DataConfig(path=str(path), streaming=True, **options)  # type: ignore[arg-type]
+    return StreamedImages(find_stream(data), data, config, batch_size, held_out=True, **place)  # type: ignore[arg-type]
+
+
+def numbered_tars(folder: Path, shards: int, rows: int) -> Path:
+    """Row i of shard s is a picture of one shade, with the class s * rows + i."""
+    folder.mkdir()
+    for s in range(shards):
+        with tarfile.open(folder / f"{s:03d}.tar", "w") as archive:
+            for i in range(rows):
+                file = io.BytesIO()
+                Image.new("L", (28, 28), (s * rows + i) % 256).save(file, "PNG")
+                for suffix, content in ((".png", file.getvalue()), (".cls", str(s * rows + i).encode())):
+                    member = tarfile.TarInfo(f"{i:04d}{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def labels(batches: Iterator[dict[str, torch.Tensor]], number: int) -> list[int]:
+    return [label for batch in islice(batches, number) for label in batch["labels"].tolist()]
+
+
+def test_a_stream_gives_every_row_once_an_epoch_and_starts_anywhere(tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "x", shards=4, rows=12)
+    seen = labels(stream(tars, shuffle_buffer=12).start_at(0), 12)
+    assert sorted(seen[:48]) == list(range(48)) == sorted(seen[48:])
+    assert seen[:48] != sorted(seen[:48])
+    assert seen[:48] != seen[48:]
+    batch = next(stream(tars).start_at(0))
+    assert batch["images"][:, 0, 3, 3].tolist() == batch["labels"].tolist()
+    for index in (1, 3, 5, 7, 11):
+        assert labels(stream(tars, shuffle_buffer=12).start_at(index), 1) == seen[index * 8 : index * 8 + 8]
+    for processes in (2, 4, 8):
+        parts = [labels(stream(tars, shuffle_buffer=12, num_processes=processes, process_index=r).start_at(2), 1) for r in range(processes)]
+        assert [label for part in parts for label in part] == seen[16:24]
+    (tmp_path / "other").mkdir()
+    for path in tars.iterdir():
+        path.rename(tmp_path / "other" / path.name)  # moved shards keep their order
+    assert labels(stream(tmp_path / "other", shuffle_buffer=12).start_at(0), 12) == seen
+
+
+def test_parquet_and_urls_stream_too(sources: dict[str, Path]) -> None:
+    import fsspec
+
+    expected, _ = rows_of(load(sources["folder"]))
+    system = fsspec.filesystem("memory")
+    for part in range(3):
+        table = pq.read_table(sources["tables"] / f"p{part}.parquet").drop(["label"])
+        with system.open(f"/bucket/p{part}.parquet", "wb") as file:
+            pq.write_table(table, file)
+    for path in ("memory://bucket/p*.parquet", "memory://bucket/p{0..2}.parquet"):
+        images = torch.cat([batch["images"] for batch in islice(stream(path, 6).start_at(0), 10)])
+        assert {image.numpy().tobytes() for image in images} == {image.numpy().tobytes() for image in expected}
+    with pytest.raises(UserError, match=r"add --data\.streaming"):
+        load("memory://bucket/p0.parquet")
+    with pytest.raises(UserError, match="cannot be opened"):
+        next(stream("memory://bucket/none.tar").start_at(0))
+
+
+def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "x", shards=3, rows=40)
+    config = replace(GREY, validation_fraction=0.2)
+    data = DataConfig(path=str(tars), streaming=True)
+    held_out = held_out_images(find_stream(data), data, config)
+    batches = islice(stream(tars, config=config).start_at(0), 60)
+    shades = {int(shade) for batch in batches for shade in batch["images"][:, 0, 0, 0]}
+    kept = set(held_out.__getitems__(range(len(held_out)))["images"][:, 0, 0, 0].tolist())
+    assert 10 < len(kept) < 40
+    assert not shades & kept
+    assert shades | kept == set(range(120))
+    with tarfile.open(tars / "003.tar", "w") as archive:
+        member = tarfile.TarInfo("bad.png")
+        archive.addfile(member, io.BytesIO())
+    with pytest.raises(BadImage, match="003/bad"):
+        labels(stream(tars).start_at(0), 20)
+    told: list[str] = []
+    list(islice(stream(tars, on_error="skip", on_skipped=lambda name, reason: told.append(name)).start_at(0), 20))
+    assert set(told) == {"003/bad"}
+    (tars / "003.tar").write_bytes((tars / "002.tar").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"003\.tar cannot be read as a tar shard"):
+        labels(stream(tars, on_error="skip").start_at(0), 30)
+
+
+def test_images_of_a_range_are_kept_as_they_are() -> None:
+    assert to_images(torch.tensor([0.25])).item() == 0.25

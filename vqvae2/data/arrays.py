@@ -1,0 +1,62 @@
+"""Pictures in arrays: .npy and .npz stacks, and what Python code has in memory."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqvae2.common.errors import UserError
+from vqvae2.data.preprocessing import Picture, first_line
+from vqvae2.data.source import ImageSource, number_classes
+
+ARRAY_SUFFIXES = {".npy", ".npz"}
+
+
+def open_arrays(path: Path, channels: int) -> ImageSource:
+    """A stack in a .npy file (read from the disk row by row), or `images` (and `labels`) in a .npz file.
+
+    Raises:
+        UserError: no such arrays.
+    """
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+    except Exception as error:  # NumPy raises many kinds for a file that is not what it seems
+        raise UserError(f"{path} cannot be read as NumPy arrays ({first_line(error)}): check the file.") from None
+    if "images" not in arrays:
+        raise UserError(f"{path} holds the arrays {list(arrays)}, but 'images' (and perhaps 'labels') is due: name them so.")
+    return array_source(arrays, channels, name=str(path))
+
+
+def array_source(data: Mapping[str, Any] | Iterable[Mapping[str, Any]], channels: int, *, name: str = "data") -> ImageSource:
+    """What Python code has: {"images", "labels"} of arrays or tensors, or an iterable of such rows (which is read whole).
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W); the labels are numbers or names, or absent.
+
+    Raises:
+        UserError: shapes that do not go together.
+    """
+    if not isinstance(data, Mapping):
+        rows = list(data)
+        if not rows:
+            raise UserError(f"{name} holds no row: training needs at least one.")
+        data = {key: np.stack([np.asarray(row[key]) for row in rows]) for key in ("images", "labels") if key in rows[0]}
+    images = data["images"] if isinstance(data["images"], np.ndarray) else np.asarray(data["images"])
+    if images.ndim not in (3, 4) or not len(images):
+        raise UserError(f"{name} has images of shape {images.shape}, but (N, H, W), (N, H, W, C) or (N, C, H, W) is due.")
+    if images.ndim == 4 and images.shape[-1] not in (1, channels) and images.shape[1] in (1, channels):
+        images = np.moveaxis(images, 1, -1)
+    labels: list[int] | None = None
+    class_names: tuple[str, ...] = ()
+    if data.get("labels") is not None:
+        values = np.asarray(data["labels"])
+        if values.shape != (len(images),):
+            raise UserError(f"{name} has {len(images)} images, but labels of shape {values.shape}: give one for each image.")
+        labels, class_names = number_classes(values.tolist(), f"{name}: labels")
+    return ImageSource(name, [f"{i:09d}" for i in range(len(images))], partial(_read_row, images), labels, class_names)
+
+
+def _read_row(images: np.ndarray, index: int) -> Picture:
+    return np.array(images[index])

@@ -1,0 +1,311 @@
+"""The images of a source in the size and channels that a model wants, split into training and held out."""
+
+import hashlib
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageColor
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from vqvae2.common.config import to_dict
+from vqvae2.common.errors import UserError
+from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
+from vqvae2.data.arrays import array_source
+from vqvae2.data.augmentation import Change, random_change
+from vqvae2.data.preprocessing import BYTES, Picture, first_line, picture_size
+from vqvae2.data.source import ImageSource
+from vqvae2.data.sources import open_source
+
+CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
+Choice = Callable[[tuple[int, int]], Change]
+"""What to do with a picture of (width, height)."""
+
+
+class BadImage(UserError):
+    """An image that cannot be read or prepared."""
+
+    def __init__(self, source: str, name: str, error: Exception) -> None:
+        self.name, self.reason = name, first_line(error)
+        cure = "" if isinstance(error, UserError) else " (repair or remove it, or add --data.on-error skip)"
+        what = self.reason if isinstance(error, UserError) else f"it cannot be read as an image: {self.reason}"
+        super().__init__(f"{source}: {name}: {what}{cure}")
+
+
+class ImageDataset(Dataset):
+    """Pictures of a source as batches {"images": (B, C, H, W) uint8 or float32, "labels": (B,) int64 if there are labels}.
+
+    Decoded pictures are kept in memory where all of them fit into `CACHE_BYTES`.
+
+    Args:
+        shared: keep them where processes of a loader see them too.
+        cached: whether to keep them at all; not where each is read once.
+    """
+
+    def __init__(self, source: ImageSource, indices: Sequence[int], config: PreprocessingConfig, *, shared: bool = False, cached: bool = True) -> None:
+        self.source, self.indices, self.config = source, indices, config
+        shape = (len(indices), config.channels, *config.height_width)
+        self.is_prepared = source.prepared is not None and _same_pixels(source.prepared.config, config)
+        if source.prepared is not None and not self.is_prepared and (source.prepared.config.value_range, config.value_range) != (BYTES, BYTES):
+            raise UserError(
+                f"{source.name} was prepared with image = {to_dict(source.prepared.config)}, but {to_dict(config)} is due, and only 8-bit images "
+                f"can be prepared once more: prepare them again."
+            )
+        kind = torch.uint8 if config.value_range == BYTES else torch.float32
+        fits = np.prod(shape, dtype=np.int64) * kind.itemsize <= CACHE_BYTES
+        self.cache = torch.empty(shape, dtype=kind) if cached and fits and len(indices) and not self.is_prepared else None
+        self.cached = torch.zeros(len(indices) if self.cache is not None else 0, dtype=torch.bool)
+        if shared and self.cache is not None:
+            self.cache.share_memory_()
+            self.cached.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def ids(self) -> list[str]:
+        """The pictures' names, in order."""
+        return [self.source.ids[i] for i in self.indices]
+
+    def picture(self, index: int) -> Picture:
+        """One picture as it is.
+
+        Raises:
+            BadImage: naming the picture and what is wrong with it.
+        """
+        return self._attempt(index, lambda: self.source.read(self.indices[index]))
+
+    def changed(self, index: int, choose: Choice) -> Tensor:
+        """One picture, changed as it is chosen for its size: `(C, H, W)`.
+
+        Raises:
+            BadImage: naming the picture and what is wrong with it.
+        """
+        picture = self.picture(index)
+        return torch.from_numpy(self._attempt(index, lambda: choose(picture_size(picture)).apply(picture, self.config)))
+
+    def pixels(self, index: int) -> Tensor:
+        """One picture, `(C, H, W)`.
+
+        Raises:
+            BadImage: naming the picture and what is wrong with it.
+        """
+        if self.source.prepared is not None and self.is_prepared:
+            return torch.from_numpy(self.source.prepared.pixels([self.indices[index]])[0])
+        if self.cache is None:
+            return self.changed(index, _unchanged)
+        if not self.cached[index]:
+            self.cache[index] = self.changed(index, _unchanged)
+            self.cached[index] = True
+        return self.cache[index]
+
+    def _attempt(self, index: int, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except Exception as error:  # decoders raise many kinds for a file that is not what it seems
+            raise BadImage(self.source.name, self.source.ids[self.indices[index]], error) from None
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """Their labels `(B,)`, if there are labels."""
+        if self.source.labels is None:
+            return None
+        return torch.tensor([self.source.labels[self.indices[i]] for i in indices])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        if self.source.prepared is not None and self.is_prepared:
+            images = torch.from_numpy(self.source.prepared.pixels([self.indices[i] for i in indices]))
+        else:
+            images = torch.stack([self.pixels(i) for i in indices])
+        labels = self.labels(indices)
+        return {"images": images} if labels is None else {"images": images, "labels": labels}
+
+    def check(self, *, skip: bool = False, show_progress: bool = True) -> dict[int, BadImage]:
+        """Decode every picture once, in parallel, so that a broken one stops the run before it starts.
+
+        Args:
+            skip: find all broken ones instead of stopping at the first.
+
+        Raises:
+            BadImage: naming the first broken picture.
+        """
+        if self.is_prepared:
+            return {}
+
+        def attempt(index: int) -> BadImage | None:
+            try:
+                self.pixels(index)
+            except BadImage as error:
+                return error
+            return None
+
+        bad: dict[int, BadImage] = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(attempt, range(len(self)))
+            bar = tqdm(results, desc="checking images", total=len(self), unit="image", disable=not show_progress, leave=False)
+            for index, error in enumerate(bar):
+                if error is not None and not skip:
+                    pool.shutdown(cancel_futures=True)
+                    raise error
+                if error is not None:
+                    bad[index] = error
+        return bad
+
+    def without(self, bad: Container[int]) -> "ImageDataset":
+        """The same images but for those at these indices."""
+        kept = [i for i in range(len(self)) if i not in bad]
+        rest = ImageDataset(self.source, [self.indices[i] for i in kept], self.config, cached=False)
+        if self.cache is not None:
+            rest.cache, rest.cached = self.cache[kept], self.cached[kept]
+        return rest
+
+
+def _unchanged(size: tuple[int, int]) -> Change:
+    return Change()
+
+
+def _same_pixels(one: PreprocessingConfig, other: PreprocessingConfig) -> bool:
+    """Whether both give the same pixels; the held-out share has no part in it."""
+    return replace(one, size=one.height_width, validation_fraction=0) == replace(other, size=other.height_width, validation_fraction=0)
+
+
+class AugmentedImages(Dataset):
+    """Images with random changes, as an endless dataset: index i is image i % N in epoch i // N (see `ShuffledLoader`)."""
+
+    endless = True
+
+    def __init__(self, images: ImageDataset, config: AugmentationConfig, seed: int) -> None:
+        self.images, self.config, self.seed = images, config, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = [i % len(self) for i in indices]
+        if self.config.crop == "off":  # then the pixels in memory will do
+            batch = self.images.__getitems__(rows)
+            flips = [self._choose(i)((1, 1)).flip for i in indices]
+            return {**batch, "images": torch.stack([image.flip(-1) if flip else image for image, flip in zip(batch["images"], flips, strict=True)])}
+        images = torch.stack([self.images.changed(row, self._choose(i)) for row, i in zip(rows, indices, strict=True)])
+        labels = self.images.labels(rows)
+        return {"images": images} if labels is None else {"images": images, "labels": labels}
+
+    def _choose(self, index: int) -> Choice:
+        epoch, row = divmod(index, len(self))
+        name = self.images.source.ids[self.images.indices[row]]
+        return partial(random_change, self.config, self.images.config, seed=self.seed, epoch=epoch, name=name)
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """The same source, split into what trains and what is held out (perhaps empty)."""
+
+    train: ImageDataset
+    validation: ImageDataset
+    class_names: tuple[str, ...]
+    skipped: tuple[BadImage, ...] = ()
+
+    def names_hash(self) -> str:
+        """A hash of which images there are, by name, label and split: what a run continues on must be what it was begun on."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for split, dataset in self.items():
+            labels = dataset.source.labels
+            for i in dataset.indices:
+                digest.update(f"{split} {dataset.source.ids[i]} {labels[i] if labels is not None else None}\n".encode())
+        return digest.hexdigest()
+
+    def items(self) -> Iterator[tuple[str, ImageDataset]]:
+        """The splits by name."""
+        yield "train", self.train
+        yield "validation", self.validation
+
+
+def load_images(
+    data: ImagesConfig | Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    config: PreprocessingConfig,
+    *,
+    num_workers: int = 0,
+    show_progress: bool = True,
+    check: bool = True,
+) -> ImageSplits:
+    """Find, split and check the images that the configuration names, or take {"images", "labels"} from Python (see `array_source`).
+
+    A held-out set that is given (`validation_path`, or the source's own) is taken; otherwise a hash of each image's name decides.
+
+    Args:
+        check: decode all images now; without it a broken one is found when it is read, and nothing is kept in memory.
+
+    Raises:
+        UserError: no images, a broken image, an unknown colour, held-out images among the training images, or other classes.
+    """
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        raise UserError(f"image.background is {config.background!r}, but must be a colour name or #rrggbb.") from None
+    if isinstance(data, ImagesConfig):
+        train, held_out = _open_both(data, config.channels)
+        name, skip = data.path, data.on_error == "skip"
+    else:
+        train, held_out = array_source(data, config.channels), None
+        name, skip = train.name, False
+    if held_out is not None:
+        held_out = held_out.with_classes_of(train)
+        splits: list[tuple[ImageSource, Sequence[int]]] = [(source, range(len(source))) for source in (train, held_out)]
+    else:
+        chosen = [is_held_out(name, config.validation_fraction) for name in train.ids]
+        splits = [(train, [i for i, c in enumerate(chosen) if c is side]) for side in (False, True)]
+    if not len(splits[0][1]):
+        raise UserError(f"{name}: all {len(train)} images are held out: add images or lower image.validation_fraction.")
+    datasets = [ImageDataset(source, indices, config, shared=num_workers > 0, cached=check) for source, indices in splits]
+    bad = [dataset.check(skip=skip, show_progress=show_progress) if check else {} for dataset in datasets]
+    datasets = [dataset.without(errors) if errors else dataset for dataset, errors in zip(datasets, bad, strict=True)]
+    skipped = tuple(error for errors in bad for error in errors.values())
+    if not len(datasets[0]):
+        raise UserError(f"{name}: none of the {len(bad[0])} training images can be read (the first: {skipped[0].reason}): check data.path.")
+    return ImageSplits(datasets[0], datasets[1], train.class_names, skipped)
+
+
+def _open_both(data: ImagesConfig, channels: int) -> tuple[ImageSource, ImageSource | None]:
+    train, held_out = open_source(data.path, data, channels)
+    if data.validation_path is None:
+        return train, held_out
+    held_out, rest = open_source(data.validation_path, data, channels)
+    if rest is not None:
+        raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
+    if lies_in(data.validation_path, data.path):
+        raise UserError(f"{data.validation_path} lies in {data.path}, so it would be trained on: move the held-out images beside the others.")
+    return train, held_out
+
+
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a local path is a folder or lies in it."""
+    return Path(folder).is_dir() and Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+
+
+def load_source(data: ImagesConfig, channels: int) -> ImageSource:
+    """All images of a source, held out or not.
+
+    Raises:
+        UserError: there are none.
+    """
+    train, held_out = open_source(data.path, data, channels)
+    if held_out is None:
+        return train
+    ids, number = [*train.ids, *held_out.ids], len(train)
+    return ImageSource(train.name, ids, partial(_read_either, train, held_out, number))
+
+
+def _read_either(first: ImageSource, second: ImageSource, number: int, index: int) -> Picture:
+    return first.read(index) if index < number else second.read(index - number)
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether the image of this name is held out: a hash decides, so it never depends on the other images."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64

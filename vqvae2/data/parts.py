@@ -1,0 +1,145 @@
+"""Images in fixed parts, for what reads each of them once and writes a shard per part: preparation and extraction.
+
+Which images are in which part, and in which order, depends on the data alone: not on the number of processes, nor on what was done before.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images
+from vqvae2.data.streams import Shards, decode, find_stream
+
+SPLITS = ("train", "validation")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Item(NamedTuple):
+    """An image of a part."""
+
+    split: str
+    id: str
+    label: int | None
+    pixels: Callable[[Choice | None], np.ndarray]
+    """Reads it: `(C, H, W)`, changed as is chosen for its size, or not. Raises BadImage."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fixed part of the images, of one split or (a shard of a stream) of both."""
+
+    number: int
+    splits: tuple[str, ...]
+    items: Callable[[], Iterator[Item]]
+    num_items: int | None
+    """How many images, where that is known before they are read."""
+
+    def path(self, output_dir: Path, split: str) -> Path:
+        """Where the shard of this part and split is written."""
+        return output_dir / split / f"{self.number:05d}.parquet"
+
+    def is_written(self, output_dir: Path) -> bool:
+        """Whether all its shards are there."""
+        return all(self.path(output_dir, split).exists() for split in self.splits)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All images of a configuration in parts, in order."""
+
+    parts: tuple[Part, ...]
+    source: str
+    names_hash: str
+    """What a run that continues must find again."""
+    class_names: tuple[str, ...] | None
+    """None if labels are met only as the images are read."""
+
+
+def find_parts(data: ImagesConfig, config: PreprocessingConfig, size: int) -> Parts:
+    """Cut each split into parts of `size` images; of a stream every shard is a part.
+
+    Raises:
+        UserError: see `load_images` and `find_stream`.
+    """
+    if data.streaming:
+        shards = find_stream(data)
+        both = data.validation_path is None and config.validation_fraction > 0
+        parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
+        if data.validation_path is not None:
+            held_out = load_images(ImagesConfig(path=data.validation_path), replace(config, validation_fraction=0), check=False).train
+            parts += _cut("validation", held_out, size)
+        return Parts(tuple(parts), data.path, shards.names_hash, None)
+    images = load_images(data, config, check=False)
+    return Parts(tuple(part for split, dataset in images.items() for part in _cut(split, dataset, size)), data.path, images.names_hash(), images.class_names)
+
+
+class ReadItem(NamedTuple):
+    """An image that was read, or why it could not be."""
+
+    item: Item
+    pixels: list[np.ndarray]
+    error: BadImage | None
+
+
+def read_items(items: Iterable[Item], choices: Callable[[str], Sequence[Choice | None]], *, skip: bool, num_threads: int) -> Iterator[ReadItem]:
+    """The items in order, with pixels `(C, H, W)` for each of the changes that are wanted of their split; decoded ahead on several threads.
+
+    Args:
+        skip: whether a broken image is passed on with its error.
+
+    Raises:
+        BadImage: a broken one, unless they are to be skipped.
+    """
+
+    def read(item: Item) -> ReadItem:
+        try:
+            return ReadItem(item, [item.pixels(choice) for choice in choices(item.split)], None)
+        except BadImage as error:
+            if not skip:
+                raise
+            return ReadItem(item, [], error)
+
+    return ordered(read, items, num_threads=num_threads)
+
+
+def ordered(function: Callable[[T], R], items: Iterable[T], *, num_threads: int) -> Iterator[R]:
+    """Like `map`, on several threads, and never far ahead of what is taken: memory stays flat however many items there are."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 16 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
+    starts = range(0, len(images), size)
+    ranges = [range(first, min(first + size, len(images))) for first in starts]
+    return [Part(number, (split,), partial(_range_items, split, images, rows), len(rows)) for number, rows in enumerate(ranges)]
+
+
+def _range_items(split: str, images: ImageDataset, rows: range) -> Iterator[Item]:
+    for row in rows:
+        index = images.indices[row]
+        label = images.source.labels[index] if images.source.labels is not None else None
+        yield Item(split, images.source.ids[index], label, partial(_pixels_of_row, images, row))
+
+
+def _pixels_of_row(images: ImageDataset, row: int, choice: Choice | None) -> np.ndarray:
+    return (images.pixels(row) if choice is None else images.changed(row, choice)).numpy()
+
+
+def _stream_items(shards: Shards, number: int, config: PreprocessingConfig, both: bool) -> Iterator[Item]:
+    for row in shards.rows(number):
+        split = SPLITS[both and is_held_out(row.id, config.validation_fraction)]
+        yield Item(split, row.id, row.label, partial(decode, shards.name, row, config))

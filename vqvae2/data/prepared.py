@@ -1,0 +1,80 @@
+"""Folders that `vqvae2 prepare` wrote: pixels in their final size in Parquet shards, read at the speed of memory.
+
+    prepared.json   train/00000.parquet ...   validation/00000.parquet ...
+
+A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or float32 in [-1, 1]) and `label` where there are classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqvae2.common.config import from_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
+from vqvae2.config import PreprocessingConfig
+from vqvae2.data.preprocessing import Picture, first_line
+from vqvae2.data.source import ImageSource, Prepared, SourcePair
+
+MANIFEST_NAME = "prepared.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedManifest:
+    """What the shards hold. Written last: a folder without it is unfinished."""
+
+    source: str
+    """Where the images came from."""
+    image: PreprocessingConfig
+    """How they were prepared."""
+    class_names: tuple[str, ...]
+    """Names of the classes that labels count, or empty."""
+    has_labels: bool
+    """Whether the rows have labels."""
+    num_train: int
+    """Rows in train/."""
+    num_validation: int
+    """Rows in validation/."""
+    num_skipped: int
+    """Images that could not be read; skipped.jsonl lists them."""
+
+
+def open_prepared(folder: Path) -> SourcePair:
+    """The prepared images of a folder, split as they were when they were prepared.
+
+    Raises:
+        UserError: a broken manifest, or missing or broken shards.
+    """
+    manifest = from_dict(PreparedManifest, read_json(folder / MANIFEST_NAME), str(folder / MANIFEST_NAME))
+    train = _open_split(folder, manifest, "train", manifest.num_train)
+    return train, _open_split(folder, manifest, "validation", manifest.num_validation) if manifest.num_validation else None
+
+
+def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: int) -> ImageSource:
+    import datasets
+
+    files = sorted(map(str, (folder / split).glob("*.parquet")))
+    try:
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+        ids, labels = list(table["id"]), list(table["label"]) if manifest.has_labels else None
+        rows = table.select_columns(["pixels"]).with_format("arrow")  # the numpy format widens to int64
+    except Exception as error:  # `datasets` raises many kinds
+        raise UserError(f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): run vqvae2 prepare again.") from None
+    if len(ids) != number:
+        raise UserError(f"{folder / split} holds {len(ids)} images, but {MANIFEST_NAME} says {number}: run vqvae2 prepare again.")
+    pixels = partial(_read_pixels, rows, (manifest.image.channels, *manifest.image.height_width))
+    name = str(folder) if split == "train" else str(folder / split)
+    return ImageSource(name, ids, partial(_read_picture, pixels), labels, manifest.class_names, Prepared(manifest.image, pixels))
+
+
+def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:
+    return rows[list(indices)]["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape).copy()
+
+
+def _read_picture(pixels: Any, index: int) -> Picture:
+    """As an array that can be prepared once more, in another size."""
+    return np.moveaxis(pixels([index])[0], 0, -1)

@@ -1,0 +1,102 @@
+"""What every source of pictures becomes: named pictures that can be read in any order, each with a label or none."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vqvae2.common.errors import UserError
+from vqvae2.config import PreprocessingConfig
+from vqvae2.data.preprocessing import Picture
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+HELD_OUT_NAMES = ("validation", "val", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table or list hold pictures and classes, where that is not to be guessed."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures that `vqvae2 prepare` has brought into their final form."""
+
+    config: PreprocessingConfig
+    """How they were prepared."""
+    pixels: Callable[[Sequence[int]], np.ndarray]
+    """Pixels `(B, C, H, W)` of these rows: uint8, or float32 in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Named pictures, each with a label or none."""
+
+    name: str
+    ids: Sequence[str]
+    """A name for each picture, relative to the source's root: it decides the split and goes into the code dataset."""
+    read: Callable[[int], Picture]
+    """One picture. What it raises for a broken one, of any kind, is reported with the picture's name."""
+    labels: Sequence[int] | None = None
+    class_names: tuple[str, ...] = ()
+    prepared: Prepared | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def with_classes_of(self, train: "ImageSource") -> "ImageSource":
+        """This source with its labels counted as in the training source.
+
+        Raises:
+            UserError: it has classes that the training source has not, or none where that has some.
+        """
+        if train.labels is None:
+            return replace(self, labels=None, class_names=())
+        if self.labels is None or not set(self.class_names) <= set(train.class_names):
+            raise UserError(
+                f"{self.name} has the classes {list(self.class_names)}, but {train.name} has {list(train.class_names)}: "
+                f"the held-out images need the training images' classes."
+            )
+        labels = [train.class_names.index(self.class_names[label]) for label in self.labels]
+        return replace(self, labels=labels, class_names=train.class_names)
+
+
+SourcePair = tuple[ImageSource, ImageSource | None]
+"""A source, and its own held-out part if it has one."""
+
+
+def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None = None) -> tuple[list[int], tuple[str, ...]]:
+    """Labels as numbers from 0 on, and the classes' names.
+
+    Args:
+        values: class names, or numbers; all of one kind.
+        name: of the source and column, for messages.
+        names: what the numbers mean; without it the sorted values are the classes.
+
+    Raises:
+        UserError: a value is missing, of another kind, or no number of a class.
+    """
+    kinds = {type(value) for value in values}
+    if kinds not in ({int}, {str}) or (names is not None and not 0 <= min(values) <= max(values) < len(names)):
+        raise UserError(f"{name} does not give every row a class (found {sorted(map(str, kinds))}): fill it in, or remove it.")
+    if names is not None:
+        return list(values), tuple(names)
+    known = sorted(set(values))
+    number = {value: i for i, value in enumerate(known)}
+    return [number[value] for value in values], tuple(map(str, known))
+
+
+def refuse_duplicates(ids: Sequence[str], name: str) -> None:
+    """Every picture needs a name of its own.
+
+    Raises:
+        UserError: naming one that occurs twice.
+    """
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise UserError(f"{name} names {twice!r} more than once: each image needs a name of its own.")

@@ -1,0 +1,96 @@
+"""Which kind of source a path names, and its pictures."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqvae2.common.artifact import looks_like_path
+from vqvae2.common.errors import UserError
+from vqvae2.config import ImagesConfig
+from vqvae2.data.arrays import ARRAY_SUFFIXES, open_arrays
+from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list
+from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
+from vqvae2.data.prepared import open_prepared
+from vqvae2.data.source import Columns, SourcePair
+from vqvae2.data.tables import open_tables
+from vqvae2.data.tars import open_tars
+
+KINDS = "an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar files, a .npy or .npz file, or a Hub dataset id"
+SAVED_NAMES = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
+PATTERN = re.compile(r"[*?\[\]{}]")
+
+
+def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
+    """The source at a path, pattern of paths or Hub id, and its own held-out part if it has one.
+
+    Raises:
+        UserError: there is none, or none of a known kind.
+    """
+    if "://" in path:
+        raise UserError(f"{path} is a URL: add --data.streaming to read it as it comes, or copy it to this machine first.")
+    columns = Columns(data.image_column, data.label_column)
+    local = Path(path).expanduser()
+    if not local.exists() and PATTERN.search(path):
+        return _open_files(path, expand(path), columns)
+    if local.is_dir():
+        if (local / PREPARED_NAME).exists():
+            return open_prepared(local)
+        if any((local / name).exists() for name in SAVED_NAMES):
+            return open_tables(path, saved=True, columns=columns)
+        shards = find_shards(local)
+        return _open_files(path, shards, columns) if shards else open_folder(local)
+    if local.is_file():
+        if local.suffix in LIST_SUFFIXES:
+            return open_list(local, columns)
+        if local.suffix in ARRAY_SUFFIXES:
+            return open_arrays(local, channels), None
+        return _open_files(path, [local], columns)
+    if looks_like_path(path):
+        raise UserError(f"{path} does not exist: check data.path ({KINDS}).")
+    return open_tables(path, columns=columns)
+
+
+def expand(pattern: str) -> list[Path]:
+    """The local files of a pattern with *, ?, [...] or {000..127}, in order of their names.
+
+    Raises:
+        UserError: none.
+    """
+    files: list[Path] = []
+    for one in expand_ranges(pattern):
+        where = Path(one).expanduser()
+        parts = where.parts
+        fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
+        files += sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:])))) if fixed < len(parts) else [where]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise UserError(f"{pattern}: {missing[0] if missing else 'no file'} {'does not exist' if missing else 'is of this pattern'}: check data.path.")
+    return files
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """A pattern with {000..127} as the 128 names that it stands for; without one, itself."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [name for number in numbers for name in expand_ranges(pattern[: found.start()] + number + pattern[found.end() :])]
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits), if it holds such."""
+    for suffix in ("parquet", "arrow", "tar"):
+        found = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*/*.{suffix}")])
+        if found:
+            return found
+    return []
+
+
+def _open_files(path: str, files: Sequence[Path], columns: Columns) -> SourcePair:
+    suffixes = {file.suffix for file in files}
+    if suffixes == {".tar"}:
+        return open_tars(path, files), None
+    if suffixes in ({".parquet"}, {".arrow"}):
+        return open_tables(path, files, columns=columns)
+    raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")
