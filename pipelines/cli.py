@@ -17,9 +17,13 @@ import tyro
 
 from pipelines.config import (
     AssembleConfig,
+    CodesInfoConfig,
+    CodesVerifyConfig,
+    CodesViewConfig,
     DemoConfig,
     DoctorConfig,
     ExtractConfig,
+    ImportCodesConfig,
     ImportWeightsConfig,
     InspectConfig,
     PlanConfig,
@@ -38,12 +42,16 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, an
     "train": (TrainVQVAEConfig, "pipelines.commands:train"),
     "extract": (ExtractConfig, "pipelines.extract:extract"),
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),
+    "codes info": (CodesInfoConfig, "pipelines.codes:info"),
+    "codes view": (CodesViewConfig, "pipelines.codes:view"),
+    "codes verify": (CodesVerifyConfig, "pipelines.codes:verify"),
     "reconstruct": (ReconstructConfig, "pipelines.commands:reconstruct"),
     "inspect": (InspectConfig, "pipelines.inspect:inspect_command"),
     "doctor": (DoctorConfig, "pipelines.doctor:doctor"),
     "sample": (SampleConfig, "pipelines.commands:sample"),
     "assemble": (AssembleConfig, "pipelines.commands:assemble"),
     "import-weights": (ImportWeightsConfig, "pipelines.commands:import_weights"),
+    "import-codes": (ImportCodesConfig, "pipelines.rosinality:import_codes"),
 }
 RECIPES = files("pipelines") / "recipes"
 
@@ -55,10 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())
             return 0
-        if arguments[0] not in COMMANDS:
-            raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help).")
-        config = parse(arguments[0], arguments[1:])
-        return function_of(arguments[0])(config) or 0
+        command, rest = split_command(arguments)
+        config = parse(command, rest)
+        return function_of(command)(config) or 0
     except UserError as error:
         print(f"vqvae2: error: {error}", file=sys.stderr)
         return 2
@@ -75,6 +82,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         _leave_process_group()
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The subcommand, of one word or two ("codes info"), and its arguments.
+
+    Raises:
+        UserError: there is no such subcommand.
+    """
+    for number in (1, 2):
+        if (command := " ".join(arguments[:number])) in COMMANDS:
+            return command, arguments[number:]
+    family = [command for command in COMMANDS if command.startswith(f"{arguments[0]} ")]
+    if family:
+        raise UserError(f"vqvae2 {arguments[0]} needs a second word: {', '.join(family)} (see vqvae2 --help).")
+    raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help).")
 
 
 def _leave_process_group() -> None:

@@ -45,6 +45,50 @@ class TrainPriorCommandConfig(TrainPriorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodesInfoConfig:
+    """Say what a code dataset holds: rows, grids, how the codebooks are used, size on disk, where it comes from.
+
+    Example: vqvae2 codes info runs/photos/codes
+    """
+
+    codes: tyro.conf.Positional[str] = may_change()
+    """The code dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesViewConfig:
+    """Decode rows of a code dataset to a picture.
+
+    Example: vqvae2 codes view runs/photos/codes --vqvae runs/photos/vqvae --rows 0 5 9 --output-path rows.png
+    """
+
+    codes: tyro.conf.Positional[str] = may_change()
+    """The code dataset."""
+    vqvae: str
+    """The autoencoder that made the codes: a folder, or a Hub id."""
+    rows: tuple[int, ...] = tuple(range(16))
+    """Which rows, counted from 0 over the shards of the split."""
+    split: Literal["train", "validation"] = "train"
+    """Training or held-out rows."""
+    output_path: str
+    """The PNG file."""
+
+    def __post_init__(self) -> None:
+        check(len(self.rows) >= 1, "rows", self.rows, "one number or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesVerifyConfig:
+    """Check all of a code dataset: every shard's checksum, rows, codes and labels; no row twice. A line for each problem, then exit code 1.
+
+    Example: vqvae2 codes verify runs/photos/codes
+    """
+
+    codes: tyro.conf.Positional[str] = may_change()
+    """The code dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReconstructConfig:
     """Encode and decode images: one PNG each, and a sheet with the originals above their reconstructions.
 
@@ -195,6 +239,31 @@ class ImportWeightsConfig:
     """The model folder."""
     size: tuple[int, ...] = (256,)
     """Height and width of the images that it was trained on, or one number for both (the file does not say)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCodesConfig:
+    """Make a code dataset of the LMDB file of codes that rosinality/vq-vae-2-pytorch extracts.
+
+    The classes are the folders that its images lay in, if there is more than one. No code that the file may hold is run.
+
+    Example: vqvae2 import-codes codes.lmdb --vqvae runs/imported/vqvae --output-dir runs/imported/codes
+    """
+
+    lmdb: tyro.conf.Positional[str]
+    """The LMDB file or folder."""
+    vqvae: str = may_change()
+    """The autoencoder that made the codes: the folder that vqvae2 import-weights wrote of its checkpoint."""
+    output_dir: str = may_change()
+    """Folder of the code dataset."""
+    validation_fraction: float = 0.05
+    """Share of the rows held out; an image's own name decides."""
+    shard_size: int = 8192
+    """Rows per Parquet shard."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
+        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

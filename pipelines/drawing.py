@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from prior.base import Prior
-from prior.codes import CodeDataset, parse_level, read_manifest
+from prior.codes import CodeDataset, Manifest, parse_level, read_manifest
 from prior.config import TrainPriorConfig
 from prior.sampling import image_seeds
 from vqvae2.common.errors import UserError
@@ -53,10 +53,7 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     folder = Path(config.codes)
     manifest = read_manifest(folder)
     model = VQVAE2.from_pretrained(vqvae).to(processes().device)
-    if model.content_hash() != manifest.encoder_hash:
-        raise UserError(
-            f"{vqvae} is the encoder {model.content_hash()[:12]}, but {folder} holds codes of {manifest.encoder_hash[:12]}: give the one that made them."
-        )
+    refuse_other_encoder(vqvae, model, folder, manifest)
     level = parse_level(config.level, manifest.num_levels)
     rows = CodeDataset(folder, manifest, "validation" if manifest.num_validation else "train")
     number = min(32, len(rows))
@@ -71,6 +68,18 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
         return sheet(in_rows(pictures, 8))
 
     return draw
+
+
+def refuse_other_encoder(vqvae: str, model: VQVAE2, codes: Path, manifest: Manifest) -> None:
+    """Codes mean something to the autoencoder that made them only.
+
+    Raises:
+        UserError: naming both.
+    """
+    if model.content_hash() != manifest.encoder_hash:
+        raise UserError(
+            f"{vqvae} is the encoder {model.content_hash()[:12]}, but {codes} holds codes of {manifest.encoder_hash[:12]}: give the one that made them."
+        )
 
 
 def sample_sheet(images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:

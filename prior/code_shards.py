@@ -117,7 +117,7 @@ def record_shard(path: Path, schema: pa.Schema) -> ShardRecord:
     Raises:
         UserError: it cannot be read, or has other columns than `schema`.
     """
-    tables = list(row_groups(path, schema))
+    tables = list(row_groups(path, schema)) or [schema.empty_table()]
     return ShardRecord(name=path.name, rows=sum(map(len, tables)), sha256=file_hash(path), content_hash=content_hash(tables))
 
 

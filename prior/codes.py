@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -67,6 +67,7 @@ class Manifest:
         check(len(self.grids) == len(self.codebook_sizes) >= 1, "grids", self.grids, "one (h, w) per level")
         check(all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids), "grids", self.grids, "a height and a width, at least 1, per level")
         check(all(1 <= size <= 1 << 32 for size in self.codebook_sizes), "codebook_sizes", self.codebook_sizes, "from 1 to 2^32")
+        check(isinstance(self.versions, dict), "versions", self.versions, "a mapping")
         for split in SPLITS:
             names = [shard.name for shard in self.shards(split)]
             check(len(set(names)) == len(names), split, names, "a list of shards without repeats")
@@ -265,35 +266,67 @@ def decode(folder: Path, manifest: Manifest, split: str, columns: Mapping[str, n
     """Read these columns of a split's shards into arrays of one row per row.
 
     Raises:
-        UserError: a shard is missing, broken or another than the manifest says, or holds numbers out of their range.
+        UserError: see `read_shard`.
     """
     first = 0
     for shard in tqdm(manifest.shards(split), desc=f"reading {split} codes", unit="shard", delay=3, leave=False):
-        path = folder / split / shard.name
-        check_file(path, shard)
-        last = first + shard.rows
-        for table in row_groups(path, manifest.schema, list(columns)):
-            if first + len(table) > last:
-                break
+        for table in read_shard(folder, manifest, split, shard, list(columns)):
             for name, array in columns.items():
-                values = flat_values(table[name])
-                check_range(path, manifest, name, values)
-                array[first : first + len(table)] = values.reshape(len(table), *array.shape[1:])
+                array[first : first + len(table)] = flat_values(table[name]).reshape(len(table), *array.shape[1:])
             first += len(table)
-        if first != last:
-            raise UserError(f"{path} does not hold the {shard.rows} rows that the manifest says: remove it and run vqvae2 extract again.")
 
 
-def check_range(path: Path, manifest: Manifest, column: str, values: np.ndarray) -> None:
-    """Whether the numbers of a column of codes or labels are in their range.
+def read_shard(folder: Path, manifest: Manifest, split: str, shard: ShardRecord, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """These columns of a shard, a part that fits into memory at a time, checked as they come.
+
+    Raises:
+        UserError: the shard is missing, broken or another than the manifest says, or holds numbers out of their range.
+    """
+    path, rows = folder / split / shard.name, 0
+    check_file(path, shard)
+    for table in row_groups(path, manifest.schema, columns):
+        rows += len(table)
+        if rows <= shard.rows:
+            for name in columns:
+                check_range(path, manifest, name, table[name])
+            yield table
+    if rows != shard.rows:
+        raise UserError(f"{path} holds {rows} rows, but the manifest says {shard.rows}: remove it and run vqvae2 extract again.")
+
+
+def read_rows(folder: Path, manifest: Manifest, split: str, rows: Sequence[int]) -> pa.Table:
+    """All columns of a few rows, in the order asked for; only the shards that hold them are read.
+
+    Raises:
+        UserError: there is no such row; or see `read_shard`.
+    """
+    number = sum(shard.rows for shard in manifest.shards(split))
+    for row in rows:
+        check(0 <= row < number, "rows", row, f"from 0 to {number - 1}, the rows of {folder / split}")
+    found: dict[int, pa.Table] = {}
+    first = 0
+    for shard in manifest.shards(split):
+        here = sorted({row for row in rows if first <= row < first + shard.rows})
+        if here:
+            table = pa.concat_tables(read_shard(folder, manifest, split, shard, manifest.schema.names))
+            found |= {row: table.slice(row - first, 1) for row in here}
+        first += shard.rows
+    return pa.concat_tables([manifest.schema.empty_table(), *(found[row] for row in rows)])
+
+
+def check_range(path: Path, manifest: Manifest, column: str, numbers: pa.ChunkedArray) -> None:
+    """Whether the numbers of a column of codes or labels are in their range; other columns pass.
 
     Raises:
         UserError: naming the file, the column and what was found.
     """
     if column == "label":
         size, of = len(manifest.class_names), f"{len(manifest.class_names)} classes"
-    else:
+    elif column.startswith("codes_"):
         size = manifest.codebook_sizes[int(column.removeprefix("codes_"))]
-        of = f"a codebook of {size}"
+        of = f"{size} codes"
+    else:
+        return
+    values = flat_values(numbers)
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
-        raise UserError(f"{path}: {column} reaches from {values.min()} to {values.max()}, but there is {of}: remove the file and run vqvae2 extract again.")
+        raise UserError(f"{path}: {column} reaches from {values.min()} to {values.max()}, but there are {of}: remove the file and run vqvae2 extract again.")

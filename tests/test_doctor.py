@@ -395,7 +395,7 @@ def test_the_condition_must_help(copy_of_trained: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c["codes_0"][3].__setitem__(0, 16), r"codes_0 reaches from \d+ to 16, but there is a codebook of 16"),
+        (lambda c: c["codes_0"][3].__setitem__(0, 16), r"codes_0 reaches from \d+ to 16, but there are 16 codes"),
         (lambda c: c["id"].__setitem__(5, c["id"][4]), "1 rows .* repeat the id"),
     ],
     ids=["out of range", "a row twice"],
