@@ -54,7 +54,7 @@ def describe(folder: Path, manifest: Manifest, counts: list[torch.Tensor]) -> li
         f"  encoder   {manifest.encoder_hash}",
         f"  content   {manifest.codes_hash}",
         f"  written   {', '.join(f'{name} {version}' for name, version in manifest.versions.items()) or 'by unknown versions'}",
-        f"  on disk   {taken / max(rows, 1):,.1f} bytes per row in {len(_shards(manifest))} shards",
+        f"  on disk   {taken / max(rows, 1):,.1f} bytes per row in {len(_shards(manifest))} shard(s)",
     ]
     for level, ((height, width), size, found) in enumerate(zip(manifest.grids, manifest.codebook_sizes, counts, strict=True)):
         used = f"{int((found > 0).sum())} used ({usage(found):.0%})"
@@ -101,10 +101,10 @@ def verify(config: CodesVerifyConfig) -> int:
         number += 1
         print(problem, flush=True)
     if number:
-        print(f"\n{number} problems.")
+        print(f"\n{number} problem(s).")
         return 1
     rows = manifest.num_train + manifest.num_validation
-    print(f"{folder}: all {rows} rows in {len(_shards(manifest))} shards are what the manifest says ({manifest.codes_hash[:12]}), none twice.")
+    print(f"{folder}: all {rows} rows in {len(_shards(manifest))} shard(s) are what the manifest says ({manifest.codes_hash[:12]}), none twice.")
     return 0
 
 
