@@ -1,32 +1,23 @@
-"""`vqvae2 plan`: what the trainings of a recipe need, found by running one step of each on tensors that have shapes but no memory.
-
-The step is the real one (model, loss, autocast, backward) under `FakeTensorMode`: meta tensors that pretend to lie on the CPU, so that the code
-takes the paths that it takes there. Plain meta tensors know no autocast, and their attention keeps every score. For a GPU, which fuses other
-operations, the same step is an approximation.
-"""
+"""`vqvae2 plan`: what the trainings of a recipe need, found by running one step of each on tensors without memory (`pipelines.tracing`)."""
 
 import contextlib
 import os
 import statistics
-import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pipelines.cli import load_recipe, recipe_section
 from pipelines.config import PlanConfig
+from pipelines.plan_data import plan_data
+from pipelines.speed import hours, matrix_product_rate, timed
+from pipelines.tracing import AUTOCAST_TYPES, Cost, Stage, trace
 from prior.codes import Manifest
 from prior.config import PriorConfig, TrainPriorConfig
 from prior.registry import make_prior
@@ -41,7 +32,6 @@ from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import make_adversarial_term
 from vqvae2.losses import make_loss as make_vqvae_loss
 from vqvae2.model import VQVAE2
-from vqvae2.quantizers import Quantizer
 
 GIBIBYTE = 2**30
 # What a process takes over what its tensors take, Python and libraries aside. On a CPU measured: 1.2 to 1.7 for steps of 0.4 to 1.6 GiB, most of it because
@@ -49,26 +39,6 @@ GIBIBYTE = 2**30
 OVERHEAD = {"cpu": 1.7, "cuda": 1.1}
 PATIENCE = 10.0  # seconds that a measured step of a single image may take by estimate
 PER_ROW = ("activations", "working", "flops")
-AUTOCAST_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training of a recipe."""
-
-    name: str
-    """Its section in the recipe."""
-    title: str
-    """What is trained."""
-    config: TrainingConfig
-    make_model: Callable[[], nn.Module]
-    """Makes what is trained."""
-    make_loss: Callable[[Any], LossFunction]
-    """Makes the loss function for a model."""
-    batch: Callable[[int, torch.device], Mapping[str, Any]]
-    """Makes a batch of so many rows of random data."""
-    notes: tuple[str, ...] = ()
-    """What the plan leaves out."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +62,6 @@ class Device:
         if config.mixed_precision != "auto":
             return config.mixed_precision
         return "bf16" if native_bf16() or (self.kind == "cuda" and not self.present) else "no"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one training step needs. The first three are constant, the others linear in the number of rows."""
-
-    num_parameters: int
-    weights: int
-    """Bytes of parameters and buffers."""
-    learned: int
-    """Bytes of the parameters that learn."""
-    activations: int
-    """Bytes that the backward pass finds saved, parameters aside."""
-    working: int
-    """Bytes of all else that is alive at the worst moment, the parameters' gradients aside: results on their way from one operation to the next."""
-    flops: int
-    """Forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +121,10 @@ def plan(config: PlanConfig) -> None:
         print(f"\n{stage.name}: {stage.title}")
         for line in report(estimate, config, rates[i] if rates else None):
             print(f"  {line}")
+    print("\ndata, between the trainings")
+    autoencoder, *priors = stages
+    for line in plan_data(autoencoder, priors, config, device.torch_device if device.present else None):
+        print(f"  {line}")
 
 
 def find_device(config: PlanConfig) -> Device:
@@ -280,113 +237,6 @@ def estimate_stage(stage: Stage, device: Device, num_devices: int = 1) -> Estima
     return Estimate(stage, device, fixed, per_row, config.batch_size // parts)
 
 
-def trace(stage: Stage, rows: int, precision: str) -> Cost:
-    """One step of a stage with so many rows, on tensors without memory."""
-    with torch.device("meta"):
-        model = stage.make_model()
-    with _no_memory():
-        model.to_empty(device="cpu").train()
-        loss_fn = stage.make_loss(model)
-        for module in model.modules():
-            if isinstance(module, Quantizer):  # how a codebook learns without gradients saves nothing for later, and asks for values
-                module.eval()
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops, LiveMemory(model) as live:
-            with saved_for_backward(model) as saved, torch.autocast("cpu", AUTOCAST_TYPES[precision], enabled=precision != "no"):
-                loss, _ = loss_fn(model, stage.batch(rows, torch.device("cpu")))
-            loss.backward()
-    parameters = list(model.parameters())
-    return Cost(
-        num_parameters=sum(p.numel() for p in parameters),
-        weights=sum(t.nbytes for t in [*parameters, *model.buffers()]),
-        learned=sum(p.nbytes for p in parameters if p.requires_grad),
-        activations=sum(saved.values()),
-        working=live.peak - sum(saved.values()),
-        flops=flops.get_total_flops(),
-    )
-
-
-class LiveMemory(TorchDispatchMode):
-    """Watches what the operations in it allocate and when it is freed; `peak` is the most that was alive at once, parameters' gradients aside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._set_aside)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Carry out an operation and note its results."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _address(tensor) not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(_address(tensor))
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._freed, _address(tensor), storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return result
-
-    def _freed(self, address: int, number: int) -> None:
-        self.seen.discard(address)
-        self.alive -= number
-
-    def _set_aside(self, parameter: Tensor) -> None:
-        self.alive -= parameter.nbytes
-
-
-def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _attention_backward_flops(gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, q, k, v)
-
-
-ATTENTION_FLOPS: dict[Any, Any] = {  # the CPU's attention, which torch's counter passes over
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
-@contextlib.contextmanager
-def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect the memory that a forward pass keeps for the backward pass: bytes by address, each storage once, the model's own aside."""
-    own = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, int] = {}
-
-    def remember(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in own:
-            saved[_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor  # the graph holds it, so no later tensor gets its address
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        yield saved
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-@contextlib.contextmanager
-def _no_memory() -> Iterator[None]:
-    """Tensors made here have shapes only. Masks that a prior caches are forgotten before and after: real and unreal ones must not meet."""
-
-    def forget() -> None:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("prior."):
-                for function in vars(module).values():
-                    if callable(getattr(function, "cache_clear", None)):
-                        function.cache_clear()
-
-    forget()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):  # for the meta tensors that a model is made of, before `to_empty`
-            yield
-    finally:
-        forget()
-
-
 def report(estimate: Estimate, config: PlanConfig, images_per_second: float | None) -> list[str]:
     """What is said about a stage."""
     stage, device = estimate.stage, estimate.device
@@ -440,7 +290,7 @@ def _time(estimate: Estimate, config: PlanConfig, images_per_second: float | Non
     else:
         epoch, all_steps = "1,000,000 images", f"all {num_steps:,} steps"
     return [
-        f"{_hours(seconds * images / batch_size)} for {epoch}; {_hours(seconds * num_steps)} for {all_steps}",
+        f"{hours(seconds * images / batch_size)} for {epoch}; {hours(seconds * num_steps)} for {all_steps}",
         f"{source}: {seconds:,.3g} s per step, {batch_size / seconds:,.3g} images/s",
     ]
 
@@ -463,18 +313,6 @@ def step_seconds(estimate: Estimate, *, measure: bool) -> tuple[float, str]:
     seconds = forward_and_backward * stage.config.batch_size / rows + update
     extrapolated = "" if rows == stage.config.batch_size else f" with {rows} images, extrapolated to {stage.config.batch_size}"
     return seconds, f"at the rate of a real step timed here{extrapolated}"
-
-
-@lru_cache
-def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the best of half a second, as others may be using the machine."""
-    side = 1024 if device.type == "cpu" else 8192
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - started < 0.5:
-        times.append(_timed(lambda: matrix @ matrix, device))
-    return 2 * side**3 / min(times)
 
 
 def time_step(stage: Stage, rows: int, device: torch.device, precision: str) -> tuple[float, float]:
@@ -500,26 +338,9 @@ def time_step(stage: Stage, rows: int, device: torch.device, precision: str) -> 
     times: list[tuple[float, float]] = []
     started = time.perf_counter()
     while len(times) < 4 or (len(times) < 50 and time.perf_counter() - started < 1):
-        times.append((_timed(forward_and_backward, device), _timed(update, device)))
+        times.append((timed(forward_and_backward, device), timed(update, device)))
     return statistics.median(a for a, _ in times[1:]), statistics.median(b for _, b in times[1:])
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
 
 
 def _bytes(number: float) -> str:
     return f"{number / GIBIBYTE:,.1f} GiB" if number >= GIBIBYTE else f"{number / 2**20:,.1f} MiB"
-
-
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"

@@ -12,7 +12,8 @@ import yaml
 
 from pipelines.cli import COMMANDS, load_recipe, main, recipe_names, recipe_section
 from pipelines.config import PlanConfig
-from pipelines.plan import Estimate, Stage, estimate_stage, find_device, saved_for_backward, stages_of, time_step, trace
+from pipelines.plan import Estimate, estimate_stage, find_device, stages_of, time_step
+from pipelines.tracing import Stage, saved_for_backward, trace
 from prior.config import TrainPriorConfig
 from tests.conftest import ROOT
 from vqvae2.common.config import from_dict
