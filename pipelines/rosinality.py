@@ -23,7 +23,7 @@ from prior.codes import MANIFEST_NAME, SPLITS, Manifest, write_manifest
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord
-from vqvae2.common.machine import versions
+from vqvae2.common.provenance import versions
 from vqvae2.data import is_held_out
 from vqvae2.model import VQVAE2
 
