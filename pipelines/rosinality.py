@@ -152,7 +152,7 @@ def open_rows(path: Path) -> Iterator[Rows]:
     try:
         import lmdb
     except ImportError:
-        raise UserError('the package lmdb is not installed: pip install "vqvae2[lmdb]".') from None
+        raise UserError("the package lmdb is not installed, which reads such files: pip install lmdb.") from None
     file = path / "data.mdb" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file} does not exist: give the LMDB file, or its folder.")
