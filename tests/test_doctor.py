@@ -411,7 +411,7 @@ def test_the_condition_must_help(copy_of_trained: Path) -> None:
     ("change", "sentence"),
     [
         (lambda c: c["codes_0"][3].__setitem__(0, 16), r"codes_0 reaches from \d+ to 16, but there are 16 codes"),
-        (lambda c: c["id"].__setitem__(5, c["id"][4]), "1 rows .* repeat the id"),
+        (lambda c: c["id"].__setitem__(5, c["id"][4]), r"2 rows, the first of them row 4, have an id and view that another row"),
     ],
     ids=["out of range", "a row twice"],
 )
@@ -436,6 +436,16 @@ def test_the_images_may_be_named_or_gone(copy_of_trained: Path, photos: Path, tm
     shutil.copy(next(photos.rglob("*.png")), tmp_path / "others" / "unknown.png")
     command(*arguments, "--data.path", tmp_path / "others", code=1)
     assert "FAIL  extraction: none of the" in capsys.readouterr().out
+
+
+def test_views_are_no_repeats_and_are_encoded_as_they_were(run: Path, photos: Path, tmp_path: Path) -> None:
+    extract = ("extract", "--vqvae", run / "vqvae", "--data.path", photos, "--output-dir", tmp_path / "codes")
+    command(*extract, "--views", "original", "flip", "top_left", "--shard-size", 50)
+    command("codes", "verify", tmp_path / "codes")
+    assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")) == {}
+    first = tmp_path / "codes" / "train" / "00000.parquet"
+    edit_shard(first, lambda c: c.update(codes_1=c["codes_1"][1:] + c["codes_1"][:1]))  # every view with the next one's codes
+    assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")).keys() == {"extraction"}
 
 
 @pytest.mark.parametrize("quantizer", [{"kind": "ema"}, {"kind": "gradient"}, {"kind": "cosine"}, {"kind": "fsq"}, {"kind": "fsq", "fsq_levels": (5, 4, 3, 2)}])
