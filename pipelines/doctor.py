@@ -1,7 +1,8 @@
 """`vqvae2 doctor`: what can be wrong with trained parts without showing, checked in seconds, a line per check."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,11 +18,13 @@ from prior.audit import Finding, audit, check_beats_frequencies, check_cached_eq
 from prior.base import Prior
 from prior.codes import CodeDataset, Manifest, read_manifest
 from prior.registry import load_prior
-from vqvae2.common.config import read_yaml
+from vqvae2.common.config import from_dict, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.machine import processes
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageSource, load_source
+from vqvae2.data.augmentation import ORIGINAL, view_change
+from vqvae2.data.sources import is_local
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 from vqvae2.usage import level_name
@@ -99,16 +102,23 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
         raise UserError("--data.validation-path is given without --data.path: give both.")
     if parts.codes is None or parts.vqvae is None:
         return {}
-    record = parts.codes / RECORD_NAME
-    if path is None:
-        recorded = read_yaml(record).get("data", {}) if record.exists() else {}
-        path, validation_path = recorded.get("path"), recorded.get("validation_path")
-        if path is None or not all(Path(p).expanduser().exists() for p in (path, validation_path) if p is not None):
-            return {}
+    data = ImagesConfig(path=path, validation_path=validation_path) if path is not None else _recorded_images(parts.codes)
+    if data is None:
+        return {}
     channels = parts.vqvae.config.image.channels
-    train = load_source(ImagesConfig(path=path), channels)
-    held_out = load_source(ImagesConfig(path=validation_path), channels) if validation_path is not None else train
+    train = load_source(data, channels)
+    held_out = load_source(replace(data, path=data.validation_path), channels) if data.validation_path is not None else train
     return {"train": train, "validation": held_out}
+
+
+def _recorded_images(codes: Path) -> ImagesConfig | None:
+    """Where the record of an extraction says that the images are, if they are still there."""
+    record = codes / RECORD_NAME
+    recorded = read_yaml(record).get("data") if record.exists() else None
+    if recorded is None:
+        return None
+    data = from_dict(ImagesConfig, recorded, str(record))
+    return data if all(is_local(path) for path in (data.path, data.validation_path) if path is not None) else None
 
 
 def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding]:
@@ -227,7 +237,7 @@ def check_codes(folder: Path, manifest: Manifest) -> tuple[Finding, dict[str, Co
     """Every row is there, once, with codes in [0, K) on the manifest's grids; and the rows, by split, where they can be read."""
     try:
         datasets = {split: CodeDataset(folder, manifest, split) for split in ("train", "validation")}
-        twice = {split: len(ids) - len(set(ids)) for split in datasets if (ids := _ids(folder, split))}
+        twice = {split: len(ids) - len(set(ids)) for split in datasets if (ids := _names(folder, split))}
     except UserError as error:
         return Finding("codes", False, str(error)), {}
     for split, number in twice.items():
@@ -249,19 +259,21 @@ def check_extraction(vqvae: VQVAE2, folder: Path, datasets: Mapping[str, CodeDat
         found = {name: i for i, name in enumerate(images[split].ids)}
         if split == "train":
             found = {name: i for i, name in reversed(list(enumerate(images[split].ids)))}
-        ids = _ids(folder, split)
-        rows = [row for row in spread(len(ids), LANES // 2) if ids[row] in found]
-        missing += len(spread(len(ids), LANES // 2)) - len(rows)
+        listed = _names(folder, split)
+        chosen = spread(len(listed), LANES // 2)
+        rows = [row for row in chosen if listed[row][0] in found]
+        missing += len(chosen) - len(rows)
         if not rows:
             continue
-        pixels = ImageDataset(images[split], [found[ids[row]] for row in rows], vqvae.config.image).__getitems__(range(len(rows)))["images"]
+        shown = ImageDataset(images[split], [found[listed[row][0]] for row in rows], vqvae.config.image)
+        pixels = torch.stack([_view(shown, i, listed[row][1]) for i, row in enumerate(rows)])
         stored = dataset.__getitems__(rows)["codes"]
         for level, (again, before) in enumerate(zip(encode_lanes(vqvae, pixels), stored, strict=True)):
             different = again != before.flatten(1)
             wrong[level] += int(different.sum())
             total[level] += different.numel()
             if different.any() and not first:
-                first = f", the first of {split}/{ids[rows[int(different.any(dim=1).nonzero()[0])]]}"
+                first = f", the first of {split}/{listed[rows[int(different.any(dim=1).nonzero()[0])]][0]}"
     if not max(total):
         what_to_do = "give the images that the codes were extracted from (--data.path)."
         return Finding("extraction", False, f"none of the {missing} images asked for is among these images: {what_to_do}")
@@ -275,14 +287,19 @@ def check_extraction(vqvae: VQVAE2, folder: Path, datasets: Mapping[str, CodeDat
     return Finding("extraction", True, f"images encoded again get their stored codes: {said} codes differ{rest}.")
 
 
-def _ids(folder: Path, split: str) -> list[str]:
-    """The images' ids of a split, in order.
+def _view(images: ImageDataset, index: int, view: str) -> Tensor:
+    return images.pixels(index) if view == ORIGINAL else images.changed(index, partial(view_change, view, images.config))
+
+
+def _names(folder: Path, split: str) -> list[tuple[str, str]]:
+    """The id and the view of a split's rows, in order.
 
     Raises:
         UserError: a shard has none.
     """
     try:
-        tables = [pq.read_table(path, columns=["id"]) for path in sorted((folder / split).glob("*.parquet"))]
+        tables = [pq.read_table(path, columns=["id", "view"]) for path in sorted((folder / split).glob("*.parquet"))]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder / split} has a broken shard ({error}): remove it and run vqvae2 extract again.") from None
-    return pa.concat_tables(tables)["id"].to_pylist() if tables else []
+    table = pa.concat_tables(tables) if tables else {"id": pa.array([]), "view": pa.array([])}
+    return list(zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True))
