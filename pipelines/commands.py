@@ -12,6 +12,7 @@ from pipelines.config import AssembleConfig, ImportWeightsConfig, PartsConfig, R
 from pipelines.drawing import make_reconstruction_drawer, make_sample_drawer, reconstruction_sheet, sample_sheet
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
+from prior.code_shards import file_hash
 from prior.sampling import Known
 from prior.training import train_prior as train_prior_alone
 from vqvae2.common.artifact import content_hash
@@ -152,6 +153,7 @@ def import_weights(config: ImportWeightsConfig) -> None:
     """Write the model folder of another implementation's checkpoint, and say what was found."""
     check_empty(Path(config.output_dir), "run")
     model = import_rosinality(Path(config.checkpoint), config.size)
+    RunRecord("import-weights", config, "import_config.yaml", notes={"checkpoint_sha256": file_hash(Path(config.checkpoint))}).write(Path(config.output_dir))
     model.save_pretrained(config.output_dir)
     found = model.config
     levels = [f"{k} codes of {d} dimensions" for k, d in zip(found.codebook_size_per_level, found.code_dim_per_level, strict=True)]

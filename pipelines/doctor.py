@@ -188,10 +188,17 @@ def check_parts(parts: Parts) -> Finding:
         hashes[name], shapes[name] = config.encoder_hash, (config.grids, config.codebook_sizes)
         if config.num_classes:
             classes[name] = config.class_names
+    datasets = {f"the prior of level {prior.config.level} was trained on": prior.config.codes_hash for prior in parts.priors}
+    if manifest is not None:
+        datasets = {"the code dataset is": manifest.codes_hash, **datasets}
     first, encoder = next(iter(hashes.items()))
     for name, other in hashes.items():
         if other != encoder:
             wrong.append(f"{name} belongs to the encoder {other[:12]}, but {first} to {encoder[:12]}")
+    for name, other in datasets.items():
+        known = next(iter(datasets))
+        if other != datasets[known]:
+            wrong.append(f"{name} the codes {other[:12]}, but {known} {datasets[known][:12]}")
     for name, (grids, sizes) in shapes.items():
         known_grids, known_sizes = shapes[first]
         number = min(len(grids), len(known_grids))

@@ -22,7 +22,8 @@ from prior.codes import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, read_json, write_json
-from vqvae2.common.machine import processes, versions
+from vqvae2.common.machine import processes
+from vqvae2.common.provenance import versions
 from vqvae2.data import to_images
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.augmentation import ORIGINAL, view_change

@@ -19,9 +19,11 @@ from pipelines.doctor import check_round_trip, examine, find_images, load_parts
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.audit import Finding, audit, stop_if_unsound
 from prior.base import Prior
+from prior.codes import read_manifest
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.quantizers import CodebookQuantizer, make_quantizer
 
@@ -339,6 +341,17 @@ def test_another_encoders_hash(copy_of_trained: Path) -> None:
     assert "extract with this autoencoder" in found["parts"]
 
 
+def test_other_codes(copy_of_trained: Path) -> None:
+    """The same encoder's, of other images: one label is another."""
+    before = read_manifest(copy_of_trained / "codes").codes_hash
+    edit_shard(copy_of_trained / "codes" / "train" / "00000.parquet", lambda c: c["label"].__setitem__(0, 2 - c["label"][0]))
+    after = read_manifest(copy_of_trained / "codes").codes_hash
+    found = failed(copy_of_trained)
+    assert found.keys() == {"parts"}
+    for level in range(2):
+        assert f"the prior of level {level} was trained on the codes {before[:12]}, but the code dataset is {after[:12]}" in found["parts"]
+
+
 def test_another_encoder(copy_of_trained: Path) -> None:
     """Its weights were changed after the extraction: hashes and codes say so."""
     model = VQVAE2.from_pretrained(copy_of_trained / "vqvae")
@@ -362,9 +375,11 @@ def test_a_prior_of_other_grids(copy_of_trained: Path) -> None:
 
 
 def rewrite(x: Path, split: str, change: Callable[[dict], object]) -> None:
-    """Change a split's only shard, as if it had been extracted so."""
+    """Change a split's only shard, as if it had been extracted so and the priors had been trained on it."""
     (path,) = (x / "codes" / split).glob("*.parquet")
     edit_shard(path, change)
+    for config in x.glob("prior_*/config.json"):
+        write_json(config, {**read_json(config), "codes_hash": read_manifest(x / "codes").codes_hash})
 
 
 def test_truncated_codes(copy_of_trained: Path) -> None:
