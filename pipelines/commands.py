@@ -23,15 +23,16 @@ from vqvae2.common.machine import processes
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.config import ImagesConfig, TrainVQVAEConfig
 from vqvae2.data import ImageDataset, load_images, load_picture, load_source, picture_size, read_picture_file, to_images
+from vqvae2.data.arrays import PythonImages
 from vqvae2.model import VQVAE2
 from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
 from vqvae2.training import trained_with
 
 
-def train(config: TrainVQVAEConfig) -> None:
+def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> None:
     """Train the autoencoder, with pictures of reconstructions."""
-    train_alone(config, make_draw=make_reconstruction_drawer)
+    train_alone(config, images=images, make_draw=make_reconstruction_drawer)
 
 
 def train_prior(config: TrainPriorCommandConfig) -> None:

@@ -1,7 +1,7 @@
 """`vqvae2 doctor`: what can be wrong with trained parts without showing, checked in seconds, a line per check."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -18,12 +18,13 @@ from prior.audit import Finding, audit, check_beats_frequencies, check_cached_eq
 from prior.base import Prior
 from prior.codes import SPLITS, CodeDataset, Manifest, read_manifest, read_shard
 from prior.registry import load_prior
-from vqvae2.common.config import read_yaml
+from vqvae2.common.config import from_dict, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.machine import processes
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageSource, load_source
 from vqvae2.data.augmentation import ORIGINAL, view_change
+from vqvae2.data.sources import is_local
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 from vqvae2.usage import level_name
@@ -101,16 +102,23 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
         raise UserError("--data.validation-path is given without --data.path: give both.")
     if parts.codes is None or parts.vqvae is None:
         return {}
-    record = parts.codes / RECORD_NAME
-    if path is None:
-        recorded = read_yaml(record).get("data", {}) if record.exists() else {}
-        path, validation_path = recorded.get("path"), recorded.get("validation_path")
-        if path is None or not all(Path(p).expanduser().exists() for p in (path, validation_path) if p is not None):
-            return {}
+    data = ImagesConfig(path=path, validation_path=validation_path) if path is not None else _recorded_images(parts.codes)
+    if data is None:
+        return {}
     channels = parts.vqvae.config.image.channels
-    train = load_source(ImagesConfig(path=path), channels)
-    held_out = load_source(ImagesConfig(path=validation_path), channels) if validation_path is not None else train
+    train = load_source(data, channels)
+    held_out = load_source(replace(data, path=data.validation_path), channels) if data.validation_path is not None else train
     return {"train": train, "validation": held_out}
+
+
+def _recorded_images(codes: Path) -> ImagesConfig | None:
+    """Where the record of an extraction says that the images are, if they are still there."""
+    record = codes / RECORD_NAME
+    recorded = read_yaml(record).get("data") if record.exists() else None
+    if recorded is None:
+        return None
+    data = from_dict(ImagesConfig, recorded, str(record))
+    return data if all(is_local(path) for path in (data.path, data.validation_path) if path is not None) else None
 
 
 def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding]:
