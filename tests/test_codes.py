@@ -21,6 +21,7 @@ import prior.code_shards
 import prior.codes
 from prior.code_shards import ShardRecord, content_hash, file_hash, flat_values, record_shard, write_shard
 from prior.codes import CodeDataset, Manifest, read_manifest, read_rows, write_manifest
+from tests.conftest import command
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 
@@ -225,7 +226,7 @@ def test_shards_without_rows(tmp_path: Path) -> None:
     assert len(CodeDataset(tmp_path, read_manifest(tmp_path), "train")) == 30
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_damaged_dataset_is_refused_or_the_same(data: st.DataObject) -> None:
     """Whatever becomes of the manifest's or a shard's bytes: a sentence, or the very rows that were written."""
@@ -256,7 +257,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_manifest_of_other_values_is_refused(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -286,3 +287,15 @@ def test_a_manifest_of_another_meaning_is_refused(meaning: dict, sentence: str, 
     write_manifest(tmp_path, dataclasses.replace(read_manifest(tmp_path), **meaning))
     with pytest.raises(UserError, match=sentence):
         CodeDataset(tmp_path, read_manifest(tmp_path), "train")
+
+
+def test_a_prior_learns_the_same_from_codes_larger_than_memory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = ("train-prior", "--config", "tiny", "--codes", run / "codes", "--level", "bottom", "--picture-every", 0, "--output-dir")
+    command(*train, tmp_path / "in_memory", "--num-steps", 5)
+    monkeypatch.setattr(prior.codes, "MEMORY_BYTES", 0)
+    command(*train, tmp_path / "mapped", "--codes-cache", tmp_path / "cache", "--num-steps", 5)
+    weights = [tmp_path / name / "checkpoints" / "step_00000005" / "model.safetensors" for name in ("in_memory", "mapped")]
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
+    assert not (run / "codes" / ".decoded").exists()
+    assert weights[0].exists()
+    assert weights[0].read_bytes() == weights[1].read_bytes()
