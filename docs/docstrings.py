@@ -13,7 +13,7 @@ def as_rst(lines: Sequence[str]) -> list[str]:
     for line in lines:
         indented = line.startswith(" ")
         if SECTION.match(line):
-            section = True
+            section, literal = True, False
         elif line and not indented:
             section = literal = False
         starts_block = indented and not literal and not section and (not result or not result[-1])
