@@ -13,6 +13,7 @@ from vqvae2 import quantizers
 from vqvae2.config import TrainVQVAEConfig
 
 DOCS = ROOT / "docs"
+OF_OTHERS = {"--cpu", "--num_processes", "--signal"}  # flags of launchers
 
 
 def run_python_of(page: str) -> int:
@@ -74,3 +75,16 @@ def test_links_between_the_pages_lead_somewhere() -> None:
     assert len(links) > 10
     for page, link in links:
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_pages_name_flags_that_exist() -> None:
+    flags = {name: {*_flags(config), "--config", "--help"} for name, (config, _) in COMMANDS.items()}
+    known = set().union(*flags.values())
+    for page in DOCS.glob("*.md"):
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^vqvae2 (.*)", text, re.MULTILINE):
+            line = line.split("  #")[0]
+            name = next(" ".join(line.split()[:n]) for n in (2, 1) if " ".join(line.split()[:n]) in COMMANDS)
+            assert set(re.findall(r"(?<=\s)--[\w.-]+", line)) <= flags[name], f"{page.name}: vqvae2 {line}"
+        for span in re.findall(r"`(--[a-z][\w.-]*)[^`]*`", text):
+            assert span in known | OF_OTHERS, f"{page.name}: {span}"
