@@ -1,5 +1,6 @@
 """How Sphinx makes the site of these pages: `sphinx-build -W --keep-going -b html docs build/site`."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ html_copy_source = False
 html_show_sphinx = False
 
 log = logging.getLogger(__name__)
+TO_CODE = re.compile(r"\[`?([^\]`]+)`?\]\(\.\./([\w/]+)\.py\)")
 
 
-def add_configuration(app: Any, page: str, source: list[str]) -> None:
-    """The page `configuration` ends with every flag of every command."""
+def complete(app: Any, page: str, source: list[str]) -> None:
+    """The page `configuration` ends with every flag of every command; a link to a file of the code leads to where the API reference speaks of it."""
     if page == "configuration":
         source[0] += all_commands()
+    source[0] = TO_CODE.sub(lambda link: f"{{py:mod}}`{link[1]} <{link[2].replace('/', '.')}>`", source[0])
 
 
 def clean_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -71,6 +74,6 @@ def draw_formula(translator: Any, node: Any) -> None:
 
 def setup(app: Any) -> None:
     """What Sphinx calls."""
-    app.connect("source-read", add_configuration)
+    app.connect("source-read", complete)
     app.connect("autodoc-process-docstring", clean_docstring, priority=400)  # before Napoleon reads the sections
     app.add_html_math_renderer("mathml", (draw_formula, None), (draw_formula, None))
