@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from docutils.utils.math import MathError, latex2mathml
 from sphinx.util import logging
 
@@ -69,7 +70,7 @@ def draw_formula(translator: Any, node: Any) -> None:
         log.warning("the formula %r cannot be drawn: %s", tex, error, location=node)
         html = translator.encode(tex)
     translator.body.append(f'<div class="math">{html}</div>' if block else f'<span class="math">{html}</span>')
-    raise translator.SkipNode
+    raise nodes.SkipNode
 
 
 def setup(app: Any) -> None:
