@@ -25,5 +25,5 @@ def as_rst(lines: Sequence[str]) -> list[str]:
 
 
 def escape(line: str) -> str:
-    """A line of prose; what is between backticks stays."""
-    return re.sub(r"(`+[^`]*`+)|([*|\\])|(?<=\w)(_)(?!\w)", lambda m: m[1] or "\\" + (m[2] or m[3]), line)
+    """A line of prose; what is between backticks stays, and so do *stressed* words."""
+    return re.sub(r"(`+[^`]*`+|(?<!\S)\*\w+\*(?!\w))|([*|\\])|(?<=\w)(_)(?!\w)", lambda m: m[1] or "\\" + (m[2] or m[3]), line)

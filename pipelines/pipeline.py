@@ -48,7 +48,7 @@ def part_folders(name: str | Path, *, revision: str | None = None) -> tuple[Path
 
 
 class VQVAE2Pipeline:
-    """`VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`"""
+    """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`."""
 
     def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
         """Join parts that belong together.

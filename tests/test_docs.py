@@ -63,9 +63,9 @@ def test_the_reference_takes_meanings_and_defaults_from_the_nearest_class() -> N
 
 
 def test_docstrings_become_restructured_text_that_says_the_same() -> None:
-    lines = ["argmin |z - e_k|^2, names_ and `a * b`", "", "    a <- 2 * b", "", "Args:", "    x: |z| * 2", "after"]
+    lines = ["argmin |z - e_k|^2, names_, *so*, B*h*w and `a * b`", "", "    a <- 2 * b", "", "Args:", "    x: |z| * 2", "after"]
     assert as_rst(lines) == [
-        r"argmin \|z - e_k\|^2, names\_ and `a * b`", "", "::", "", "    a <- 2 * b", "", "Args:", r"    x: \|z\| \* 2", "after",
+        r"argmin \|z - e_k\|^2, names\_, *so*, B\*h\*w and `a * b`", "", "::", "", "    a <- 2 * b", "", "Args:", r"    x: \|z\| \* 2", "after",
     ]  # fmt: skip
 
 
