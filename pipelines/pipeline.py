@@ -56,7 +56,7 @@ def training_record(folder: str | Path) -> dict[str, Any]:
 
 
 class VQVAE2Pipeline:
-    """`VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`"""
+    """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`."""
 
     def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior], *, trainings: Mapping[str, Any] | None = None) -> None:
         """Join parts that belong together.

@@ -29,8 +29,8 @@ def make_loss(
 ) -> LossFunction:
     """The loss function of stage 1 for `fit`: reconstruction + what the quantizers ask for (van den Oord et al. 2017, equation 3) + what is optional.
 
-    L = ||x - decode(e)||^2 + sum over levels of beta ||z - sg(e)||^2 [+ ||sg(z) - e||^2 where the codebook learns by gradient]
-        [+ perceptual_weight * perceptual(decode(e), x)] [+ the terms of a discriminator]
+        L = ||x - decode(e)||^2 + sum over levels of beta ||z - sg(e)||^2 [+ ||sg(z) - e||^2 where the codebook learns by gradient]
+            [+ perceptual_weight * perceptual(decode(e), x)] [+ the terms of a discriminator]
 
     Args:
         perceptual: reconstructions and images `(B, C, H, W)` to their mean distance `()`, see `vqvae2.perceptual`.

@@ -220,9 +220,9 @@ class CodebookQuantizer(Quantizer):
 class EMAQuantizer(CodebookQuantizer):
     """A codebook of running averages: each code is the mean of the features assigned to it lately (van den Oord et al. 2017, appendix A.1).
 
-    counts_k <- decay * counts_k + (1 - decay) * n_k        n_k: number of vectors assigned to code k, over all processes
-    sums_k   <- decay * sums_k   + (1 - decay) * sum of them
-    e_k      <- sums_k / counts_k
+        counts_k <- decay * counts_k + (1 - decay) * n_k    n_k: number of vectors assigned to code k, over all processes
+        sums_k   <- decay * sums_k   + (1 - decay) * sum of them
+        e_k      <- sums_k / counts_k
 
     Both averages start at zero, so their common bias (1 - decay^t) cancels in the quotient: after one step a code *is* the mean of its
     vectors. A code that no vector has ever chosen keeps its place.

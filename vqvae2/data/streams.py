@@ -228,8 +228,8 @@ class StreamedImages:
         held_out: whether the images whose names are held out by the configured share are left out.
         on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped. The batch lacks it.
 
-    Raises (when read):
-        UserError: a broken shard or image, no training image, or a batch of which no image could be read.
+    Raises:
+        UserError: when it is read: a broken shard or image, no training image, or a batch of which no image could be read.
     """
 
     def __init__(
