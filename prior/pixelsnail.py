@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prior.attention import KVCache, attend
+from prior.attention import Attention, KVCache, attend
 from prior.causal_conv import CausalConv, CausalConvStatic, CausalConvSteps, Conv3x3, tap_slots
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
 from prior.packed import pack_linears
@@ -263,6 +263,11 @@ class PixelSNAIL(StaticPrior):
             return context
         return self.condition(condition, self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width) if context is None else context)
 
+    def attention(self) -> Attention | None:
+        """See `Prior.attention`."""
+        heads = self.config.network.num_heads
+        return Attention(heads, self.config.network.width // 2 // heads, window=0) if heads else None
+
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
         """Run the condition network once, pack the weights, and take the caches."""
         height, width = self.config.grids[-1]
@@ -298,11 +303,11 @@ class PixelSNAIL(StaticPrior):
         self, steps: Callable[[GatedBlock, int, int, torch.dtype], Steps], batch_size: int, dtype: torch.dtype
     ) -> list[tuple[list[Steps], nn.Module | None, KVCache | None]]:
         """Of each block its residual blocks as `steps`, its attention and the attention's cache."""
-        width, heads = self.config.grids[-1][1], self.config.network.num_heads
+        width, attention = self.config.grids[-1][1], self.attention()
         blocks: list[tuple[list[Steps], nn.Module | None, KVCache | None]] = []
         for block in cast(Sequence[Block], self.blocks):
             residuals = [steps(residual, batch_size, width, dtype) for residual in cast(Sequence[GatedBlock], block.residuals)]
-            cache = KVCache(batch_size, heads, self.config.num_positions, self.config.network.width // 2 // heads, self.embedding.weight) if heads else None
+            cache = KVCache(batch_size, attention.num_heads, self.config.num_positions, attention.head_dim, self.embedding.weight) if attention else None
             blocks.append((residuals, pack_linears(block.attention, batch_size, dtype) if block.attention is not None else None, cache))
         return blocks
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prior.attention import KVCache, attend
+from prior.attention import Attention, KVCache, attend
 from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.packed import pack_linears
 from prior.static import StaticPrior, hold_still
@@ -173,6 +173,11 @@ class TransformerPrior(StaticPrior):
         where = self.positions().expand(batch_size, -1, -1)
         context = self.labels(labels)[:, None] if self.labels is not None else torch.zeros_like(where[:, :1])
         return where + context + (self.condition(condition, context) if self.condition is not None else 0)
+
+    def attention(self) -> Attention:
+        """See `Prior.attention`."""
+        block = cast(Block, self.blocks[0])
+        return Attention(block.num_heads, self.config.network.width // block.num_heads, block.window)
 
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
         """Run the condition network once, pack the weights, and take the caches."""
