@@ -4,6 +4,7 @@ Letters: B batch, n heads, T queries, S keys, d features per head.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,6 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHORT = 512  # positions up to which the written-out product is the faster one on a CPU (bf16: up to 1.5 times)
+
+
+class Attention(NamedTuple):
+    """A causal attention as a network has it."""
+
+    num_heads: int
+    head_dim: int
+    window: int
+    """As in `attend`."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prior.attention import KVCache, attend, attend_written_out
 from prior.base import Prior
 from prior.codes import CodeDataset
 from prior.sampling import SamplingConfig, probabilities, uniforms
@@ -27,6 +28,8 @@ MOST_STEPS = 256  # of cached sampling; a larger grid is checked in its first ro
 WORK = 1e11  # multiplications in one forward: about a second on two CPU cores, if need be with fewer rows
 STEP_WORK = 5e9  # the same for one row through all steps
 MOST_LOGITS = 2**26
+ATTENTION_WORK = 1e9  # multiplications in one attention: a fraction of a second on two CPU cores, if need be with fewer heads
+MOST_KEYS = 8192  # beyond, attention takes no other ways
 
 
 class Finding(NamedTuple):
@@ -140,6 +143,9 @@ def audit(prior: Prior, device: torch.device | None = None) -> Iterator[Finding]
         if finding is not None:
             yield finding
     yield check_start_loss(copied)
+    attention = check_attention(prior, device)
+    if attention is not None:
+        yield attention
 
 
 def stop_if_unsound(prior: Prior, device: torch.device) -> None:
@@ -339,6 +345,59 @@ def check_start_loss(prior: Prior) -> Finding:
     if not loss <= uniform + 1:
         return Finding("start", False, f"{said}: it starts far from uniform. Initialise the output layer with smaller weights.")
     return Finding("start", True, f"{said}.")
+
+
+@torch.no_grad()
+def check_attention(prior: Prior, device: torch.device | None = None) -> Finding | None:
+    """Attention at the prior's real length and window sees what it may and nothing else. Nothing to check without attention.
+
+    The other checks see a large prior on smaller grids, where attention takes other ways (see `attend`). Random queries, keys and values are
+    attended to in all ways that a prior uses. Some positions, first and last and those at the window's edges among them, are held against the
+    definition. At two of them, one per row of a batch, all keys and values that the position may not see are changed, which must not move a bit.
+    """
+    facts = prior.attention()
+    if facts is None:
+        return None
+    length = min(prior.config.num_positions, MOST_KEYS)
+    reach = facts.window or length  # how many keys before its own a position sees
+    edges = {reach - 1, reach, reach + 1, 2 * reach, 2 * reach + 1} & set(range(length))
+    positions = sorted({*spread(length, 9), *edges, max(0, length - 2)})
+    flipped = [min(reach + 1, length // 2), max(0, length - 2)]
+    work = 2 * len(flipped) * length * min(length, 2 * reach) * facts.head_dim
+    shape = (len(flipped), int(max(1, min(facts.num_heads, ATTENTION_WORK // work))), length, facts.head_dim)
+    q, k, v = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(device or prior.device)
+
+    def fault(position: int, what: str) -> Finding:
+        where = f"{_place(position, prior.config.grids[-1][1])} of {length} (window {facts.window or 'none'})"
+        return Finding("attention", False, f"{what} at {where}: look at the masks, windows and blocks of attend and KVCache at this length.")
+
+    attended = attend(q, k, v, causal=True, window=facts.window)
+    cache = KVCache(*shape, q, window=facts.window)
+    cache.keys.copy_(k)
+    cache.values.copy_(v)
+    for t in positions:
+        own, seen = slice(t, t + 1), slice(max(0, t - reach), t + 1)
+        expected = attend_written_out(q[:, :, own].double(), k[:, :, seen].double(), v[:, :, seen].double(), mask=None)
+        ways = {
+            "attention": attended[:, :, own],
+            "attention through the cache": cache.attend(t, q[:, :, own], k[:, :, own], v[:, :, own]),
+            "attention in fixed shapes": cache.attend(torch.tensor([t], device=q.device), q[:, :, own], k[:, :, own], v[:, :, own]),
+        }
+        for name, found in ways.items():
+            error = (found - expected).abs().max().item()
+            if not error <= 1e-4:
+                return fault(t, f"{name} is off by {error:.2g}")
+
+    for row, t in enumerate(flipped):
+        for unseen in (slice(0, max(0, t - reach)), slice(t + 1, length)):
+            k[row, :, unseen] += 1
+            v[row, :, unseen] += 1
+    moved = attend(q, k, v, causal=True, window=facts.window) != attended
+    for row, t in enumerate(flipped):
+        if moved[row, :, t].any():
+            return fault(t, "attention changes with keys that it must not see")
+    said = f"at {len(positions)} of {length} positions it is what the definition says, and hidden keys do not move a bit"
+    return Finding("attention", True, f"{said} (features per head {facts.head_dim}, heads tried {shape[1]}, window {facts.window or 'none'}).")
 
 
 # The checks of what a prior has learned: they need its own weights and real codes.

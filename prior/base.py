@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from prior.attention import Attention
 from prior.config import PriorConfig
 from prior.sampling import Known, SamplingConfig, draw, guide, uniforms
 from vqvae2.common.artifact import Artifact
@@ -54,6 +55,10 @@ class Prior(Artifact, nn.Module, ABC):
     @abstractmethod
     def step(self, state: Any, position: int, previous: Tensor | None) -> Tensor:
         """Logits `(B, K)` at a position, given the code before it `(B,)` (None at the first), and `state` moved on in place."""
+
+    def attention(self) -> Attention | None:
+        """The attention over the level's own positions, for the audit to try it at its real length; None for a family that has none."""
+        return None
 
     def make_stepper(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype) -> Stepper:
         """A function of a position and the codes before it `(B,)` (None at the first) to logits `(B, K)`: `step` on a fresh `start`.

@@ -89,3 +89,38 @@ class CausalConvSteps:
     def output(self, column: int) -> Tensor:
         """The output `(B, C')` at a column, when all inputs that it looks at have been put."""
         return self.left(self.windows[column]).add_(self.columns[column])
+
+
+class CausalConvStatic:
+    """The same convolution at one position, in fixed shapes: where its inputs lie is told by a tensor (see `tap_slots`).
+
+    All taps are computed at every position, as one matrix product: on a GPU one more launch costs more than they do. Of the inputs, the rows that a
+    window can reach are kept, in a ring of k//2 + 1 rows: a row takes the place of the one that no later window reaches.
+    """
+
+    def __init__(self, conv: CausalConv, batch_size: int, width: int, dtype: torch.dtype) -> None:
+        above = rearrange(conv.above.weight, "o i r c -> o (r c i)")
+        left = rearrange(conv.left.weight, "o i 1 c -> o (c i)")
+        self.taps = PackedLinear(torch.cat([above, left], dim=1), conv.above.bias, batch_size, dtype)
+        self.inputs = above.new_zeros(batch_size, (conv.reach + 1) * (width + 2 * conv.reach), conv.above.in_channels)
+
+    def put(self, features: Tensor, slot: Tensor) -> None:
+        """Give the input `(B, C)` whose place is `(1,)`."""
+        self.inputs.index_copy_(1, slot, features[:, None])
+
+    def output(self, slots: Tensor) -> Tensor:
+        """The output `(B, C')` of the window whose places are `(taps,)`, when all inputs that it looks at have been put."""
+        return self.taps(self.inputs.index_select(1, slots).flatten(1))
+
+
+def tap_slots(grid: tuple[int, ...], kernel_size: int) -> Tensor:
+    """Where the inputs of every position's window lie in the ring of a `CausalConvStatic`.
+
+    Returns:
+        `(T, k//2 * k + k//2 + 1)`: the rows above, then the positions to the left and, last, the position itself.
+    """
+    (height, width), reach = grid, kernel_size // 2
+    rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    down = torch.cat([torch.arange(-reach, 0).repeat_interleave(kernel_size), torch.zeros(reach + 1, dtype=torch.int64)])
+    across = torch.cat([torch.arange(-reach, reach + 1).repeat(reach), torch.arange(-reach, 1)])
+    return (rows[:, None] + down) % (reach + 1) * (width + 2 * reach) + (columns[:, None] + across + reach)

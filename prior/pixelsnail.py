@@ -6,18 +6,20 @@ Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prior.attention import KVCache, attend
-from prior.base import Prior
-from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
+from prior.attention import Attention, KVCache, attend
+from prior.causal_conv import CausalConv, CausalConvStatic, CausalConvSteps, Conv3x3, tap_slots
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
 from prior.packed import pack_linears
+from prior.static import StaticPrior, hold_still
+
+Steps = TypeVar("Steps", "GatedBlockSteps", "GatedBlockStatic")
 
 
 class GatedBlock(nn.Module):
@@ -65,10 +67,10 @@ class CausalAttention(nn.Module):
         self.read_queries, self.to_queries = GatedBlock(width + 2, width, nn.Linear, dropout), nn.Linear(width + 2, half)
         self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
 
-    def forward(self, x: Tensor, before: Tensor, places: Tensor, cache: KVCache | None = None, position: int = 0) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor, places: Tensor, cache: KVCache | None = None, position: int | Tensor = 0) -> Tensor:
         """`(B, T, W)` to the same, given the embeddings `(B, T, W)` of the codes just before and places `(B, T, 2)`.
 
-        With a cache, T = 1 and all are at `position`.
+        With a cache, T = 1 and all are at `position`, which may be a tensor (see `KVCache.attend`).
         """
         placed = torch.cat([x, places], dim=-1)
         q = self._heads(self.to_queries(self.read_queries(placed)))
@@ -168,8 +170,49 @@ class SamplingState:
     """From features to logits (packed)."""
 
 
-class PixelSNAIL(Prior):
-    """The PixelSNAIL prior of any level. (Its sampling has no compiled path on CUDA yet: there each position launches many small kernels.)
+class GatedBlockStatic:
+    """A causal `GatedBlock` at one position, in fixed shapes."""
+
+    def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
+        self.from_context = pack_linears(block.from_context, batch_size, dtype) if block.from_context is not None else None
+        self.first, self.second = (CausalConvStatic(cast(CausalConv, layer), batch_size, width, dtype) for layer in (block.first, block.second))
+
+    def step(self, x: Tensor, slots: Tensor, context: Tensor | None) -> Tensor:
+        """`(B, W)` to the same; the places of the position's window are `tap_slots`', the context is `(B, W)`."""
+        self.first.put(F.elu(x), slots[-1:])
+        self.second.put(F.elu(self.first.output(slots)), slots[-1:])
+        gated = self.second.output(slots)
+        if self.from_context is not None:
+            gated = gated + self.from_context(context)
+        return x + F.glu(gated, dim=-1)
+
+
+@dataclass
+class StaticState:
+    """The same for steps of fixed shapes."""
+
+    embedding: Tensor
+    """`(K + 1, W)`: the last one, zeros, stands before the first position."""
+    slots: Tensor
+    """`(T, taps)`, see `tap_slots`."""
+    context: Tensor | None
+    """`(B, T, W)`."""
+    stem: CausalConvStatic
+    """Of the first layer."""
+    blocks: list[tuple[list[GatedBlockStatic], nn.Module | None, KVCache | None]]
+    """As in `SamplingState`."""
+    output: nn.Module
+    """From features to logits (packed)."""
+
+    @property
+    def rings(self) -> list[Tensor]:
+        """The inputs that the convolutions keep."""
+        convs = [conv for residuals, _, _ in self.blocks for residual in residuals for conv in (residual.first, residual.second)]
+        return [conv.inputs for conv in (self.stem, *convs)]
+
+
+class PixelSNAIL(StaticPrior):
+    """The PixelSNAIL prior of any level.
 
     The class and the coarser codes are told to the gates of all causal residual blocks. A position's own code enters nothing that it reads: the stem
     leaves it out, and attention gets the code before.
@@ -220,22 +263,20 @@ class PixelSNAIL(Prior):
             return context
         return self.condition(condition, self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width) if context is None else context)
 
+    def attention(self) -> Attention | None:
+        """See `Prior.attention`."""
+        heads = self.config.network.num_heads
+        return Attention(heads, self.config.network.width // 2 // heads, window=0) if heads else None
+
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
         """Run the condition network once, pack the weights, and take the caches."""
-        network = self.config.network
         height, width = self.config.grids[-1]
         context = self.context(batch_size, condition, labels)
-        blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]] = []
-        for block in cast(Sequence[Block], self.blocks):
-            residuals = [GatedBlockSteps(residual, batch_size, width, dtype) for residual in cast(Sequence[GatedBlock], block.residuals)]
-            heads = network.num_heads
-            cache = KVCache(batch_size, heads, height * width, network.width // 2 // heads, self.embedding.weight) if heads else None
-            blocks.append((residuals, pack_linears(block.attention, batch_size, dtype) if block.attention is not None else None, cache))
         return SamplingState(
             context=None if context is None else context.expand(-1, height, -1, -1),
             places=self.places.expand(batch_size, -1, -1),
             stem=CausalConvSteps(self.stem, batch_size, width, dtype),
-            blocks=blocks,
+            blocks=self._start_blocks(GatedBlockSteps, batch_size, dtype),
             output=pack_linears(self.output, batch_size, dtype),
         )
 
@@ -258,12 +299,68 @@ class PixelSNAIL(Prior):
                 x = attention(x[:, None], before[:, None], state.places[:, position : position + 1], cache, position)[:, 0]
         return state.output(x)
 
+    def _start_blocks(
+        self, steps: Callable[[GatedBlock, int, int, torch.dtype], Steps], batch_size: int, dtype: torch.dtype
+    ) -> list[tuple[list[Steps], nn.Module | None, KVCache | None]]:
+        """Of each block its residual blocks as `steps`, its attention and the attention's cache."""
+        width, attention = self.config.grids[-1][1], self.attention()
+        blocks: list[tuple[list[Steps], nn.Module | None, KVCache | None]] = []
+        for block in cast(Sequence[Block], self.blocks):
+            residuals = [steps(residual, batch_size, width, dtype) for residual in cast(Sequence[GatedBlock], block.residuals)]
+            cache = KVCache(batch_size, attention.num_heads, self.config.num_positions, attention.head_dim, self.embedding.weight) if attention else None
+            blocks.append((residuals, pack_linears(block.attention, batch_size, dtype) if block.attention is not None else None, cache))
+        return blocks
+
     def _start_row(self, state: SamplingState, row: int) -> None:
         context = None if state.context is None else state.context[:, row]
         state.stem.start_row()
         for residuals, _, _ in state.blocks:
             for residual in residuals:
                 residual.start_row(context)
+
+    def start_static(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> StaticState:
+        """See `StaticPrior.start_static`."""
+        width = self.config.grids[-1][1]
+        context = self._flat_context(batch_size, condition, labels)
+        state = StaticState(
+            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
+            slots=tap_slots(self.config.grids[-1], self.config.network.kernel_size).to(self.device),
+            context=None if context is None else context.clone(),
+            stem=CausalConvStatic(self.stem, batch_size, width, dtype),
+            blocks=self._start_blocks(GatedBlockStatic, batch_size, dtype),
+            output=pack_linears(self.output, batch_size, dtype),
+        )
+        hold_still(state.embedding, state.slots, *state.rings, *([] if state.context is None else [state.context]))
+        hold_still(*(buffer for _, _, cache in state.blocks if cache is not None for buffer in (cache.keys, cache.values)))
+        return state
+
+    def restart(self, state: StaticState, condition: Sequence[Tensor], labels: Tensor | None) -> None:
+        """See `StaticPrior.restart`. What the caches hold of later positions is not attended to; above the first row there is nothing."""
+        if state.context is not None:
+            state.context.copy_(cast(Tensor, self._flat_context(len(state.context), condition, labels)))
+        for ring in state.rings:
+            ring.zero_()
+
+    def step_static(self, state: StaticState, position: Tensor, previous: Tensor) -> Tensor:
+        """See `StaticPrior.step_static`."""
+        before = F.embedding(previous, state.embedding)
+        slots = state.slots.index_select(0, position)[0]
+        # Before the first position comes the last: zeros where zeros are.
+        state.stem.put(before, state.slots.index_select(0, (position - 1) % len(state.slots))[0, -1:])
+        x = state.stem.output(slots[:-1])
+        context = None if state.context is None else state.context.index_select(1, position)[:, 0]
+        place = self.places.index_select(1, position).expand(len(x), -1, -1)
+        for residuals, attention, cache in state.blocks:
+            for residual in residuals:
+                x = residual.step(x, slots, context)
+            if attention is not None:
+                x = attention(x[:, None], before[:, None], place, cache, position)[:, 0]
+        return state.output(x)
+
+    def _flat_context(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Tensor | None:
+        """`context` at all positions, `(B, T, W)`."""
+        context = self.context(batch_size, condition, labels)
+        return None if context is None else context.expand(-1, *self.config.grids[-1], -1).flatten(1, 2)
 
 
 def _initialise(prior: PixelSNAIL) -> None:

@@ -5,8 +5,7 @@ Letters: B batch, h w code grid, T = h*w positions, W width, n heads, d = W/n, K
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self, cast
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prior.attention import KVCache, attend
-from prior.base import Prior, Stepper
+from prior.attention import Attention, KVCache, attend
 from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.packed import pack_linears
+from prior.static import StaticPrior, hold_still
 
 
 class Block(nn.Module):
@@ -129,7 +128,7 @@ class SamplingState:
     """From features to logits, with packed weights."""
 
 
-class TransformerPrior(Prior):
+class TransformerPrior(StaticPrior):
     """The transformer prior of any level. The input at a position is the code *before* it, so causal attention is all the masking there is."""
 
     config_class = TransformerPriorConfig
@@ -139,7 +138,6 @@ class TransformerPrior(Prior):
     def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__()
         self.config = config
-        self._compiled_steps: dict[Any, Any] = {}
         network = config.network
         height, width = config.grids[-1]
         self.codebook_size = config.codebook_sizes[-1]
@@ -176,6 +174,11 @@ class TransformerPrior(Prior):
         context = self.labels(labels)[:, None] if self.labels is not None else torch.zeros_like(where[:, :1])
         return where + context + (self.condition(condition, context) if self.condition is not None else 0)
 
+    def attention(self) -> Attention:
+        """See `Prior.attention`."""
+        block = cast(Block, self.blocks[0])
+        return Attention(block.num_heads, self.config.network.width // block.num_heads, block.window)
+
     def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
         """Run the condition network once, pack the weights, and take the caches."""
         background = self.background(batch_size, condition, labels)
@@ -203,30 +206,19 @@ class TransformerPrior(Prior):
             x = block(x, angles, cache, position)
         return state.output(x)[:, 0]
 
-    def make_stepper(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype) -> Stepper:
-        """See `Prior.make_stepper`. On CUDA: one step compiled with CUDA graphs, kept for the next batch of this size."""
-        if self.device.type != "cuda":
-            return super().make_stepper(batch_size, condition, labels, dtype)
-        key = (batch_size, dtype, self.device)
-        if key not in self._compiled_steps:
-            state = self.start(batch_size, condition, labels, dtype=dtype)
-            self._compiled_steps[key] = (state, torch.compile(partial(self.step, state), mode="reduce-overhead"))
-        state, compiled = self._compiled_steps[key]
-        state.background.copy_(self.background(batch_size, condition, labels))  # in place: a CUDA graph replays on the same addresses
-        positions = torch.arange(self.config.num_positions, device=self.device)
-        before_all = torch.full((batch_size,), self.codebook_size, device=self.device)
+    def start_static(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
+        """See `StaticPrior.start_static`."""
+        state = self.start(batch_size, condition, labels, dtype=dtype)
+        hold_still(state.background, *(buffer for _, cache in state.blocks for buffer in (cache.keys, cache.values)))
+        return state
 
-        def step(position: int, previous: Tensor | None) -> Tensor:
-            logits = compiled(positions[position : position + 1], before_all if previous is None else previous)
-            return logits.clone()  # the graph writes its next result to the same place
+    def restart(self, state: SamplingState, condition: Sequence[Tensor], labels: Tensor | None) -> None:
+        """See `StaticPrior.restart`. What the caches hold of later positions is not attended to."""
+        state.background.copy_(self.background(len(state.background), condition, labels))
 
-        return step
-
-    def train(self, mode: bool = True) -> Self:
-        """Training changes the weights: compiled steps, which may hold copies of them, are dropped."""
-        if mode:
-            self._compiled_steps = {}
-        return super().train(mode)
+    def step_static(self, state: SamplingState, position: Tensor, previous: Tensor) -> Tensor:
+        """See `StaticPrior.step_static`."""
+        return self.step(state, position, previous)
 
 
 def _at(features: Tensor, position: int | Tensor) -> Tensor:

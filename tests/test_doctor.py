@@ -1,6 +1,7 @@
 """The audit catches what it is for: every bug that is planted here fails the checks meant for it and no other, and healthy parts pass all."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import prior.attention
 import prior.audit
 import prior.training
 from pipelines.config import DoctorConfig
 from pipelines.doctor import check_round_trip, examine, find_images, load_parts
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
-from prior.audit import Finding, audit, stop_if_unsound
+from prior.attention import KVCache, attend
+from prior.audit import Finding, affordable_grids, audit, check_attention, stop_if_unsound
 from prior.base import Prior
 from prior.codes import read_manifest
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
@@ -230,6 +233,64 @@ def test_large_grids_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> Non
     assert failures(make(LeakyMask, **grids)).keys() == {"causality", "cache"}
 
 
+LONG = 512  # the bugs below show at more positions only
+in_window, sdpa, cached = prior.attention.attend_in_window, F.scaled_dot_product_attention, KVCache.attend
+
+
+def window_off_by(number: int) -> Callable:
+    return lambda q, k, v, window: in_window(q, k, v, window + number * (q.shape[-2] > LONG))
+
+
+def sees_the_next(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
+    """A mask one diagonal too high."""
+    if is_causal and q.shape[-2] > LONG:
+        return sdpa(q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(1))
+    return sdpa(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
+
+
+def forgets_the_own(cache: KVCache, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A cache that reads before it writes; here what it reads was there before, but for one key."""
+    if isinstance(position, int) and position > LONG:
+        k = cache.keys[:, :, position - 1 : position]
+    return cached(cache, position, q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "bug", "rows", "sentence"),
+    [
+        (prior.attention, "attend_in_window", window_off_by(1), 4, "attention is off by .* row 4, column 1 of 1024 .window 128"),
+        (prior.attention, "attend_in_window", window_off_by(-1), 4, "attention is off by .* row 4, column 0 of 1024 .window 128"),
+        (F, "scaled_dot_product_attention", sees_the_next, 0, "attention is off by .* row 0, column 0 of 1024 .window none"),
+        (KVCache, "attend", forgets_the_own, 0, "attention through the cache is off by"),
+    ],
+    ids=["one key too many", "one key too few", "the next key", "the cache"],
+)
+def test_attention_that_is_wrong_at_the_real_length_alone(  # type: ignore[no-untyped-def]
+    place, name: str, bug: Callable, rows: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large prior is seen on a small grid by all checks but one."""
+    monkeypatch.setattr(prior.audit, "WORK", 1e7)
+    torch.manual_seed(0)
+    network = TransformerConfig(width=32, num_layers=1, num_heads=2, attention_rows=rows)
+    asked = TransformerPrior(TransformerPriorConfig(level=0, grids=((32, 32),), codebook_sizes=(11,), network=network))
+    assert math.prod(affordable_grids(asked)[-1]) < LONG
+    assert failures(asked) == {}
+    monkeypatch.setattr(place, name, bug)
+    found = failures(asked)
+    assert found.keys() == {"attention"}
+    assert re.search(sentence, found["attention"])
+
+
+def test_attention_may_not_see_hidden_keys_by_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leak too small for the comparison with the definition."""
+    asked = make(level=0, grids=((8, 8),), codebook_sizes=(11,))
+    monkeypatch.setattr(prior.audit, "attend", lambda q, k, v, **options: attend(q, k, v, **options) + 1e-6 * v.sum(dim=2, keepdim=True))
+    found = check_attention(asked)
+    assert found is not None
+    assert not found.passed
+    assert "changes with keys that it must not see" in found.message
+
+
 def test_the_audit_changes_nothing() -> None:
     """Neither weights nor random numbers: a training gives the same bits with and without it."""
     healthy = make().train()
@@ -290,7 +351,7 @@ def test_a_healthy_pipeline_passes_all(trained: Path) -> None:
     assert all(line.startswith("pass  ") for line in checks)
     assert (empty, summary) == ("", f"All {len(checks)} checks passed.")
     names = [line.removeprefix("pass  ").split(":")[0] for line in checks]
-    structural = ["weights", "forward", "causality", "cache", "condition", "labels", "gradients", "start"]
+    structural = ["weights", "forward", "causality", "cache", "condition", "labels", "gradients", "start", "attention"]
     learned = ["cache on real codes", "condition helps", "likelihood"]
     assert names == [
         *("parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
@@ -306,7 +367,7 @@ def test_failures_decide_the_exit_code(run: Path, capsys: pytest.CaptureFixture[
     (line,) = (line for line in said.splitlines() if line.startswith("FAIL"))
     assert line.startswith("FAIL  prior of level 0, likelihood: a code costs ")
     assert "Train it longer" in line
-    assert "1 of 11 checks failed." in said
+    assert "1 of 12 checks failed." in said
     assert "Not checked: the autoencoder (give --pipeline, or --vqvae)." in said
 
 

@@ -1,6 +1,8 @@
 """What a prior promises: it never sees the future, it sees all of its condition, and sampling through caches is exact."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -284,18 +286,67 @@ def test_activations_that_are_computed_again_give_the_same_gradients() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("family", ["transformer", "transformer, window"])
-def test_steps_without_changing_shapes_are_the_steps(family: str) -> None:
-    """What CUDA graphs replay: the same logits from whole buffers under a mask."""
-    prior = make(family, "bottom, classes, ratio 4")
+@each_family
+@each_prior
+def test_steps_of_fixed_shapes_are_the_steps(family: str, name: str) -> None:
+    """What CUDA graphs replay gives the logits of the forward, and of `step`, also when its buffers hold another batch's codes."""
+    prior = make(family, name)
     codes, condition, labels = inputs(prior)
-    flat = codes.flatten(1)
+    flat, size = codes.flatten(1), prior.config.codebook_sizes[-1]
     with torch.no_grad():
-        state, static = prior.start(BATCH, condition, labels), prior.start(BATCH, condition, labels)
-        for position in range(flat.shape[1]):
-            previous = flat[:, position - 1] if position else None
-            other = prior.step(static, torch.tensor([position]), previous)
-            torch.testing.assert_close(prior.step(state, position, previous), other, atol=1e-5, rtol=0)
+        state = prior.start_static(BATCH, condition, labels)
+        for batch in (flat, flat.flip(0)):
+            coarser = [level if batch is flat else level.flip(0) for level in condition]
+            plain = prior(batch.view_as(codes), coarser, labels).flatten(2)
+            prior.restart(state, coarser, labels)
+            steps = prior.make_stepper(BATCH, coarser, labels, torch.float32)
+            for position in range(flat.shape[1]):
+                previous = batch[:, position - 1] if position else None
+                before = torch.full((BATCH,), size) if previous is None else previous
+                logits = prior.step_static(state, torch.tensor([position]), before)
+                torch.testing.assert_close(logits, plain[..., position], atol=1e-5, rtol=0)
+                torch.testing.assert_close(logits, steps(position, previous), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("network", [{"num_heads": 0}, {"kernel_size": 3}, {"kernel_size": 13}], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (3, 7), (9, 3)], ids=str)
+def test_pixelsnail_of_any_shape_in_fixed_shapes(network: dict, grid: tuple[int, int]) -> None:
+    config = dataclasses.replace(FAMILY["pixelsnail"], **network)
+    prior = perturbed(PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=config))
+    codes, condition, labels = inputs(prior)
+    with torch.no_grad():
+        plain = prior(codes, condition, labels).flatten(2)
+        step = prior.make_static_stepper(BATCH, condition, labels, torch.float32, lambda step: step)
+        for position in range(plain.shape[2]):
+            logits = step(position, codes.flatten(1)[:, position - 1] if position else None)
+            torch.testing.assert_close(logits, plain[..., position], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["transformer, window", "pixelsnail"])
+def test_one_compiled_step_serves_all_positions_and_batches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling as on CUDA, but for the kernels: the step is traced as a single graph, once, and draws what sampling draws.
+
+    Its only inputs that may move are the position and the code before it: all else CUDA graphs may read and change where it is.
+    """
+    prior = make(family, "bottom, classes, ratio 4", num_layers=2) if family != "pixelsnail" else make(family, "bottom, classes, ratio 4")
+    graphs: list[list[torch.Size]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        placeholders = graph.graph.find_nodes(op="placeholder")  # what CUDA graphs see as not moving is noted in "tensor_dict"
+        graphs.append([node.meta["example_value"].shape for node in placeholders if "_dynamo_static_input_type" not in node.meta["tensor_dict"]])
+        return graph.forward
+
+    def compiled(batch_size: int, condition: list[torch.Tensor], labels: torch.Tensor, dtype: torch.dtype) -> Callable:
+        return prior.make_static_stepper(batch_size, condition, labels, dtype, partial(torch.compile, backend=backend, fullgraph=True))
+
+    _, condition, labels = inputs(prior)
+    batches = [(condition, labels), ([level.flip(0) for level in condition], labels.flip(0))]
+    expected = [prior.sample(BATCH, *batch, seeds=[1, 2, 3]) for batch in batches]
+    torch._dynamo.reset()
+    monkeypatch.setattr(prior, "make_stepper", compiled)
+    for batch, codes in zip(batches, expected, strict=True):
+        assert torch.equal(prior.sample(BATCH, *batch, seeds=[1, 2, 3]), codes)
+    assert [sorted(shapes) for shapes in graphs] == [[(1,), (BATCH,)]]
 
 
 @each_family
