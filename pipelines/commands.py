@@ -12,6 +12,7 @@ from pipelines.config import AssembleConfig, ImportWeightsConfig, PartsConfig, R
 from pipelines.drawing import make_reconstruction_drawer, make_sample_drawer, reconstruction_sheet, sample_sheet
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
+from prior.code_shards import file_hash
 from prior.sampling import Known
 from prior.training import train_prior as train_prior_alone
 from vqvae2.common.artifact import content_hash
@@ -22,15 +23,16 @@ from vqvae2.common.machine import processes
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.config import ImagesConfig, TrainVQVAEConfig
 from vqvae2.data import ImageDataset, load_images, load_picture, load_source, picture_size, read_picture_file, to_images
+from vqvae2.data.arrays import PythonImages
 from vqvae2.model import VQVAE2
 from vqvae2.rosinality import import_weights as import_rosinality
 from vqvae2.training import train as train_alone
 from vqvae2.training import trained_with
 
 
-def train(config: TrainVQVAEConfig) -> None:
+def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> None:
     """Train the autoencoder, with pictures of reconstructions."""
-    train_alone(config, make_draw=make_reconstruction_drawer)
+    train_alone(config, images=images, make_draw=make_reconstruction_drawer)
 
 
 def train_prior(config: TrainPriorCommandConfig) -> None:
@@ -151,6 +153,7 @@ def import_weights(config: ImportWeightsConfig) -> None:
     """Write the model folder of another implementation's checkpoint, and say what was found."""
     check_empty(Path(config.output_dir), "run")
     model = import_rosinality(Path(config.checkpoint), config.size)
+    RunRecord("import-weights", config, "import_config.yaml", notes={"checkpoint_sha256": file_hash(Path(config.checkpoint))}).write(Path(config.output_dir))
     model.save_pretrained(config.output_dir)
     found = model.config
     levels = [f"{k} codes of {d} dimensions" for k, d in zip(found.codebook_size_per_level, found.code_dim_per_level, strict=True)]

@@ -1,27 +1,30 @@
 """`vqvae2 doctor`: what can be wrong with trained parts without showing, checked in seconds, a line per check."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from pipelines.codes import problems
 from pipelines.config import DoctorConfig
 from pipelines.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.pipeline import part_folders
 from prior.audit import Finding, audit, check_beats_frequencies, check_cached_equals_plain, check_condition_helps, dataset_rows, spread
 from prior.base import Prior
-from prior.codes import CodeDataset, Manifest, read_manifest
+from prior.codes import SPLITS, CodeDataset, Manifest, read_manifest, read_shard
 from prior.registry import load_prior
-from vqvae2.common.config import read_yaml
+from vqvae2.common.config import from_dict, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.machine import processes
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageSource, load_source
+from vqvae2.data.augmentation import ORIGINAL, view_change
+from vqvae2.data.sources import is_local
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 from vqvae2.usage import level_name
@@ -99,16 +102,23 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
         raise UserError("--data.validation-path is given without --data.path: give both.")
     if parts.codes is None or parts.vqvae is None:
         return {}
-    record = parts.codes / RECORD_NAME
-    if path is None:
-        recorded = read_yaml(record).get("data", {}) if record.exists() else {}
-        path, validation_path = recorded.get("path"), recorded.get("validation_path")
-        if path is None or not all(Path(p).expanduser().exists() for p in (path, validation_path) if p is not None):
-            return {}
+    data = ImagesConfig(path=path, validation_path=validation_path) if path is not None else _recorded_images(parts.codes)
+    if data is None:
+        return {}
     channels = parts.vqvae.config.image.channels
-    train = load_source(ImagesConfig(path=path), channels)
-    held_out = load_source(ImagesConfig(path=validation_path), channels) if validation_path is not None else train
+    train = load_source(data, channels)
+    held_out = load_source(replace(data, path=data.validation_path), channels) if data.validation_path is not None else train
     return {"train": train, "validation": held_out}
+
+
+def _recorded_images(codes: Path) -> ImagesConfig | None:
+    """Where the record of an extraction says that the images are, if they are still there."""
+    record = codes / RECORD_NAME
+    recorded = read_yaml(record).get("data") if record.exists() else None
+    if recorded is None:
+        return None
+    data = from_dict(ImagesConfig, recorded, str(record))
+    return data if all(is_local(path) for path in (data.path, data.validation_path) if path is not None) else None
 
 
 def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding]:
@@ -123,7 +133,7 @@ def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding
         finding, datasets = check_codes(parts.codes, parts.manifest)
         yield finding
         if datasets and images and parts.vqvae is not None and parts.vqvae.config.grids == parts.manifest.grids:
-            yield check_extraction(parts.vqvae, parts.codes, datasets, images)
+            yield check_extraction(parts.vqvae, parts.codes, parts.manifest, datasets, images)
     for prior in parts.priors:
         for finding in examine_prior(prior, parts.manifest, datasets):
             yield finding._replace(name=f"prior of level {prior.config.level}, {finding.name}")
@@ -178,10 +188,17 @@ def check_parts(parts: Parts) -> Finding:
         hashes[name], shapes[name] = config.encoder_hash, (config.grids, config.codebook_sizes)
         if config.num_classes:
             classes[name] = config.class_names
+    datasets = {f"the prior of level {prior.config.level} was trained on": prior.config.codes_hash for prior in parts.priors}
+    if manifest is not None:
+        datasets = {"the code dataset is": manifest.codes_hash, **datasets}
     first, encoder = next(iter(hashes.items()))
     for name, other in hashes.items():
         if other != encoder:
             wrong.append(f"{name} belongs to the encoder {other[:12]}, but {first} to {encoder[:12]}")
+    for name, other in datasets.items():
+        known = next(iter(datasets))
+        if other != datasets[known]:
+            wrong.append(f"{name} the codes {other[:12]}, but {known} {datasets[known][:12]}")
     for name, (grids, sizes) in shapes.items():
         known_grids, known_sizes = shapes[first]
         number = min(len(grids), len(known_grids))
@@ -225,22 +242,19 @@ def check_round_trip(quantizer: Quantizer, name: str) -> Finding:
 
 def check_codes(folder: Path, manifest: Manifest) -> tuple[Finding, dict[str, CodeDataset]]:
     """Every row is there, once, with codes in [0, K) on the manifest's grids; and the rows, by split, where they can be read."""
+    wrong = list(problems(folder, manifest))
     try:
-        datasets = {split: CodeDataset(folder, manifest, split) for split in ("train", "validation")}
-        twice = {split: len(ids) - len(set(ids)) for split in datasets if (ids := _ids(folder, split))}
+        datasets = {split: CodeDataset(folder, manifest, split) for split in SPLITS}
     except UserError as error:
-        return Finding("codes", False, str(error)), {}
-    for split, number in twice.items():
-        if number:
-            return Finding(
-                "codes", False, f"{number} rows of {folder / split} repeat the id of another: unless the images' own ids repeat, extract again."
-            ), datasets
+        return Finding("codes", False, wrong[0] if wrong else str(error)), {}
+    if wrong:
+        return Finding("codes", False, f"{wrong[0]}{f' And {len(wrong) - 1} more, see vqvae2 codes verify.' if wrong[1:] else ''}"), datasets
     grids = ", ".join(f"{h} x {w} of {size}" for (h, w), size in zip(manifest.grids, manifest.codebook_sizes, strict=True))
     numbers = f"{manifest.num_train} training rows and {manifest.num_validation} held out"
     return Finding("codes", True, f"{numbers}, no image twice, all codes inside their codebooks ({grids})."), datasets
 
 
-def check_extraction(vqvae: VQVAE2, folder: Path, datasets: Mapping[str, CodeDataset], images: Mapping[str, ImageSource]) -> Finding:
+def check_extraction(vqvae: VQVAE2, folder: Path, manifest: Manifest, datasets: Mapping[str, CodeDataset], images: Mapping[str, ImageSource]) -> Finding:
     """Some images, found by their ids and encoded again, get the codes that are stored."""
     wrong, total, missing = [0] * vqvae.config.num_levels, [0] * vqvae.config.num_levels, 0
     first = ""
@@ -249,19 +263,20 @@ def check_extraction(vqvae: VQVAE2, folder: Path, datasets: Mapping[str, CodeDat
         found = {name: i for i, name in enumerate(images[split].ids)}
         if split == "train":
             found = {name: i for i, name in reversed(list(enumerate(images[split].ids)))}
-        ids = _ids(folder, split)
-        rows = [row for row in spread(len(ids), LANES // 2) if ids[row] in found]
-        missing += len(spread(len(ids), LANES // 2)) - len(rows)
+        pairs = [pair for shard in manifest.shards(split) for table in read_shard(folder, manifest, split, shard, ["id", "view"]) for pair in _pairs(table)]
+        rows = [row for row in spread(len(pairs), LANES // 2) if pairs[row][0] in found]
+        missing += len(spread(len(pairs), LANES // 2)) - len(rows)
         if not rows:
             continue
-        pixels = ImageDataset(images[split], [found[ids[row]] for row in rows], vqvae.config.image).__getitems__(range(len(rows)))["images"]
+        pictures = ImageDataset(images[split], [found[pairs[row][0]] for row in rows], vqvae.config.image)
+        pixels = torch.stack([_view(pictures, i, pairs[row][1]) for i, row in enumerate(rows)])
         stored = dataset.__getitems__(rows)["codes"]
         for level, (again, before) in enumerate(zip(encode_lanes(vqvae, pixels), stored, strict=True)):
             different = again != before.flatten(1)
             wrong[level] += int(different.sum())
             total[level] += different.numel()
             if different.any() and not first:
-                first = f", the first of {split}/{ids[rows[int(different.any(dim=1).nonzero()[0])]]}"
+                first = f", the first of {split}/{pairs[rows[int(different.any(dim=1).nonzero()[0])]][0]}"
     if not max(total):
         what_to_do = "give the images that the codes were extracted from (--data.path)."
         return Finding("extraction", False, f"none of the {missing} images asked for is among these images: {what_to_do}")
@@ -275,14 +290,11 @@ def check_extraction(vqvae: VQVAE2, folder: Path, datasets: Mapping[str, CodeDat
     return Finding("extraction", True, f"images encoded again get their stored codes: {said} codes differ{rest}.")
 
 
-def _ids(folder: Path, split: str) -> list[str]:
-    """The images' ids of a split, in order.
+def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:
+    """Id and view of every row."""
+    return zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
 
-    Raises:
-        UserError: a shard has none.
-    """
-    try:
-        tables = [pq.read_table(path, columns=["id"]) for path in sorted((folder / split).glob("*.parquet"))]
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder / split} has a broken shard ({error}): remove it and run vqvae2 extract again.") from None
-    return pa.concat_tables(tables)["id"].to_pylist() if tables else []
+
+def _view(pictures: ImageDataset, index: int, view: str) -> Tensor:
+    """A picture as extraction saw it, `(C, H, W)`."""
+    return pictures.pixels(index) if view == ORIGINAL else pictures.changed(index, partial(view_change, view, pictures.config))

@@ -22,8 +22,10 @@ from prior.codes import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, read_json, write_json
-from vqvae2.common.machine import processes, versions
+from vqvae2.common.machine import processes
+from vqvae2.common.provenance import versions
 from vqvae2.data import to_images
+from vqvae2.data.arrays import PythonImages
 from vqvae2.data.augmentation import ORIGINAL, view_change
 from vqvae2.data.images import Choice
 from vqvae2.data.parts import SPLITS, Item, Part, Parts, find_parts, read_items
@@ -35,10 +37,13 @@ RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: the last bits of a convolution depend on the batch size, and codes must not
 
 
-def extract(config: ExtractConfig) -> None:
+def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> None:
     """Write the code dataset; continue it, or do nothing if it is finished.
 
     Each shard holds a fixed part of the images, and process r of n writes the parts r, r + n, ...: which rows are where depends on nothing else.
+
+    Args:
+        images: {"images", "labels"} in memory, or an iterable of such rows, instead of what `config.data.path` names (see `array_source`).
 
     Raises:
         UserError: bad images, no such model, or an output folder that holds another run.
@@ -52,7 +57,7 @@ def extract(config: ExtractConfig) -> None:
     if _is_finished(output_dir):
         state.print(f"{output_dir}: all codes are extracted already.")
         return
-    found = find_parts(config.data, model.config.image, config.shard_size)
+    found = find_parts(images if images is not None else config.data, model.config.image, config.shard_size)
     run = replace(run, facts={**run.facts, "image_names_hash": found.names_hash})
     run.check(output_dir)
     state.wait_for_everyone()

@@ -1,8 +1,7 @@
 """The trained whole: an autoencoder and one prior per level, in one folder and behind one call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -15,12 +14,15 @@ from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds
 from vqvae2.common.artifact import content_hash, local_folder
+from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
+from vqvae2.common.provenance import command_line, versions
 from vqvae2.model import VQVAE2
 
 INDEX_NAME = "model_index.json"
+RECORD_NAMES = ("train_config.yaml", "import_config.yaml")
 T = TypeVar("T", int, float)
 
 
@@ -47,15 +49,25 @@ def part_folders(name: str | Path, *, revision: str | None = None) -> tuple[Path
     return folder / index["vqvae"], [folder / prior for prior in index["priors"]]
 
 
+def training_record(folder: str | Path) -> dict[str, Any]:
+    """What a part's run folder says of how it was made: command, settings, versions, hashes of what it was trained on. Nothing where it says nothing."""
+    records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
+    return next((read_yaml(path) for path in records if path.is_file()), {})
+
+
 class VQVAE2Pipeline:
     """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`."""
 
-    def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
+    def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior], *, trainings: Mapping[str, Any] | None = None) -> None:
         """Join parts that belong together.
 
+        Args:
+            trainings: part -> the record of its training, which goes into `model_index.json`.
+
         Raises:
-            UserError: a level without a prior, or a prior that was trained on codes of another encoder; naming both.
+            UserError: a level without a prior, or a prior that was trained on codes of another encoder or on another code dataset; naming both.
         """
+        self.trainings = dict(trainings or {})
         self.vqvae, self.priors = vqvae.eval(), [prior.eval() for prior in priors]
         levels = [prior.config.level for prior in priors]
         if levels != list(range(vqvae.config.num_levels)):
@@ -69,6 +81,11 @@ class VQVAE2Pipeline:
                     f"the prior of level {prior.config.level} was trained on codes of the encoder {prior.config.encoder_hash[:12]}, but the autoencoder "
                     f"is {encoder_hash[:12]}: extract the codes and train the prior with this autoencoder, or give the one it was trained with."
                 )
+            if prior.config.codes_hash != priors[0].config.codes_hash:
+                raise UserError(
+                    f"the prior of level {prior.config.level} was trained on the code dataset {prior.config.codes_hash[:12]}, but that of level 0 on "
+                    f"{priors[0].config.codes_hash[:12]}: train all priors on the same codes."
+                )
         if len({prior.config.class_names for prior in priors if prior.config.num_classes}) > 1:
             raise UserError("the priors were trained with different classes: train them on the same code dataset.")
 
@@ -79,7 +96,9 @@ class VQVAE2Pipeline:
         Raises:
             UserError: see `Artifact.from_pretrained` and `__init__`.
         """
-        return cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors])
+        folders = {"vqvae": vqvae, **{f"prior_{level}": prior for level, prior in enumerate(priors)}}
+        trainings = {part: record for part, folder in folders.items() if (record := training_record(folder))}
+        return cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors], trainings=trainings)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
@@ -88,7 +107,10 @@ class VQVAE2Pipeline:
         Raises:
             UserError: see `from_parts`; and if the folder holds no pipeline.
         """
-        return cls.from_parts(*part_folders(name, revision=revision))
+        pipeline = cls.from_parts(*part_folders(name, revision=revision))
+        trainings = read_json(local_folder(name, revision=revision) / INDEX_NAME).get("trainings")
+        pipeline.trainings = trainings if isinstance(trainings, dict) else {}
+        return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model_index.json` and one folder per part. The index comes last: without it the folder is unfinished."""
@@ -97,7 +119,17 @@ class VQVAE2Pipeline:
         names = [f"prior_{prior.config.level}" for prior in self.priors]
         for prior, name in zip(self.priors, names, strict=True):
             prior.save_pretrained(folder / name)
-        write_json(folder / INDEX_NAME, {"vqvae": "vqvae", "priors": names, "encoder_hash": self.vqvae.content_hash(), "vqvae2_version": version("vqvae2")})
+        index = {
+            "vqvae": "vqvae",
+            "priors": names,
+            "encoder_hash": self.vqvae.content_hash(),
+            "codes_hash": self.priors[0].config.codes_hash,
+            **self.content_hashes(),
+            "versions": versions(),
+            "command_line": command_line(),
+            "trainings": self.trainings,
+        }
+        write_json(folder / INDEX_NAME, index)
 
     def to(self, device: str | torch.device) -> Self:
         """Move all parts to a device."""

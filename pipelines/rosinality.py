@@ -23,7 +23,7 @@ from prior.codes import MANIFEST_NAME, SPLITS, Manifest, write_manifest
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord
-from vqvae2.common.machine import versions
+from vqvae2.common.provenance import versions
 from vqvae2.data import is_held_out
 from vqvae2.model import VQVAE2
 
@@ -152,7 +152,7 @@ def open_rows(path: Path) -> Iterator[Rows]:
     try:
         import lmdb
     except ImportError:
-        raise UserError('the package lmdb is not installed: pip install "vqvae2[lmdb]".') from None
+        raise UserError("the package lmdb is not installed, which reads such files: pip install lmdb.") from None
     file = path / "data.mdb" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file} does not exist: give the LMDB file, or its folder.")

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +171,7 @@ class CodeDataset(Dataset):
             columns = decode_to_disk(folder, manifest, split, names, cache_dir)
         self.codes = [columns[column_name(level)] for level in range(self.num_levels)]
         self.labels = columns.get("label")
+        self._counts: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -186,14 +186,13 @@ class CodeDataset(Dataset):
             batch["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
         return batch
 
-    @cache  # noqa: B019
     def counts(self, level: int) -> np.ndarray:
         """How often each code of a level occurs: `(K,)`."""
-        size = self.manifest.codebook_sizes[level]
-        counts = np.zeros(size, np.int64)
-        for first in range(0, len(self), 4096):  # a few rows at a time: counting takes int64
-            counts += np.bincount(self.codes[level][first : first + 4096].reshape(-1), minlength=size)
-        return counts
+        if level not in self._counts:
+            size = self.manifest.codebook_sizes[level]
+            parts = [self.codes[level][first : first + 4096] for first in range(0, len(self), 4096)]  # a few rows at a time: counting takes int64
+            self._counts[level] = sum((np.bincount(part.reshape(-1), minlength=size) for part in parts), start=np.zeros(size, np.int64))
+        return self._counts[level]
 
     def unigram_bits(self, level: int) -> float:
         """Entropy in bits of a level's code frequencies: what a code costs when each is coded alone, knowing the frequencies."""

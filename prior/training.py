@@ -40,7 +40,8 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     facts = prior_config(config, manifest)
     accelerator = make_accelerator(config, output_dir)
     hashes = {"encoder_hash": manifest.encoder_hash, "rows_hash": manifest.rows_hash, "codes_hash": manifest.codes_hash}
-    run = RunRecord("train-prior", config, RECORD_NAME, facts=hashes)
+    notes = {"codes_source": manifest.source, "codes_views": list(manifest.views), "codes_versions": manifest.versions}
+    run = RunRecord("train-prior", config, RECORD_NAME, facts=hashes, notes=notes)
     run.check(output_dir)
     if is_finished(output_dir, config):
         accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import prior.code_shards
 import prior.codes
-from prior.code_shards import ShardRecord, content_hash, file_hash, record_shard, write_shard
-from prior.codes import CodeDataset, Manifest, read_manifest, write_manifest
+from prior.code_shards import ShardRecord, content_hash, file_hash, flat_values, record_shard, write_shard
+from prior.codes import CodeDataset, Manifest, read_manifest, read_rows, write_manifest
+from tests.conftest import command
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 
@@ -184,3 +189,113 @@ def test_a_cache_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UserError, match=r"codes_1.npy is broken .* remove it, and it is made again"):
             CodeDataset(tmp_path, manifest, "train")
     assert datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"].num_rows == 50  # the cache disturbs nobody
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_what_is_written_is_read(data: st.DataObject) -> None:
+    """Any number of levels, grids, codebooks and rows; rows in one shard or many, in one row group or many."""
+    grids = tuple(data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3)))
+    sizes = tuple(data.draw(st.sampled_from([1, 2, 17, 256, 257, 65536, 65537])) for _ in grids)
+    rows, shard_size, classes = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60)), data.draw(st.integers(0, 3))
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prior.code_shards, "ROW_GROUP_CODES", data.draw(st.integers(1, 2000)))
+        codes, labels = write_dataset(Path(name), rows=rows, shard_size=shard_size, grids=grids, sizes=sizes, classes=classes)
+        manifest = read_manifest(Path(name))
+        assert [record_shard(Path(name, "train", shard.name), manifest.schema) for shard in manifest.train] == list(manifest.train)
+        batch = CodeDataset(Path(name), manifest, "train").__getitems__(range(rows))
+        chosen = data.draw(st.lists(st.integers(0, rows - 1), max_size=5))
+        table = read_rows(Path(name), manifest, "train", chosen)
+    for level, (read, grid) in enumerate(zip(batch["codes"], grids, strict=True)):
+        assert read.shape == (rows, *grid)
+        assert np.array_equal(read.flatten(1), codes[level])
+        assert np.array_equal(flat_values(table[f"codes_{level}"]), codes[level][chosen].reshape(-1))
+    assert ("labels" in batch) == bool(classes)
+    assert not classes or np.array_equal(batch["labels"], labels)
+    assert table["id"].to_pylist() == [f"{i:04d}.png" for i in chosen]
+
+
+def test_shards_without_rows(tmp_path: Path) -> None:
+    """A part of a stream may hold no image of a split."""
+    write_dataset(tmp_path, rows=30)
+    manifest = read_manifest(tmp_path)
+    empty = [np.zeros((0, 6), np.int64), np.zeros((0, 24), np.int64)]
+    record = write_shard(tmp_path / "train" / "empty.parquet", ids=[], codes=empty, codebook_sizes=(17, 300), labels=np.zeros(0, np.int64))
+    assert record_shard(tmp_path / "train" / "empty.parquet", manifest.schema) == record
+    write_manifest(tmp_path, dataclasses.replace(manifest, train=(record, *manifest.train)))
+    assert len(CodeDataset(tmp_path, read_manifest(tmp_path), "train")) == 30
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_damaged_dataset_is_refused_or_the_same(data: st.DataObject) -> None:
+    """Whatever becomes of the manifest's or a shard's bytes: a sentence, or the very rows that were written."""
+    with tempfile.TemporaryDirectory() as name:
+        codes, labels = write_dataset(Path(name))
+        path = Path(name) / data.draw(st.sampled_from(["manifest.json", "train/00001.parquet"]))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(0, 3))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+        said = None
+        try:
+            batch = CodeDataset(Path(name), read_manifest(Path(name)), "train").__getitems__(range(len(labels)))
+        except UserError as error:
+            said = str(error)
+    if said is not None:
+        assert "\n" not in said
+        assert str(path) in said or f"{name}/train" in said
+        return
+    assert all(np.array_equal(read.flatten(1), level) for read, level in zip(batch["codes"], codes, strict=True))
+    assert np.array_equal(batch["labels"], labels)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_manifest_of_other_values_is_refused(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        write_dataset(Path(name), rows=5)
+        path = Path(name) / "manifest.json"
+        content = json.loads(path.read_text())
+        key = data.draw(st.sampled_from([key for key in content if key not in ("source", "versions")]))
+        changed = data.draw(JSON.filter(lambda value: value != content[key]))
+        path.write_text(json.dumps({**content, key: changed}))
+        with pytest.raises(UserError, match=r"^[^\n]*manifest\.json"):
+            read_manifest(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("meaning", "sentence"),
+    [
+        ({"grids": ((3, 3), (4, 6))}, r"00000.parquet has the columns .*, but .* are due"),
+        ({"codebook_sizes": (17, 200)}, r"00000.parquet has the columns"),
+        ({"codebook_sizes": (17, 257)}, r"00000.parquet: codes_1 reaches from 0 to 29\d, but there are 257 codes"),
+        ({"class_names": ()}, r"00000.parquet has the columns"),
+        ({"class_names": ("a", "b")}, r"00000.parquet: label reaches from 0 to 2, but there are 2 classes"),
+    ],
+)
+def test_a_manifest_of_another_meaning_is_refused(meaning: dict, sentence: str, tmp_path: Path) -> None:
+    """Even if whoever changed it made its hash anew: the shards say something else."""
+    write_dataset(tmp_path)
+    write_manifest(tmp_path, dataclasses.replace(read_manifest(tmp_path), **meaning))
+    with pytest.raises(UserError, match=sentence):
+        CodeDataset(tmp_path, read_manifest(tmp_path), "train")
+
+
+def test_a_prior_learns_the_same_from_codes_larger_than_memory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = ("train-prior", "--config", "tiny", "--codes", run / "codes", "--level", "bottom", "--picture-every", 0, "--output-dir")
+    command(*train, tmp_path / "in_memory", "--num-steps", 5)
+    monkeypatch.setattr(prior.codes, "MEMORY_BYTES", 0)
+    command(*train, tmp_path / "mapped", "--codes-cache", tmp_path / "cache", "--num-steps", 5)
+    weights = [tmp_path / name / "checkpoints" / "step_00000005" / "model.safetensors" for name in ("in_memory", "mapped")]
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
+    assert not (run / "codes" / ".decoded").exists()
+    assert weights[0].exists()
+    assert weights[0].read_bytes() == weights[1].read_bytes()

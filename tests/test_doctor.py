@@ -19,9 +19,11 @@ from pipelines.doctor import check_round_trip, examine, find_images, load_parts
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.audit import Finding, audit, stop_if_unsound
 from prior.base import Prior
+from prior.codes import read_manifest
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.quantizers import CodebookQuantizer, make_quantizer
 
@@ -339,6 +341,17 @@ def test_another_encoders_hash(copy_of_trained: Path) -> None:
     assert "extract with this autoencoder" in found["parts"]
 
 
+def test_other_codes(copy_of_trained: Path) -> None:
+    """The same encoder's, of other images: one label is another."""
+    before = read_manifest(copy_of_trained / "codes").codes_hash
+    edit_shard(copy_of_trained / "codes" / "train" / "00000.parquet", lambda c: c["label"].__setitem__(0, 2 - c["label"][0]))
+    after = read_manifest(copy_of_trained / "codes").codes_hash
+    found = failed(copy_of_trained)
+    assert found.keys() == {"parts"}
+    for level in range(2):
+        assert f"the prior of level {level} was trained on the codes {before[:12]}, but the code dataset is {after[:12]}" in found["parts"]
+
+
 def test_another_encoder(copy_of_trained: Path) -> None:
     """Its weights were changed after the extraction: hashes and codes say so."""
     model = VQVAE2.from_pretrained(copy_of_trained / "vqvae")
@@ -362,9 +375,11 @@ def test_a_prior_of_other_grids(copy_of_trained: Path) -> None:
 
 
 def rewrite(x: Path, split: str, change: Callable[[dict], object]) -> None:
-    """Change a split's only shard, as if it had been extracted so."""
+    """Change a split's only shard, as if it had been extracted so and the priors had been trained on it."""
     (path,) = (x / "codes" / split).glob("*.parquet")
     edit_shard(path, change)
+    for config in x.glob("prior_*/config.json"):
+        write_json(config, {**read_json(config), "codes_hash": read_manifest(x / "codes").codes_hash})
 
 
 def test_truncated_codes(copy_of_trained: Path) -> None:
@@ -396,7 +411,7 @@ def test_the_condition_must_help(copy_of_trained: Path) -> None:
     ("change", "sentence"),
     [
         (lambda c: c["codes_0"][3].__setitem__(0, 16), r"codes_0 reaches from \d+ to 16, but there are 16 codes"),
-        (lambda c: c["id"].__setitem__(5, c["id"][4]), "1 rows .* repeat the id"),
+        (lambda c: c["id"].__setitem__(5, c["id"][4]), r"2 rows, the first of them row 4, have an id and view that another row"),
     ],
     ids=["out of range", "a row twice"],
 )
@@ -421,6 +436,16 @@ def test_the_images_may_be_named_or_gone(copy_of_trained: Path, photos: Path, tm
     shutil.copy(next(photos.rglob("*.png")), tmp_path / "others" / "unknown.png")
     command(*arguments, "--data.path", tmp_path / "others", code=1)
     assert "FAIL  extraction: none of the" in capsys.readouterr().out
+
+
+def test_views_are_no_repeats_and_are_encoded_as_they_were(run: Path, photos: Path, tmp_path: Path) -> None:
+    extract = ("extract", "--vqvae", run / "vqvae", "--data.path", photos, "--output-dir", tmp_path / "codes")
+    command(*extract, "--views", "original", "flip", "top_left", "--shard-size", 50)
+    command("codes", "verify", tmp_path / "codes")
+    assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")) == {}
+    first = tmp_path / "codes" / "train" / "00000.parquet"
+    edit_shard(first, lambda c: c.update(codes_1=c["codes_1"][1:] + c["codes_1"][:1]))  # every view with the next one's codes
+    assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")).keys() == {"extraction"}
 
 
 @pytest.mark.parametrize("quantizer", [{"kind": "ema"}, {"kind": "gradient"}, {"kind": "cosine"}, {"kind": "fsq"}, {"kind": "fsq", "fsq_levels": (5, 4, 3, 2)}])

@@ -12,9 +12,12 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 
-from pipelines.extract import encode_lanes
+from pipelines.cli import parse
+from pipelines.commands import train
+from pipelines.extract import encode_lanes, extract
 from prior.code_shards import smallest_type
 from prior.codes import CodeDataset, read_manifest
 from tests.conftest import ROOT, command, edit_manifest, kill_when, two_processes, vqvae2, write_images
@@ -213,3 +216,32 @@ def test_bf16_says_how_many_codes_it_changes(run: Path, photos: Path, tmp_path: 
         codes = [np.array([row[f"codes_{level}"] for row in list(rows.values())[:128]]) for rows in (one, other)]
         assert (codes[0] != codes[1]).mean() * 100 == pytest.approx(said, abs=0.01)
     assert len(shares) == 2
+
+
+def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
+    """Five bands of floats, from memory to samples."""
+    bands = np.random.default_rng(0).normal(size=(48, 5, 16, 16)).clip(-3, 3).astype(np.float32)
+    data = {"images": bands, "labels": ["sea", "land"] * 24}
+    flags = ["--config", "tiny", "--model.image.channels", "5", "--model.image.value-range", "-3", "3", "--model.image.validation-fraction", "0.2"]
+    train(parse("train", [*flags, "--data.path", "memory", "--output-dir", str(tmp_path / "vqvae")]), images=data)
+    config = parse("extract", ["--vqvae", str(tmp_path / "vqvae"), "--data.path", "memory", "--output-dir", str(tmp_path / "codes")])
+    extract(config, images=data)
+    np.savez(tmp_path / "stack.npz", images=bands.transpose(0, 2, 3, 1), labels=np.array(data["labels"]))
+    command("extract", "--vqvae", tmp_path / "vqvae", "--data.path", tmp_path / "stack.npz", "--output-dir", tmp_path / "same")
+    assert_same_columns(tmp_path / "codes", tmp_path / "same")
+    command("doctor", "--vqvae", tmp_path / "vqvae", "--codes", tmp_path / "same")
+    for level in (0, 1):
+        command("train-prior", "--config", "tiny", "--codes", tmp_path / "codes", "--level", level, "--output-dir", tmp_path / f"prior_{level}")
+    priors = ["--priors", tmp_path / "prior_0", tmp_path / "prior_1"]
+    command("sample", "--vqvae", tmp_path / "vqvae", *priors, "--num-images", 3, "--npz", "--output-dir", tmp_path / "out")
+    sampled = [tifffile.imread(path) for path in sorted((tmp_path / "out").glob("*.tif"))]
+    assert [(image.shape, image.dtype, -3 <= image.min() <= image.max() <= 3) for image in sampled] == [((16, 16, 5), np.float32, True)] * 3
+    assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], np.stack(sampled))
+    command("reconstruct", "--vqvae", tmp_path / "vqvae", tmp_path / "stack.npz", "--num-images", 2, "--output-dir", tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("*.tif"))) == 2
+
+
+def test_doctor_knows_views(copy_of_run: Path, photos: Path) -> None:
+    shutil.rmtree(copy_of_run / "codes")
+    command(*extract_command(copy_of_run, photos, copy_of_run / "codes", "--views", "original", "flip_top_left"))
+    command("doctor", "--vqvae", copy_of_run / "vqvae", "--codes", copy_of_run / "codes")

@@ -36,14 +36,14 @@ def test_prepared_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     assert load(tmp_path / "x", IMAGE).train.is_prepared
     smaller = load(tmp_path / "x", replace(IMAGE, size=(16,)))  # prepared once more, for random crops
     assert smaller.train.pixels(0).shape == (3, 16, 16)
+    image = ["--model.image.channels", 3, "--model.image.background", "white", "--model.image.validation-fraction", 0.2]
     command(
         "train",
         "--config",
         "tiny",
+        *image,
         "--data.path",
         tmp_path / "x",
-        "--model.image.channels",
-        3,
         "--data.augmentation.crop",
         "random",
         "--num-steps",
@@ -88,8 +88,12 @@ def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
     floats = replace(image, value_range=(-8, 8))
     command("prepare", "--data.path", tmp_path / "depth.npy", "--output-dir", tmp_path / "z", *flags, "--image.value-range", -8, 8)
     assert_same(load(tmp_path / "z", floats), load(tmp_path / "depth.npy", floats))
-    with pytest.raises(UserError, match="prepare them again"):
-        load(tmp_path / "z", replace(floats, size=(16,)))
+    again = load(tmp_path / "z", replace(floats, size=(14,))).train.__getitems__(range(8))["images"]
+    straight = load(tmp_path / "depth.npy", replace(floats, size=(14,))).train.__getitems__(range(8))["images"]
+    assert (again - straight).abs().max() < 1e-5
+    for other in (replace(floats, value_range=(-9, 8)), replace(floats, validation_fraction=0.5)):
+        with pytest.raises(UserError, match="prepare the images again"):
+            load(tmp_path / "z", other)
 
 
 def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) -> None:

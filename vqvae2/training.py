@@ -22,6 +22,7 @@ from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import Draw, fit, is_finished
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
+from vqvae2.data.arrays import PythonImages
 from vqvae2.data.skipping import note_skipped, report_skipped
 from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
 from vqvae2.discriminator import AdversarialPair
@@ -34,10 +35,11 @@ RECORD_NAME = "train_config.yaml"
 MakeDraw = Callable[[ImageDataset, torch.device], Draw]
 
 
-def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> None:
+def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_draw: MakeDraw | None = None) -> None:
     """Train the autoencoder; continue the run, or do nothing if it is finished.
 
     Args:
+        images: {"images", "labels"} in memory, or an iterable of such rows, instead of what `config.data.path` names (see `array_source`).
         make_draw: given held-out images and the device, makes the function that draws a picture of a model (see `fit`).
 
     Raises:
@@ -60,7 +62,7 @@ def train(config: TrainVQVAEConfig, *, make_draw: MakeDraw | None = None) -> Non
     perceptual = load_perceptual(config.perceptual).to(accelerator.device) if config.perceptual.weight else None
     if lies_in(config.output_dir, config.data.path):
         raise UserError(f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir.")
-    data = _open_data(config, accelerator)
+    data = _open_data(config, accelerator, images)
     run = replace(run, facts=data.facts)
     run.check(output_dir)
     accelerator.wait_for_everyone()
@@ -122,11 +124,11 @@ class _Data:
     skipped: Sequence[tuple[str, str]] = ()
 
 
-def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator) -> _Data:
+def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: PythonImages | None) -> _Data:
     """Images found, split, checked and shuffled as configured, or shards that are read as they come."""
     place = {"seed": config.seed, "num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     batch_size = config.batch_size // config.gradient_accumulation_steps
-    if config.data.streaming:
+    if config.data.streaming and given is None:
         shards = find_stream(config.data)
         validation = held_out_images(shards, config.data, config.model.image)
         loader = StreamedImages(
@@ -140,7 +142,8 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator) -> _Data:
         )
         summary = f"{len(shards)} shards, {len(validation)} images held out"
         return _Data(loader, validation, validation, {"image_names_hash": shards.names_hash}, summary)
-    images = load_images(config.data, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
+    source = given if given is not None else config.data
+    images = load_images(source, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
     changes = config.data.augmentation
     training = AugmentedImages(images.train, changes, config.seed) if changes.horizontal_flip or changes.crop != "off" else images.train
     return _Data(

@@ -13,6 +13,7 @@ import yaml
 
 from vqvae2.common.config import differences, read_yaml, to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.provenance import command_line, versions
 
 
 @contextmanager
@@ -81,6 +82,8 @@ class RunRecord:
     config: Any
     file_name: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What else is written down for people, and may be other when the run is continued."""
 
     def check(self, folder: Path) -> None:
         """Refuse a folder that holds another command's run, a run with other settings or facts, or files of no run at all.
@@ -102,8 +105,10 @@ class RunRecord:
             )
 
     def write(self, folder: Path) -> None:
-        """Write the record (for the main process)."""
-        write_text(folder / self.file_name, yaml.safe_dump({"command": self.command, **self.facts, **to_dict(self.config)}, sort_keys=False))
+        """Write the record, with the command line and the versions that run it (for the main process)."""
+        retraced = {"command_line": command_line(), "versions": versions(), **self.notes}
+        record = {"command": self.command, **self.facts, **to_dict(self.config), **retraced}
+        write_text(folder / self.file_name, yaml.safe_dump(record, sort_keys=False))
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,10 +1,8 @@
 """What this machine can do, and the Accelerate object that a training runs on."""
 
 import ctypes
-import platform
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -50,11 +48,6 @@ def use_cpu() -> bool:
     Other accelerators are passed over: on some of them, float64, in which figures are summed and codes drawn, does not exist.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-
-
-def versions() -> dict[str, str]:
-    """What computes here, for those who retrace it: package -> version."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("vqvae2", "torch", "accelerate", "numpy", "pyarrow")}}
 
 
 def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:

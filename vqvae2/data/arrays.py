@@ -12,6 +12,8 @@ from vqvae2.data.preprocessing import Picture, first_line
 from vqvae2.data.source import ImageSource, number_classes
 
 ARRAY_SUFFIXES = {".npy", ".npz"}
+PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]]
+"""{"images", "labels"} of arrays or tensors, or rows of that."""
 
 
 def open_arrays(path: Path, channels: int) -> ImageSource:
@@ -30,7 +32,7 @@ def open_arrays(path: Path, channels: int) -> ImageSource:
     return array_source(arrays, channels, name=str(path))
 
 
-def array_source(data: Mapping[str, Any] | Iterable[Mapping[str, Any]], channels: int, *, name: str = "data") -> ImageSource:
+def array_source(data: PythonImages, channels: int, *, name: str = "data") -> ImageSource:
     """What Python code has: {"images", "labels"} of arrays or tensors, or an iterable of such rows (which is read whole).
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W); the labels are numbers or names, or absent.

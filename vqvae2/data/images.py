@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vqvae2.common.config import to_dict
+from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data.arrays import array_source
+from vqvae2.data.arrays import PythonImages, array_source
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.preprocessing import BYTES, Picture, first_line, picture_size
 from vqvae2.data.source import ImageSource
@@ -54,11 +54,8 @@ class ImageDataset(Dataset):
         self.source, self.indices, self.config = source, indices, config
         shape = (len(indices), config.channels, *config.height_width)
         self.is_prepared = source.prepared is not None and _same_pixels(source.prepared.config, config)
-        if source.prepared is not None and not self.is_prepared and (source.prepared.config.value_range, config.value_range) != (BYTES, BYTES):
-            raise UserError(
-                f"{source.name} was prepared with image = {to_dict(source.prepared.config)}, but {to_dict(config)} is due, and only 8-bit images "
-                f"can be prepared once more: prepare them again."
-            )
+        if source.prepared is not None:
+            _refuse_other_preparation(source.name, source.prepared.config, config)
         kind = torch.uint8 if config.value_range == BYTES else torch.float32
         fits = np.prod(shape, dtype=np.int64) * kind.itemsize <= CACHE_BYTES
         self.cache = torch.empty(shape, dtype=kind) if cached and fits and len(indices) and not self.is_prepared else None
@@ -172,8 +169,18 @@ def _unchanged(size: tuple[int, int]) -> Change:
 
 
 def _same_pixels(one: PreprocessingConfig, other: PreprocessingConfig) -> bool:
-    """Whether both give the same pixels; the held-out share has no part in it."""
-    return replace(one, size=one.height_width, validation_fraction=0) == replace(other, size=other.height_width, validation_fraction=0)
+    """Whether both give the same pixels."""
+    return replace(one, size=one.height_width) == replace(other, size=other.height_width)
+
+
+def _refuse_other_preparation(name: str, prepared: PreprocessingConfig, config: PreprocessingConfig) -> None:
+    """Prepared images can be prepared once more in another size, and in nothing else.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    for key, before, due in differences(PreprocessingConfig, to_dict(replace(prepared, size=config.size, fit=config.fit)), to_dict(config)):
+        raise UserError(f"{name} was prepared with image.{key} = {before!r}, but {due!r} is asked for: say the same, or prepare the images again.")
 
 
 class AugmentedImages(Dataset):
@@ -228,7 +235,7 @@ class ImageSplits:
 
 
 def load_images(
-    data: ImagesConfig | Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    data: ImagesConfig | PythonImages,
     config: PreprocessingConfig,
     *,
     num_workers: int = 0,

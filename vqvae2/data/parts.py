@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from vqvae2.config import ImagesConfig, PreprocessingConfig
-from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images
+from vqvae2.data.arrays import PythonImages
+from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images, load_source
 from vqvae2.data.streams import Shards, decode, find_stream
 
 SPLITS = ("train", "validation")
@@ -63,22 +64,23 @@ class Parts:
     """None if labels are met only as the images are read."""
 
 
-def find_parts(data: ImagesConfig, config: PreprocessingConfig, size: int) -> Parts:
+def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, size: int) -> Parts:
     """Cut each split into parts of `size` images; of a stream every shard is a part.
 
     Raises:
         UserError: see `load_images` and `find_stream`.
     """
-    if data.streaming:
+    if isinstance(data, ImagesConfig) and data.streaming:
         shards = find_stream(data)
         both = data.validation_path is None and config.validation_fraction > 0
         parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
         if data.validation_path is not None:
-            held_out = load_images(ImagesConfig(path=data.validation_path), replace(config, validation_fraction=0), check=False).train
-            parts += _cut("validation", held_out, size)
+            source = load_source(replace(data, path=data.validation_path), config.channels)
+            parts += _cut("validation", ImageDataset(source, range(len(source)), config, cached=False), size)
         return Parts(tuple(parts), data.path, shards.names_hash, None)
     images = load_images(data, config, check=False)
-    return Parts(tuple(part for split, dataset in images.items() for part in _cut(split, dataset, size)), data.path, images.names_hash(), images.class_names)
+    parts = [part for split, dataset in images.items() for part in _cut(split, dataset, size)]
+    return Parts(tuple(parts), images.train.source.name, images.names_hash(), images.class_names)
 
 
 class ReadItem(NamedTuple):

@@ -68,13 +68,15 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
         raise UserError(f"{folder / split} holds {len(ids)} images, but {MANIFEST_NAME} says {number}: run vqvae2 prepare again.")
     pixels = partial(_read_pixels, rows, (manifest.image.channels, *manifest.image.height_width))
     name = str(folder) if split == "train" else str(folder / split)
-    return ImageSource(name, ids, partial(_read_picture, pixels), labels, manifest.class_names, Prepared(manifest.image, pixels))
+    return ImageSource(name, ids, partial(_read_picture, pixels, manifest.image.value_range), labels, manifest.class_names, Prepared(manifest.image, pixels))
 
 
 def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:
     return rows[list(indices)]["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape).copy()
 
 
-def _read_picture(pixels: Any, index: int) -> Picture:
-    """As an array that can be prepared once more, in another size."""
-    return np.moveaxis(pixels([index])[0], 0, -1)
+def _read_picture(pixels: Any, value_range: tuple[float, float], index: int) -> Picture:
+    """As an array that can be prepared once more, in another size or another part of it."""
+    values = np.moveaxis(pixels([index])[0], 0, -1)
+    low, high = value_range
+    return values if values.dtype == np.uint8 else ((values + 1) / 2 * (high - low) + low).clip(low, high)

@@ -50,6 +50,11 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
     return open_tables(path, columns=columns)
 
 
+def is_local(path: str) -> bool:
+    """Whether a path or pattern names files of this machine that are there."""
+    return "://" not in path and (Path(path).expanduser().exists() or (PATTERN.search(path) is not None and Path(expand_ranges(path)[0]).parent.exists()))
+
+
 def expand(pattern: str) -> list[Path]:
     """The local files of a pattern with *, ?, [...] or {000..127}, in order of their names.
 
