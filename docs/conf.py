@@ -58,6 +58,8 @@ def complete(app: Any, page: str, source: list[str]) -> None:
 def clean_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are prose with formulas in it; make it reStructuredText that says the same."""
     lines[:] = as_rst(lines)
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]  # an empty comment; else Napoleon takes what stands before a colon in the first line for a type
 
 
 def draw_formula(translator: Any, node: Any) -> None:
