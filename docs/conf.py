@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from docutils.utils.math import MathError, latex2mathml
+from latex2mathml.converter import convert
 from sphinx.util import logging
 
 HERE = Path(__file__).parent
@@ -58,17 +58,18 @@ def complete(app: Any, page: str, source: list[str]) -> None:
 def clean_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are prose with formulas in it; make it reStructuredText that says the same."""
     lines[:] = as_rst(lines)
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]  # an empty comment; else Napoleon takes what stands before a colon in the first line for a type
 
 
 def draw_formula(translator: Any, node: Any) -> None:
     """A formula as MathML, which browsers draw by themselves: no script, nothing from the network."""
     block = node.tagname == "math_block"
     tex = node.astext()
-    try:
-        html = latex2mathml.tex2mathml(tex, as_block=block)
-    except MathError as error:
-        log.warning("the formula %r cannot be drawn: %s", tex, error, location=node)
-        html = translator.encode(tex)
+    html = convert(tex.replace(r"\arg", r"\operatorname{arg}"), display="block" if block else "inline")
+    html = html.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # else the bar before a power hangs lower than the other
+    if "\\" in html:
+        log.warning("the formula %r holds a command that is not known", tex, location=node)
     translator.body.append(f'<div class="math">{html}</div>' if block else f'<span class="math">{html}</span>')
     raise nodes.SkipNode
 
