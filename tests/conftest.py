@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,7 +41,9 @@ def vqvae2(*arguments: object, check: bool = True, cwd: Path | None = None) -> s
 
 def command(*arguments: object, code: int = 0) -> None:
     """Run the command line in this process, which is quicker, and demand its exit code."""
-    assert main([str(argument) for argument in arguments]) == code
+    words = [str(argument) for argument in arguments]
+    with mock.patch.object(sys, "argv", ["vqvae2", *words]):  # which run records quote
+        assert main(words) == code
 
 
 def two_processes(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -98,11 +101,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder runs/x with every stage of the tiny recipe, made by the staged commands. Tests must not change it."""
     x = tmp_path_factory.mktemp("run") / "runs" / "x"
-    vqvae2("train", "--config", "tiny", "--data.path", photos, "--output-dir", x / "vqvae")
-    vqvae2("extract", "--vqvae", x / "vqvae", "--data.path", photos, "--output-dir", x / "codes")
+    command("train", "--config", "tiny", "--data.path", photos, "--output-dir", x / "vqvae")
+    command("extract", "--vqvae", x / "vqvae", "--data.path", photos, "--output-dir", x / "codes")
     for level, name in enumerate(("top", "bottom")):
-        vqvae2("train-prior", "--config", "tiny", "--codes", x / "codes", "--level", name, "--vqvae", x / "vqvae", "--output-dir", x / f"prior_{level}")
-    vqvae2("assemble", "--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1", "--output-dir", x / "pipeline")
+        command("train-prior", "--config", "tiny", "--codes", x / "codes", "--level", name, "--vqvae", x / "vqvae", "--output-dir", x / f"prior_{level}")
+    command("assemble", "--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1", "--output-dir", x / "pipeline")
     return x
 
 

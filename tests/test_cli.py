@@ -11,6 +11,7 @@ from PIL import Image
 from pipelines import VQVAE2Pipeline
 from pipelines.cli import main
 from tests.conftest import ROOT, edit_manifest, two_processes, vqvae2, write_images
+from tests.conftest import command as run_here
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 
@@ -28,10 +29,10 @@ def test_the_readmes_commands_and_python(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "photos", 60)
     commands = staged_commands()
-    assert [command.split()[1] for command in commands] == ["train", "extract", "train-prior", "train-prior", "reconstruct", "sample", "assemble"]
-    for command in commands:
-        words = command.split()[1:]
-        vqvae2(*words, *(("--config", "tiny") if words[0] in ("train", "train-prior") else ()), cwd=tmp_path)
+    assert [line.split()[1] for line in commands] == ["train", "extract", "train-prior", "train-prior", "reconstruct", "sample", "assemble"]
+    for line in commands:
+        words = line.split()[1:]
+        run_here(*words, *(("--config", "tiny") if words[0] in ("train", "train-prior") else ()))
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), {})
 
@@ -52,11 +53,11 @@ def test_the_run_folder_holds_what_the_design_says(run: Path) -> None:
 
 
 def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
-    vqvae2("sample", "--pipeline", run / "pipeline", "--num-images", 5, "--labels", "dress", "0", "--temperature", "1.0", "0.9",
+    run_here("sample", "--pipeline", run / "pipeline", "--num-images", 5, "--labels", "dress", "0", "--temperature", "1.0", "0.9",
            "--top-k", 8, "--top-p", "0.9", "1.0", "--output-dir", tmp_path / "a")  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "sample_config.yaml", "samples.png"]
     parts = ("--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
-    vqvae2("sample", *parts, "--num-images", 5, "--labels", "2", "bag", "--temperature", "1.0", "0.9",
+    run_here("sample", *parts, "--num-images", 5, "--labels", "2", "bag", "--temperature", "1.0", "0.9",
            "--top-k", 8, "--top-p", "0.9", "1.0", "--output-dir", tmp_path / "b")  # fmt: skip
     for path in (tmp_path / "a").glob("*.png"):  # names or numbers, folder or parts: the same images
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
@@ -69,7 +70,7 @@ def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
 
 def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> None:
     for level, name in enumerate(("top", "bottom")):
-        vqvae2("train-prior", "--config", "tiny", "--family", "pixelsnail", "--codes", run / "codes", "--level", name, "--output-dir", tmp_path / f"p{level}")
+        run_here("train-prior", "--config", "tiny", "--family", "pixelsnail", "--codes", run / "codes", "--level", name, "--output-dir", tmp_path / f"p{level}")
         assert read_json(tmp_path / f"p{level}" / "config.json")["architecture"] == "PixelSNAIL"
     for priors in ((tmp_path / "p0", tmp_path / "p1"), (tmp_path / "p0", run / "prior_1")):
         pipeline = VQVAE2Pipeline.from_parts(run / "vqvae", priors)
@@ -80,7 +81,7 @@ def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> N
 
 def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> None:
     command = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2, "--output-dir")
-    vqvae2("sample", *command, tmp_path / "one")
+    run_here("sample", *command, tmp_path / "one")
     two_processes(ROOT / "scripts" / "sample.py", *command, tmp_path / "two")
     assert len(list((tmp_path / "one").iterdir())) == 9
     for path in (tmp_path / "one").glob("*.png"):
@@ -96,7 +97,7 @@ def test_a_pipeline_survives_a_round_trip(run: Path, tmp_path: Path) -> None:
 
 def test_parts_that_do_not_belong_together_are_refused(run: Path, photos: Path, tmp_path: Path) -> None:
     other = tmp_path / "vqvae"
-    vqvae2("train", "--config", "tiny", "--seed", 1, "--data.path", photos, "--output-dir", other)
+    run_here("train", "--config", "tiny", "--seed", 1, "--data.path", photos, "--output-dir", other)
     ours = read_json(run / "codes" / "manifest.json")["encoder_hash"][:12]
     with pytest.raises(UserError, match=f"level 0 was trained on codes of the encoder {ours}"):
         VQVAE2Pipeline.from_parts(other, [run / "prior_0", run / "prior_1"])
@@ -124,7 +125,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(copy_of_run: Path, photos: Pa
     shard = cut_codes / "train" / "00000.parquet"
     pq.write_table(pq.read_table(shard).slice(0, 5), shard)
     samples = tmp_path / "samples"
-    vqvae2("sample", "--pipeline", x / "pipeline", "--num-images", 1, "--output-dir", samples)
+    run_here("sample", "--pipeline", x / "pipeline", "--num-images", 1, "--output-dir", samples)
     train = ("train", "--config", "tiny")
     parts = ("--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1")
     cases: list[tuple[list[object], list[str]]] = [

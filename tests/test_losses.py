@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.conftest import command as run_here
 from tests.conftest import vqvae2
 from tests.test_training import STEPS, assert_same_run, kill_when, line_count, metrics, train_command
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
@@ -140,7 +141,7 @@ def test_killed_and_continued_with_everything_on(photos: Path, tmp_path: Path) -
     vgg = thin_vgg(tmp_path / "vgg.pth")
     options = ("--perceptual.weight", 0.1, "--perceptual.weights-file", vgg, "--discriminator.weight", 0.8, "--discriminator.start-step", 10,
                "--discriminator.hidden-channels", 8, "--discriminator.num-layers", 1)  # fmt: skip
-    vqvae2(*train_command(photos, tmp_path / "whole", *options))
+    run_here(*train_command(photos, tmp_path / "whole", *options))
     killed = tmp_path / "killed"
     kill_when(lambda: line_count(killed) >= 9, *train_command(photos, killed, *options))
     vqvae2(*train_command(photos, killed, *options))

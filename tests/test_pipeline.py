@@ -11,6 +11,7 @@ from PIL import Image
 from pipelines import VQVAE2Pipeline
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from prior import Known, PixelSNAILConfig, PixelSNAILPriorConfig, PriorConfig, load_prior, make_prior
+from tests.conftest import command as run_here
 from tests.conftest import kill_when, vqvae2
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import to_pil
@@ -35,9 +36,9 @@ def test_an_image_is_a_function_of_seed_index_and_label(run: Path) -> None:
 
 def test_a_set_of_samples_is_continued_and_extended(run: Path, tmp_path: Path) -> None:
     command = ("sample", "--pipeline", run / "pipeline", "--lanes", 4, "--output-dir")
-    vqvae2(*command, tmp_path / "whole", "--num-images", 30, "--npz")
+    run_here(*command, tmp_path / "whole", "--num-images", 30, "--npz")
     kill_when((tmp_path / "parts" / "000005.png").exists, *command, tmp_path / "parts", "--num-images", 18)
-    vqvae2(*command, tmp_path / "parts", "--num-images", 30, "--npz")
+    run_here(*command, tmp_path / "parts", "--num-images", 30, "--npz")
     names = [f"{i:06d}.png" for i in range(30)]
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes() for name in names)
     with np.load(tmp_path / "parts" / "samples.npz") as arrays:
@@ -68,10 +69,10 @@ def test_editing_keeps_what_is_known(run: Path, photos: Path, tmp_path: Path) ->
 
     Image.new("L", (28, 28)).save(tmp_path / "black.png")
     edit = ("sample", "--pipeline", run / "pipeline", "--init-image", picture, "--num-images", 2)
-    vqvae2(*edit, "--mask", tmp_path / "black.png", "--output-dir", tmp_path / "same")  # nothing to repaint: the reconstruction
+    run_here(*edit, "--mask", tmp_path / "black.png", "--output-dir", tmp_path / "same")  # nothing to repaint: the reconstruction
     (expected,) = to_pil(pipeline.vqvae(images[:1]).reconstruction)
     assert Image.open(tmp_path / "same" / "000001.png").tobytes() == expected.tobytes()
-    vqvae2(*edit, "--output-dir", tmp_path / "varied")
+    run_here(*edit, "--output-dir", tmp_path / "varied")
     refused = vqvae2(*edit, "--mask", tmp_path / "none.png", "--output-dir", tmp_path / "x", check=False)
     assert (refused.returncode, "none.png cannot be read" in refused.stderr, (tmp_path / "x").exists()) == (2, True, False)
 
@@ -79,7 +80,7 @@ def test_editing_keeps_what_is_known(run: Path, photos: Path, tmp_path: Path) ->
 def test_another_model_does_not_continue_a_set(copy_of_run: Path, tmp_path: Path) -> None:
     """The same encoder, another prior: its images do not belong into the same folder."""
     command = ("sample", "--pipeline", copy_of_run / "pipeline", "--output-dir", tmp_path / "out", "--num-images")
-    vqvae2(*command, 4)
+    run_here(*command, 4)
     prior = load_prior(copy_of_run / "pipeline" / "prior_1")
     torch.nn.init.normal_(prior.head.bias)
     prior.save_pretrained(copy_of_run / "pipeline" / "prior_1")

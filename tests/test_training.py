@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import command, kill_when, vqvae2, write_images
+from tests.conftest import command as run_here
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.loading import StreamLoader
@@ -56,7 +57,7 @@ def line_count(run: Path) -> int:
 def test_killed_and_continued_is_uninterrupted(stage: str, photos: Path, run: Path, tmp_path: Path) -> None:
     command = train_command if stage == "stage 1" else prior_command
     source = photos if stage == "stage 1" else run
-    vqvae2(*command(source, tmp_path / "whole"))
+    run_here(*command(source, tmp_path / "whole"))
     killed = tmp_path / "killed"
     for _ in range(2):  # at two random steps
         until = random.randint(1, 18)
@@ -67,7 +68,7 @@ def test_killed_and_continued_is_uninterrupted(stage: str, photos: Path, run: Pa
 
 
 def test_a_clean_stop_saves_and_continues(photos: Path, tmp_path: Path) -> None:
-    vqvae2(*train_command(photos, tmp_path / "whole"))
+    run_here(*train_command(photos, tmp_path / "whole"))
     stopped = tmp_path / "stopped"
     code = kill_when(lambda: line_count(stopped) >= 3, *train_command(photos, stopped), number=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
@@ -77,18 +78,18 @@ def test_a_clean_stop_saves_and_continues(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(photos: Path, tmp_path: Path) -> None:
-    vqvae2(*train_command(photos, tmp_path / "x"))
+    run_here(*train_command(photos, tmp_path / "x"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
     assert "done already" in vqvae2(*train_command(photos, tmp_path / "x")).stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
-    vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", STEPS + 4))
+    run_here(*train_command(photos, tmp_path / "x", "--num-steps", STEPS + 4))
     assert metrics(tmp_path / "x")[-1]["step"] == STEPS + 4
     assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == [f"step_{STEPS:08d}", f"step_{STEPS + 4:08d}"]
 
 
 def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     """With a learning rate that ruins the model after a good start, the folder holds the good start."""
-    vqvae2(*train_command(photos, tmp_path / "x", "--learning-rate", "0.5", "--warmup-steps", "50", "--weight-ema-decay", "0"))
+    run_here(*train_command(photos, tmp_path / "x", "--learning-rate", "0.5", "--warmup-steps", "50", "--weight-ema-decay", "0"))
     validations = [line["validation/mse"] for line in metrics(tmp_path / "x") if "validation/mse" in line]
     best = min(validations)
     assert best < validations[-1]
@@ -102,12 +103,12 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
     """With a codebook that learns by gradient alone; running averages move between the parts of a batch."""
     options = ("--mixed-precision", "no", "--model.quantizer.kind", "gradient", "--model.quantizer.revival-threshold", 0, "--num-steps", 12,
                "--model.level-dropout", 0)  # fmt: skip
-    vqvae2(*train_command(photos, tmp_path / "whole", *options))
-    vqvae2(*train_command(photos, tmp_path / "workers", *options, "--data.num-workers", 1))
+    run_here(*train_command(photos, tmp_path / "whole", *options))
+    run_here(*train_command(photos, tmp_path / "workers", *options, "--data.num-workers", 1))
     assert_same_run(tmp_path / "whole", tmp_path / "workers")
     # The data-dependent start looks at the first part alone, so both begin from the same weights.
     for name, parts in (("one", 1), ("four", 4)):
-        vqvae2(*train_command(photos, tmp_path / name, *options, "--init-from", tmp_path / "whole", "--gradient-accumulation-steps", parts))
+        run_here(*train_command(photos, tmp_path / name, *options, "--init-from", tmp_path / "whole", "--gradient-accumulation-steps", parts))
     one, four = (load_file(tmp_path / name / "checkpoints" / "step_00000012" / "model.safetensors") for name in ("one", "four"))
     for key in [key for key in one if not key.endswith(("num_forwards", ".num_updates", ".counts"))]:
         torch.testing.assert_close(one[key], four[key], atol=1e-4, rtol=0)
@@ -159,8 +160,8 @@ def test_every_setting_of_a_prior_changes_something(run: Path, tmp_path: Path) -
 @pytest.mark.parametrize("adversary", [(), ("--discriminator.weight", 0.8, "--discriminator.num-layers", 1, "--discriminator.start-step", 2)])
 def test_compiled_training_is_the_same_training(adversary: tuple[object, ...], photos: Path, tmp_path: Path) -> None:
     options = ("--num-steps", 4, "--mixed-precision", "no", "--model.image.size", 16, "--log-every", 1, *adversary)
-    vqvae2(*train_command(photos, tmp_path / "eager", *options))
-    vqvae2(*train_command(photos, tmp_path / "compiled", *options, "--compile"))
+    run_here(*train_command(photos, tmp_path / "eager", *options))
+    run_here(*train_command(photos, tmp_path / "compiled", *options, "--compile"))
     for eager, compiled in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True):
         assert compiled == pytest.approx(eager, rel=1e-3)
 
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(photos: Path
 
 
 def test_other_images_or_a_missing_tracker_are_refused(photos: Path, tmp_path: Path) -> None:
-    vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", 4))
+    run_here(*train_command(photos, tmp_path / "x", "--num-steps", 4))
     other = write_images(tmp_path / "other", 40)
     refused = vqvae2(*train_command(other, tmp_path / "x", "--num-steps", 8), check=False)
     assert (refused.returncode, "image_names_hash" in refused.stderr) == (2, True)
@@ -194,10 +195,10 @@ def test_other_images_or_a_missing_tracker_are_refused(photos: Path, tmp_path: P
 
 
 def test_a_moved_run_continues(photos: Path, tmp_path: Path) -> None:
-    vqvae2(*train_command(photos, tmp_path / "whole"))
-    vqvae2(*train_command(photos, tmp_path / "here", "--num-steps", 8))
+    run_here(*train_command(photos, tmp_path / "whole"))
+    run_here(*train_command(photos, tmp_path / "here", "--num-steps", 8))
     (tmp_path / "here").rename(tmp_path / "there")
-    vqvae2(*train_command(shutil.copytree(photos, tmp_path / "moved"), tmp_path / "there", "--num-steps", STEPS))
+    run_here(*train_command(shutil.copytree(photos, tmp_path / "moved"), tmp_path / "there", "--num-steps", STEPS))
     assert metrics(tmp_path / "there")[-1]["step"] == metrics(tmp_path / "whole")[-1]["step"] == STEPS
 
 

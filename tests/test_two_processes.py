@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, two_processes, vqvae2
+from tests.conftest import ROOT, two_processes
+from tests.conftest import command as run_here
 
 WORKER = ROOT / "tests" / "worker_two_processes.py"
 
@@ -32,14 +33,14 @@ def test_stage_1_equals_one_process(quantizer: str, parts: int, tmp_path: Path) 
 def test_the_script_is_the_command(photos: Path, tmp_path: Path) -> None:
     """Both processes train, validation figures are overall ones, and the folder loads in one process."""
     arguments = ["--config", "tiny", "--data.path", photos, "--mixed-precision", "no"]
-    vqvae2("train", *arguments, "--output-dir", tmp_path / "one")
+    run_here("train", *arguments, "--output-dir", tmp_path / "one")
     two_processes(ROOT / "scripts" / "train.py", *arguments, "--output-dir", tmp_path / "two")
     assert len(list((tmp_path / "two" / "checkpoints" / "step_00000012").glob("random_states_*.pkl"))) == 2
     lines = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
     for a, b in zip(*lines, strict=True):
         for name in a.keys() - {"images_per_second", "data_wait_share"}:
             assert b[name] == pytest.approx(a[name], rel=0.02), name
-    vqvae2("reconstruct", "--vqvae", tmp_path / "two", photos, "--num-images", 3, "--output-dir", tmp_path / "out")
+    run_here("reconstruct", "--vqvae", tmp_path / "two", photos, "--num-images", 3, "--output-dir", tmp_path / "out")
 
 
 def test_prior_on_two_processes(run: Path, tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_prior_on_two_processes(run: Path, tmp_path: Path) -> None:
         "--label-dropout",
         "0",
     ]
-    vqvae2("train-prior", *arguments, "--output-dir", tmp_path / "one")
+    run_here("train-prior", *arguments, "--output-dir", tmp_path / "one")
     two_processes(ROOT / "scripts" / "train_prior.py", *arguments, "--output-dir", tmp_path / "two")
     lines = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
     for a, b in zip(*lines, strict=True):
