@@ -70,13 +70,13 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
         print(_count_changes(model, found.parts[0]))
     sizes = [part.num_items for part in mine]
     known = [size for size in sizes if size is not None]
-    bar = tqdm(total=sum(known) if len(known) == len(sizes) else None, desc="extracting", unit="image", disable=not state.is_main_process)
-    for part in mine:
-        if part.is_written(output_dir):
-            bar.update(part.num_items or 0)
-        else:
-            _write_part(part, config, model, encode, bar)
-    bar.close()
+    total = sum(known) if len(known) == len(sizes) else None
+    with tqdm(total=total, desc="extracting", unit="image", disable=not state.is_main_process) as bar:
+        for part in mine:
+            if part.is_written(output_dir):
+                bar.update(part.num_items or 0)
+            else:
+                _write_part(part, config, model, encode, bar)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(output_dir, config, model, found)

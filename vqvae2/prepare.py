@@ -41,17 +41,18 @@ def prepare_command(config: PrepareConfig) -> None:
     mine = found.parts[state.process_index :: state.num_processes]
     sizes = [part.num_items for part in mine]
     known = [size for size in sizes if size is not None]
-    bar = tqdm(total=sum(known) if len(known) == len(sizes) else None, desc="preparing", unit="image", disable=not state.is_main_process)
+    total = sum(known) if len(known) == len(sizes) else None
+    num_threads, skip = config.num_threads or os.cpu_count() or 1, config.data.on_error == "skip"
     began, number = time.perf_counter(), 0
-    for part in mine:
-        if part.is_written(output_dir):
-            bar.update(part.num_items or 0)
-            continue
-        rows = read_items(part.items(), lambda split: [None], skip=config.data.on_error == "skip", num_threads=config.num_threads or os.cpu_count() or 1)
-        for count in write_part(part, output_dir, rows, config.image):
-            bar.update(count)
-            number += count
-    bar.close()
+    with tqdm(total=total, desc="preparing", unit="image", disable=not state.is_main_process) as bar:
+        for part in mine:
+            if part.is_written(output_dir):
+                bar.update(part.num_items or 0)
+                continue
+            rows = read_items(part.items(), lambda split: [None], skip=skip, num_threads=num_threads)
+            for count in write_part(part, output_dir, rows, config.image):
+                bar.update(count)
+                number += count
     rate = number / (time.perf_counter() - began)
     state.wait_for_everyone()
     if state.is_main_process:
