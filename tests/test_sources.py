@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import write_images
@@ -23,8 +25,9 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.pictures import save_image
 from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data import AugmentedImages, BadImage, ImageSplits, load_images, load_picture, to_images
+from vqvae2.data import AugmentedImages, BadImage, ImageSplits, is_held_out, load_images, load_picture, to_images
 from vqvae2.data.augmentation import known_views, random_change, view_change
+from vqvae2.data.parts import find_parts
 from vqvae2.data.preprocessing import prepare
 from vqvae2.data.sources import expand_ranges
 from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
@@ -197,6 +200,33 @@ def test_bad_files_stop_or_are_skipped_and_listed(tmp_path: Path) -> None:
 def test_patterns() -> None:
     assert expand_ranges("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
     assert len(expand_ranges("{0..1}{0..1}")) == 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(number=st.integers(1, 60), size=st.integers(1, 25), processes=st.integers(1, 5), fraction=st.floats(0, 0.6))
+def test_parts_hold_every_image_once_in_order(number: int, size: int, processes: int, fraction: float) -> None:
+    """Whatever the parts' size and the number of processes that share them."""
+    config = replace(GREY, size=(2,), validation_fraction=fraction)
+    data = {"images": np.arange(number, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2), "labels": np.arange(number)}
+    assume(not all(is_held_out(f"{i:09d}", fraction) for i in range(number)))
+    splits = load_images(data, config, show_progress=False)
+    parts = find_parts(data, config, size).parts
+    shared = [part for rank in range(processes) for part in parts[rank::processes]]
+    assert sorted(map(id, shared)) == sorted(map(id, parts))
+    for split, images in splits.items():
+        items = [item for part in sorted(parts, key=lambda part: part.number) if split in part.splits for item in part.items()]
+        assert [item.id for item in items] == images.ids
+        assert [int(item.pixels(None)[0, 0, 0]) for item in items] == [item.label for item in items] == [int(name) for name in images.ids]
+
+
+def test_a_stream_of_a_hub_id_is_its_parquet_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    asked: list[str] = []
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: asked.append(url) or (fsspec.filesystem("memory"), "/none/*.parquet"))
+    with pytest.raises(UserError, match="nothing is no"):
+        find_stream(ImagesConfig(path="someone/photos", streaming=True))
+    assert asked == ["hf://datasets/someone/photos/**/*.parquet"]
 
 
 # Augmentation

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
@@ -99,6 +100,8 @@ def _find_urls(path: str) -> list[str]:
         return list(map(str, find_shards(local)))
     if local.is_file():
         return [str(local)]
+    if "://" not in path and not looks_like_path(path):
+        path = f"hf://datasets/{path}/**/*.parquet"  # an id of the Hub
     if "://" not in path:
         return list(map(str, expand(path)))
     import fsspec
