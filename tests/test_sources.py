@@ -197,6 +197,20 @@ def test_bad_files_stop_or_are_skipped_and_listed(tmp_path: Path) -> None:
     assert torch.equal(rows_of(load(folder))[0], expected)
 
 
+def test_held_out_shards_are_never_trained_on(sources: dict[str, Path], tmp_path: Path) -> None:
+    shards = sorted(sources["tars"].iterdir())
+    for i, shard in enumerate(shards):
+        target = tmp_path / ("val" if i == 3 else "train") / shard.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(shard.read_bytes())
+    splits = load(tmp_path)
+    assert {name.split("/")[0] for name in splits.train.ids} == {"s000", "s001", "s002"}
+    assert {name.split("/")[0] for name in splits.validation.ids} == {"s003"}
+    with pytest.raises(UserError, match=r"train, val.*would mix"):
+        find_stream(ImagesConfig(path=str(tmp_path), streaming=True))
+    assert len(find_stream(ImagesConfig(path=str(tmp_path / "val"), streaming=True))) == 1
+
+
 def test_patterns() -> None:
     assert expand_ranges("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
     assert len(expand_ranges("{0..1}{0..1}")) == 4

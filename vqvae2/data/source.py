@@ -1,7 +1,9 @@
 """What every source of pictures becomes: named pictures that can be read in any order, each with a label or none."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,15 @@ class ImageSource:
 
 SourcePair = tuple[ImageSource, ImageSource | None]
 """A source, and its own held-out part if it has one."""
+
+
+def split_files(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files by split: their folder or the beginning of their name may say validation, val, valid or test; all others train."""
+    parts: dict[str, list[Path]] = {}
+    for path in files:
+        words = {path.parent.name, re.split(r"[-_.]", path.name)[0]}
+        parts.setdefault(next((name for name in HELD_OUT_NAMES if name in words), "train"), []).append(path)
+    return parts
 
 
 def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None = None) -> tuple[list[int], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from vqvae2.data.arrays import ARRAY_SUFFIXES, open_arrays
 from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list
 from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
 from vqvae2.data.prepared import open_prepared
-from vqvae2.data.source import Columns, SourcePair
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, SourcePair, split_files
 from vqvae2.data.tables import open_tables
 from vqvae2.data.tars import open_tars
 
@@ -95,7 +95,10 @@ def find_shards(folder: Path) -> list[Path]:
 def _open_files(path: str, files: Sequence[Path], columns: Columns) -> SourcePair:
     suffixes = {file.suffix for file in files}
     if suffixes == {".tar"}:
-        return open_tars(path, files), None
+        parts = split_files(files)
+        held_out = next((name for name in HELD_OUT_NAMES if name in parts and "train" in parts), None)
+        first = parts.get("train", files)
+        return open_tars(path, first), open_tars(f"{path} ({held_out})", parts[held_out]) if held_out is not None else None
     if suffixes in ({".parquet"}, {".arrow"}):
         return open_tables(path, files, columns=columns)
     raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")

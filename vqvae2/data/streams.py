@@ -25,7 +25,7 @@ from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
 from vqvae2.data.preprocessing import Picture, first_line, picture_size, read_picture
-from vqvae2.data.source import ImageSource, Prepared
+from vqvae2.data.source import ImageSource, Prepared, split_files
 from vqvae2.data.sources import expand, expand_ranges, find_shards, open_source
 from vqvae2.data.tables import find_column, read_cell, row_ids
 from vqvae2.data.tars import tar_rows
@@ -91,6 +91,12 @@ def find_stream(data: ImagesConfig) -> Shards:
     unknown = next((url for url in urls if not url.endswith((".parquet", ".tar", ".tar.gz"))), None)
     if unknown is not None or not urls:
         raise UserError(f"{data.path}: {unknown or 'nothing'} is no .tar or .parquet shard, and only such can be streamed: remove --data.streaming.")
+    parts = split_files([Path(url) for url in urls])
+    if len(parts) > 1:
+        raise UserError(
+            f"{data.path} holds shards of the splits {', '.join(parts)}, which a stream would mix: name the training shards alone, for example by a "
+            f"pattern, and the held-out ones as --data.validation-path."
+        )
     return Shards(data.path, tuple(urls), data.image_column, data.label_column)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, split_files
 
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
 
@@ -27,7 +27,7 @@ def open_tables(path: str, files: Sequence[Path] = (), *, columns: Columns, save
         if saved:
             loaded = datasets.load_from_disk(path)
         elif files:
-            parts = _parts(files)
+            parts = split_files(files)
             loaded = datasets.load_dataset(files[0].suffix.removeprefix("."), data_files={part: list(map(str, paths)) for part, paths in parts.items()})
             names = {part: [i for p in paths for i in row_ids(p.stem, _length(p))] for part, paths in parts.items() if paths[0].suffix == ".parquet"}
         else:
@@ -81,15 +81,6 @@ def read_cell(cell: Any) -> Picture:
     if isinstance(cell, bytes):
         return read_picture(cell, ".tif" if cell[:4] in (b"II*\0", b"MM\0*") else "")
     raise UserError(f"it is a {type(cell).__name__}, but encoded bytes are due: name the column of pictures with --data.image-column.")
-
-
-def _parts(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Files by split: a folder or the beginning of a file's name may say validation, val, valid or test; all others train."""
-    parts: dict[str, list[Path]] = {}
-    for path in files:
-        words = {path.parent.name, path.stem.split("-")[0], path.stem.split("_")[0]}
-        parts.setdefault(next((name for name in HELD_OUT_NAMES if name in words), "train"), []).append(path)
-    return parts
 
 
 def _length(path: Path) -> int:
