@@ -1,6 +1,7 @@
 """The same pictures, from every kind of source; augmentation; bad files; streams."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -369,6 +370,23 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
     (tars / "003.tar").write_bytes((tars / "002.tar").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"003\.tar cannot be read as a tar shard"):
         labels(stream(tars, on_error="skip").start_at(0), 30)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_shard_that_is_cut_off_anywhere_is_refused(suffix: str, tmp_path: Path) -> None:
+    content = (numbered_tars(tmp_path / "x", shards=1, rows=6) / "000.tar").read_bytes()
+    content = content if suffix == ".tar" else gzip.compress(content)
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(content)
+    assert len(list(find_stream(ImagesConfig(path=str(path), streaming=True)).rows(0))) == 6
+    end = len(content) if suffix == ".tar.gz" else len(content.rstrip(b"\0"))
+    for size in [*range(700, end - 600, 512), *range(1000, end - 600, 777)]:
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match="cannot be read as a tar shard"):
+            list(find_stream(ImagesConfig(path=str(path), streaming=True)).rows(0))
+        if suffix == ".tar":
+            with pytest.raises(UserError, match="cannot be read as a tar shard"):
+                load(path)
 
 
 def test_images_of_a_range_are_kept_as_they_are() -> None:

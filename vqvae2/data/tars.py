@@ -1,11 +1,12 @@
 """WebDataset tar shards: members of the same name up to the first dot are one row, its picture and its label (.cls, or "label" in .json)."""
 
+import gzip
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
@@ -58,7 +59,8 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
     stem = PurePosixPath(name).name.split(".")[0]
     key, picture, suffix, label = None, None, "", None
     try:
-        with tarfile.open(fileobj=file, mode="r:" if positions else "r|*") as archive:
+        watched = _Watched(cast(BinaryIO, gzip.GzipFile(fileobj=file)) if name.endswith(".gz") else file)
+        with tarfile.open(fileobj=cast(BinaryIO, watched), mode="r:" if positions else "r|") as archive:
             for member in archive:
                 base = PurePosixPath(member.name)
                 if not member.isfile() or base.name.startswith("."):
@@ -73,10 +75,26 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
                     picture, suffix = (member.offset_data, member.size) if positions else _content(archive, member), extension
                 elif extension in (".cls", ".json"):
                     label = _label(_content(archive, member), extension, label)
+        if watched.last.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
+            raise EOFError("it is cut off: the mark of its end is missing")
         if picture is not None:
             yield TarRow(f"{stem}/{key}", picture, suffix, label)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{name} cannot be read as a tar shard ({first_line(error)}): restore or remove it.") from None
+
+
+class _Watched:
+    """A file that remembers the last bytes that were read of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.last = file, b""
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.file.read(size)
+        if content:
+            self.last = content[-tarfile.BLOCKSIZE :]
+        return content
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
