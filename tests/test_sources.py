@@ -372,6 +372,15 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
         labels(stream(tars, on_error="skip").start_at(0), 30)
 
 
+def test_held_out_labels_of_a_stream_are_its_numbers(sources: dict[str, Path], tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "x", shards=3, rows=4)
+    paths = {"path": str(tars / "{000..001}.tar"), "validation_path": str(tars / "002.tar"), "streaming": True}
+    items = [item for part in find_parts(ImagesConfig(**paths), GREY, 10).parts for item in part.items()]
+    assert [item.label for item in items] == list(range(12))
+    with pytest.raises(UserError, match="number them alike"):
+        find_parts(ImagesConfig(**{**paths, "validation_path": str(sources["folder"])}), GREY, 10)
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_a_shard_that_is_cut_off_anywhere_is_refused(suffix: str, tmp_path: Path) -> None:
     content = (numbered_tars(tmp_path / "x", shards=1, rows=6) / "000.tar").read_bytes()

@@ -13,9 +13,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images, load_source
+from vqvae2.data.source import ImageSource
 from vqvae2.data.streams import Shards, decode, find_stream
 
 SPLITS = ("train", "validation")
@@ -52,6 +54,19 @@ class Part:
         return all(self.path(output_dir, split).exists() for split in self.splits)
 
 
+def _with_raw_numbers(source: ImageSource) -> ImageSource:
+    """A held-out source with its classes as the numbers that a stream has.
+
+    Raises:
+        UserError: they are names.
+    """
+    if source.labels is None:
+        return source
+    if not all(name.isdecimal() for name in source.class_names):
+        raise UserError(f"{source.name} has the classes {list(source.class_names)}, but streamed classes are numbers from 0 on: number them alike.")
+    return replace(source, labels=[int(source.class_names[label]) for label in source.labels])
+
+
 @dataclass(frozen=True)
 class Parts:
     """All images of a configuration in parts, in order."""
@@ -75,7 +90,7 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
         both = data.validation_path is None and config.validation_fraction > 0
         parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
         if data.validation_path is not None:
-            source = load_source(replace(data, path=data.validation_path), config.channels)
+            source = _with_raw_numbers(load_source(replace(data, path=data.validation_path), config.channels))
             parts += _cut("validation", ImageDataset(source, range(len(source)), config, cached=False), size)
         return Parts(tuple(parts), data.path, shards.names_hash, None)
     images = load_images(data, config, check=False)
