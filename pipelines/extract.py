@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 from pipelines.config import ExtractConfig
 from prior.code_shards import ShardRecord, record_shard, shard_schema, smallest_type, write_shard
 from prior.codes import MANIFEST_NAME, Manifest, read_manifest, write_manifest
-from vqvae2.common.config import from_dict, to_dict
+from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, read_json, write_json
 from vqvae2.common.machine import processes
 from vqvae2.common.provenance import versions
 from vqvae2.data import to_images
 from vqvae2.data.arrays import PythonImages
-from vqvae2.data.augmentation import ORIGINAL, view_change
+from vqvae2.data.augmentation import ORIGINAL, known_views, view_change
 from vqvae2.data.images import Choice
 from vqvae2.data.parts import SPLITS, Item, Part, Parts, find_parts, read_items
 from vqvae2.data.skipping import report_skipped
@@ -48,6 +48,8 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     Raises:
         UserError: bad images, no such model, or an output folder that holds another run.
     """
+    unknown = sorted(set(config.views) - set(known_views()))
+    check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
     output_dir = Path(config.output_dir)
     state = processes()
     model = VQVAE2.from_pretrained(config.vqvae)

@@ -354,6 +354,7 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
     data = DataConfig(path=str(tars), streaming=True)
     held_out = held_out_images(find_stream(data), data, config)
     batches = islice(stream(tars, config=config).start_at(0), 60)
+    assert not len(held_out_images(find_stream(ImagesConfig(path=str(tars), streaming=True)), data, replace(config, validation_fraction=0)))
     shades = {int(shade) for batch in batches for shade in batch["images"][:, 0, 0, 0]}
     kept = set(held_out.__getitems__(range(len(held_out)))["images"][:, 0, 0, 0].tolist())
     assert 10 < len(kept) < 40

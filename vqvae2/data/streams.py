@@ -192,7 +192,8 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
         return images.without(bad) if bad else images
     pixels: list[np.ndarray] = []
     ids: list[str] = []
-    for row in (row for number in range(len(shards)) for row in shards.rows(number)):
+    read = range(len(shards)) if config.validation_fraction else ()  # nothing is held out: nothing need be read
+    for row in (row for number in read for row in shards.rows(number)):
         if len(ids) == HELD_OUT_LIMIT:
             break
         if is_held_out(row.id, config.validation_fraction):
