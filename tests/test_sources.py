@@ -212,6 +212,26 @@ def test_held_out_shards_are_never_trained_on(sources: dict[str, Path], tmp_path
     assert len(find_stream(ImagesConfig(path=str(tmp_path / "val"), streaming=True))) == 1
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_file_is_trained_on_and_held_out(streaming: bool, tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "x", shards=3, rows=2)
+    (tmp_path / "link").symlink_to(tars)
+    for path, held_out in (("x/*.tar", "x/002.tar"), ("x", "x/{001..002}.tar"), ("x/000.tar", "link"), ("x/000.tar", "link/000.tar")):
+        data = ImagesConfig(path=str(tmp_path / path), validation_path=str(tmp_path / held_out), streaming=streaming)
+        with pytest.raises(UserError, match="would be trained on"):
+            find_parts(data, GREY, 10)
+    apart = ImagesConfig(path=str(tars / "{000..001}.tar"), validation_path=str(tars / "002.tar"), streaming=True)
+    assert sorted(item.id for part in find_parts(apart, GREY, 10).parts for item in part.items() if item.split == "validation") == ["002/0000", "002/0001"]
+    assert find_parts(apart, GREY, 10).names_hash != find_parts(replace(apart, validation_path=None), GREY, 10).names_hash
+
+
+def test_a_stream_of_a_table_with_a_split_is_refused(tmp_path: Path, sources: dict[str, Path]) -> None:
+    table = pq.read_table(sources["one.parquet"]).drop(["label"])
+    pq.write_table(table.append_column("split", pa.array(["train", "test"] * 30)), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="column 'split'"):
+        next(stream(tmp_path / "x.parquet").start_at(0))
+
+
 def test_patterns() -> None:
     assert expand_ranges("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
     assert len(expand_ranges("{0..1}{0..1}")) == 4

@@ -24,7 +24,7 @@ from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.skipping import note_skipped, report_skipped
-from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
+from vqvae2.data.streams import StreamedImages, find_stream, held_out_images, stream_hash
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
@@ -140,8 +140,9 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: Python
             on_skipped=partial(note_skipped, Path(config.output_dir), accelerator.process_index),
             **place,
         )
+        explicit = validation.source if config.data.validation_path is not None else None
         summary = f"{len(shards)} shards, {len(validation)} images held out"
-        return _Data(loader, validation, validation, {"image_names_hash": shards.names_hash}, summary)
+        return _Data(loader, validation, validation, {"image_names_hash": stream_hash(shards, explicit, config.model.image)}, summary)
     source = given if given is not None else config.data
     images = load_images(source, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
     changes = config.data.augmentation

@@ -23,7 +23,7 @@ from vqvae2.data.arrays import PythonImages, array_source
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.preprocessing import BYTES, Picture, first_line, picture_size
 from vqvae2.data.source import ImageSource
-from vqvae2.data.sources import open_source
+from vqvae2.data.sources import open_held_out, open_source
 
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
 Choice = Callable[[tuple[int, int]], Change]
@@ -257,7 +257,8 @@ def load_images(
     except ValueError:
         raise UserError(f"image.background is {config.background!r}, but must be a colour name or #rrggbb.") from None
     if isinstance(data, ImagesConfig):
-        train, held_out = _open_both(data, config.channels)
+        train, own = open_source(data.path, data, config.channels)
+        held_out = open_held_out(data, config.channels) or own
         name, skip = data.path, data.on_error == "skip"
     else:
         train, held_out = array_source(data, config.channels), None
@@ -277,18 +278,6 @@ def load_images(
     if not len(datasets[0]):
         raise UserError(f"{name}: none of the {len(bad[0])} training images can be read (the first: {skipped[0].reason}): check data.path.")
     return ImageSplits(datasets[0], datasets[1], train.class_names, skipped)
-
-
-def _open_both(data: ImagesConfig, channels: int) -> tuple[ImageSource, ImageSource | None]:
-    train, held_out = open_source(data.path, data, channels)
-    if data.validation_path is None:
-        return train, held_out
-    held_out, rest = open_source(data.validation_path, data, channels)
-    if rest is not None:
-        raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
-    if lies_in(data.validation_path, data.path):
-        raise UserError(f"{data.validation_path} lies in {data.path}, so it would be trained on: move the held-out images beside the others.")
-    return train, held_out
 
 
 def lies_in(path: str, folder: str) -> bool:

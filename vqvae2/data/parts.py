@@ -16,9 +16,10 @@ import numpy as np
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages
-from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images, load_source
+from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images
 from vqvae2.data.source import ImageSource
-from vqvae2.data.streams import Shards, decode, find_stream
+from vqvae2.data.sources import open_held_out
+from vqvae2.data.streams import Shards, decode, find_stream, stream_hash
 
 SPLITS = ("train", "validation")
 T = TypeVar("T")
@@ -87,12 +88,12 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
     """
     if isinstance(data, ImagesConfig) and data.streaming:
         shards = find_stream(data)
-        both = data.validation_path is None and config.validation_fraction > 0
+        held_out = open_held_out(data, config.channels)
+        both = held_out is None and config.validation_fraction > 0
         parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
-        if data.validation_path is not None:
-            source = _with_raw_numbers(load_source(replace(data, path=data.validation_path), config.channels))
-            parts += _cut("validation", ImageDataset(source, range(len(source)), config, cached=False), size)
-        return Parts(tuple(parts), data.path, shards.names_hash, None)
+        if held_out is not None:
+            parts += _cut("validation", ImageDataset(_with_raw_numbers(held_out), range(len(held_out)), config, cached=False), size)
+        return Parts(tuple(parts), data.path, stream_hash(shards, held_out, config), None)
     images = load_images(data, config, check=False)
     parts = [part for split, dataset in images.items() for part in _cut(split, dataset, size)]
     return Parts(tuple(parts), images.train.source.name, images.names_hash(), images.class_names)

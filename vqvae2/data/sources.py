@@ -11,7 +11,7 @@ from vqvae2.data.arrays import ARRAY_SUFFIXES, open_arrays
 from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list
 from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
 from vqvae2.data.prepared import open_prepared
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, SourcePair, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, split_files
 from vqvae2.data.tables import open_tables
 from vqvae2.data.tars import open_tars
 
@@ -48,6 +48,41 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
     if looks_like_path(path):
         raise UserError(f"{path} does not exist: check data.path ({KINDS}).")
     return open_tables(path, columns=columns)
+
+
+def open_held_out(data: ImagesConfig, channels: int) -> ImageSource | None:
+    """The explicit held-out set, if there is one.
+
+    Raises:
+        UserError: it is split itself, or shares files with the training images.
+    """
+    if data.validation_path is None:
+        return None
+    source, rest = open_source(data.validation_path, data, channels)
+    if rest is not None:
+        raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
+    shared = _shared(_files_of(data.validation_path), _files_of(data.path))
+    if shared is not None:
+        raise UserError(f"{shared} is part of both {data.validation_path} and {data.path}, so it would be trained on: keep the held-out images apart.")
+    return source
+
+
+def _files_of(path: str) -> set[Path]:
+    """The local files and folders that a path or pattern names, without links on the way."""
+    if "://" in path:
+        return set()
+    local = Path(path).expanduser()
+    named = [local] if local.exists() else expand(path) if PATTERN.search(path) else []
+    return {file.resolve() for file in named}
+
+
+def _shared(some: set[Path], others: set[Path]) -> Path | None:
+    """A file or folder that is in, or lies below, one of both sets."""
+    for here, there in ((some, others), (others, some)):
+        for path in here:
+            if path in there or not there.isdisjoint(path.parents):
+                return path
+    return None
 
 
 def is_local(path: str) -> bool:

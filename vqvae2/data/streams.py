@@ -5,6 +5,7 @@ starts again.
 """
 
 import hashlib
+import json
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +26,8 @@ from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
 from vqvae2.data.preprocessing import Picture, first_line, picture_size, read_picture
-from vqvae2.data.source import ImageSource, Prepared, split_files
-from vqvae2.data.sources import expand, expand_ranges, find_shards, open_source
+from vqvae2.data.source import ImageSource, Prepared, refuse_duplicates, split_files
+from vqvae2.data.sources import expand, expand_ranges, find_shards, open_held_out
 from vqvae2.data.tables import find_column, read_cell, row_ids
 from vqvae2.data.tars import tar_rows
 
@@ -53,11 +54,6 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.urls)
-
-    @property
-    def names_hash(self) -> str:
-        """A hash of the shards' names: what a run continues on must be what it was begun on."""
-        return hashlib.sha256("\n".join(PurePosixPath(url).name for url in self.urls).encode()).hexdigest()
 
     def rows(self, number: int) -> Iterator[StreamRow]:
         """The rows of one shard, in order.
@@ -91,6 +87,8 @@ def find_stream(data: ImagesConfig) -> Shards:
     unknown = next((url for url in urls if not url.endswith((".parquet", ".tar", ".tar.gz"))), None)
     if unknown is not None or not urls:
         raise UserError(f"{data.path}: {unknown or 'nothing'} is no .tar or .parquet shard, and only such can be streamed: remove --data.streaming.")
+    stems = [_stem(url) for url in urls]
+    refuse_duplicates(stems, f"{data.path} (names of shards, which the names of their rows begin with)")
     parts = split_files([Path(url) for url in urls])
     if len(parts) > 1:
         raise UserError(
@@ -141,7 +139,7 @@ def _stem(url: str) -> str:
 
 
 def _number(label: Any, url: str) -> int | None:
-    if label is not None and not isinstance(label, int):
+    if label is not None and (type(label) is not int or not 0 <= label < 2**31):
         raise UserError(f"{url} has the label {label!r}, but streamed classes must be numbers from 0 on: number them when you write the shards.")
     return label
 
@@ -156,9 +154,12 @@ def _parquet_file(file: BinaryIO, url: str) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file)
+        table = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it.") from None
+    if "split" in table.schema_arrow.names:
+        raise UserError(f"{url} has a column 'split', but a stream is held out by whole shards: write the splits to shards of their own.")
+    return table
 
 
 def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_column: str | None) -> Iterator[StreamRow]:
@@ -179,14 +180,21 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
         raise UserError(f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it.") from None
 
 
+def stream_hash(shards: Shards, held_out: ImageSource | None, config: PreprocessingConfig) -> str:
+    """A hash of the shards' names and of what is held out: what a run continues on must be what it was begun on."""
+    names = [PurePosixPath(url).name for url in shards.urls]
+    kept_apart: list[Any] = [config.validation_fraction] if held_out is None else list(held_out.ids)
+    return hashlib.sha256(json.dumps([names, held_out is None, kept_apart]).encode()).hexdigest()
+
+
 def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingConfig) -> ImageDataset:
     """The explicit held-out set, or the first `HELD_OUT_LIMIT` images of the stream whose names are held out.
 
     Raises:
         UserError: a broken shard, or (unless they are to be skipped) a broken image.
     """
-    if data.validation_path is not None:
-        source, _ = open_source(data.validation_path, data, config.channels)
+    source = open_held_out(data, config.channels)
+    if source is not None:
         images = ImageDataset(source, range(len(source)), config)
         bad = images.check(skip=data.on_error == "skip")
         return images.without(bad) if bad else images
