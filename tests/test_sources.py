@@ -173,6 +173,31 @@ def png16(rows: list[bytes], width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
 
 
+def test_pictures_come_upright_and_uninverted_or_not_at_all(tmp_path: Path) -> None:
+    grey = PreprocessingConfig(size=(40, 20), channels=1, fit="stretch", value_range=(0, 65535))
+    sixteen = np.zeros((20, 40), np.uint16)
+    sixteen[:, 20:] = 50_000
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(sixteen).save(tmp_path / "turned.png", exif=exif)
+    upright = load_picture(str(tmp_path / "turned.png"), grey)[0, 0]
+    assert upright.shape == (40, 20)
+    assert upright[5, 10] < upright[35, 10]
+    tifffile.imwrite(tmp_path / "turned.tif", sixteen, extratags=[(274, "H", 1, 6, True)])
+    with pytest.raises(UserError, match="save it upright"):
+        load_picture(str(tmp_path / "turned.tif"), grey)
+    eight = (sixteen // 256).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "inverted.tif", eight, photometric="miniswhite")
+    inverted = load_picture(str(tmp_path / "inverted.tif"), replace(grey, size=(20, 40), value_range=(0, 255)))[0, 0]
+    assert np.array_equal(inverted, 255 - eight)
+    (tmp_path / "deep.ppm").write_bytes(b"P6 # a comment\n2 1\n65535\n" + bytes(12))
+    with pytest.raises(UserError, match="PPM with 16 bits"):
+        load_picture(str(tmp_path / "deep.ppm"), replace(GREY, channels=3))
+    with pytest.raises(UserError, match=r"image\.channels"):
+        prepare(eight, replace(GREY, channels=4))
+    assert prepare(eight, replace(GREY, channels=3)).shape == (3, 28, 28)
+
+
 def spoil(folder: Path) -> set[str]:
     """Plant broken files among pictures."""
     some = next((folder / "bag").glob("*.png")).read_bytes()

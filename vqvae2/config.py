@@ -14,7 +14,7 @@ class PreprocessingConfig:
     size: tuple[int, ...] = (64,)
     """Height and width in pixels, or one number for both."""
     channels: int = 3
-    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: picture files are converted to it. Arrays (.npy, TIFF of more bands) must have as many, or one."""
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: picture files are converted to it. Arrays (.npy, TIFF) must have as many; grey ones may become RGB."""
     value_range: tuple[float, float] = (0.0, 255.0)
     """Values that are black and white: (0, 255) for 8-bit pictures, (0, 65535) for 16 bits, the data's own range for floats."""
     fit: Literal["crop", "pad", "stretch"] = "crop"

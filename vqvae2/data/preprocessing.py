@@ -22,6 +22,7 @@ Window = tuple[float, float, float, float]
 
 MAX_PIXELS = 178_956_970  # twice Pillow's warning: a file that claims more is an attack or a mistake
 TIFF_SUFFIXES = {".tif", ".tiff"}
+TIFF_MARKS = (b"II*\0", b"MM\0*")
 BYTES = (0.0, 255.0)
 
 
@@ -44,7 +45,7 @@ def prepare(picture: Picture, config: PreprocessingConfig, window: Window | None
     if config.channels not in MODES:
         raise UserError(f"it is a picture of {len(picture.getbands())} channels, but image.channels is {config.channels}: set it to 1, 2, 3 or 4.")
     if picture.mode.startswith(("I", "F")):  # 16-bit and floating grey
-        return _prepare_array(np.array(picture), config, window)
+        return _prepare_array(np.array(ImageOps.exif_transpose(picture)), config, window)
     if config.value_range != BYTES:
         raise UserError(f"it is an 8-bit picture, but image.value_range is {config.value_range}: convert it, or leave the range at (0, 255).")
     image = _resize(_convert(ImageOps.exif_transpose(picture), MODES[config.channels], config.background), config, window)
@@ -85,6 +86,8 @@ def read_picture(file: Path | str | bytes, suffix: str = "") -> Picture:
         Exception: of many kinds, for a file that is no picture (see `read_picture_file`).
     """
     suffix = (suffix or (Path(file).suffix if not isinstance(file, bytes) else "")).lower()
+    if isinstance(file, bytes) and file[:4] in TIFF_MARKS:
+        suffix = ".tif"
     opened = io.BytesIO(file) if isinstance(file, bytes) else file
     if suffix == ".npy":
         return np.load(opened, allow_pickle=False)
@@ -94,6 +97,8 @@ def read_picture(file: Path | str | bytes, suffix: str = "") -> Picture:
     if math.prod(image.size) > MAX_PIXELS:
         raise UserError(f"it claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: remove it, or make it smaller.")
     image.load()
+    if image.format == "PPM" and image.mode == "RGB" and _maximum_of_ppm(opened) > 255:
+        raise UserError("it is a PPM with 16 bits in several channels, of which Pillow keeps 8: save it as TIFF or .npy.")
     if image.format == "PNG" and _bits_of_png(opened) == 16 and image.mode in ("RGB", "RGBA", "LA"):
         raise UserError("it is a PNG with 16 bits in several channels, of which Pillow keeps 8: save it as TIFF or .npy.")
     return image
@@ -133,10 +138,20 @@ def first_line(error: Exception) -> str:
 
 def _bits_of_png(file: Path | str | io.BytesIO) -> int:
     """Bits per channel, at a fixed place in the header (PNG specification, 11.2.1)."""
+    return _beginning(file, 25)[24]
+
+
+def _maximum_of_ppm(file: Path | str | io.BytesIO) -> int:
+    """The fourth word of the header, comments aside: format, width, height, largest value."""
+    lines = (line.split(b"#")[0] for line in _beginning(file, 1024).split(b"\n"))
+    return int(b" ".join(lines).split()[3])
+
+
+def _beginning(file: Path | str | io.BytesIO, size: int) -> bytes:
     if isinstance(file, io.BytesIO):
-        return file.getvalue()[24]
+        return file.getvalue()[:size]
     with open(file, "rb") as opened:
-        return opened.read(25)[24]
+        return opened.read(size)
 
 
 def _read_tiff(file: Path | str | io.BytesIO) -> Picture:
@@ -145,10 +160,11 @@ def _read_tiff(file: Path | str | io.BytesIO) -> Picture:
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
-        if math.prod(page.shape[:2]) > MAX_PIXELS:
-            raise UserError(f"it claims {page.shape} pixels, more than {MAX_PIXELS:,}: remove it, or make it smaller.")
-        plain = page.dtype in (np.dtype(bool), np.dtype(np.uint8)) and page.samplesperpixel <= 4 and page.photometric.name != "MINISWHITE"
-        if not plain:
+        if page.imagewidth * page.imagelength > MAX_PIXELS:
+            raise UserError(f"it claims {page.imagewidth} x {page.imagelength} pixels, more than {MAX_PIXELS:,}: remove it, or make it smaller.")
+        if page.dtype not in (np.dtype(bool), np.dtype(np.uint8)) or page.samplesperpixel > 4:  # what Pillow cannot hold
+            if "Orientation" in page.tags and page.tags["Orientation"].value != 1:
+                raise UserError("it is a TIFF of more than 8 bits or 4 bands that is to be turned when shown: save it upright.")
             array = page.asarray()
             return rearrange(array, "c h w -> h w c") if array.ndim == 3 and page.planarconfig.name == "SEPARATE" else array
     if isinstance(file, io.BytesIO):
@@ -170,7 +186,7 @@ def _convert(image: Image.Image, mode: str, background: str) -> Image.Image:
 
 def _prepare_array(array: np.ndarray, config: PreprocessingConfig, window: Window | None) -> np.ndarray:
     array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, config.channels):
+    if array.ndim != 3 or (array.shape[-1] != config.channels and (array.shape[-1], config.channels) != (1, 3)):
         raise UserError(f"it is an array of shape {array.shape}, but (H, W, {config.channels}) is due (image.channels): set the channels, or convert it.")
     of_bytes = array.dtype == np.uint8 and config.value_range == BYTES
     array = array if of_bytes else _scale(array, config)

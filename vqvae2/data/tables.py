@@ -9,7 +9,7 @@ import numpy as np
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, split_files
 
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
 
@@ -79,7 +79,7 @@ def read_cell(cell: Any) -> Picture:
     if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
         return read_picture(cell["bytes"], Path(cell.get("path") or "").suffix)
     if isinstance(cell, bytes):
-        return read_picture(cell, ".tif" if cell[:4] in (b"II*\0", b"MM\0*") else "")
+        return read_picture(cell)
     raise UserError(f"it is a {type(cell).__name__}, but encoded bytes are due: name the column of pictures with --data.image-column.")
 
 
@@ -107,7 +107,9 @@ def _table_source(path: str, table: Any, ids: list[str] | None, columns: Columns
         labels, class_names = number_classes(list(table[label]), f"{path}: the column {label!r}", names)
     if "id" in features:
         ids = list(map(str, table["id"]))
-    return ImageSource(path, ids or [f"{i:09d}" for i in range(len(table))], partial(_read_row, table.select_columns([image]), image), labels, class_names)
+    ids = ids or [f"{i:09d}" for i in range(len(table))]
+    refuse_duplicates(ids, path)
+    return ImageSource(path, ids, partial(_read_row, table.select_columns([image]), image), labels, class_names)
 
 
 def _read_row(table: Any, column: str, index: int) -> Picture:  # of the module, so that loader processes receive it pickled
