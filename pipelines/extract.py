@@ -29,7 +29,7 @@ from vqvae2.data.arrays import PythonImages
 from vqvae2.data.augmentation import ORIGINAL, known_views, view_change
 from vqvae2.data.images import Choice
 from vqvae2.data.parts import SPLITS, Item, Part, Parts, find_parts, read_items
-from vqvae2.data.skipping import report_skipped
+from vqvae2.data.skipping import list_skipped, report_skipped
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
 
@@ -196,7 +196,8 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
     for path in all_paths:
         _record_path(path).unlink(missing_ok=True)
     skipped = [(name, reason) for path in all_paths for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])]
-    said = report_skipped(output_dir, skipped)
+    list_skipped(output_dir, skipped)
+    said = report_skipped(output_dir)
     print(f"{output_dir}: codes of {manifest.num_train} training rows and {manifest.num_validation} held out. {said}".strip())
 
 

@@ -28,7 +28,7 @@ from vqvae2.common.pictures import save_image
 from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data import AugmentedImages, BadImage, ImageSplits, is_held_out, load_images, load_picture, to_images
 from vqvae2.data.augmentation import known_views, random_change, view_change
-from vqvae2.data.parts import find_parts
+from vqvae2.data.parts import find_parts, read_items
 from vqvae2.data.preprocessing import prepare
 from vqvae2.data.sources import expand_ranges
 from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
@@ -151,6 +151,7 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (np.full((8, 8), np.nan, np.float32), replace(GREY, value_range=(0, 1)), "outside"),
         (np.zeros((8, 8, 5), np.uint8), GREY, "image.channels"),
         (Image.new("L", (8, 8)), replace(GREY, value_range=(0, 1)), "8-bit picture"),
+        (np.zeros((8, 8), np.uint8), replace(GREY, value_range=(0, 65535)), "end before"),
         (Image.new("RGB", (8, 8)), replace(GREY, channels=5), "image.channels is 5"),
     ):
         with pytest.raises(UserError, match=message):
@@ -159,6 +160,22 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.png").write_bytes(png16(rows, 8, 8))
     with pytest.raises(UserError, match="16 bits in several channels"):
         load_picture(str(tmp_path / "deep.png"), replace(GREY, channels=3))
+
+
+def test_data_of_python_code_that_does_not_fit_is_refused() -> None:
+    image = np.zeros((8, 8), np.uint8)
+    for data, message in (
+        ([{"images": image}, {"images": image[:4]}], "several shapes"),
+        ({"images": [image, image[:4]]}, "several shapes"),
+        ({"pictures": image[None]}, r"\['pictures'\], but 'images'"),
+        ([{"picture": image}], "'images'"),
+        ([{"images": image}, {"images": image, "labels": 1}], "row 0 has no 'labels'"),
+        ([{"images": image, "labels": 1}, {"labels": 1}], "row 1 has no 'images'"),
+        ({"images": [[1, 2]]}, "images of shape"),
+        ({"images": image[None], "labels": [1, 2]}, "one for each"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_images(data, GREY)
 
 
 def png16(rows: list[bytes], width: int, height: int) -> bytes:
@@ -425,6 +442,36 @@ def test_held_out_labels_of_a_stream_are_its_numbers(sources: dict[str, Path], t
     assert [item.label for item in items] == list(range(12))
     with pytest.raises(UserError, match="number them alike"):
         find_parts(ImagesConfig(**{**paths, "validation_path": str(sources["folder"])}), GREY, 10)
+
+
+def write_members(path: Path, names: list[str]) -> Path:
+    buffer = io.BytesIO()
+    Image.new("L", (28, 28), 100).save(buffer, "PNG")
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            content = b"3" if name.endswith(".cls") else buffer.getvalue()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_member_of_a_tar_vanishes(streaming: bool, tmp_path: Path) -> None:
+    def read(*names: str, on_error: str = "stop") -> list[tuple[str, int | None]]:
+        path = write_members(tmp_path / "x.tar", list(names))
+        data = ImagesConfig(path=str(path), streaming=streaming, on_error=on_error)
+        items = (item for part in find_parts(data, replace(GREY, validation_fraction=0), 100).parts for item in part.items())
+        return [(row.item.id, row.item.label) for row in read_items(items, lambda split: [None], skip=on_error == "skip", num_threads=2) if not row.error]
+
+    assert [name for name, _ in read("a.png", "a.cls", "d/b.png", "d/b.cls")] == ["x/a", "x/d/b"]
+    assert [name for name, _ in read("a.image.png", "b.image.png")] == ["x/a", "x/b"]
+    with pytest.raises(UserError, match=r"a\.cls comes apart from the row 'a'"):
+        read("a.png", "b.png", "a.cls")
+    for names, fault in {("a.png", "b.avif"): "only b.avif", ("b.1.png", "b.2.png"): "2 pictures"}.items():
+        with pytest.raises(BadImage, match=rf"x/b: .*{fault}"):
+            read(*names)
+    assert [name for name, _ in read("a.png", "a.cls", "b.avif", "c.png", "c.cls", on_error="skip")] == ["x/a", "x/c"]
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])

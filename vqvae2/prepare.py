@@ -19,7 +19,7 @@ from vqvae2.common.machine import processes
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data.parts import SPLITS, Part, ReadItem, find_parts, read_items
 from vqvae2.data.prepared import MANIFEST_NAME, PreparedManifest
-from vqvae2.data.skipping import report_skipped
+from vqvae2.data.skipping import list_skipped, report_skipped
 
 RECORD_NAME = "prepare_config.yaml"
 ROW_GROUP = 256  # rows that are written, and held in memory, at once
@@ -125,6 +125,7 @@ def _finish(output_dir: Path, config: PrepareConfig, class_names: tuple[str, ...
     )
     write_json(output_dir / MANIFEST_NAME, to_dict(manifest))
     size = sum(path.stat().st_size for path in output_dir.rglob("*.parquet"))
-    said = report_skipped(output_dir, skipped)
+    list_skipped(output_dir, skipped)
+    said = report_skipped(output_dir)
     speed = f", {rate:.0f} images/s" if rate else ", nothing new"
     print(f"{output_dir}: {sum(numbers.values())} images in {size / 2**20:.1f} MiB{speed}. {said}".strip())

@@ -23,7 +23,7 @@ from vqvae2.common.training import Draw, fit, is_finished
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
 from vqvae2.data.arrays import PythonImages
-from vqvae2.data.skipping import note_skipped, report_skipped
+from vqvae2.data.skipping import list_met, list_skipped, report_skipped
 from vqvae2.data.streams import StreamedImages, find_stream, held_out_images, stream_hash
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
@@ -68,7 +68,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.write(output_dir)
-    skipped = report_skipped(output_dir, data.skipped) if accelerator.is_main_process else ""
+    if accelerator.is_main_process:
+        list_skipped(output_dir, data.skipped)
     accelerator.print(
         f"{data.summary}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
         f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
@@ -108,6 +109,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_
         shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
         parameter_groups=pair.parameter_groups(config.discriminator) if pair is not None else None,
     )
+    accelerator.wait_for_everyone()
+    skipped = report_skipped(output_dir)
     if skipped:
         accelerator.print(skipped)
 
@@ -130,19 +133,20 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: Python
     batch_size = config.batch_size // config.gradient_accumulation_steps
     if config.data.streaming and given is None:
         shards = find_stream(config.data)
-        validation = held_out_images(shards, config.data, config.model.image)
+        skipped: list[tuple[str, str]] = []
+        validation = held_out_images(shards, config.data, config.model.image, on_skipped=lambda *met: skipped.append(met))
         loader = StreamedImages(
             shards,
             config.data,
             config.model.image,
             batch_size,
             held_out=config.data.validation_path is None,
-            on_skipped=partial(note_skipped, Path(config.output_dir), accelerator.process_index),
+            on_skipped=partial(list_met, Path(config.output_dir), accelerator.process_index),
             **place,
         )
         explicit = validation.source if config.data.validation_path is not None else None
         summary = f"{len(shards)} shards, {len(validation)} images held out"
-        return _Data(loader, validation, validation, {"image_names_hash": stream_hash(shards, explicit, config.model.image)}, summary)
+        return _Data(loader, validation, validation, {"image_names_hash": stream_hash(shards, explicit, config.model.image)}, summary, skipped)
     source = given if given is not None else config.data
     images = load_images(source, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
     changes = config.data.augmentation

@@ -1,6 +1,6 @@
 """Pictures in arrays: .npy and .npz stacks, and what Python code has in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,10 @@ def array_source(data: PythonImages, channels: int, *, name: str = "data") -> Im
         rows = list(data)
         if not rows:
             raise UserError(f"{name} holds no row: training needs at least one.")
-        data = {key: np.stack([np.asarray(row[key]) for row in rows]) for key in ("images", "labels") if key in rows[0]}
-    images = data["images"] if isinstance(data["images"], np.ndarray) else np.asarray(data["images"])
+        data = _stacked(rows, name)
+    if "images" not in data:
+        raise UserError(f"{name} has the keys {list(data)}, but 'images' (and perhaps 'labels') is due: name them so.")
+    images = _one_array(data["images"], name)
     if images.ndim not in (3, 4) or not len(images):
         raise UserError(f"{name} has images of shape {images.shape}, but (N, H, W), (N, H, W, C) or (N, C, H, W) is due.")
     if images.ndim == 4 and images.shape[-1] not in (1, channels) and images.shape[1] in (1, channels):
@@ -58,6 +60,21 @@ def array_source(data: PythonImages, channels: int, *, name: str = "data") -> Im
             raise UserError(f"{name} has {len(images)} images, but labels of shape {values.shape}: give one for each image.")
         labels, class_names = number_classes(values.tolist(), f"{name}: labels")
     return ImageSource(name, [f"{i:09d}" for i in range(len(images))], partial(_read_row, images), labels, class_names)
+
+
+def _stacked(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, np.ndarray]:
+    keys = [key for key in ("images", "labels") if any(key in row for row in rows)]
+    lacking = next(((i, key) for i, row in enumerate(rows) for key in keys if row.get(key) is None), None)
+    if lacking is not None:
+        raise UserError(f"{name}: row {lacking[0]} has no {lacking[1]!r}, but others have: give it to every row, or to none.")
+    return {key: _one_array([np.asarray(row[key]) for row in rows], name) for key in keys}
+
+
+def _one_array(images: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(images)
+    except ValueError:
+        raise UserError(f"{name} has images of several shapes: bring them to one size, or write them to files, which may have any.") from None
 
 
 def _read_row(images: np.ndarray, index: int) -> Picture:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.threads import ordered
 from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages, array_source
 from vqvae2.data.augmentation import Change, random_change
@@ -144,15 +144,13 @@ class ImageDataset(Dataset):
             return None
 
         bad: dict[int, BadImage] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(attempt, range(len(self)))
-            bar = tqdm(results, desc="checking images", total=len(self), unit="image", disable=not show_progress, leave=False)
-            for index, error in enumerate(bar):
-                if error is not None and not skip:
-                    pool.shutdown(cancel_futures=True)
-                    raise error
-                if error is not None:
-                    bad[index] = error
+        results = ordered(attempt, range(len(self)), num_threads=os.cpu_count() or 1)
+        bar = tqdm(results, desc="checking images", total=len(self), unit="image", disable=not show_progress, leave=False)
+        for index, error in enumerate(bar):
+            if error is not None and not skip:
+                raise error
+            if error is not None:
+                bad[index] = error
         return bad
 
     def without(self, bad: Container[int]) -> "ImageDataset":

@@ -3,17 +3,16 @@
 Which images are in which part, and in which order, depends on the data alone: not on the number of processes, nor on what was done before.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.threads import ordered
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images
@@ -22,8 +21,6 @@ from vqvae2.data.sources import open_held_out
 from vqvae2.data.streams import Shards, decode, find_stream, stream_hash
 
 SPLITS = ("train", "validation")
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Item(NamedTuple):
@@ -126,18 +123,6 @@ def read_items(items: Iterable[Item], choices: Callable[[str], Sequence[Choice |
             return ReadItem(item, [], error)
 
     return ordered(read, items, num_threads=num_threads)
-
-
-def ordered(function: Callable[[T], R], items: Iterable[T], *, num_threads: int) -> Iterator[R]:
-    """Like `map`, on several threads, and never far ahead of what is taken: memory stays flat however many items there are."""
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 16 * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:

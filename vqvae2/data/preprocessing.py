@@ -202,6 +202,8 @@ def _prepare_array(array: np.ndarray, config: PreprocessingConfig, window: Windo
 def _scale(array: np.ndarray, config: PreprocessingConfig) -> np.ndarray:
     """Values to [-1, 1] by the declared range."""
     low, high = config.value_range
+    if array.dtype.kind in "ui" and np.iinfo(array.dtype).max < high:
+        raise UserError(f"it holds {array.dtype} values, which end before image.value_range {config.value_range}: convert it, or say which range it has.")
     if config.value_range == BYTES:
         raise UserError(
             f"it holds {array.dtype} values from {array.min()} to {array.max()}, not 8-bit pixels: say with --model.image.value-range LOW HIGH "

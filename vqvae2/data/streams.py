@@ -25,11 +25,11 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
-from vqvae2.data.preprocessing import Picture, first_line, picture_size, read_picture
+from vqvae2.data.preprocessing import Picture, first_line, picture_size
 from vqvae2.data.source import ImageSource, Prepared, refuse_duplicates, split_files
 from vqvae2.data.sources import expand, expand_ranges, find_shards, open_held_out
 from vqvae2.data.tables import find_column, read_cell, row_ids
-from vqvae2.data.tars import tar_rows
+from vqvae2.data.tars import read_row, tar_rows
 
 HELD_OUT_LIMIT = 1024  # images that are held out by name are gathered from the first shards, at most so many
 AHEAD = 3  # batches that are being decoded while one is trained on
@@ -41,6 +41,10 @@ class StreamRow(NamedTuple):
     id: str
     label: int | None
     read: Callable[[], Picture]
+
+
+def _say_nothing(name: str, reason: str) -> None:
+    """For those who do not want to know what was skipped."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def _number(label: Any, url: str) -> int | None:
 
 def _tar_rows(file: BinaryIO, url: str) -> Iterator[StreamRow]:
     for row in tar_rows(file, url):
-        yield StreamRow(row.id, _number(row.label, url), partial(read_picture, row.picture, row.suffix))
+        yield StreamRow(row.id, _number(row.label, url), partial(read_row, row))
 
 
 def _parquet_file(file: BinaryIO, url: str) -> Any:
@@ -187,8 +191,11 @@ def stream_hash(shards: Shards, held_out: ImageSource | None, config: Preprocess
     return hashlib.sha256(json.dumps([names, held_out is None, kept_apart]).encode()).hexdigest()
 
 
-def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingConfig) -> ImageDataset:
+def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingConfig, *, on_skipped: Callable[[str, str], None] = _say_nothing) -> ImageDataset:
     """The explicit held-out set, or the first `HELD_OUT_LIMIT` images of the stream whose names are held out.
+
+    Args:
+        on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped.
 
     Raises:
         UserError: a broken shard, or (unless they are to be skipped) a broken image.
@@ -197,6 +204,8 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
     if source is not None:
         images = ImageDataset(source, range(len(source)), config)
         bad = images.check(skip=data.on_error == "skip")
+        for error in bad.values():
+            on_skipped(error.name, error.reason)
         return images.without(bad) if bad else images
     pixels: list[np.ndarray] = []
     ids: list[str] = []
@@ -208,9 +217,10 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
             try:
                 pixels.append(decode(shards.name, row, config, None))
                 ids.append(row.id)
-            except BadImage:
+            except BadImage as error:
                 if data.on_error == "stop":
                     raise
+                on_skipped(error.name, error.reason)
     stacked = np.stack(pixels) if pixels else np.zeros((0, config.channels, *config.height_width), np.uint8)
     return ImageDataset(ImageSource(shards.name, ids, stacked.__getitem__, prepared=Prepared(config, partial(_take, stacked))), range(len(ids)), config)
 
@@ -244,7 +254,7 @@ class StreamedImages:
     Args:
         batch_size: rows per batch over all processes.
         held_out: whether the images whose names are held out by the configured share are left out.
-        on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped. The batch lacks it.
+        on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped, once. The batch lacks it.
 
     Raises:
         UserError: when it is read: a broken shard or image, no training image, or a batch of which no image could be read.
@@ -261,7 +271,7 @@ class StreamedImages:
         seed: int = 0,
         num_processes: int = 1,
         process_index: int = 0,
-        on_skipped: Callable[[str, str], None] = lambda name, reason: None,
+        on_skipped: Callable[[str, str], None] = _say_nothing,
     ) -> None:
         self.shards, self.data, self.config, self.batch_size, self.held_out, self.seed = shards, data, config, batch_size, held_out, seed
         self.num_lanes = next(n for n in range(min(batch_size, len(shards)), 0, -1) if batch_size % n == 0)
@@ -270,6 +280,7 @@ class StreamedImages:
         self.mine = range(process_index * share, (process_index + 1) * share)
         self.on_skipped = on_skipped
         self._sizes: dict[int, int] = {}
+        self._told: set[str] = set()
 
     def start_at(self, index: int) -> Iterator[dict[str, Tensor]]:
         """The batches of this process from the `index`-th on, without end."""
@@ -302,7 +313,9 @@ class StreamedImages:
             except BadImage as error:
                 if self.data.on_error == "stop":
                     raise
-                self.on_skipped(error.name, error.reason)
+                if error.name not in self._told:
+                    self._told.add(error.name)
+                    self.on_skipped(error.name, error.reason)
         if not images:
             raise UserError(f"{self.shards.name}: none of the {len(rows)} images of a batch can be read: check the shards.")
         batch = {"images": torch.stack(images)}

@@ -1,9 +1,10 @@
-"""WebDataset tar shards: members of the same name up to the first dot are one row, its picture and its label (.cls, or "label" in .json)."""
+"""WebDataset tar shards: neighbours of the same name up to the first dot are one row, its picture and its label (.cls, or "label" in .json)."""
 
 import gzip
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -20,6 +21,27 @@ class TarRow(NamedTuple):
     picture: Any
     suffix: str
     label: str | int | None
+    fault: str = ""
+    """Why it has no picture; it is then treated as a broken one."""
+
+
+@dataclass
+class _Group:
+    """The members of one key as they are met."""
+
+    key: str
+    members: list[str] = field(default_factory=list)
+    pictures: list[tuple[Any, str]] = field(default_factory=list)
+    label: str | int | None = None
+
+    def row(self, stem: str) -> TarRow:
+        names, (picture, suffix) = ", ".join(self.members), self.pictures[0] if self.pictures else (None, "")
+        fault = ""
+        if len(self.pictures) > 1:
+            fault = f"it has {len(self.pictures)} pictures ({names}; what follows the first dot is the kind): keep one, or rename the others."
+        elif not self.pictures:
+            fault = f"it has no picture of a known kind (only {names}): convert it, or remove it."
+        return TarRow(f"{stem}/{self.key}", picture, suffix, self.label, fault)
 
 
 def open_tars(name: str, paths: Sequence[Path]) -> ImageSource:
@@ -37,13 +59,16 @@ def open_tars(name: str, paths: Sequence[Path]) -> ImageSource:
         shards += [number] * len(found)
     if not rows:
         raise UserError(f"{name} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the shards.")
-    ids = [row.id for row in rows]
-    refuse_duplicates(ids, name)
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
-    if any(row.label is not None for row in rows):
-        labels, class_names = number_classes([row.label for row in rows], f"{name}: the label (.cls or .json)")
-    places = [(shard, *row.picture, row.suffix) for shard, row in zip(shards, rows, strict=True)]
+    sound = [row.label for row in rows if not row.fault]
+    if any(label is not None for label in sound):
+        known, class_names = number_classes(sound, f"{name}: the label (.cls or .json)")
+        rest = iter(known)
+        labels = [0 if row.fault else next(rest) for row in rows]  # a row without a picture is never read
+    ids = [row.id for row in rows]
+    refuse_duplicates(ids, name)
+    places = list(zip(shards, rows, strict=True))
     return ImageSource(name, ids, partial(_read_member, list(paths), places), labels, class_names)
 
 
@@ -57,7 +82,8 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
         UserError: the shard is broken.
     """
     stem = PurePosixPath(name).name.split(".")[0]
-    key, picture, suffix, label = None, None, "", None
+    group: _Group | None = None
+    met: set[str] = set()
     try:
         watched = _Watched(cast(BinaryIO, gzip.GzipFile(fileobj=file)) if name.endswith(".gz") else file)
         with tarfile.open(fileobj=cast(BinaryIO, watched), mode="r:" if positions else "r|") as archive:
@@ -66,19 +92,26 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
                 if not member.isfile() or base.name.startswith("."):
                     continue
                 first, _, extension = base.name.partition(".")
-                extension = "." + extension.lower()
-                if str(base.parent / first) != key:
-                    if picture is not None:
-                        yield TarRow(f"{stem}/{key}", picture, suffix, label)
-                    key, picture, label = str(base.parent / first), None, None
-                if extension in PICTURE_SUFFIXES:
-                    picture, suffix = (member.offset_data, member.size) if positions else _content(archive, member), extension
-                elif extension in (".cls", ".json"):
-                    label = _label(_content(archive, member), extension, label)
+                key = str(base.parent / first)
+                if group is None or group.key != key:
+                    if group is not None:
+                        yield group.row(stem)
+                    if key in met:
+                        raise UserError(f"{name}: {member.name} comes apart from the row {key!r} that it belongs to: write a row's members side by side.")
+                    met.add(key)
+                    group = _Group(key)
+                group.members.append(base.name)
+                if base.suffix.lower() in PICTURE_SUFFIXES:
+                    picture = (member.offset_data, member.size) if positions else _content(archive, member)
+                    group.pictures.append((picture, base.suffix.lower()))
+                elif extension.lower() in ("cls", "json"):
+                    group.label = _label(_content(archive, member), extension.lower(), group.label)
         if watched.last.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
             raise EOFError("it is cut off: the mark of its end is missing")
-        if picture is not None:
-            yield TarRow(f"{stem}/{key}", picture, suffix, label)
+        if group is not None:
+            yield group.row(stem)
+    except UserError:
+        raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{name} cannot be read as a tar shard ({first_line(error)}): restore or remove it.") from None
 
@@ -107,7 +140,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _label(content: bytes, extension: str, known: str | int | None) -> str | int | None:
     """The class as a number where it is one."""
-    if extension == ".json":
+    if extension == "json":
         data = json.loads(content)
         label = data.get("label", known) if isinstance(data, dict) else known
         return label if isinstance(label, int | str) else known
@@ -115,11 +148,26 @@ def _label(content: bytes, extension: str, known: str | int | None) -> str | int
     return int(text) if text.isdecimal() else text
 
 
-def _read_member(paths: Sequence[Path], places: Sequence[tuple[int, int, int, str]], index: int) -> Picture:
-    shard, offset, size, suffix = places[index]
+def _read_member(paths: Sequence[Path], places: Sequence[tuple[int, TarRow]], index: int) -> Picture:
+    shard, row = places[index]
+    if row.fault:
+        raise UserError(row.fault)
+    offset, size = row.picture
     with open(paths[shard], "rb") as file:
         file.seek(offset)
         content = file.read(size)
     if len(content) != size:
         raise UserError("its tar shard is cut off: restore the shard.")
-    return read_picture(content, suffix)
+    return read_picture(content, row.suffix)
+
+
+def read_row(row: TarRow) -> Picture:
+    """The picture of a row that has its bytes.
+
+    Raises:
+        UserError: it has none.
+        Exception: of many kinds, for bytes that are no picture.
+    """
+    if row.fault:
+        raise UserError(row.fault)
+    return read_picture(row.picture, row.suffix)
