@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from einops import rearrange
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
-from prior.code_shards import ShardRecord, record_shard, shard_schema, smallest_type, write_shard
+from prior.code_shards import ShardRecord, file_hash, smallest_type, write_shard
 from prior.codes import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -31,7 +31,7 @@ from vqvae2.data.images import Choice
 from vqvae2.data.parts import SPLITS, Item, Part, Parts, find_parts, read_items
 from vqvae2.data.skipping import list_skipped, report_skipped
 from vqvae2.model import VQVAE2
-from vqvae2.training import trained_with
+from vqvae2.training import read_training, same_place
 
 RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: the last bits of a convolution depend on the batch size, and codes must not
@@ -55,16 +55,22 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
-    _refuse_other_split(config)
-    if _is_finished(output_dir):
-        state.print(f"{output_dir}: all codes are extracted already.")
-        return
+    training = read_training(config.vqvae)
+    if training:
+        _refuse_other_split(config, training)
     found = find_parts(images if images is not None else config.data, model.config.image, config.shard_size)
     run = replace(run, facts={**run.facts, "image_names_hash": found.names_hash})
     run.check(output_dir)
+    finished = _is_finished(output_dir)
     state.wait_for_everyone()
+    if finished:
+        state.print(f"{output_dir}: all codes are extracted already.")
+        return
     if state.is_main_process:
         run.write(output_dir)
+        _reopen(output_dir)
+        print(_warning_of_other_images(config, training, found) if training else "", end="")
+    state.wait_for_everyone()
     model.to(state.device)
     mine = found.parts[state.process_index :: state.num_processes]
     encode = partial(encode_lanes, model, bf16=config.mixed_precision == "bf16")
@@ -75,24 +81,34 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     total = sum(known) if len(known) == len(sizes) else None
     with tqdm(total=total, desc="extracting", unit="image", disable=not state.is_main_process) as bar:
         for part in mine:
-            if part.is_written(output_dir):
+            if all(_is_kept(part.path(output_dir, split)) for split in part.splits):
                 bar.update(part.num_items or 0)
             else:
-                _write_part(part, config, model, encode, bar)
+                _write_part(part, config, model, encode, bar, class_names=found.class_names)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(output_dir, config, model, found)
     state.wait_for_everyone()
 
 
-def _refuse_other_split(config: ExtractConfig) -> None:
+def _refuse_other_split(config: ExtractConfig, training: Mapping[str, Any]) -> None:
     """The images that the autoencoder's training held out must be held out here: the priors are validated on them."""
-    same, validation_path = trained_with(config.vqvae, config.data.path)
-    if same and validation_path != config.data.validation_path:
+    path, validation_path = training["data"]["path"], training["data"].get("validation_path")
+    if same_place(path, config.data.path) and not same_place(validation_path, config.data.validation_path):
         raise UserError(
             f"--data.validation-path is {config.data.validation_path!r}, but {config.vqvae} was trained with {validation_path!r}: "
             f"give the same, or images that trained the autoencoder would validate the priors."
         )
+
+
+def _warning_of_other_images(config: ExtractConfig, training: Mapping[str, Any], found: Parts) -> str:
+    """A sentence where it is not certain that the same images are held out as in the training, or nothing."""
+    if training.get("image_names_hash") == found.names_hash:
+        return ""
+    return (
+        f"warning: {config.vqvae} was trained on other images than these, or on the same by other names (from {training['data']['path']}). Images of "
+        f"the same name are held out alike; any other that is held out here may have trained it, and make the priors look better than they are.\n"
+    )
 
 
 def _is_finished(output_dir: Path) -> bool:
@@ -101,6 +117,24 @@ def _is_finished(output_dir: Path) -> bool:
         return False
     manifest = read_manifest(output_dir)
     return all((output_dir / split / record.name).exists() for split in SPLITS for record in manifest.shards(split))
+
+
+def _reopen(output_dir: Path) -> None:
+    """Make a finished dataset that lost shards an unfinished one: what its manifest says of the others is noted beside them again."""
+    if not (output_dir / MANIFEST_NAME).exists():
+        return
+    manifest = read_manifest(output_dir)
+    for split in SPLITS:
+        for record in manifest.shards(split):
+            write_json(_note_path(output_dir / split / record.name), to_dict(record))
+    (output_dir / MANIFEST_NAME).unlink()
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a shard is there, and is the file that was noted when it was written."""
+    if not (path.exists() and _note_path(path).exists()):
+        return False
+    return file_hash(path) == _read_note(path).sha256
 
 
 class _Rows:
@@ -129,20 +163,23 @@ class _Rows:
             self.waiting = []
 
 
-def _write_part(part: Part, config: ExtractConfig, model: VQVAE2, encode: Callable[[Tensor], list[Tensor]], bar: tqdm) -> None:
+def _write_part(
+    part: Part, config: ExtractConfig, model: VQVAE2, encode: Callable[[Tensor], list[Tensor]], bar: tqdm, *, class_names: tuple[str, ...] | None
+) -> None:
     """Encode the images of a part and write its shards, each whole or not at all."""
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images are not changed
     sizes = model.config.codebook_size_per_level
     rows = {split: _Rows(encode, sizes) for split in part.splits}
     skipped: dict[str, list[tuple[str, str]]] = {split: [] for split in part.splits}
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
+    labelled = bool(class_names)
     for item, pixels, error in read_items(part.items(), choices.__getitem__, skip=config.data.on_error == "skip", num_threads=os.cpu_count() or 1):
         if error is not None:
             skipped[item.split].append((error.name, error.reason))
         for view, image in zip(views[item.split], pixels, strict=False):
             rows[item.split].add(item, view, image)
+        labelled = labelled or item.label is not None
         bar.update()
-    labelled = any(label is not None for found in rows.values() for label in found.labels)
     for split, found in reversed(rows.items()):
         found.flush()
         grids = [height * width for height, width in model.config.grids]
@@ -150,8 +187,7 @@ def _write_part(part: Part, config: ExtractConfig, model: VQVAE2, encode: Callab
         path = part.path(Path(config.output_dir), split)
         labels = _labels_of(found, path) if labelled else None
         facts = {"skipped": json.dumps(skipped[split])}
-        record = write_shard(path, ids=found.ids, codes=codes, codebook_sizes=sizes, labels=labels, views=found.views, facts=facts)
-        write_json(_record_path(path), to_dict(record))
+        write_shard(path, ids=found.ids, codes=codes, codebook_sizes=sizes, labels=labels, views=found.views, facts=facts, note=_note_path(path))
 
 
 def _choice(view: str, model: VQVAE2) -> Choice | None:
@@ -164,9 +200,13 @@ def _labels_of(rows: _Rows, path: Path) -> np.ndarray:
     return np.array(rows.labels, np.int32)
 
 
-def _record_path(shard: Path) -> Path:
+def _note_path(shard: Path) -> Path:
     """Where what the manifest will say of a shard waits until all shards are there."""
     return shard.with_name(f".{shard.stem}.json")
+
+
+def _read_note(shard: Path) -> ShardRecord:
+    return from_dict(ShardRecord, read_json(_note_path(shard)), str(_note_path(shard)))
 
 
 def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts) -> None:
@@ -175,8 +215,9 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
     all_paths = [path for split in SPLITS for path in paths[split]]
     class_names = found.class_names if found.class_names is not None else _classes_met(all_paths)
     grids, sizes = model.config.grids, model.config.codebook_size_per_level
-    schema = shard_schema([height * width for height, width in grids], sizes, labelled=bool(class_names))
-    records = {split: tuple(_record_of(path, schema) for path in paths[split]) for split in SPLITS}
+    for path in all_paths:
+        _agree_on_labels(path, model, labelled=bool(class_names))
+    records = {split: tuple(_read_note(path) for path in paths[split]) for split in SPLITS}
     manifest = Manifest(
         encoder_hash=model.content_hash(),
         grids=grids,
@@ -194,7 +235,7 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         raise UserError(f"{found.source}: none of the training images can be read: check data.path.")
     write_manifest(output_dir, manifest)
     for path in all_paths:
-        _record_path(path).unlink(missing_ok=True)
+        _note_path(path).unlink(missing_ok=True)
     skipped = [(name, reason) for path in all_paths for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])]
     list_skipped(output_dir, skipped)
     said = report_skipped(output_dir)
@@ -207,10 +248,22 @@ def _classes_met(paths: Sequence[Path]) -> tuple[str, ...]:
     return tuple(map(str, range(1 + max((max(column.to_pylist(), default=-1) for column in labels), default=-1))))
 
 
-def _record_of(path: Path, schema: pa.Schema) -> ShardRecord:
-    """What was noted when the shard was written; found again where a kill came between."""
-    noted = _record_path(path)
-    return from_dict(ShardRecord, read_json(noted), str(noted)) if noted.exists() else record_shard(path, schema)
+def _agree_on_labels(path: Path, model: VQVAE2, *, labelled: bool) -> None:
+    """All shards have a column of labels, or none has: one without rows is written anew.
+
+    Raises:
+        UserError: a shard with rows has labels where others have none, or none where others have some.
+    """
+    file = pq.ParquetFile(path)
+    has_labels = "label" in file.schema_arrow.names
+    if has_labels == labelled:
+        return
+    if file.metadata.num_rows:
+        raise UserError(f"{path}: its images have {'' if has_labels else 'no '}labels, but others are different: give every image a label, or none.")
+    sizes = model.config.codebook_size_per_level
+    codes = [np.zeros((0, height * width), smallest_type(size)) for (height, width), size in zip(model.config.grids, sizes, strict=True)]
+    facts = {"skipped": file.schema_arrow.metadata[b"skipped"].decode()}
+    write_shard(path, ids=[], codes=codes, codebook_sizes=sizes, labels=np.zeros(0, np.int32) if labelled else None, facts=facts, note=_note_path(path))
 
 
 @torch.inference_mode()

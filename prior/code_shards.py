@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqvae2.common.config import check
+from vqvae2.common.config import check, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import whole_file
+from vqvae2.common.files import whole_file, write_json
 
 ORIGINAL = "original"
 """The view that is the image as it is."""
@@ -73,6 +73,7 @@ def write_shard(
     labels: np.ndarray | None = None,
     views: Sequence[str] | None = None,
     facts: Mapping[str, str] | None = None,
+    note: Path | None = None,
 ) -> ShardRecord:
     """Write rows as one Parquet file, whole or not at all; the same rows give the same bytes (with the same version of pyarrow).
 
@@ -83,6 +84,7 @@ def write_shard(
         labels: `(N,)` class labels, if there are classes.
         views: N names of views; without them all are `ORIGINAL`.
         facts: what else the file is to say, in its schema's metadata.
+        note: a JSON file to write the record to before the shard appears: what is not noted was not written by this.
 
     Raises:
         UserError: a code is not in [0, K).
@@ -98,27 +100,15 @@ def write_shard(
     table = pa.Table.from_arrays(columns, schema=schema).replace_schema_metadata(dict(facts or {}))
     packed = ["view", "label", *(f"{column_name(level)}.list.element" for level in range(len(codes)))]
     rows = max(1, ROW_GROUP_CODES // sum(level.shape[1] for level in codes))
+    options = {"use_dictionary": packed, "dictionary_pagesize_limit": DICTIONARY_BYTES, "write_statistics": False}
     with whole_file(path) as aside:
-        pq.write_table(
-            table,
-            aside,
-            compression="zstd",
-            row_group_size=rows,
-            use_dictionary=packed,
-            dictionary_pagesize_limit=DICTIONARY_BYTES,
-            write_statistics=False,
-        )
-    return ShardRecord(name=path.name, rows=len(ids), sha256=file_hash(path), content_hash=content_hash([table]))
-
-
-def record_shard(path: Path, schema: pa.Schema) -> ShardRecord:
-    """What the manifest is to say of a shard that was written before.
-
-    Raises:
-        UserError: it cannot be read, or has other columns than `schema`.
-    """
-    tables = list(row_groups(path, schema)) or [schema.empty_table()]
-    return ShardRecord(name=path.name, rows=sum(map(len, tables)), sha256=file_hash(path), content_hash=content_hash(tables))
+        with pq.ParquetWriter(aside, table.schema, compression="zstd", **options) as writer:
+            if len(table):  # a row group without rows is an error to `datasets`; no row group is none
+                writer.write_table(table, row_group_size=rows)
+        record = ShardRecord(name=path.name, rows=len(ids), sha256=file_hash(aside), content_hash=content_hash([table]))
+        if note is not None:
+            write_json(note, to_dict(record))
+    return record
 
 
 def file_hash(path: Path) -> str:

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from pipelines.cli import main
-from prior.code_shards import record_shard
+from prior.code_shards import ShardRecord, content_hash, file_hash, row_groups
 from prior.codes import read_manifest, write_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +78,12 @@ def write_images(folder: Path, number: int, *, num_classes: int = 3) -> Path:
 def edit_manifest(codes: Path, **changes: object) -> None:
     """Give a code dataset another meaning, as if it had been extracted so: its own hash is made anew."""
     write_manifest(codes, dataclasses.replace(read_manifest(codes), **changes))  # type: ignore[arg-type]
+
+
+def record_shard(path: Path, schema: pa.Schema) -> ShardRecord:
+    """What a manifest would say of a shard that is there."""
+    tables = list(row_groups(path, schema)) or [schema.empty_table()]
+    return ShardRecord(name=path.name, rows=sum(map(len, tables)), sha256=file_hash(path), content_hash=content_hash(tables))
 
 
 def edit_shard(path: Path, change: Callable[[dict[str, list]], object]) -> None:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 import prior.code_shards
 import prior.codes
-from prior.code_shards import ShardRecord, content_hash, file_hash, flat_values, record_shard, write_shard
+from prior.code_shards import ShardRecord, content_hash, file_hash, flat_values, write_shard
 from prior.codes import CodeDataset, Manifest, read_manifest, read_rows, write_manifest
-from tests.conftest import command
+from tests.conftest import command, record_shard
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 

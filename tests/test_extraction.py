@@ -1,11 +1,13 @@
 """Codes on disk: one row per image, in order, the same however they were made; readable by anyone."""
 
 import errno
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -20,7 +22,7 @@ from pipelines.commands import train
 from pipelines.extract import encode_lanes, extract
 from prior.code_shards import smallest_type
 from prior.codes import CodeDataset, read_manifest
-from tests.conftest import ROOT, command, edit_manifest, kill_when, two_processes, vqvae2, write_images
+from tests.conftest import ROOT, command, edit_manifest, edit_shard, kill_when, two_processes, vqvae2, write_images
 from tests.test_sources import numbered_tars, spoil
 from vqvae2 import VQVAE2
 from vqvae2.config import DataConfig
@@ -125,8 +127,43 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
     shard = tmp_path / "codes" / "train" / "00001.parquet"
     before = shard.read_bytes()
     shard.unlink()
+    edited = tmp_path / "codes" / "train" / "00000.parquet"  # must not become one of the dataset's because another is missing
+    untouched, manifest = edited.read_bytes(), (tmp_path / "codes" / "manifest.json").read_bytes()
+    table = pq.read_table(edited)
+    pq.write_table(table.set_column(0, "id", table["id"].take(list(range(50))[::-1])), edited)
     command(*again)
-    assert shard.read_bytes() == before
+    assert (shard.read_bytes(), edited.read_bytes(), (tmp_path / "codes" / "manifest.json").read_bytes()) == (before, untouched, manifest)
+    assert not list((tmp_path / "codes").rglob(".*"))
+
+
+def test_added_images_are_not_said_to_be_extracted(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    mine = shutil.copytree(photos, tmp_path / "photos")
+    again = extract_command(run, mine, tmp_path / "codes")
+    command(*again)
+    (mine / "bag" / "0000a.png").write_bytes(next((mine / "bag").glob("*.png")).read_bytes())
+    command(*again, code=2)
+    assert "image_names_hash" in capsys.readouterr().err
+
+
+def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image = ["--image.size", 16, "--image.channels", 1, "--image.background", "black"]
+    command("prepare", "--data.path", photos, *image, "--output-dir", tmp_path / "prepared")
+    apart = write_images(tmp_path / "apart", 10)
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "bag" / "broken.png").write_bytes(b"")
+    skip = ["--data.on-error", "skip"]
+    command("train", "--config", "tiny", "--num-steps", 1, "--data.path", folder, *skip, "--output-dir", tmp_path / "vqvae")
+    for number, (vqvae, path, warned) in enumerate([
+        (run / "vqvae", photos, False),
+        (run / "vqvae", tmp_path / "prepared", False),
+        (run / "vqvae", photos / "bag", True),
+        (tmp_path / "vqvae", folder, False),  # skipped images are part of what a training is bound to
+    ]):  # fmt: skip
+        capsys.readouterr()
+        command("extract", "--vqvae", vqvae, "--data.path", path, *skip, "--output-dir", tmp_path / f"codes_{number}")
+        assert ("may have trained it" in capsys.readouterr().out) is warned
+    command(*extract_command(run, photos / "bag" / "..", tmp_path / "no", "--data.validation-path", apart), code=2)
+    assert "trained with None" in capsys.readouterr().err
 
 
 def test_a_prior_does_not_continue_on_other_rows(copy_of_run: Path, tmp_path: Path) -> None:
@@ -159,6 +196,16 @@ def test_views_are_rows_of_changed_images(run: Path, photos: Path, tmp_path: Pat
     mirrored = encode_lanes(model, images.__getitems__(range(20))["images"].flip(-1))
     assert [found[name, "flip"]["codes_1"] for name in images.ids[:20]] == mirrored[1].tolist()
     assert vqvae2(*extract_command(run, photos, tmp_path / "no", "--views", "sideways"), check=False).returncode == 2
+    command(*extract_command(run, photos, tmp_path / "flips", "--views", "flip"))
+    for codes in ("codes", "flips"):
+        command("codes", "verify", tmp_path / codes)
+
+    def drop_a_flip(columns: dict[str, list]) -> None:
+        for values in columns.values():
+            del values[1]
+
+    edit_shard(tmp_path / "codes" / "train" / "00000.parquet", drop_a_flip)
+    command("codes", "verify", tmp_path / "codes", code=1)
 
 
 def test_streamed_codes_are_those_of_the_same_images_read_at_once(run: Path, tmp_path: Path) -> None:
@@ -184,6 +231,27 @@ def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
     assert {json.loads(line)["image"] for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()} == bad
     for split in ("train", "validation"):
         assert rows_of(tmp_path / "codes", split) == rows_of(tmp_path / "clean", split)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_without_rows_have_the_labels_of_the_others(streaming: bool, run: Path, tmp_path: Path) -> None:
+    tars = numbered_tars(tmp_path / "tars", shards=2, rows=20)
+    with tarfile.open(tars / "002.tar", "w") as archive:
+        for i in range(20):
+            archive.addfile(tarfile.TarInfo(f"{i}.png"))
+            label = tarfile.TarInfo(f"{i}.cls")
+            label.size = 1
+            archive.addfile(label, io.BytesIO(b"1"))
+    with tarfile.open(tars / "003.tar", "w"):
+        pass
+    flags = ["--data.on-error", "skip", "--shard-size", 5, *["--data.streaming"] * streaming]
+    command(*extract_command(run, tars, tmp_path / "codes", *flags))
+    command("codes", "verify", tmp_path / "codes")
+    opened = datasets.load_dataset(str(tmp_path / "codes"))
+    assert len(opened["train"]) + len(opened["validation"]) == 40
+    unlabelled = numbered_tars(tmp_path / "others", shards=1, rows=20, labelled=False) / "000.tar"
+    shutil.copy(unlabelled, tars / "003.tar")
+    command(*extract_command(run, tars, tmp_path / "mixed", *flags), code=2)
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(

@@ -96,6 +96,14 @@ def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
             load(tmp_path / "z", other)
 
 
+def test_labels_of_some_images_only_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tars = numbered_tars(tmp_path / "tars", shards=2, rows=5)
+    shutil.copy(numbered_tars(tmp_path / "others", shards=1, rows=5, labelled=False) / "000.tar", tars / "002.tar")
+    command("prepare", "--data.path", tars, "--data.streaming", "--output-dir", tmp_path / "x", "--image.size", 28, code=2)
+    assert "label all images, or none" in capsys.readouterr().err
+    assert not (tmp_path / "x" / "prepared.json").exists()
+
+
 def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
     shard = next((tmp_path / "x" / "train").glob("*.parquet"))

@@ -354,7 +354,7 @@ def stream(path: Path | str, batch_size: int = 8, config: PreprocessingConfig = 
     return StreamedImages(find_stream(data), data, config, batch_size, held_out=True, **place)  # type: ignore[arg-type]
 
 
-def numbered_tars(folder: Path, shards: int, rows: int) -> Path:
+def numbered_tars(folder: Path, shards: int, rows: int, *, labelled: bool = True) -> Path:
     """Row i of shard s is a picture of one shade, with the class s * rows + i."""
     folder.mkdir()
     for s in range(shards):
@@ -362,7 +362,7 @@ def numbered_tars(folder: Path, shards: int, rows: int) -> Path:
             for i in range(rows):
                 file = io.BytesIO()
                 Image.new("L", (28, 28), (s * rows + i) % 256).save(file, "PNG")
-                for suffix, content in ((".png", file.getvalue()), (".cls", str(s * rows + i).encode())):
+                for suffix, content in ((".png", file.getvalue()), (".cls", str(s * rows + i).encode()))[: 1 + labelled]:
                     member = tarfile.TarInfo(f"{i:04d}{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))

@@ -102,18 +102,23 @@ def _write_rows(writer: pq.ParquetWriter, rows: list[ReadItem]) -> None:
 
 def _finish(output_dir: Path, config: PrepareConfig, class_names: tuple[str, ...] | None, rate: float) -> None:
     """Write the manifest, which says that all shards are there, and tell the user."""
-    numbers, skipped, highest, labelled = dict.fromkeys(SPLITS, 0), [], -1, True
+    numbers, skipped, highest = dict.fromkeys(SPLITS, 0), [], -1
+    with_label: list[Path] = []
+    without: list[Path] = []
     for split in SPLITS:
         for path in sorted((output_dir / split).glob("*.parquet")):
             file = pq.ParquetFile(path)
             numbers[split] += file.metadata.num_rows
             skipped += [tuple(pair) for pair in json.loads((file.metadata.metadata or {}).get(b"skipped", b"[]"))]
             labels = file.read(columns=["label"])["label"]
-            labelled = labelled and not labels.null_count
+            without += [path] * (labels.null_count > 0)
+            with_label += [path] * (labels.null_count < len(labels))
             highest = max([highest, *labels.drop_null().to_pylist()])
+    if with_label and without:
+        raise UserError(f"{config.data.path}: {without[0]} holds images without a label, but {with_label[0]} some with one: label all images, or none.")
     if not numbers["train"]:
         raise UserError(f"{config.data.path}: none of the training images can be read: check data.path.")
-    has_labels = labelled and highest >= 0
+    has_labels = bool(with_label)
     manifest = PreparedManifest(
         source=config.data.path,
         image=config.image,

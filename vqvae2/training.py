@@ -122,7 +122,7 @@ class _Data:
     loader: Loader
     validation: ImageDataset
     shown: ImageDataset
-    facts: dict[str, str]
+    facts: Mapping[str, str | None]
     summary: str
     skipped: Sequence[tuple[str, str]] = ()
 
@@ -155,7 +155,7 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: Python
         ShuffledLoader(training, batch_size, num_workers=config.data.num_workers, **place),
         images.validation,
         images.validation if len(images.validation) else images.train,
-        {"image_names_hash": images.names_hash()},
+        {"image_names_hash": images.names_hash(), "skipped_hash": images.skipped_hash()},
         f"{len(images.train)} training images, {len(images.validation)} held out, {len(images.class_names) or 'no'} classes",
         [(error.name, error.reason) for error in images.skipped],
     )
@@ -165,16 +165,24 @@ def _autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
     return net.autoencoder if isinstance(net, AdversarialPair) else net
 
 
+def read_training(vqvae: str) -> dict[str, Any]:
+    """What a model folder says of its training; nothing where it has no record (of the Hub, or imported)."""
+    path = Path(vqvae) / RECORD_NAME
+    return read_yaml(path) if path.exists() else {}
+
+
 def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
     """Whether a model folder was trained on the images at `path`, and with which explicit held-out set, as its record says."""
-    record = Path(vqvae) / RECORD_NAME
-    data = read_yaml(record).get("data", {}) if record.exists() else {}
-    same = bool(data) and _same_place(data["path"], path)
+    data = read_training(vqvae).get("data", {})
+    same = bool(data) and same_place(data["path"], path)
     return same, data.get("validation_path") if same else None
 
 
-def _same_place(one: str, other: str) -> bool:
-    return one == other or ("://" not in one + other and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
+def same_place(one: str | None, other: str | None) -> bool:
+    """Whether two paths (or URLs, or ids) name the same."""
+    if one is None or other is None or "://" in one + other:
+        return one == other
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def evaluate(

@@ -3,15 +3,19 @@
 import ctypes
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for one another: one may have many shards more to write, or many images to look at. A process that dies ends all at once."""
 
 
 def native_bf16() -> bool:
@@ -39,7 +43,7 @@ def keep_freed_memory() -> None:
 def processes() -> PartialState:
     """Which process of how many this is, and its device; alone when there is no launcher."""
     keep_freed_memory()
-    return PartialState(cpu=use_cpu())
+    return PartialState(cpu=use_cpu(), timeout=PATIENCE)
 
 
 def use_cpu() -> bool:
@@ -72,7 +76,7 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         project_dir=str(output_dir),
         # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide it if they were not, and it
         # makes a forward on one rank alone wait for the others for ever.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if config.tracker and not accelerator.log_with:  # Accelerate passes over what is not installed
         raise UserError(f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave --tracker out.")

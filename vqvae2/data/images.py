@@ -52,6 +52,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, source: ImageSource, indices: Sequence[int], config: PreprocessingConfig, *, shared: bool = False, cached: bool = True) -> None:
         self.source, self.indices, self.config = source, indices, config
+        self.left_out: Sequence[int] = ()
         shape = (len(indices), config.channels, *config.height_width)
         self.is_prepared = source.prepared is not None and _same_pixels(source.prepared.config, config)
         if source.prepared is not None:
@@ -157,6 +158,7 @@ class ImageDataset(Dataset):
         """The same images but for those at these indices."""
         kept = [i for i in range(len(self)) if i not in bad]
         rest = ImageDataset(self.source, [self.indices[i] for i in kept], self.config, cached=False)
+        rest.left_out = [self.indices[i] for i in range(len(self)) if i in bad]
         if self.cache is not None:
             rest.cache, rest.cached = self.cache[kept], self.cached[kept]
         return rest
@@ -218,13 +220,17 @@ class ImageSplits:
     skipped: tuple[BadImage, ...] = ()
 
     def names_hash(self) -> str:
-        """A hash of which images there are, by name, label and split: what a run continues on must be what it was begun on."""
+        """A hash of which images there are, by name, label and split, skipped ones too: a run must continue on what it was begun on."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for split, dataset in self.items():
             labels = dataset.source.labels
-            for i in dataset.indices:
+            for i in sorted([*dataset.indices, *dataset.left_out]):
                 digest.update(f"{split} {dataset.source.ids[i]} {labels[i] if labels is not None else None}\n".encode())
         return digest.hexdigest()
+
+    def skipped_hash(self) -> str | None:
+        """A hash of which images are skipped, if there are any."""
+        return hashlib.sha256(repr([error.name for error in self.skipped]).encode()).hexdigest() if self.skipped else None
 
     def items(self) -> Iterator[tuple[str, ImageDataset]]:
         """The splits by name."""
