@@ -85,7 +85,7 @@ def view(config: CodesViewConfig) -> None:
     save_picture(sheet(in_rows(pictures, 8)), Path(config.output_path))
     for number, row in zip(config.rows, table.to_pylist(), strict=True):
         said = [f"{config.split} row {number}: {row['id']}", *[row["view"]] * (row["view"] != ORIGINAL)]
-        print(", ".join([*said, *[manifest.class_names[row["label"]]] * bool(manifest.class_names)]))
+        print(", ".join([*said, *([manifest.class_names[row["label"]]] if manifest.class_names else [])]))
     print(f"{config.output_path}: {len(pictures)} decoded rows, in reading order.")
 
 

@@ -59,7 +59,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     if training:
         _refuse_other_split(config, training)
     found = find_parts(images if images is not None else config.data, model.config.image, config.shard_size)
-    run = replace(run, facts={**run.facts, "image_names_hash": found.names_hash})
+    run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
     finished = _is_finished(output_dir)
     state.wait_for_everyone()
@@ -103,7 +103,7 @@ def _refuse_other_split(config: ExtractConfig, training: Mapping[str, Any]) -> N
 
 def _warning_of_other_images(config: ExtractConfig, training: Mapping[str, Any], found: Parts) -> str:
     """A sentence where it is not certain that the same images are held out as in the training, or nothing."""
-    if training.get("image_names_hash") == found.names_hash:
+    if training.get("image_names_hash") == found.facts["image_names_hash"]:
         return ""
     return (
         f"warning: {config.vqvae} was trained on other images than these, or on the same by other names (from {training['data']['path']}). Images of "
@@ -223,7 +223,7 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         grids=grids,
         codebook_sizes=sizes,
         class_names=class_names,
-        rows_hash=found.names_hash,
+        rows_hash=found.facts["image_names_hash"],
         preprocessing=to_dict(model.config.image),
         train=records["train"],
         validation=records["validation"],
@@ -233,11 +233,11 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
     )
     if not manifest.num_train:
         raise UserError(f"{found.source}: none of the training images can be read: check data.path.")
+    skipped = [(name, reason) for path in all_paths for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])]
+    list_skipped(output_dir, skipped)
     write_manifest(output_dir, manifest)
     for path in all_paths:
         _note_path(path).unlink(missing_ok=True)
-    skipped = [(name, reason) for path in all_paths for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])]
-    list_skipped(output_dir, skipped)
     said = report_skipped(output_dir)
     print(f"{output_dir}: codes of {manifest.num_train} training rows and {manifest.num_validation} held out. {said}".strip())
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 from pipelines.cli import parse
 from pipelines.commands import train
@@ -145,6 +146,39 @@ def test_added_images_are_not_said_to_be_extracted(run: Path, photos: Path, tmp_
     assert "image_names_hash" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["npy", "folder", "stream"])
+def test_other_images_of_the_same_names_are_not_mixed_in(kind: str, run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Rows of a stack have numbers for names; a folder may be exported anew."""
+    paths = []
+    for name, shade in (("a", 0), ("b", 9)):
+        arrays = [np.array(Image.open(path)) // (1 + shade) for path in sorted(photos.rglob("*.png"))[:40]]
+        (tmp_path / name).mkdir()
+        if kind == "npy":
+            paths.append(tmp_path / name / "x.npy")
+            np.save(paths[-1], np.stack(arrays))
+            continue
+        for i, array in enumerate(arrays):
+            Image.fromarray(array).save(tmp_path / name / f"{i}.png")
+        paths.append(tmp_path / name)
+        if kind == "stream":
+            paths[-1] = tmp_path / name / "x.tar"
+            with tarfile.open(paths[-1], "w") as archive:
+                for i in range(40 - shade):
+                    archive.add(tmp_path / name / f"{i}.png", f"{i}.png")
+    flags = ["--data.streaming"] if kind == "stream" else []
+    command(*extract_command(run, paths[0], tmp_path / "codes", *flags))
+    command("codes", "view", tmp_path / "codes", "--vqvae", run / "vqvae", "--rows", 0, "--output-path", tmp_path / "row.png")
+    for begun in (False, True):
+        if begun:
+            (tmp_path / "codes" / "manifest.json").unlink()
+        capsys.readouterr()
+        command(*extract_command(run, paths[1], tmp_path / "codes", *flags), code=2)
+        assert "image_sample_hash" in capsys.readouterr().err
+    prepare = ["prepare", "--output-dir", tmp_path / "prepared", "--image.size", 16, *flags]
+    command(*prepare, "--data.path", paths[0])
+    command(*prepare, "--data.path", paths[1], code=2)
+
+
 def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     image = ["--image.size", 16, "--image.channels", 1, "--image.background", "black"]
     command("prepare", "--data.path", photos, *image, "--output-dir", tmp_path / "prepared")
@@ -224,13 +258,15 @@ def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "photos", 60)
     command(*extract_command(run, folder, tmp_path / "clean"))
     bad = spoil(folder)
-    command(*extract_command(run, folder, tmp_path / "stopped"), code=2)
+    stopped = extract_command(run, folder, tmp_path / "stopped")
+    command(*stopped, code=2)
     assert not (tmp_path / "stopped" / "manifest.json").exists()
+    command(*stopped, "--data.on-error", "skip")  # as the message says
     said = vqvae2(*extract_command(run, folder, tmp_path / "codes", "--data.on-error", "skip", "--shard-size", 20)).stdout
     assert f"{len(bad)} images could not be read" in said
     assert {json.loads(line)["image"] for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()} == bad
     for split in ("train", "validation"):
-        assert rows_of(tmp_path / "codes", split) == rows_of(tmp_path / "clean", split)
+        assert rows_of(tmp_path / "codes", split) == rows_of(tmp_path / "stopped", split) == rows_of(tmp_path / "clean", split)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

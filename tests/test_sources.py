@@ -264,7 +264,7 @@ def test_no_file_is_trained_on_and_held_out(streaming: bool, tmp_path: Path) -> 
             find_parts(data, GREY, 10)
     apart = ImagesConfig(path=str(tars / "{000..001}.tar"), validation_path=str(tars / "002.tar"), streaming=True)
     assert sorted(item.id for part in find_parts(apart, GREY, 10).parts for item in part.items() if item.split == "validation") == ["002/0000", "002/0001"]
-    assert find_parts(apart, GREY, 10).names_hash != find_parts(replace(apart, validation_path=None), GREY, 10).names_hash
+    assert find_parts(apart, GREY, 10).facts != find_parts(replace(apart, validation_path=None), GREY, 10).facts
 
 
 def test_a_stream_of_a_table_with_a_split_is_refused(tmp_path: Path, sources: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 
 from tests.conftest import command, kill_when, vqvae2, write_images
 from tests.conftest import command as run_here
+from tests.test_sources import numbered_tars
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.loading import StreamLoader
 from vqvae2.common.machine import make_accelerator
 from vqvae2.common.training import fit, learning_rate, update_average
+from vqvae2.data import is_held_out
 from vqvae2.losses import make_loss
 
 STEPS = 60
@@ -53,10 +56,17 @@ def line_count(run: Path) -> int:
     return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
 
 
-@pytest.mark.parametrize("stage", ["stage 1", "prior"])
+def stream_command(tars: Path, output_dir: Path) -> list[object]:
+    flags = ["--data.on-error", "skip", "--model.image.validation-fraction", "0.2"]
+    return train_command(tars, output_dir, "--data.streaming", *flags)
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stream", "prior"])
 def test_killed_and_continued_is_uninterrupted(stage: str, photos: Path, run: Path, tmp_path: Path) -> None:
-    command = train_command if stage == "stage 1" else prior_command
-    source = photos if stage == "stage 1" else run
+    command = {"stage 1": train_command, "stream": stream_command, "prior": prior_command}[stage]
+    source = {"stage 1": photos, "stream": tmp_path / "tars", "prior": run}[stage]
+    if stage == "stream":
+        numbered_tars(source, shards=4, rows=20)
     run_here(*command(source, tmp_path / "whole"))
     killed = tmp_path / "killed"
     for _ in range(2):  # at two random steps
@@ -65,6 +75,21 @@ def test_killed_and_continued_is_uninterrupted(stage: str, photos: Path, run: Pa
         assert code in (-signal.SIGKILL, 0)
     vqvae2(*command(source, killed))
     assert_same_run(tmp_path / "whole", killed)
+
+
+def test_a_stream_s_broken_images_are_listed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tars = numbered_tars(tmp_path / "tars", shards=2, rows=20)
+    names = [f"{i}.png" for i in range(30)]
+    with tarfile.open(tars / "002.tar", "w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+    run_here(*stream_command(tars, tmp_path / "x"))
+    broken = {f"002/{i}" for i in range(30)}
+    assert any(is_held_out(name, 0.2) for name in broken)
+    listed = [json.loads(line)["image"] for line in (tmp_path / "x" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(listed) == sorted(broken)
+    assert "0x" not in (tmp_path / "x" / "skipped.jsonl").read_text()  # an address would list each image again when the run continues
+    assert capsys.readouterr().out.splitlines()[-1].startswith("30 images could not be read and were skipped")
 
 
 def test_a_clean_stop_saves_and_continues(photos: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class ImagesConfig:
     streaming: bool = False
     """Read tar or Parquet shards from end to end, as they come: for data that fits on no disk. The path may then be a URL or a pattern of URLs
     (https://, s3://, hf://, ...)."""
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: Literal["stop", "skip"] = may_change("stop")
     """An image that cannot be read: stop and name it, or skip it, count it and list it in skipped.jsonl."""
     image_column: str | None = None
     """The column of images in a table or list, where it cannot be guessed."""

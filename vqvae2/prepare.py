@@ -33,11 +33,12 @@ def prepare_command(config: PrepareConfig) -> None:
     """
     output_dir, state = Path(config.output_dir), processes()
     found = find_parts(config.data, config.image, config.shard_size)
-    run = RunRecord("prepare", config, RECORD_NAME, facts={"image_names_hash": found.names_hash})
+    run = RunRecord("prepare", config, RECORD_NAME, facts=found.facts)
     run.check(output_dir)
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(output_dir)
+    state.wait_for_everyone()
     mine = found.parts[state.process_index :: state.num_processes]
     sizes = [part.num_items for part in mine]
     known = [size for size in sizes if size is not None]
@@ -128,9 +129,9 @@ def _finish(output_dir: Path, config: PrepareConfig, class_names: tuple[str, ...
         num_validation=numbers["validation"],
         num_skipped=len(skipped),
     )
+    list_skipped(output_dir, skipped)
     write_json(output_dir / MANIFEST_NAME, to_dict(manifest))
     size = sum(path.stat().st_size for path in output_dir.rglob("*.parquet"))
-    list_skipped(output_dir, skipped)
     said = report_skipped(output_dir)
     speed = f", {rate:.0f} images/s" if rate else ", nothing new"
     print(f"{output_dir}: {sum(numbers.values())} images in {size / 2**20:.1f} MiB{speed}. {said}".strip())

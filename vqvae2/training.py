@@ -24,7 +24,7 @@ from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.skipping import list_met, list_skipped, report_skipped
-from vqvae2.data.streams import StreamedImages, find_stream, held_out_images, stream_hash
+from vqvae2.data.streams import StreamedImages, find_stream, held_out_images, stream_facts
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
@@ -146,7 +146,7 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: Python
         )
         explicit = validation.source if config.data.validation_path is not None else None
         summary = f"{len(shards)} shards, {len(validation)} images held out"
-        return _Data(loader, validation, validation, {"image_names_hash": stream_hash(shards, explicit, config.model.image)}, summary, skipped)
+        return _Data(loader, validation, validation, stream_facts(shards, explicit, config.model.image), summary, skipped)
     source = given if given is not None else config.data
     images = load_images(source, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
     changes = config.data.augmentation
@@ -155,7 +155,7 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: Python
         ShuffledLoader(training, batch_size, num_workers=config.data.num_workers, **place),
         images.validation,
         images.validation if len(images.validation) else images.train,
-        {"image_names_hash": images.names_hash(), "skipped_hash": images.skipped_hash()},
+        {**images.facts(), "skipped_hash": images.skipped_hash()},
         f"{len(images.train)} training images, {len(images.validation)} held out, {len(images.class_names) or 'no'} classes",
         [(error.name, error.reason) for error in images.skipped],
     )
@@ -167,7 +167,7 @@ def _autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
 
 def read_training(vqvae: str) -> dict[str, Any]:
     """What a model folder says of its training; nothing where it has no record (of the Hub, or imported)."""
-    path = Path(vqvae) / RECORD_NAME
+    path = Path(vqvae).expanduser() / RECORD_NAME
     return read_yaml(path) if path.exists() else {}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.preprocessing import Picture, first_line
-from vqvae2.data.source import ImageSource, number_classes
+from vqvae2.data.source import ImageSource, number_classes, row_checksum
 
 ARRAY_SUFFIXES = {".npy", ".npz"}
 PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -59,7 +59,7 @@ def array_source(data: PythonImages, channels: int, *, name: str = "data") -> Im
         if values.shape != (len(images),):
             raise UserError(f"{name} has {len(images)} images, but labels of shape {values.shape}: give one for each image.")
         labels, class_names = number_classes(values.tolist(), f"{name}: labels")
-    return ImageSource(name, [f"{i:09d}" for i in range(len(images))], partial(_read_row, images), labels, class_names)
+    return ImageSource(name, [f"{i:09d}" for i in range(len(images))], partial(_read_row, images), partial(row_checksum, images), labels, class_names)
 
 
 def _stacked(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ def _folder_source(root: Path) -> ImageSource:
     class_names: tuple[str, ...] = ()
     if all("/" in name for name in ids):  # every image is in a sub-folder: these are the classes
         labels, class_names = number_classes([name.split("/")[0] for name in ids], str(root))
-    return ImageSource(str(root), ids, partial(_read_file, paths), labels, class_names)
+    return ImageSource(str(root), ids, partial(_read_file, paths), partial(_length, paths), labels, class_names)
 
 
 def _pictures_below(root: Path) -> Iterator[Path]:
@@ -80,9 +80,9 @@ def open_list(path: Path, columns: Columns) -> SourcePair:
     training = [i for i, row in enumerate(rows) if row.get("split", "train") == "train"]
 
     def part(chosen: Sequence[int]) -> ImageSource:
-        return ImageSource(
-            str(path), [names[i] for i in chosen], partial(_read_file, [paths[i] for i in chosen]), labels and [labels[i] for i in chosen], class_names
-        )
+        files = [paths[i] for i in chosen]
+        some = labels and [labels[i] for i in chosen]
+        return ImageSource(str(path), [names[i] for i in chosen], partial(_read_file, files), partial(_length, files), some, class_names)
 
     if not training:
         raise UserError(f"{path}: no row has the split 'train': give some.")
@@ -107,3 +107,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _read_file(paths: Sequence[Path], index: int) -> Picture:  # of the module, so that loader processes receive it pickled
     return read_picture(paths[index])
+
+
+def _length(paths: Sequence[Path], index: int) -> int:
+    return paths[index].stat().st_size if paths[index].exists() else -1

@@ -228,6 +228,12 @@ class ImageSplits:
                 digest.update(f"{split} {dataset.source.ids[i]} {labels[i] if labels is not None else None}\n".encode())
         return digest.hexdigest()
 
+    def facts(self) -> dict[str, str]:
+        """What a run is bound to: the names, and some of the pictures."""
+        sources = {id(source): source for source in (self.train.source, self.validation.source)}.values()
+        sample = hashlib.sha256(repr([source.sample() for source in sources]).encode()).hexdigest()
+        return {"image_names_hash": self.names_hash(), "image_sample_hash": sample}
+
     def skipped_hash(self) -> str | None:
         """A hash of which images are skipped, if there are any."""
         return hashlib.sha256(repr([error.name for error in self.skipped]).encode()).hexdigest() if self.skipped else None
@@ -286,7 +292,7 @@ def load_images(
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether a local path is a folder or lies in it."""
-    return Path(folder).is_dir() and Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+    return Path(folder).expanduser().is_dir() and Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
 
 
 def load_source(data: ImagesConfig, channels: int) -> ImageSource:
@@ -299,11 +305,11 @@ def load_source(data: ImagesConfig, channels: int) -> ImageSource:
     if held_out is None:
         return train
     ids, number = [*train.ids, *held_out.ids], len(train)
-    return ImageSource(train.name, ids, partial(_read_either, train, held_out, number))
+    return ImageSource(train.name, ids, partial(_either, train.read, held_out.read, number), partial(_either, train.mark, held_out.mark, number))
 
 
-def _read_either(first: ImageSource, second: ImageSource, number: int, index: int) -> Picture:
-    return first.read(index) if index < number else second.read(index - number)
+def _either(first: Callable[[int], Any], second: Callable[[int], Any], number: int, index: int) -> Any:
+    return first(index) if index < number else second(index - number)
 
 
 def is_held_out(name: str, fraction: float) -> bool:

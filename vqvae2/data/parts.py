@@ -3,7 +3,7 @@
 Which images are in which part, and in which order, depends on the data alone: not on the number of processes, nor on what was done before.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from vqvae2.data.arrays import PythonImages
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images
 from vqvae2.data.source import ImageSource
 from vqvae2.data.sources import open_held_out
-from vqvae2.data.streams import Shards, decode, find_stream, stream_hash
+from vqvae2.data.streams import Shards, decode, find_stream, stream_facts
 
 SPLITS = ("train", "validation")
 
@@ -71,7 +71,7 @@ class Parts:
 
     parts: tuple[Part, ...]
     source: str
-    names_hash: str
+    facts: Mapping[str, str]
     """What a run that continues must find again."""
     class_names: tuple[str, ...] | None
     """None if labels are met only as the images are read."""
@@ -90,10 +90,10 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
         parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
         if held_out is not None:
             parts += _cut("validation", ImageDataset(_with_raw_numbers(held_out), range(len(held_out)), config, cached=False), size)
-        return Parts(tuple(parts), data.path, stream_hash(shards, held_out, config), None)
+        return Parts(tuple(parts), data.path, stream_facts(shards, held_out, config), None)
     images = load_images(data, config, check=False)
     parts = [part for split, dataset in images.items() for part in _cut(split, dataset, size)]
-    return Parts(tuple(parts), images.train.source.name, images.names_hash(), images.class_names)
+    return Parts(tuple(parts), images.train.source.name, images.facts(), images.class_names)
 
 
 class ReadItem(NamedTuple):

@@ -5,6 +5,7 @@
 A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or float32 in [-1, 1]) and `label` where there are classes.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,15 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
         raise UserError(f"{folder / split} holds {len(ids)} images, but {MANIFEST_NAME} says {number}: run vqvae2 prepare again.")
     pixels = partial(_read_pixels, rows, (manifest.image.channels, *manifest.image.height_width))
     name = str(folder) if split == "train" else str(folder / split)
-    return ImageSource(name, ids, partial(_read_picture, pixels, manifest.image.value_range), labels, manifest.class_names, Prepared(manifest.image, pixels))
+    return ImageSource(
+        name,
+        ids,
+        partial(_read_picture, pixels, manifest.image.value_range),
+        partial(_checksum, pixels),
+        labels,
+        manifest.class_names,
+        Prepared(manifest.image, pixels),
+    )
 
 
 def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:
@@ -80,3 +89,7 @@ def _read_picture(pixels: Any, value_range: tuple[float, float], index: int) -> 
     values = np.moveaxis(pixels([index])[0], 0, -1)
     low, high = value_range
     return values if values.dtype == np.uint8 else ((values + 1) / 2 * (high - low) + low).clip(low, high)
+
+
+def _checksum(pixels: Any, index: int) -> int:
+    return zlib.crc32(pixels([index]).tobytes())

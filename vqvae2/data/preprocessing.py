@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +133,8 @@ def load_picture(path: str, config: PreprocessingConfig) -> Tensor:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or its kind if it has none; without addresses, which say nothing and are others each time."""
+    return re.sub(" at 0x[0-9a-f]+", "", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _bits_of_png(file: Path | str | io.BytesIO) -> int:

@@ -1,6 +1,7 @@
 """What every source of pictures becomes: named pictures that can be read in any order, each with a label or none."""
 
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from vqvae2.config import PreprocessingConfig
 from vqvae2.data.preprocessing import Picture
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+SAMPLED = 128  # pictures that are looked at to tell a source from another with the same names
 HELD_OUT_NAMES = ("validation", "val", "valid", "test")
 
 
@@ -43,12 +45,18 @@ class ImageSource:
     """A name for each picture, relative to the source's root: it decides the split and goes into the code dataset."""
     read: Callable[[int], Picture]
     """One picture. What it raises for a broken one, of any kind, is reported with the picture's name."""
+    mark: Callable[[int], int]
+    """Something cheap that tells a picture from another of the same name: the length of its file, or a checksum of its values."""
     labels: Sequence[int] | None = None
     class_names: tuple[str, ...] = ()
     prepared: Prepared | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def sample(self) -> list[int]:
+        """Marks of some pictures from all over the source."""
+        return [self.mark(i) for i in range(0, len(self), max(1, len(self) // SAMPLED))]
 
     def with_classes_of(self, train: "ImageSource") -> "ImageSource":
         """This source with its labels counted as in the training source.
@@ -111,3 +119,8 @@ def refuse_duplicates(ids: Sequence[str], name: str) -> None:
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
         raise UserError(f"{name} names {twice!r} more than once: each image needs a name of its own.")
+
+
+def row_checksum(rows: np.ndarray, index: int) -> int:
+    """A picture's mark, where its values are in memory."""
+    return zlib.crc32(np.ascontiguousarray(rows[index]).tobytes())

@@ -6,13 +6,14 @@ starts again.
 
 import hashlib
 import json
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +27,7 @@ from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
 from vqvae2.data.preprocessing import Picture, first_line, picture_size
-from vqvae2.data.source import ImageSource, Prepared, refuse_duplicates, split_files
+from vqvae2.data.source import SAMPLED, ImageSource, Prepared, refuse_duplicates, row_checksum, split_files
 from vqvae2.data.sources import expand, expand_ranges, find_shards, open_held_out
 from vqvae2.data.tables import find_column, read_cell, row_ids
 from vqvae2.data.tars import read_row, tar_rows
@@ -184,11 +185,14 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
         raise UserError(f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it.") from None
 
 
-def stream_hash(shards: Shards, held_out: ImageSource | None, config: PreprocessingConfig) -> str:
-    """A hash of the shards' names and of what is held out: what a run continues on must be what it was begun on."""
+def stream_facts(shards: Shards, held_out: ImageSource | None, config: PreprocessingConfig) -> dict[str, str]:
+    """What a run is bound to: the shards' names, what is held out, and the lengths of local shards."""
     names = [PurePosixPath(url).name for url in shards.urls]
     kept_apart: list[Any] = [config.validation_fraction] if held_out is None else list(held_out.ids)
-    return hashlib.sha256(json.dumps([names, held_out is None, kept_apart]).encode()).hexdigest()
+    sample = [os.path.getsize(url) if "://" not in url else None for url in shards.urls[:: max(1, len(shards) // SAMPLED)]]
+    sample += held_out.sample() if held_out is not None else []
+    contents = {"image_names_hash": [names, held_out is None, kept_apart], "image_sample_hash": sample}
+    return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest() for name, content in contents.items()}
 
 
 def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingConfig, *, on_skipped: Callable[[str, str], None] = _say_nothing) -> ImageDataset:
@@ -222,7 +226,11 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
                     raise
                 on_skipped(error.name, error.reason)
     stacked = np.stack(pixels) if pixels else np.zeros((0, config.channels, *config.height_width), np.uint8)
-    return ImageDataset(ImageSource(shards.name, ids, stacked.__getitem__, prepared=Prepared(config, partial(_take, stacked))), range(len(ids)), config)
+    return ImageDataset(
+        ImageSource(shards.name, ids, stacked.__getitem__, partial(row_checksum, stacked), prepared=Prepared(config, partial(_take, stacked))),
+        range(len(ids)),
+        config,
+    )
 
 
 def _take(stacked: np.ndarray, indices: Sequence[int]) -> np.ndarray:
@@ -243,6 +251,13 @@ def decode(name: str, row: StreamRow, config: PreprocessingConfig, choice: Choic
         raise BadImage(name, row.id, error) from None
 
 
+class StandIn(NamedTuple):
+    """An image `(C, H, W)` with its label."""
+
+    image: Tensor
+    label: int | None
+
+
 class StreamedImages:
     """Batches of training images from shards, shuffled, from any position of an endless stream: a loader for `fit`.
 
@@ -256,8 +271,10 @@ class StreamedImages:
         held_out: whether the images whose names are held out by the configured share are left out.
         on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped, once. The batch lacks it.
 
+    A process whose part of a batch cannot be read at all (where broken images are skipped) trains on the first image that can, for it needs one.
+
     Raises:
-        UserError: when it is read: a broken shard or image, no training image, or a batch of which no image could be read.
+        UserError: when it is read: a broken shard or image, or no training image.
     """
 
     def __init__(
@@ -317,9 +334,20 @@ class StreamedImages:
                     self._told.add(error.name)
                     self.on_skipped(error.name, error.reason)
         if not images:
-            raise UserError(f"{self.shards.name}: none of the {len(rows)} images of a batch can be read: check the shards.")
+            images, labels = [self._stand_in.image], [self._stand_in.label]
         batch = {"images": torch.stack(images)}
         return batch if None in labels else {**batch, "labels": torch.tensor(labels)}
+
+    @cached_property
+    def _stand_in(self) -> StandIn:
+        """The first training image that can be read."""
+        for row in (row for number in range(len(self.shards)) for row in self.shards.rows(number)):
+            if self._trains(row.id):
+                try:
+                    return StandIn(torch.from_numpy(decode(self.shards.name, row, self.config, None)), row.label)
+                except BadImage:
+                    continue
+        raise UserError(f"{self.shards.name}: none of the training images can be read: check data.path.")
 
     def _lane(self, lane: int, skip: int) -> Iterator[tuple[StreamRow, int]]:
         """The rows of a lane with their epoch, from the `skip`-th on, without end."""

@@ -109,8 +109,15 @@ def _table_source(path: str, table: Any, ids: list[str] | None, columns: Columns
         ids = list(map(str, table["id"]))
     ids = ids or [f"{i:09d}" for i in range(len(table))]
     refuse_duplicates(ids, path)
-    return ImageSource(path, ids, partial(_read_row, table.select_columns([image]), image), labels, class_names)
+    pictures = table.select_columns([image])
+    return ImageSource(path, ids, partial(_read_row, pictures, image), partial(_length_of_cell, pictures, image), labels, class_names)
 
 
 def _read_row(table: Any, column: str, index: int) -> Picture:  # of the module, so that loader processes receive it pickled
     return read_cell(table[index][column])
+
+
+def _length_of_cell(table: Any, column: str, index: int) -> int:
+    cell = table[index][column]
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return len(content) if isinstance(content, bytes) else -1

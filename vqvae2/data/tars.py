@@ -69,7 +69,7 @@ def open_tars(name: str, paths: Sequence[Path]) -> ImageSource:
     ids = [row.id for row in rows]
     refuse_duplicates(ids, name)
     places = list(zip(shards, rows, strict=True))
-    return ImageSource(name, ids, partial(_read_member, list(paths), places), labels, class_names)
+    return ImageSource(name, ids, partial(_read_member, list(paths), places), partial(_length, places), labels, class_names)
 
 
 def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[TarRow]:
@@ -159,6 +159,11 @@ def _read_member(paths: Sequence[Path], places: Sequence[tuple[int, TarRow]], in
     if len(content) != size:
         raise UserError("its tar shard is cut off: restore the shard.")
     return read_picture(content, row.suffix)
+
+
+def _length(places: Sequence[tuple[int, TarRow]], index: int) -> int:
+    _, row = places[index]
+    return row.picture[1] if row.picture is not None else -1
 
 
 def read_row(row: TarRow) -> Picture:
