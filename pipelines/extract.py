@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
 from prior.code_shards import ShardRecord, file_hash, smallest_type, write_shard
-from prior.codes import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from prior.codes import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord, read_json, write_json
@@ -61,7 +61,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     found = find_parts(images if images is not None else config.data, model.config.image, config.shard_size)
     run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
-    finished = _is_finished(output_dir)
+    finished = is_complete(output_dir)
     state.wait_for_everyone()
     if finished:
         state.print(f"{output_dir}: all codes are extracted already.")
@@ -111,14 +111,6 @@ def _warning_of_other_images(config: ExtractConfig, training: Mapping[str, Any],
     )
 
 
-def _is_finished(output_dir: Path) -> bool:
-    """Whether the manifest and every shard that it speaks of are there."""
-    if not (output_dir / MANIFEST_NAME).exists():
-        return False
-    manifest = read_manifest(output_dir)
-    return all((output_dir / split / record.name).exists() for split in SPLITS for record in manifest.shards(split))
-
-
 def _reopen(output_dir: Path) -> None:
     """Make a finished dataset that lost shards an unfinished one: what its manifest says of the others is noted beside them again."""
     if not (output_dir / MANIFEST_NAME).exists():
@@ -134,7 +126,10 @@ def _is_kept(path: Path) -> bool:
     """Whether a shard is there, and is the file that was noted when it was written."""
     if not (path.exists() and _note_path(path).exists()):
         return False
-    return file_hash(path) == _read_note(path).sha256
+    try:
+        return file_hash(path) == _read_note(path).sha256
+    except UserError:  # a broken note
+        return False
 
 
 class _Rows:

@@ -11,6 +11,7 @@ import pickle
 import pickletools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pipelines.config import ImportCodesConfig
 from prior.code_shards import ShardRecord, write_shard
-from prior.codes import MANIFEST_NAME, SPLITS, Manifest, write_manifest
+from prior.codes import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_manifest
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import RunRecord
@@ -56,15 +57,22 @@ def import_codes(config: ImportCodesConfig) -> None:
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("import-codes", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
-    if (output_dir / MANIFEST_NAME).exists():
-        print(f"{output_dir}: all codes are imported already.")
-        return
     with open_rows(path) as rows:
         names = [_check(rows[i], f"{path}: row {i}", model, config.vqvae).name for i in tqdm(range(len(rows)), desc="checking", unit="row")]
         folders = [PurePosixPath(name).parent.name for name in names]
         class_names = tuple(sorted(set(folders))) if len(set(folders)) > 1 else ()
         held_out = [is_held_out(name, config.validation_fraction) for name in names]
         ids = _unique(names)
+        digest = hashlib.sha256("".join(f"{name} {out}\n" for name, out in zip(ids, held_out, strict=True)).encode())
+        if all(held_out):
+            raise UserError(f"{path}: all {len(names)} rows are held out: lower validation_fraction.")
+        run = replace(run, facts={**run.facts, "rows_hash": digest.hexdigest()})
+        run.check(output_dir)
+        if is_complete(output_dir):
+            print(f"{output_dir}: all codes are imported already.")
+            return
+        for left in (output_dir / MANIFEST_NAME, *output_dir.glob("*/*.parquet")):  # of an earlier, unfinished import
+            left.unlink(missing_ok=True)
         run.write(output_dir)
         records: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
         for split in SPLITS:
@@ -80,7 +88,6 @@ def import_codes(config: ImportCodesConfig) -> None:
                     labels=np.array([class_names.index(folders[number]) for number in part], np.int32) if class_names else None,
                 )
                 records[split].append(record)
-    digest = hashlib.sha256("".join(f"{name} {out}\n" for name, out in zip(ids, held_out, strict=True)).encode())
     manifest = Manifest(
         encoder_hash=model.content_hash(),
         grids=model.config.grids,
@@ -103,8 +110,11 @@ def _unique(names: Sequence[str]) -> list[str]:
     seen: set[str] = set()
     ids = []
     for number, name in enumerate(names):
-        ids.append(f"{name}#{number}" if name in seen else name)
-        seen.add(name)
+        free = name
+        while free in seen:
+            free = f"{free}#{number}"
+        ids.append(free)
+        seen.add(free)
     return ids
 
 

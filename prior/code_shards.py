@@ -167,7 +167,9 @@ def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
                 if any(column.null_count or flat_null_count(column) for column in table.columns):
                     raise UserError(f"{path} misses values: remove it and run vqvae2 extract again.")
                 yield table
-    except (OSError, pa.ArrowException) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is broken ({error}): remove it and run vqvae2 extract again.") from None
 
 

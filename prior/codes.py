@@ -64,8 +64,13 @@ class Manifest:
 
     def __post_init__(self) -> None:
         check(len(self.grids) == len(self.codebook_sizes) >= 1, "grids", self.grids, "one (h, w) per level")
-        check(all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids), "grids", self.grids, "a height and a width, at least 1, per level")
-        check(all(1 <= size <= 1 << 32 for size in self.codebook_sizes), "codebook_sizes", self.codebook_sizes, "from 1 to 2^32")
+        check(
+            all(len(grid) == 2 and 1 <= min(grid) <= max(grid) <= 4096 for grid in self.grids),
+            "grids",
+            self.grids,
+            "(h, w) from 1 to 4096 per level",
+        )
+        check(all(1 <= size <= 1 << 24 for size in self.codebook_sizes), "codebook_sizes", self.codebook_sizes, "from 1 to 2^24")
         check(isinstance(self.versions, dict), "versions", self.versions, "a mapping")
         for split in SPLITS:
             names = [shard.name for shard in self.shards(split)]
@@ -132,6 +137,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"restore it, or remove it and run vqvae2 extract again."
         )
     return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the manifest and every shard that it speaks of are there.
+
+    Raises:
+        UserError: the manifest is broken, or was edited.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return False
+    manifest = read_manifest(folder)
+    return all((folder / split / shard.name).exists() for split in SPLITS for shard in manifest.shards(split))
 
 
 def parse_level(level: str, num_levels: int) -> int:

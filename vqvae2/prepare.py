@@ -18,10 +18,9 @@ from vqvae2.common.files import RunRecord, whole_file, write_json
 from vqvae2.common.machine import processes
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data.parts import SPLITS, Part, ReadItem, find_parts, read_items
-from vqvae2.data.prepared import MANIFEST_NAME, PreparedManifest
+from vqvae2.data.prepared import MANIFEST_NAME, RECORD_NAME, PreparedManifest, shard_place
 from vqvae2.data.skipping import list_skipped, report_skipped
 
-RECORD_NAME = "prepare_config.yaml"
 ROW_GROUP = 256  # rows that are written, and held in memory, at once
 
 
@@ -47,7 +46,7 @@ def prepare_command(config: PrepareConfig) -> None:
     began, number = time.perf_counter(), 0
     with tqdm(total=total, desc="preparing", unit="image", disable=not state.is_main_process) as bar:
         for part in mine:
-            if part.is_written(output_dir):
+            if all(shard_place(part.path(output_dir, split)) == f"{split}/{part.number:05d}" for split in part.splits):
                 bar.update(part.num_items or 0)
                 continue
             rows = read_items(part.items(), lambda split: [None], skip=skip, num_threads=num_threads)
@@ -85,7 +84,7 @@ def write_part(part: Part, output_dir: Path, rows: Iterator[ReadItem], image: Pr
                 waiting[split] = []
         for split, rest in waiting.items():
             _write_rows(writers[split], rest)
-            writers[split].add_key_value_metadata({"skipped": json.dumps(skipped[split])})
+            writers[split].add_key_value_metadata({"skipped": json.dumps(skipped[split]), "place": f"{split}/{part.number:05d}"})
             yield len(rest)
 
 

@@ -168,7 +168,11 @@ def _autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
 def read_training(vqvae: str) -> dict[str, Any]:
     """What a model folder says of its training; nothing where it has no record (of the Hub, or imported)."""
     path = Path(vqvae).expanduser() / RECORD_NAME
-    return read_yaml(path) if path.exists() else {}
+    record = read_yaml(path) if path.exists() else {}
+    data = record.get("data")
+    if record and not (isinstance(data, dict) and isinstance(data.get("path"), str) and isinstance(data.get("validation_path"), str | None)):
+        raise UserError(f"{path} is broken: its 'data' names no path; restore it, or remove it.")
+    return record
 
 
 def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the folder's name, or make it with the earlier step.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): restore or remake it.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no mapping of keys to values: restore or remake it.")

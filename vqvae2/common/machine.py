@@ -46,6 +46,11 @@ def processes() -> PartialState:
     return PartialState(cpu=use_cpu(), timeout=PATIENCE)
 
 
+def say(sentence: str) -> None:
+    """Print, on the first process only."""
+    processes().print(sentence)
+
+
 def use_cpu() -> bool:
     """Whether to compute on the CPU: told so (ACCELERATE_USE_CPU), or no CUDA there. Accelerate must know, or it starts no process group.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.machine import say
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
 from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates
 
@@ -42,7 +43,9 @@ def _folder_source(root: Path) -> ImageSource:
     class_names: tuple[str, ...] = ()
     if all("/" in name for name in ids):  # every image is in a sub-folder: these are the classes
         labels, class_names = number_classes([name.split("/")[0] for name in ids], str(root))
-    return ImageSource(str(root), ids, partial(_read_file, paths), partial(_length, paths), labels, class_names)
+    elif any("/" in name for name in ids):
+        say(f"{root}: no classes, because {next(name for name in ids if '/' not in name)} lies in no class folder.")
+    return ImageSource(str(root), ids, partial(_read_file, paths), partial(_length, paths), labels, class_names, files=paths)
 
 
 def _pictures_below(root: Path) -> Iterator[Path]:
@@ -70,7 +73,7 @@ def open_list(path: Path, columns: Columns) -> SourcePair:
     if image is None:
         raise UserError(f"{path} has the columns {list(rows[0])}, but none of files: name it 'path', or say which with --data.image-column.")
     names = [str(row[image]) for row in rows]
-    refuse_duplicates(names, str(path))
+    refuse_duplicates([os.path.normpath(name) for name in names], str(path))
     paths = [path.parent / Path(name).expanduser() for name in names]
     missing = next((p for p in paths if not p.exists()), None)
     if missing is not None:
@@ -82,7 +85,7 @@ def open_list(path: Path, columns: Columns) -> SourcePair:
     def part(chosen: Sequence[int]) -> ImageSource:
         files = [paths[i] for i in chosen]
         some = labels and [labels[i] for i in chosen]
-        return ImageSource(str(path), [names[i] for i in chosen], partial(_read_file, files), partial(_length, files), some, class_names)
+        return ImageSource(str(path), [names[i] for i in chosen], partial(_read_file, files), partial(_length, files), some, class_names, files=files)
 
     if not training:
         raise UserError(f"{path}: no row has the split 'train': give some.")
@@ -98,7 +101,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a list ({first_line(error)}): check the file.") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} holds no rows with columns: put one image on each line.")

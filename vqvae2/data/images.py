@@ -22,7 +22,7 @@ from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages, array_source
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.preprocessing import BYTES, Picture, first_line, picture_size
-from vqvae2.data.source import ImageSource
+from vqvae2.data.source import ImageSource, refuse_shared
 from vqvae2.data.sources import open_held_out, open_source
 
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
@@ -149,6 +149,7 @@ class ImageDataset(Dataset):
         bar = tqdm(results, desc="checking images", total=len(self), unit="image", disable=not show_progress, leave=False)
         for index, error in enumerate(bar):
             if error is not None and not skip:
+                results.close()
                 raise error
             if error is not None:
                 bad[index] = error
@@ -268,17 +269,21 @@ def load_images(
         raise UserError(f"image.background is {config.background!r}, but must be a colour name or #rrggbb.") from None
     if isinstance(data, ImagesConfig):
         train, own = open_source(data.path, data, config.channels)
-        held_out = open_held_out(data, config.channels) or own
+        held_out = open_held_out(data, config.channels, train.name, train.files) or own
         name, skip = data.path, data.on_error == "skip"
     else:
         train, held_out = array_source(data, config.channels), None
         name, skip = train.name, False
     if held_out is not None:
         held_out = held_out.with_classes_of(train)
+        refuse_shared(train.files, held_out.files, name)
         splits: list[tuple[ImageSource, Sequence[int]]] = [(source, range(len(source))) for source in (train, held_out)]
     else:
         chosen = [is_held_out(name, config.validation_fraction) for name in train.ids]
         splits = [(train, [i for i, c in enumerate(chosen) if c is side]) for side in (False, True)]
+        if len(train.files) == len(train):
+            sides = [[train.files[i] for i in indices] for _, indices in splits]
+            refuse_shared(sides[0], sides[1], name)
     if not len(splits[0][1]):
         raise UserError(f"{name}: all {len(train)} images are held out: add images or lower image.validation_fraction.")
     datasets = [ImageDataset(source, indices, config, shared=num_workers > 0, cached=check) for source, indices in splits]

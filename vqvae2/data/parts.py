@@ -47,10 +47,6 @@ class Part:
         """Where the shard of this part and split is written."""
         return output_dir / split / f"{self.number:05d}.parquet"
 
-    def is_written(self, output_dir: Path) -> bool:
-        """Whether all its shards are there."""
-        return all(self.path(output_dir, split).exists() for split in self.splits)
-
 
 def _with_raw_numbers(source: ImageSource) -> ImageSource:
     """A held-out source with its classes as the numbers that a stream has.
@@ -85,7 +81,7 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
     """
     if isinstance(data, ImagesConfig) and data.streaming:
         shards = find_stream(data)
-        held_out = open_held_out(data, config.channels)
+        held_out = open_held_out(data, config.channels, data.path, shards.files)
         both = held_out is None and config.validation_fraction > 0
         parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
         if held_out is not None:

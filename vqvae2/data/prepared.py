@@ -19,9 +19,10 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.preprocessing import Picture, first_line
-from vqvae2.data.source import ImageSource, Prepared, SourcePair
+from vqvae2.data.source import ImageSource, Prepared, SourcePair, row_checksum
 
 MANIFEST_NAME = "prepared.json"
+RECORD_NAME = "prepare_config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,17 @@ class PreparedManifest:
     """Images that could not be read; skipped.jsonl lists them."""
 
 
+def shard_place(path: Path) -> str | None:
+    """Which shard a file is, such as "train/00000", as it says itself; None if it is absent or broken."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return (pq.read_metadata(path).metadata or {}).get(b"place", b"").decode()
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
 def open_prepared(folder: Path) -> SourcePair:
     """The prepared images of a folder, split as they were when they were prepared.
 
@@ -52,32 +64,48 @@ def open_prepared(folder: Path) -> SourcePair:
     """
     manifest = from_dict(PreparedManifest, read_json(folder / MANIFEST_NAME), str(folder / MANIFEST_NAME))
     train = _open_split(folder, manifest, "train", manifest.num_train)
-    return train, _open_split(folder, manifest, "validation", manifest.num_validation) if manifest.num_validation else None
+    return train, _open_split(folder, manifest, "validation", manifest.num_validation)
 
 
 def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: int) -> ImageSource:
     import datasets
 
-    files = sorted(map(str, (folder / split).glob("*.parquet")))
+    what_to_do = "run vqvae2 prepare again"
+    files = sorted((folder / split).glob("*.parquet"))
+    for path in files:
+        if shard_place(path) != f"{split}/{path.stem}":
+            raise UserError(f"{path} cannot be read, or is not the shard that its name says: {what_to_do}.")
+    channels, (height, width) = manifest.image.channels, manifest.image.height_width
+    if not number:
+        return _empty(f"{folder / split}", manifest)
     try:
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
+        table = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
         ids, labels = list(table["id"]), list(table["label"]) if manifest.has_labels else None
         rows = table.select_columns(["pixels"]).with_format("arrow")  # the numpy format widens to int64
+        length = table.features["pixels"].length
     except Exception as error:  # `datasets` raises many kinds
-        raise UserError(f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): run vqvae2 prepare again.") from None
-    if len(ids) != number:
-        raise UserError(f"{folder / split} holds {len(ids)} images, but {MANIFEST_NAME} says {number}: run vqvae2 prepare again.")
+        raise UserError(f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): {what_to_do}.") from None
+    if len(ids) != number or length != channels * height * width:
+        raise UserError(
+            f"{folder / split} holds {len(ids)} images of {length} values, but {MANIFEST_NAME} says {number} of {channels} x {height} x {width}: {what_to_do}."
+        )
+    if labels is not None and not all(label is not None and 0 <= label < len(manifest.class_names) for label in labels):
+        raise UserError(f"{folder / split} holds labels that are none of the {len(manifest.class_names)} classes of {MANIFEST_NAME}: {what_to_do}.")
     pixels = partial(_read_pixels, rows, (manifest.image.channels, *manifest.image.height_width))
     name = str(folder) if split == "train" else str(folder / split)
-    return ImageSource(
-        name,
-        ids,
-        partial(_read_picture, pixels, manifest.image.value_range),
-        partial(_checksum, pixels),
-        labels,
-        manifest.class_names,
-        Prepared(manifest.image, pixels),
-    )
+    read, mark = partial(_read_picture, pixels, manifest.image.value_range), partial(_checksum, pixels)
+    return ImageSource(name, ids, read, mark, labels, manifest.class_names, Prepared(manifest.image, pixels), files=files)
+
+
+def _empty(name: str, manifest: PreparedManifest) -> ImageSource:
+    """Nothing was held out, or none of it could be read: then nothing of the rest is held out either."""
+    empty = np.zeros((0, manifest.image.channels, *manifest.image.height_width), np.uint8)
+    labels: list[int] | None = [] if manifest.has_labels else None
+    return ImageSource(name, [], empty.__getitem__, partial(row_checksum, empty), labels, manifest.class_names, Prepared(manifest.image, partial(_take, empty)))
+
+
+def _take(rows: np.ndarray, indices: Sequence[int]) -> np.ndarray:
+    return rows[list(indices)]
 
 
 def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:

@@ -97,6 +97,9 @@ def read_picture(file: Path | str | bytes, suffix: str = "") -> Picture:
     image = Image.open(opened)
     if math.prod(image.size) > MAX_PIXELS:
         raise UserError(f"it claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: remove it, or make it smaller.")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photo with its preview
+        raise UserError(f"it has {frames} frames: save the one that is meant, or each as a file.")
     image.load()
     if image.format == "PPM" and image.mode == "RGB" and _maximum_of_ppm(opened) > 255:
         raise UserError("it is a PPM with 16 bits in several channels, of which Pillow keeps 8: save it as TIFF or .npy.")
@@ -161,6 +164,9 @@ def _read_tiff(file: Path | str | io.BytesIO) -> Picture:
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
+        number = sum(not other.is_reduced for other in tiff.pages)
+        if number > 1:
+            raise UserError(f"it is a TIFF of {number} pages: save its bands as samples of one page (planarconfig), or each page as a file.")
         if page.imagewidth * page.imagelength > MAX_PIXELS:
             raise UserError(f"it claims {page.imagewidth} x {page.imagelength} pixels, more than {MAX_PIXELS:,}: remove it, or make it smaller.")
         if page.dtype not in (np.dtype(bool), np.dtype(np.uint8)) or page.samplesperpixel > 4:  # what Pillow cannot hold
@@ -187,6 +193,8 @@ def _convert(image: Image.Image, mode: str, background: str) -> Image.Image:
 
 def _prepare_array(array: np.ndarray, config: PreprocessingConfig, window: Window | None) -> np.ndarray:
     array = array[..., None] if array.ndim == 2 else array
+    if 0 in array.shape:
+        raise UserError(f"it is an array of shape {array.shape}, without a pixel: remove it.")
     if array.ndim != 3 or (array.shape[-1] != config.channels and (array.shape[-1], config.channels) != (1, 3)):
         raise UserError(f"it is an array of shape {array.shape}, but (H, W, {config.channels}) is due (image.channels): set the channels, or convert it.")
     of_bytes = array.dtype == np.uint8 and config.value_range == BYTES

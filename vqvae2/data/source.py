@@ -1,10 +1,11 @@
 """What every source of pictures becomes: named pictures that can be read in any order, each with a label or none."""
 
+import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.preprocessing import Picture
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".jp2", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
 SAMPLED = 128  # pictures that are looked at to tell a source from another with the same names
 HELD_OUT_NAMES = ("validation", "val", "valid", "test")
 
@@ -50,6 +51,14 @@ class ImageSource:
     labels: Sequence[int] | None = None
     class_names: tuple[str, ...] = ()
     prepared: Prepared | None = None
+    files: Sequence[Path] = ()
+    """The files behind it, where they can be named: one for each picture, or shards of many."""
+
+    def __post_init__(self) -> None:
+        try:
+            "".join(self.ids).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{self.name} holds a name that is not UTF-8 ({next(filter(_is_strange, self.ids))!r}): rename that image.") from None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,6 +88,10 @@ SourcePair = tuple[ImageSource, ImageSource | None]
 """A source, and its own held-out part if it has one."""
 
 
+def _is_strange(name: str) -> bool:
+    return bool(re.search("[\ud800-\udfff]", name))
+
+
 def split_files(files: Sequence[Path]) -> dict[str, list[Path]]:
     """Files by split: their folder or the beginning of their name may say validation, val, valid or test; all others train."""
     parts: dict[str, list[Path]] = {}
@@ -99,7 +112,7 @@ def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None
     Raises:
         UserError: a value is missing, of another kind, or no number of a class.
     """
-    kinds = {type(value) for value in values}
+    kinds = {"empty" if value == "" else type(value) for value in values}
     if kinds not in ({int}, {str}) or (names is not None and not 0 <= min(values) <= max(values) < len(names)):
         raise UserError(f"{name} does not give every row a class (found {sorted(map(str, kinds))}): fill it in, or remove it.")
     if names is not None:
@@ -107,6 +120,36 @@ def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None
     known = sorted(set(values))
     number = {value: i for i, value in enumerate(known)}
     return [number[value] for value in values], tuple(map(str, known))
+
+
+def shard_stem(name: str) -> str:
+    """What the names of a shard's rows begin with."""
+    return re.sub(r"\.(parquet|arrow|tar|tar\.gz)$", "", PurePosixPath(name).name)
+
+
+def shared_file(some: Iterable[Path], others: Iterable[Path]) -> Path | None:
+    """One of some files that is one of the others too, by whatever name (a link, another way to write it)."""
+    known = {_identity(path) for path in others}
+    return next((path for path in some if _identity(path) in known), None)
+
+
+def _identity(path: Path) -> object:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return str(path)
+    return status.st_dev, status.st_ino
+
+
+def refuse_shared(train: Iterable[Path], held_out: Iterable[Path], name: str) -> None:
+    """No file is trained on and held out.
+
+    Raises:
+        UserError: naming one that would be.
+    """
+    shared = shared_file(held_out, train)
+    if shared is not None:
+        raise UserError(f"{shared}, which is held out, is among the training images of {name} too, and would be trained on: keep them apart (look for links).")
 
 
 def refuse_duplicates(ids: Sequence[str], name: str) -> None:

@@ -1,7 +1,8 @@
 """Which kind of source a path names, and its pictures."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vqvae2.common.artifact import looks_like_path
@@ -10,8 +11,9 @@ from vqvae2.config import ImagesConfig
 from vqvae2.data.arrays import ARRAY_SUFFIXES, open_arrays
 from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list
 from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
+from vqvae2.data.prepared import RECORD_NAME as PREPARE_RECORD
 from vqvae2.data.prepared import open_prepared
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, refuse_shared, split_files
 from vqvae2.data.tables import open_tables
 from vqvae2.data.tars import open_tars
 
@@ -37,52 +39,42 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
             return open_prepared(local)
         if any((local / name).exists() for name in SAVED_NAMES):
             return open_tables(path, saved=True, columns=columns)
+        if (local / PREPARE_RECORD).exists():
+            raise UserError(f"{path} holds unfinished prepared images: run vqvae2 prepare again.")
         shards = find_shards(local)
+        if shards and any(entry.suffix.lower() in PICTURE_SUFFIXES for entry in local.iterdir()):
+            raise UserError(f"{path} holds pictures and {shards[0].relative_to(local)}: move one kind out, or name the files of the other by a pattern.")
         return _open_files(path, shards, columns) if shards else open_folder(local)
     if local.is_file():
         if local.suffix in LIST_SUFFIXES:
             return open_list(local, columns)
         if local.suffix in ARRAY_SUFFIXES:
-            return open_arrays(local, channels), None
+            return replace(open_arrays(local, channels), files=[local]), None
         return _open_files(path, [local], columns)
     if looks_like_path(path):
         raise UserError(f"{path} does not exist: check data.path ({KINDS}).")
     return open_tables(path, columns=columns)
 
 
-def open_held_out(data: ImagesConfig, channels: int) -> ImageSource | None:
+def open_held_out(data: ImagesConfig, channels: int, train: str, files: Iterable[Path]) -> ImageSource | None:
     """The explicit held-out set, if there is one.
 
+    Args:
+        train: the training images' name.
+        files: the files behind them.
+
     Raises:
-        UserError: it is split itself, or shares files with the training images.
+        UserError: it is a URL, is split itself, or shares files with the training images.
     """
     if data.validation_path is None:
         return None
+    if "://" in data.validation_path:
+        raise UserError(f"{data.validation_path} is a URL, but held-out images are read at once: copy them to this machine first.")
     source, rest = open_source(data.validation_path, data, channels)
     if rest is not None:
         raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
-    shared = _shared(_files_of(data.validation_path), _files_of(data.path))
-    if shared is not None:
-        raise UserError(f"{shared} is part of both {data.validation_path} and {data.path}, so it would be trained on: keep the held-out images apart.")
+    refuse_shared(files, source.files, train)
     return source
-
-
-def _files_of(path: str) -> set[Path]:
-    """The local files and folders that a path or pattern names, without links on the way."""
-    if "://" in path:
-        return set()
-    local = Path(path).expanduser()
-    named = [local] if local.exists() else expand(path) if PATTERN.search(path) else []
-    return {file.resolve() for file in named}
-
-
-def _shared(some: set[Path], others: set[Path]) -> Path | None:
-    """A file or folder that is in, or lies below, one of both sets."""
-    for here, there in ((some, others), (others, some)):
-        for path in here:
-            if path in there or not there.isdisjoint(path.parents):
-                return path
-    return None
 
 
 def is_local(path: str) -> bool:
@@ -105,7 +97,7 @@ def expand(pattern: str) -> list[Path]:
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
         raise UserError(f"{pattern}: {missing[0] if missing else 'no file'} {'does not exist' if missing else 'is of this pattern'}: check data.path.")
-    return files
+    return list(dict.fromkeys(files))
 
 
 def expand_ranges(pattern: str) -> list[str]:

@@ -27,12 +27,13 @@ from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
 from vqvae2.data.preprocessing import Picture, first_line, picture_size
-from vqvae2.data.source import SAMPLED, ImageSource, Prepared, refuse_duplicates, row_checksum, split_files
+from vqvae2.data.source import SAMPLED, ImageSource, Prepared, refuse_duplicates, row_checksum, shard_stem, split_files
 from vqvae2.data.sources import expand, expand_ranges, find_shards, open_held_out
 from vqvae2.data.tables import find_column, read_cell, row_ids
 from vqvae2.data.tars import read_row, tar_rows
 
 HELD_OUT_LIMIT = 1024  # images that are held out by name are gathered from the first shards, at most so many
+MAX_CLASSES = 1 << 20
 AHEAD = 3  # batches that are being decoded while one is trained on
 
 
@@ -60,6 +61,11 @@ class Shards:
     def __len__(self) -> int:
         return len(self.urls)
 
+    @property
+    def files(self) -> list[Path]:
+        """Those on this machine."""
+        return [Path(url.removeprefix("file://")) for url in self.urls if "://" not in url.removeprefix("file://")]
+
     def rows(self, number: int) -> Iterator[StreamRow]:
         """The rows of one shard, in order.
 
@@ -79,7 +85,7 @@ class Shards:
                 return
             table = _parquet_file(file, url)
             names = table.schema_arrow.names
-            yield from map(str, table.read(columns=["id"])["id"].to_pylist()) if "id" in names else row_ids(_stem(url), table.metadata.num_rows)
+            yield from map(str, table.read(columns=["id"])["id"].to_pylist()) if "id" in names else row_ids(shard_stem(url), table.metadata.num_rows)
 
 
 def find_stream(data: ImagesConfig) -> Shards:
@@ -92,7 +98,7 @@ def find_stream(data: ImagesConfig) -> Shards:
     unknown = next((url for url in urls if not url.endswith((".parquet", ".tar", ".tar.gz"))), None)
     if unknown is not None or not urls:
         raise UserError(f"{data.path}: {unknown or 'nothing'} is no .tar or .parquet shard, and only such can be streamed: remove --data.streaming.")
-    stems = [_stem(url) for url in urls]
+    stems = [shard_stem(url) for url in urls]
     refuse_duplicates(stems, f"{data.path} (names of shards, which the names of their rows begin with)")
     parts = split_files([Path(url) for url in urls])
     if len(parts) > 1:
@@ -139,13 +145,9 @@ def _opened(url: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _stem(url: str) -> str:
-    return PurePosixPath(url).name.split(".")[0]
-
-
 def _number(label: Any, url: str) -> int | None:
-    if label is not None and (type(label) is not int or not 0 <= label < 2**31):
-        raise UserError(f"{url} has the label {label!r}, but streamed classes must be numbers from 0 on: number them when you write the shards.")
+    if label is not None and (type(label) is not int or not 0 <= label < MAX_CLASSES):
+        raise UserError(f"{url} has the label {label!r}, but streamed classes must be numbers from 0 to {MAX_CLASSES - 1:,}: number them in the shards.")
     return label
 
 
@@ -173,16 +175,31 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
     table = _parquet_file(file, url)
     names = dict.fromkeys(table.schema_arrow.names)
     image = find_column(names, url, image_column)
-    label = label_column or ("label" if "label" in names else None)
+    label = label_column or _typed_classes(table.schema_arrow) or ("label" if "label" in names else None)
+    if label is not None and label not in names:
+        raise UserError(f"{url} has the columns {list(names)}, but no {label!r}: correct --data.label-column.")
     columns = [name for name in (image, label, "id" if "id" in names else None) if name is not None]
-    made_up = iter(row_ids(_stem(url), table.metadata.num_rows))
+    met: set[str] = set()
+    made_up = iter(row_ids(shard_stem(url), table.metadata.num_rows))
     try:
         for batch in table.iter_batches(batch_size=64, columns=columns):
             for row in batch.to_pylist():
-                name = next(made_up)
-                yield StreamRow(str(row.get("id", name)), _number(row.get(label), url) if label is not None else None, partial(read_cell, row[image]))
+                name = str(row.get("id", next(made_up)))
+                if name in met or row.get("id", name) is None:
+                    raise UserError(f"{url} has the id {name!r} twice, or a row without: give each image a name of its own.")
+                met.add(name)
+                yield StreamRow(name, _number(row.get(label), url) if label is not None else None, partial(read_cell, row[image]))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it.") from None
+
+
+def _typed_classes(schema: Any) -> str | None:
+    """The column that `datasets` wrote as classes, if there is one."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    except ValueError:
+        return None
+    return next((name for name, feature in features.items() if name != "split" and feature.get("_type") == "ClassLabel"), None)
 
 
 def stream_facts(shards: Shards, held_out: ImageSource | None, config: PreprocessingConfig) -> dict[str, str]:
@@ -204,7 +221,7 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
     Raises:
         UserError: a broken shard, or (unless they are to be skipped) a broken image.
     """
-    source = open_held_out(data, config.channels)
+    source = open_held_out(data, config.channels, data.path, shards.files)
     if source is not None:
         images = ImageDataset(source, range(len(source)), config)
         bad = images.check(skip=data.on_error == "skip")

@@ -1,6 +1,7 @@
 """Tables with a column of encoded pictures: Parquet and Arrow files, saved `datasets`, the Hub."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.machine import say
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, shard_stem, split_files
 
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
 
@@ -23,13 +25,15 @@ def open_tables(path: str, files: Sequence[Path] = (), *, columns: Columns, save
     import datasets
 
     names: dict[str, list[str]] = {}
+    parts: dict[str, list[Path]] = {}
     try:
         if saved:
             loaded = datasets.load_from_disk(path)
         elif files:
             parts = split_files(files)
             loaded = datasets.load_dataset(files[0].suffix.removeprefix("."), data_files={part: list(map(str, paths)) for part, paths in parts.items()})
-            names = {part: [i for p in paths for i in row_ids(p.stem, _length(p))] for part, paths in parts.items() if paths[0].suffix == ".parquet"}
+            if files[0].suffix == ".parquet":
+                names = {part: [i for p in paths for i in row_ids(shard_stem(p.name), _length(p))] for part, paths in parts.items()}
         else:
             loaded = datasets.load_dataset(path)
     except Exception as error:  # `datasets` and the hub client raise many kinds; the user needs one sentence
@@ -38,12 +42,19 @@ def open_tables(path: str, files: Sequence[Path] = (), *, columns: Columns, save
     part = "train" if "train" in tables else next(iter(tables))
     train, ids = tables[part], names.get(part)
     other = next((name for name in HELD_OUT_NAMES if name in tables and name != part), None)
-    source = _table_source(path, train, ids, columns)
+    unused = sorted(set(tables) - {part, other})
+    if unused:
+        say(f"{path}: the split {part!r} is trained on, {other!r} held out; not used: {', '.join(unused)}.")
+    source = replace(_table_source(path, train, ids, columns), files=_files_behind(train, parts.get(part, [])))
     if other is not None:
-        return source, _table_source(path, tables[other], names.get(other), columns)
+        held_out = _table_source(path, tables[other], names.get(other), columns)
+        return source, replace(held_out, files=_files_behind(tables[other], parts.get(other, [])))
     if "split" not in train.column_names:
         return source, None
-    splits = np.array(train["split"])
+    kind = train.features["split"]
+    splits = np.array(kind.int2str(train["split"]) if isinstance(kind, datasets.ClassLabel) else train["split"])
+    if "train" not in splits:
+        raise UserError(f"{path}: no row has the split 'train' (but {', '.join(sorted(set(map(str, splits))))}): give some.")
     sides = [np.flatnonzero(side).tolist() for side in (splits == "train", splits != "train")]
     sources = [_table_source(path, train.select(side), [source.ids[i] for i in side], columns) for side in sides if len(side)]
     return sources[0], sources[1] if len(sources) > 1 else None
@@ -66,6 +77,17 @@ def find_column(features: Mapping[str, Any], path: str, image_column: str | None
     if found is None:
         raise UserError(f"{path} has the columns {list(features)}, but none of images: name it 'image', or say which with --data.image-column.")
     return found
+
+
+def class_column(features: Mapping[str, Any], kind: Any) -> str | None:
+    """The column of classes: one of that kind, or else one that is named so."""
+    typed = (name for name, feature in features.items() if name != "split" and isinstance(feature, kind))
+    return next(typed, "label" if "label" in features else None)
+
+
+def _files_behind(table: Any, files: Sequence[Path]) -> list[Path]:
+    """The given files, or those that a saved dataset lies in."""
+    return list(files) or [Path(file["filename"]) for file in table.cache_files]
 
 
 def read_cell(cell: Any) -> Picture:
@@ -97,7 +119,7 @@ def _table_source(path: str, table: Any, ids: list[str] | None, columns: Columns
     image = find_column(features, path, columns.image or typed)
     if isinstance(features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
-    label = columns.label or next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), "label" if "label" in features else None)
+    label = columns.label or class_column(features, datasets.ClassLabel)
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
     if label is not None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import PICTURE_SUFFIXES, ImageSource, number_classes, refuse_duplicates
+from vqvae2.data.source import PICTURE_SUFFIXES, ImageSource, number_classes, refuse_duplicates, shard_stem
 
 
 class TarRow(NamedTuple):
@@ -33,10 +34,11 @@ class _Group:
     members: list[str] = field(default_factory=list)
     pictures: list[tuple[Any, str]] = field(default_factory=list)
     label: str | int | None = None
+    broken_label: str = ""
 
     def row(self, stem: str) -> TarRow:
         names, (picture, suffix) = ", ".join(self.members), self.pictures[0] if self.pictures else (None, "")
-        fault = ""
+        fault = self.broken_label
         if len(self.pictures) > 1:
             fault = f"it has {len(self.pictures)} pictures ({names}; what follows the first dot is the kind): keep one, or rename the others."
         elif not self.pictures:
@@ -69,7 +71,7 @@ def open_tars(name: str, paths: Sequence[Path]) -> ImageSource:
     ids = [row.id for row in rows]
     refuse_duplicates(ids, name)
     places = list(zip(shards, rows, strict=True))
-    return ImageSource(name, ids, partial(_read_member, list(paths), places), partial(_length, places), labels, class_names)
+    return ImageSource(name, ids, partial(_read_member, list(paths), places), partial(_length, places), labels, class_names, files=list(paths))
 
 
 def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[TarRow]:
@@ -81,7 +83,7 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
     Raises:
         UserError: the shard is broken.
     """
-    stem = PurePosixPath(name).name.split(".")[0]
+    stem = shard_stem(name)
     group: _Group | None = None
     met: set[str] = set()
     try:
@@ -89,7 +91,8 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
         with tarfile.open(fileobj=cast(BinaryIO, watched), mode="r:" if positions else "r|") as archive:
             for member in archive:
                 base = PurePosixPath(member.name)
-                if not member.isfile() or base.name.startswith("."):
+                is_link = member.islnk() or member.issym()
+                if not (member.isfile() or is_link) or base.name.startswith("."):
                     continue
                 first, _, extension = base.name.partition(".")
                 key = str(base.parent / first)
@@ -100,14 +103,23 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
                         raise UserError(f"{name}: {member.name} comes apart from the row {key!r} that it belongs to: write a row's members side by side.")
                     met.add(key)
                     group = _Group(key)
-                group.members.append(base.name)
+                group.members.append(f"{base.name}, a link" if is_link else base.name)
+                if is_link:
+                    continue
                 if base.suffix.lower() in PICTURE_SUFFIXES:
                     picture = (member.offset_data, member.size) if positions else _content(archive, member)
                     group.pictures.append((picture, base.suffix.lower()))
                 elif extension.lower() in ("cls", "json"):
-                    group.label = _label(_content(archive, member), extension.lower(), group.label)
+                    content = _content(archive, member)
+                    try:
+                        group.label = _label(content, extension.lower(), group.label)
+                    except (ValueError, RecursionError) as error:
+                        group.broken_label = f"{base.name} cannot be read as a label ({first_line(error)}): mend it."
         if watched.last.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
             raise EOFError("it is cut off: the mark of its end is missing")
+        watched.drain()
+        if watched.end_of_data > archive.offset:
+            raise ValueError("it goes on after the mark of its end, as when shards were put together with cat")
         if group is not None:
             yield group.row(stem)
     except UserError:
@@ -117,17 +129,32 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
 
 
 class _Watched:
-    """A file that remembers the last bytes that were read of it."""
+    """A file that remembers the last bytes that were read of it, and how far those go that are not 0."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.last = file, b""
-        self.seek, self.tell = file.seek, file.tell
+        self.position = self.end_of_data = 0
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        self.position = self.file.seek(position, whence)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
 
     def read(self, size: int = -1) -> bytes:
         content = self.file.read(size)
         if content:
             self.last = content[-tarfile.BLOCKSIZE :]
+            data = content.rstrip(b"\0")
+            self.end_of_data = max(self.end_of_data, self.position + len(data)) if data else self.end_of_data
+            self.position += len(content)
         return content
+
+    def drain(self) -> None:
+        """Read on to the end."""
+        while self.read(1 << 20):
+            pass
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
