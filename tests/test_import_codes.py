@@ -68,6 +68,16 @@ def test_a_real_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "train row 4: class0/4.png, class0\ntrain row 0: class0/0.png, class0\n" in capsys.readouterr().out
     command("import-codes", CODES, "--vqvae", model, "--output-dir", tmp_path / "codes")
     assert "imported already" in capsys.readouterr().out
+    shard = tmp_path / "codes" / "train" / "00000.parquet"
+    before = shard.read_bytes()
+    shard.unlink()
+    command("import-codes", CODES, "--vqvae", model, "--output-dir", tmp_path / "codes")
+    assert shard.read_bytes() == before
+    other = write_lmdb(tmp_path / "other.lmdb", [pickle.dumps(row(name), protocol=4) for name in ("a/1.png#2", "a/1.png", "a/1.png")])
+    command("import-codes", other, "--vqvae", model, "--output-dir", tmp_path / "codes", code=2)
+    command("import-codes", other, "--vqvae", model, "--output-dir", tmp_path / "twice", "--validation-fraction", 0)
+    command("codes", "verify", tmp_path / "twice")
+    command("import-codes", other, "--vqvae", model, "--output-dir", tmp_path / "none", "--validation-fraction", "0.9999999", code=2)
 
 
 def test_a_prior_trains_on_it(model: Path, tmp_path: Path) -> None:

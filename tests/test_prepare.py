@@ -1,5 +1,6 @@
 """Prepared folders hold what their sources give, whatever happens while they are written."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,19 @@ def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="run vqvae2 prepare again"):
         load(tmp_path / "x", IMAGE)
     command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
-    shard.write_bytes(shard.read_bytes()[:500])
-    with pytest.raises(UserError, match="run vqvae2 prepare again"):
+    whole, manifest = shard.read_bytes(), tmp_path / "x" / "prepared.json"
+    held_out = next((tmp_path / "x" / "validation").glob("*.parquet")).read_bytes()
+    for content in (whole[:500], held_out, b""):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match="run vqvae2 prepare again"):
+            load(tmp_path / "x", IMAGE)
+        command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
+        assert shard.read_bytes() == whole
+    said = json.loads(manifest.read_text())
+    for change in ({"class_names": ["bag"]}, {"image": {**said["image"], "channels": 4}}, {"num_train": 7}):
+        manifest.write_text(json.dumps({**said, **change}))
+        with pytest.raises(UserError):
+            load(tmp_path / "x", replace(IMAGE, channels=change.get("image", said["image"])["channels"]))
+    manifest.unlink()
+    with pytest.raises(UserError, match="unfinished prepared images"):
         load(tmp_path / "x", IMAGE)

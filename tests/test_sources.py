@@ -5,12 +5,14 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +32,7 @@ from vqvae2.data import AugmentedImages, BadImage, ImageSplits, is_held_out, loa
 from vqvae2.data.augmentation import known_views, random_change, view_change
 from vqvae2.data.parts import find_parts, read_items
 from vqvae2.data.preprocessing import prepare
-from vqvae2.data.sources import expand_ranges
+from vqvae2.data.sources import expand, expand_ranges
 from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
 
 GREY = PreprocessingConfig(size=(28,), channels=1, validation_fraction=0)
@@ -265,6 +267,106 @@ def test_no_file_is_trained_on_and_held_out(streaming: bool, tmp_path: Path) -> 
     apart = ImagesConfig(path=str(tars / "{000..001}.tar"), validation_path=str(tars / "002.tar"), streaming=True)
     assert sorted(item.id for part in find_parts(apart, GREY, 10).parts for item in part.items() if item.split == "validation") == ["002/0000", "002/0001"]
     assert find_parts(apart, GREY, 10).facts != find_parts(replace(apart, validation_path=None), GREY, 10).facts
+
+
+def test_no_picture_is_trained_on_and_held_out_by_another_name(tmp_path: Path) -> None:
+    folder, other = write_images(tmp_path / "folder", 20), write_images(tmp_path / "other", 20)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in folder.rglob("*.png"))
+    np.save(tmp_path / "x.npy", np.zeros((9, 28, 28), np.uint8))
+    os.link(tmp_path / "x.npy", tmp_path / "y.npy")
+    (tmp_path / "a.txt").write_text("\n".join(names))
+    (tmp_path / "b.txt").write_text("\n".join(f"./{name}" for name in names))
+    (tmp_path / "split.csv").write_text("path,split\n" + "".join(f"{name},train\n./{name[:-4]}x.png,val\n" for name in names[:3]))
+    for name in names[:3]:
+        (tmp_path / f"{name[:-4]}x.png").symlink_to(tmp_path / name)
+    (other / "inside").symlink_to(folder)
+    for path, held_out in (("a.txt", "folder"), ("a.txt", "b.txt"), ("other", "folder"), ("x.npy", "y.npy"), ("split.csv", None)):
+        with pytest.raises(UserError, match="would be trained on"):
+            load(tmp_path / path, validation_path=held_out and str(tmp_path / held_out))
+    with pytest.raises(UserError, match="would be trained on"):  # by the hash of names
+        load(folder, replace(GREY, validation_fraction=0.5))
+    tars = numbered_tars(tmp_path / "tars", shards=1, rows=2)
+    with pytest.raises(UserError, match="would be trained on"):
+        find_parts(ImagesConfig(path=f"file://{tars}/000.tar", validation_path=str(tars / "000.tar"), streaming=True), GREY, 10)
+    root = tmp_path / "root"
+    write_images(root / "train", 9)
+    write_images(root / "validation", 9)
+    assert len(load(root, validation_path=str(root / "validation")).train) == 9
+
+
+def test_no_picture_vanishes(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    mixed = shutil.copytree(sources["folder"], tmp_path / "mixed")
+    shutil.copy(next(sources["tars"].iterdir()), mixed / "backup.tar")
+    shutil.copy(next(mixed.rglob("*.png")), mixed / "x.png")
+    with pytest.raises(UserError, match=r"pictures and backup\.tar"):
+        load(mixed)
+    (mixed / "backup.tar").unlink()
+    load(mixed)
+    assert "x.png lies in no class folder" in capsys.readouterr().out
+    first, second = (write_members(tmp_path / f"{name}.tar", [f"{name}.png"]).read_bytes() for name in "pq")
+    (tmp_path / "cat.tar").write_bytes(first + second)
+    with tarfile.open(write_members(tmp_path / "links.tar", ["a.png"]), "a") as archive:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+
+    def read(name: str, *, streaming: bool) -> None:
+        items = [item for part in find_parts(ImagesConfig(path=str(tmp_path / name), streaming=streaming), GREY, 99).parts for item in part.items()]
+        list(read_items(items, lambda split: [None], skip=False, num_threads=1))
+
+    for streaming in (False, True):
+        for name, message in (("cat.tar", "after the mark of its end"), ("links.tar", r"b\.png, a link")):
+            with pytest.raises(UserError, match=message):
+                read(name, streaming=streaming)
+    data = datasets.load_from_disk(str(sources["saved"]))
+    datasets.DatasetDict({"train": data, "extra": data}).save_to_disk(tmp_path / "splits")
+    load(tmp_path / "splits")
+    assert "not used: extra" in capsys.readouterr().out
+    assert expand(f"{sources['tars']}/*{{0..1}}*.tar") == expand(f"{sources['tars']}/*.tar")
+    frames = [Image.new("L", (8, 8), shade) for shade in (0, 99)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((5, 16, 16), np.uint8), photometric="minisblack")
+    for name, message in (("x.gif", "2 frames"), ("x.tif", "5 pages")):
+        with pytest.raises(UserError, match=message):
+            load_picture(str(tmp_path / name), GREY)
+
+
+def test_labels_are_those_of_the_data_or_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(sources["folder"].rglob("*.png"))]
+    kinds = {"kind": datasets.ClassLabel(names=["cat", "dog"]), "split": datasets.ClassLabel(names=["train", "test"])}
+    features = datasets.Features({"image": datasets.Image(), **kinds})
+    rows = {"image": cells, "kind": [0, 1] * 30, "split": [0] * 50 + [1] * 10}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "typed.parquet")
+    splits = load(tmp_path / "typed.parquet")
+    assert (len(splits.train), len(splits.validation), splits.class_names) == (50, 10, ("cat", "dog"))
+    datasets.Dataset.from_dict(rows, features=features).remove_columns("split").to_parquet(tmp_path / "streamed.parquet")
+    assert next(stream(tmp_path / "streamed.parquet").start_at(0))["labels"].max() == 1
+    with pytest.raises(UserError, match=r"correct --data\.label-column"):
+        next(stream(tmp_path / "streamed.parquet", label_column="knid").start_at(0))
+    pq.write_table(pa.table({"image": [cells[0]["bytes"]] * 2, "id": ["a", "a"]}), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="'a' twice"):
+        next(stream(tmp_path / "twice.parquet", batch_size=2).start_at(0))
+    name = next(sources["folder"].rglob("*.png"))
+    (tmp_path / "x.csv").write_text(f"path,label\n{name},cat\n{name.parent.parent / name.parent.name / '..' / name.parent.name / name.name}x,\n")
+    shutil.copy(name, f"{name}x")
+    with pytest.raises(UserError, match="does not give every row a class"):
+        load(tmp_path / "x.csv")
+    os.remove(f"{name}x")
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), np.uint8), label=np.arange(2))
+    with pytest.raises(UserError, match=r"\['images', 'label'\]"):
+        load(tmp_path / "x.npz")
+
+
+def test_strange_names_and_notes_are_a_sentence(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 3)
+    shutil.copy(next(folder.rglob("*.png")), os.fsencode(folder) + b"/bag/\xff.png")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load(folder)
+    (tmp_path / "x.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read as a list"):
+        load(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="without a pixel"):
+        prepare(np.zeros((0, 7), np.uint8), GREY)
 
 
 def test_a_stream_of_a_table_with_a_split_is_refused(tmp_path: Path, sources: dict[str, Path]) -> None:
