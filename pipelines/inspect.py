@@ -15,7 +15,8 @@ from vqvae2.common.files import RunRecord, write_json, write_text
 from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.data import ImageDataset, load_images, to_images
-from vqvae2.data.streams import find_stream, held_out_images
+from vqvae2.data.shards import find_stream
+from vqvae2.data.streams import held_out_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with

@@ -32,8 +32,9 @@ from vqvae2.data import AugmentedImages, BadImage, ImageSplits, is_held_out, loa
 from vqvae2.data.augmentation import known_views, random_change, view_change
 from vqvae2.data.parts import find_parts, read_items
 from vqvae2.data.preprocessing import prepare
+from vqvae2.data.shards import find_stream
 from vqvae2.data.sources import expand, expand_ranges
-from vqvae2.data.streams import StreamedImages, find_stream, held_out_images
+from vqvae2.data.streams import StreamedImages, held_out_images
 
 GREY = PreprocessingConfig(size=(28,), channels=1, validation_fraction=0)
 

@@ -23,8 +23,9 @@ from vqvae2.common.training import Draw, fit, is_finished
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
 from vqvae2.data.arrays import PythonImages
+from vqvae2.data.shards import find_stream
 from vqvae2.data.skipping import list_met, list_skipped, report_skipped
-from vqvae2.data.streams import StreamedImages, find_stream, held_out_images, stream_facts
+from vqvae2.data.streams import StreamedImages, held_out_images, stream_facts
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2

@@ -16,9 +16,10 @@ from vqvae2.common.threads import ordered
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out, load_images
+from vqvae2.data.shards import Shards, find_stream
 from vqvae2.data.source import ImageSource
 from vqvae2.data.sources import open_held_out
-from vqvae2.data.streams import Shards, decode, find_stream, stream_facts
+from vqvae2.data.streams import decode, stream_facts
 
 SPLITS = ("train", "validation")
 
