@@ -164,7 +164,8 @@ def _repeats(keys: dict[Path, np.ndarray]) -> Iterator[str]:
     for path, here in keys.items() if len(repeated) else ():
         rows = np.flatnonzero(np.isin(here, repeated))
         if len(rows):
-            yield f"{path}: {len(rows)} rows, the first of them row {rows[0]}, have an id and view of another row of the split: give each image a name of its own, and extract again."
+            what_to_do = "give each image a name of its own, and extract again"
+            yield f"{path}: {len(rows)} rows, the first of them row {rows[0]}, have an id and view that another row of the split has: {what_to_do}."
 
 
 def _shards(manifest: Manifest) -> list[tuple[str, ShardRecord]]:
