@@ -97,6 +97,14 @@ def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
             load(tmp_path / "z", other)
 
 
+def test_held_out_images_may_be_prepared_apart(photos: Path, tmp_path: Path) -> None:
+    image = replace(IMAGE, validation_fraction=0)
+    for name, part in (("train", "bag"), ("held_out", "coat")):
+        command("prepare", "--data.path", photos / part, "--output-dir", tmp_path / name, *FLAGS, "--image.validation-fraction", 0)
+    splits = load(tmp_path / "train", image, validation_path=str(tmp_path / "held_out"))
+    assert [len(dataset) for _, dataset in splits.items()] == [len(list((photos / part).iterdir())) for part in ("bag", "coat")]
+
+
 def test_labels_of_some_images_only_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=2, rows=5)
     shutil.copy(numbered_tars(tmp_path / "others", shards=1, rows=5, labelled=False) / "000.tar", tars / "002.tar")

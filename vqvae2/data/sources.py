@@ -71,7 +71,7 @@ def open_held_out(data: ImagesConfig, channels: int, train: str, files: Iterable
     if "://" in data.validation_path:
         raise UserError(f"{data.validation_path} is a URL, but held-out images are read at once: copy them to this machine first.")
     source, rest = open_source(data.validation_path, data, channels)
-    if rest is not None:
+    if rest is not None and len(rest):
         raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
     refuse_shared(files, source.files, train)
     return source
