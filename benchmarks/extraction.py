@@ -67,7 +67,7 @@ def main() -> None:
         for factor in (1, 4, 16):
             number = options.images * factor
             shards = first if factor == 1 else write_shards(root / f"data_{factor}", number, options.size)
-            image = ["--image.size", options.size, "--image.channels", 3]
+            image = ["--image.size", options.size, "--image.channels", 3, "--image.background", "black"]  # as the recipe
             stages = {
                 "prepare (stream)": ["prepare", *image, "--data.streaming", "--data.path", shards, "--output-dir", root / f"prepared_{factor}"],
                 "extract (stream)": ["extract", "--data.streaming", "--data.path", shards, "--output-dir", root / f"stream_{factor}"],
