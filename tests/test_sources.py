@@ -543,6 +543,9 @@ def test_held_out_labels_of_a_stream_are_its_numbers(sources: dict[str, Path], t
     paths = {"path": str(tars / "{000..001}.tar"), "validation_path": str(tars / "002.tar"), "streaming": True}
     items = [item for part in find_parts(ImagesConfig(**paths), GREY, 10).parts for item in part.items()]
     assert [item.label for item in items] == list(range(12))
+    unlabelled = numbered_tars(tmp_path / "y", shards=1, rows=2, labelled=False)
+    with pytest.raises(UserError, match=r"has labels, but .* has none"):
+        find_parts(ImagesConfig(**{**paths, "validation_path": str(unlabelled)}), GREY, 10)
     with pytest.raises(UserError, match="number them alike"):
         find_parts(ImagesConfig(**{**paths, "validation_path": str(sources["folder"])}), GREY, 10)
 

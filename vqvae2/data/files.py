@@ -35,10 +35,10 @@ def open_folder(root: Path) -> SourcePair:
 
 
 def _folder_source(root: Path) -> ImageSource:
-    paths = sorted(_pictures_below(root), key=lambda path: path.relative_to(root).as_posix())
-    if not paths:
+    named = sorted((path.relative_to(root).as_posix(), path) for path in _pictures_below(root))
+    if not named:
         raise UserError(f"{root} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the folder.")
-    ids = [path.relative_to(root).as_posix() for path in paths]
+    ids, paths = [name for name, _ in named], [path for _, path in named]
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
     if all("/" in name for name in ids):  # every image is in a sub-folder: these are the classes

@@ -62,6 +62,18 @@ def _with_raw_numbers(source: ImageSource) -> ImageSource:
     return replace(source, labels=[int(source.class_names[label]) for label in source.labels])
 
 
+def _refuse_half_labelled(shards: Shards, held_out: ImageSource) -> None:
+    """Whether held-out images have labels as those of the stream have, judged by its first row: not found out when all is done.
+
+    Raises:
+        UserError: they have and it has not, or the other way round.
+    """
+    first = next((row for number in range(len(shards)) for row in shards.rows(number)), None)
+    if first is not None and (first.label is None) != (held_out.labels is None):
+        with_labels, without = (shards.name, held_out.name) if held_out.labels is None else (held_out.name, shards.name)
+        raise UserError(f"{with_labels} has labels, but {without} has none: give every image a label, or none.")
+
+
 @dataclass(frozen=True)
 class Parts:
     """All images of a configuration in parts, in order."""
@@ -86,6 +98,7 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
         both = held_out is None and config.validation_fraction > 0
         parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
         if held_out is not None:
+            _refuse_half_labelled(shards, held_out)
             parts += _cut("validation", ImageDataset(_with_raw_numbers(held_out), range(len(held_out)), config, cached=False), size)
         return Parts(tuple(parts), data.path, stream_facts(shards, held_out, config), None)
     images = load_images(data, config, check=False)
