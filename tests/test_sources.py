@@ -323,6 +323,10 @@ def test_no_picture_vanishes(sources: dict[str, Path], tmp_path: Path, capsys: p
     datasets.DatasetDict({"train": data, "extra": data}).save_to_disk(tmp_path / "splits")
     load(tmp_path / "splits")
     assert "not used: extra" in capsys.readouterr().out
+    for part in ("train", "val", "test"):
+        write_images(tmp_path / "three" / part, 5)
+    load(tmp_path / "three")
+    assert "'val' is held out; not used: test" in capsys.readouterr().out
     assert expand(f"{sources['tars']}/*{{0..1}}*.tar") == expand(f"{sources['tars']}/*.tar")
     frames = [Image.new("L", (8, 8), shade) for shade in (0, 99)]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])

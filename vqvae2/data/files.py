@@ -11,7 +11,7 @@ from typing import Any
 from vqvae2.common.errors import UserError
 from vqvae2.common.machine import say
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates
+from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, say_unused
 
 LIST_SUFFIXES = {".txt", ".csv", ".tsv", ".jsonl"}
 
@@ -31,6 +31,7 @@ def open_folder(root: Path) -> SourcePair:
             f"{root} holds the folders {', '.join(sorted(folders))}, of which 'train' is no class: "
             f"name {root / 'train'} as data.path, and the held-out folder as data.validation_path."
         )
+    say_unused(str(root), held_out, folders - {"train", held_out})
     return _folder_source(root / "train"), _folder_source(root / held_out)
 
 

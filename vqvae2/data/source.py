@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.machine import say
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.preprocessing import Picture
 
@@ -99,6 +100,13 @@ def split_files(files: Sequence[Path]) -> dict[str, list[Path]]:
         words = {path.parent.name, re.split(r"[-_.]", path.name)[0]}
         parts.setdefault(next((name for name in HELD_OUT_NAMES if name in words), "train"), []).append(path)
     return parts
+
+
+def say_unused(name: str, held_out: str | None, unused: Iterable[str]) -> None:
+    """Tell which splits of a source are neither trained on nor held out, if there are such."""
+    rest = sorted(unused)
+    if rest:
+        say(f"{name}: {f'{held_out!r} is held out' if held_out is not None else 'no split is known as held out'}; not used: {', '.join(rest)}.")
 
 
 def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None = None) -> tuple[list[int], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list
 from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
 from vqvae2.data.prepared import RECORD_NAME as PREPARE_RECORD
 from vqvae2.data.prepared import open_prepared
-from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, refuse_shared, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, refuse_shared, say_unused, split_files
 from vqvae2.data.tables import open_tables
 from vqvae2.data.tars import open_tars
 
@@ -125,6 +125,7 @@ def _open_files(path: str, files: Sequence[Path], columns: Columns) -> SourcePai
         parts = split_files(files)
         held_out = next((name for name in HELD_OUT_NAMES if name in parts and "train" in parts), None)
         first = parts.get("train", files)
+        say_unused(path, held_out, set(parts) - {"train", held_out} if "train" in parts else ())
         return open_tars(path, first), open_tars(f"{path} ({held_out})", parts[held_out]) if held_out is not None else None
     if suffixes in ({".parquet"}, {".arrow"}):
         return open_tables(path, files, columns=columns)

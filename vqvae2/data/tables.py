@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import say
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, shard_stem, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, say_unused, shard_stem, split_files
 
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
 
@@ -42,9 +41,7 @@ def open_tables(path: str, files: Sequence[Path] = (), *, columns: Columns, save
     part = "train" if "train" in tables else next(iter(tables))
     train, ids = tables[part], names.get(part)
     other = next((name for name in HELD_OUT_NAMES if name in tables and name != part), None)
-    unused = sorted(set(tables) - {part, other})
-    if unused:
-        say(f"{path}: the split {part!r} is trained on, {other!r} held out; not used: {', '.join(unused)}.")
+    say_unused(path, other, set(tables) - {part, other})
     source = replace(_table_source(path, train, ids, columns), files=_files_behind(train, parts.get(part, [])))
     if other is not None:
         held_out = _table_source(path, tables[other], names.get(other), columns)
