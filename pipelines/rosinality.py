@@ -57,6 +57,9 @@ def import_codes(config: ImportCodesConfig) -> None:
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("import-codes", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
+    if is_complete(output_dir) and not path.exists():  # it may be removed when it has been taken over
+        print(f"{output_dir}: all codes are imported already.")
+        return
     with open_rows(path) as rows:
         names = [_check(rows[i], f"{path}: row {i}", model, config.vqvae).name for i in tqdm(range(len(rows)), desc="checking", unit="row")]
         folders = [PurePosixPath(name).parent.name for name in names]

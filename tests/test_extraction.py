@@ -173,7 +173,7 @@ def test_other_images_of_the_same_names_are_not_mixed_in(kind: str, run: Path, p
             (tmp_path / "codes" / "manifest.json").unlink()
         capsys.readouterr()
         command(*extract_command(run, paths[1], tmp_path / "codes", *flags), code=2)
-        assert "image_sample_hash" in capsys.readouterr().err
+        assert "though they have the same names" in capsys.readouterr().err
     prepare = ["prepare", "--output-dir", tmp_path / "prepared", "--image.size", 16, *flags]
     command(*prepare, "--data.path", paths[0])
     command(*prepare, "--data.path", paths[1], code=2)
@@ -258,8 +258,9 @@ def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "photos", 60)
     command(*extract_command(run, folder, tmp_path / "clean"))
     bad = spoil(folder)
-    stopped = extract_command(run, folder, tmp_path / "stopped")
-    command(*stopped, code=2)
+    stopped, mended = (extract_command(run, folder, tmp_path / name) for name in ("stopped", "mended"))
+    for begun in (stopped, mended):
+        command(*begun, code=2)
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     command(*stopped, "--data.on-error", "skip")  # as the message says
     said = vqvae2(*extract_command(run, folder, tmp_path / "codes", "--data.on-error", "skip", "--shard-size", 20)).stdout
@@ -267,6 +268,11 @@ def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
     assert {json.loads(line)["image"] for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()} == bad
     for split in ("train", "validation"):
         assert rows_of(tmp_path / "codes", split) == rows_of(tmp_path / "stopped", split) == rows_of(tmp_path / "clean", split)
+    good = next((folder / "dress").glob("*.png"))
+    for name in bad:
+        shutil.copy(good, folder / name)
+    command(*mended)  # a run goes on when broken images were mended, though their lengths are others now
+    assert read_manifest(tmp_path / "mended").num_train + read_manifest(tmp_path / "mended").num_validation == 60 + len(bad)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -284,8 +284,13 @@ def test_no_picture_is_trained_on_and_held_out_by_another_name(tmp_path: Path) -
     for path, held_out in (("a.txt", "folder"), ("a.txt", "b.txt"), ("other", "folder"), ("x.npy", "y.npy"), ("split.csv", None)):
         with pytest.raises(UserError, match="would be trained on"):
             load(tmp_path / path, validation_path=held_out and str(tmp_path / held_out))
-    with pytest.raises(UserError, match="would be trained on"):  # by the hash of names
-        load(folder, replace(GREY, validation_fraction=0.5))
+    splits = load(folder, replace(GREY, validation_fraction=0.5))  # all names of a file are on one side
+    sides = [{(folder / name).resolve() for name in dataset.ids} for _, dataset in splits.items()]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    (other / "inside").unlink()
+    (other / "bag" / "twin.png").symlink_to(next(folder.rglob("*.png")).resolve())
+    assert len(load(other, validation_path=str(folder)).train) == 20
     tars = numbered_tars(tmp_path / "tars", shards=1, rows=2)
     with pytest.raises(UserError, match="would be trained on"):
         find_parts(ImagesConfig(path=f"file://{tars}/000.tar", validation_path=str(tars / "000.tar"), streaming=True), GREY, 10)
@@ -535,7 +540,8 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="003/bad"):
         labels(stream(tars).start_at(0), 20)
     told: list[str] = []
-    list(islice(stream(tars, on_error="skip", on_skipped=lambda name, reason: told.append(name)).start_at(0), 20))
+    batches = list(islice(stream(tars, on_error="skip", on_skipped=lambda name, reason: told.append(name)).start_at(0), 20))
+    assert {len(batch["images"]) for batch in batches} == {8}  # as many on every process
     assert set(told) == {"003/bad"}
     (tars / "003.tar").write_bytes((tars / "002.tar").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"003\.tar cannot be read as a tar shard"):

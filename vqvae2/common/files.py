@@ -74,6 +74,16 @@ def check_empty(folder: Path, expected: str) -> None:
         raise UserError(f"{folder} is not empty and holds no {expected}: choose another --output-dir.")
 
 
+SAMPLE_NAME = "image_sample"
+"""The fact that holds marks of some images, such as the lengths of their files, with spaces between."""
+
+
+def _mostly_same(one: str, other: str) -> bool:
+    """Whether two samples are of the same images; a few broken ones may have been mended meanwhile."""
+    marks, others = one.split(), other.split()
+    return len(marks) == len(others) and 2 * sum(a != b for a, b in zip(marks, others, strict=True)) <= len(marks)
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What a run folder says of the run that it holds: the command, facts that it rests on, and its whole configuration (YAML)."""
@@ -97,11 +107,17 @@ class RunRecord:
         old = read_yaml(folder / self.file_name)
         if old.get("command") != self.command:
             raise UserError(f"{folder} holds a run of {old.get('command')!r}, not of {self.command!r}: choose another --output-dir.")
-        changed = [(key, old.get(key), value) for key, value in self.facts.items() if old.get(key) != value]
+        changed = [(key, old[key], value) for key, value in self.facts.items() if key != SAMPLE_NAME and key in old and old[key] != value]
         for key, before, after in changed + differences(type(self.config), old, to_dict(self.config)):
             raise UserError(
                 f"{folder} holds a run with {key} = {before!r}, but this command says {after!r}: "
                 f"repeat the run's own settings to continue it, or choose another --output-dir."
+            )
+        samples = [str(facts[SAMPLE_NAME]) for facts in (old, self.facts) if SAMPLE_NAME in facts]
+        if len(samples) == 2 and not _mostly_same(*samples):
+            raise UserError(
+                f"{folder} holds a run on other images than these, though they have the same names (most of {SAMPLE_NAME} differs): "
+                f"restore those, or choose another --output-dir."
             )
 
     def write(self, folder: Path) -> None:

@@ -27,7 +27,8 @@ def open_arrays(path: Path, channels: int) -> ImageSource:
         arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
     except Exception as error:  # NumPy raises many kinds for a file that is not what it seems
         raise UserError(f"{path} cannot be read as NumPy arrays ({first_line(error)}): check the file.") from None
-    if "images" not in arrays or set(arrays) - {"images", "labels"}:
+    alike = [key for key, array in arrays.items() if key not in ("images", "labels") and array.ndim and len(array) == len(arrays.get("images", ()))]
+    if "images" not in arrays or alike:
         raise UserError(f"{path} holds the arrays {list(arrays)}, but 'images' (and perhaps 'labels') is due: name them so, and leave others out.")
     return array_source(arrays, channels, name=str(path))
 

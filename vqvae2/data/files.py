@@ -36,7 +36,7 @@ def open_folder(root: Path) -> SourcePair:
 
 
 def _folder_source(root: Path) -> ImageSource:
-    named = sorted((path.relative_to(root).as_posix(), path) for path in _pictures_below(root))
+    named = sorted((path.relative_to(root).as_posix(), path) for path in pictures_below(root))
     if not named:
         raise UserError(f"{root} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the folder.")
     ids, paths = [name for name, _ in named], [path for _, path in named]
@@ -49,7 +49,7 @@ def _folder_source(root: Path) -> ImageSource:
     return ImageSource(str(root), ids, partial(_read_file, paths), partial(_length, paths), labels, class_names, files=paths)
 
 
-def _pictures_below(root: Path) -> Iterator[Path]:
+def pictures_below(root: Path) -> Iterator[Path]:
     """All picture files, through links too, but into no folder that holds the present one: such a link would have no end."""
     for parent, folders, names in os.walk(root, followlinks=True):
         here = Path(parent)

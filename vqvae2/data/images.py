@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import SAMPLE_NAME
+from vqvae2.common.machine import say
 from vqvae2.common.threads import ordered
 from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages, array_source
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.preprocessing import BYTES, Picture, first_line, picture_size
-from vqvae2.data.source import ImageSource, refuse_shared
+from vqvae2.data.source import ImageSource, file_identity, refuse_shared
 from vqvae2.data.sources import open_held_out, open_source
 
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
@@ -232,8 +234,7 @@ class ImageSplits:
     def facts(self) -> dict[str, str]:
         """What a run is bound to: the names, and some of the pictures."""
         sources = {id(source): source for source in (self.train.source, self.validation.source)}.values()
-        sample = hashlib.sha256(repr([source.sample() for source in sources]).encode()).hexdigest()
-        return {"image_names_hash": self.names_hash(), "image_sample_hash": sample}
+        return {"image_names_hash": self.names_hash(), SAMPLE_NAME: " ".join(str(mark) for source in sources for mark in source.sample())}
 
     def skipped_hash(self) -> str | None:
         """A hash of which images are skipped, if there are any."""
@@ -276,14 +277,10 @@ def load_images(
         name, skip = train.name, False
     if held_out is not None:
         held_out = held_out.with_classes_of(train)
-        refuse_shared(train.files, held_out.files, name)
-        splits: list[tuple[ImageSource, Sequence[int]]] = [(source, range(len(source))) for source in (train, held_out)]
+        splits: list[tuple[ImageSource, Sequence[int]]] = [(train, _without_twins(train, held_out)), (held_out, range(len(held_out)))]
     else:
-        chosen = [is_held_out(name, config.validation_fraction) for name in train.ids]
+        chosen = _choose_held_out(train, config.validation_fraction)
         splits = [(train, [i for i, c in enumerate(chosen) if c is side]) for side in (False, True)]
-        if len(train.files) == len(train):
-            sides = [[train.files[i] for i in indices] for _, indices in splits]
-            refuse_shared(sides[0], sides[1], name)
     if not len(splits[0][1]):
         raise UserError(f"{name}: all {len(train)} images are held out: add images or lower image.validation_fraction.")
     datasets = [ImageDataset(source, indices, config, shared=num_workers > 0, cached=check) for source, indices in splits]
@@ -293,6 +290,33 @@ def load_images(
     if not len(datasets[0]):
         raise UserError(f"{name}: none of the {len(bad[0])} training images can be read (the first: {skipped[0].reason}): check data.path.")
     return ImageSplits(datasets[0], datasets[1], train.class_names, skipped)
+
+
+def _choose_held_out(source: ImageSource, fraction: float) -> list[bool]:
+    """Whether each image is held out: by its name, and that of its first if a file has several names."""
+    chosen = [is_held_out(name, fraction) for name in source.ids]
+    if fraction and len(source.files) == len(source):
+        first: dict[object, int] = {}
+        chosen = [chosen[first.setdefault(file_identity(path), i)] for i, path in enumerate(source.files)]
+    return chosen
+
+
+def _without_twins(train: ImageSource, held_out: ImageSource) -> Sequence[int]:
+    """The training images that are not held out by another name. A few such (caches link equal files) are left out, and that is said.
+
+    Raises:
+        UserError: many are, or whole shards.
+    """
+    if len(train.files) != len(train) or len(held_out.files) != len(held_out):
+        refuse_shared(train.files, held_out.files, train.name)
+        return range(len(train))
+    known = {file_identity(path) for path in held_out.files}
+    kept = [i for i, path in enumerate(train.files) if file_identity(path) not in known]
+    if len(train) - len(kept) > len(train) // 10:
+        refuse_shared(train.files, held_out.files, train.name)
+    if len(kept) < len(train):
+        say(f"{train.name}: {len(train) - len(kept)} images are links to held-out ones, and are not trained on.")
+    return kept
 
 
 def lies_in(path: str, folder: str) -> bool:

@@ -6,6 +6,7 @@ Which images are in which part, and in which order, depends on the data alone: n
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +64,13 @@ def _with_raw_numbers(source: ImageSource) -> ImageSource:
 
 
 def _refuse_half_labelled(shards: Shards, held_out: ImageSource) -> None:
-    """Whether held-out images have labels as those of the stream have, judged by its first row: not found out when all is done.
+    """Whether held-out images have labels as those of the stream have, judged by its first rows: not found out when all is done.
 
     Raises:
         UserError: they have and it has not, or the other way round.
     """
-    first = next((row for number in range(len(shards)) for row in shards.rows(number)), None)
-    if first is not None and (first.label is None) != (held_out.labels is None):
+    rows = (row for number in range(len(shards)) for row in shards.rows(number))
+    if {row.label is None for row in islice(rows, 64)} == {held_out.labels is not None}:
         with_labels, without = (shards.name, held_out.name) if held_out.labels is None else (held_out.name, shards.name)
         raise UserError(f"{with_labels} has labels, but {without} has none: give every image a label, or none.")
 

@@ -164,7 +164,9 @@ def _read_tiff(file: Path | str | io.BytesIO) -> Picture:
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
-        number = sum(not other.is_reduced for other in tiff.pages)
+        number = sum(not (other.is_reduced or other.is_mask) for other in tiff.pages)
+        if page.is_reduced or page.is_mask:
+            raise UserError("it is a TIFF whose first page is a preview or a mask: save the picture first.")
         if number > 1:
             raise UserError(f"it is a TIFF of {number} pages: save its bands as samples of one page (planarconfig), or each page as a file.")
         if page.imagewidth * page.imagelength > MAX_PIXELS:

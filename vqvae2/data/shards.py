@@ -154,7 +154,7 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
     table = _parquet_file(file, url)
     names = dict.fromkeys(table.schema_arrow.names)
     image = find_column(names, url, image_column)
-    label = label_column or _typed_classes(table.schema_arrow) or ("label" if "label" in names else None)
+    label = label_column or ("label" if "label" in names else _typed_classes(table.schema_arrow))
     if label is not None and label not in names:
         raise UserError(f"{url} has the columns {list(names)}, but no {label!r}: correct --data.label-column.")
     columns = [name for name in (image, label, "id" if "id" in names else None) if name is not None]
@@ -165,7 +165,7 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
             for row in batch.to_pylist():
                 name = str(row.get("id", next(made_up)))
                 if name in met or row.get("id", name) is None:
-                    raise UserError(f"{url} has the id {name!r} twice, or a row without: give each image a name of its own.")
+                    raise UserError(f"{url} has the id {name!r} twice, or a row without: give each image a name of its own, or rename the column.")
                 met.add(name)
                 yield StreamRow(name, _number(row.get(label), url) if label is not None else None, partial(read_cell, row[image]))
     except (OSError, pa.ArrowException) as error:
@@ -175,7 +175,7 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
 def _typed_classes(schema: Any) -> str | None:
     """The column that `datasets` wrote as classes, if there is one."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    except ValueError:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return next((name for name, kind in features.items() if name != "split" and isinstance(kind, dict) and kind.get("_type") == "ClassLabel"), None)
+    except (ValueError, KeyError, TypeError, AttributeError):  # written by something else
         return None
-    return next((name for name, feature in features.items() if name != "split" and feature.get("_type") == "ClassLabel"), None)

@@ -137,11 +137,12 @@ def shard_stem(name: str) -> str:
 
 def shared_file(some: Iterable[Path], others: Iterable[Path]) -> Path | None:
     """One of some files that is one of the others too, by whatever name (a link, another way to write it)."""
-    known = {_identity(path) for path in others}
-    return next((path for path in some if _identity(path) in known), None)
+    known = {file_identity(path) for path in others}
+    return next((path for path in some if file_identity(path) in known), None)
 
 
-def _identity(path: Path) -> object:
+def file_identity(path: Path) -> object:
+    """The same for all names of a file: links of both kinds."""
     try:
         status = os.stat(path)
     except OSError:

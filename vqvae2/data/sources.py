@@ -3,22 +3,25 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
+from vqvae2.common.machine import say
 from vqvae2.config import ImagesConfig
 from vqvae2.data.arrays import ARRAY_SUFFIXES, open_arrays
-from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list
+from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list, pictures_below
 from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
 from vqvae2.data.prepared import RECORD_NAME as PREPARE_RECORD
 from vqvae2.data.prepared import open_prepared
-from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, refuse_shared, say_unused, split_files
+from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, refuse_shared, say_unused, split_files
 from vqvae2.data.tables import open_tables
 from vqvae2.data.tars import open_tars
 
 KINDS = "an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar files, a .npy or .npz file, or a Hub dataset id"
 SAVED_NAMES = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
+STRAY = 10  # pictures beside shards that are a banner or a preview; more are a dataset of their own
 PATTERN = re.compile(r"[*?\[\]{}]")
 
 
@@ -42,8 +45,11 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
         if (local / PREPARE_RECORD).exists():
             raise UserError(f"{path} holds unfinished prepared images: run vqvae2 prepare again.")
         shards = find_shards(local)
-        if shards and any(entry.suffix.lower() in PICTURE_SUFFIXES for entry in local.iterdir()):
+        beside = list(islice(pictures_below(local), STRAY + 1)) if shards else []
+        if len(beside) > STRAY:
             raise UserError(f"{path} holds pictures and {shards[0].relative_to(local)}: move one kind out, or name the files of the other by a pattern.")
+        if beside:
+            say(f"{path}: pictures beside the shards, such as {beside[0].relative_to(local)}, are not used.")
         return _open_files(path, shards, columns) if shards else open_folder(local)
     if local.is_file():
         if local.suffix in LIST_SUFFIXES:
@@ -73,7 +79,8 @@ def open_held_out(data: ImagesConfig, channels: int, train: str, files: Iterable
     source, rest = open_source(data.validation_path, data, channels)
     if rest is not None and len(rest):
         raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
-    refuse_shared(files, source.files, train)
+    if len(source.files) != len(source):  # single pictures are compared where they are split
+        refuse_shared(files, source.files, train)
     return source
 
 

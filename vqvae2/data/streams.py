@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import SAMPLE_NAME
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
@@ -42,8 +43,8 @@ def stream_facts(shards: Shards, held_out: ImageSource | None, config: Preproces
     kept_apart: list[Any] = [config.validation_fraction] if held_out is None else list(held_out.ids)
     sample = [os.path.getsize(url) if "://" not in url else None for url in shards.urls[:: max(1, len(shards) // SAMPLED)]]
     sample += held_out.sample() if held_out is not None else []
-    contents = {"image_names_hash": [names, held_out is None, kept_apart], "image_sample_hash": sample}
-    return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest() for name, content in contents.items()}
+    digest = hashlib.sha256(json.dumps([names, held_out is None, kept_apart]).encode())
+    return {"image_names_hash": digest.hexdigest(), SAMPLE_NAME: " ".join(map(str, sample))}
 
 
 def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingConfig, *, on_skipped: Callable[[str, str], None] = _say_nothing) -> ImageDataset:
@@ -120,9 +121,9 @@ class StreamedImages:
     Args:
         batch_size: rows per batch over all processes.
         held_out: whether the images whose names are held out by the configured share are left out.
-        on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped, once. The batch lacks it.
+        on_skipped: told the name of, and the reason for, an image that could not be read, where such are skipped, once; another takes its place.
 
-    A process whose part of a batch cannot be read at all (where broken images are skipped) trains on the first image that can, for it needs one.
+    Where a process can read nothing of its part of a batch (and broken images are skipped), the first training image that can be read takes its place.
 
     Raises:
         UserError: when it is read: a broken shard or image, or no training image.
@@ -186,6 +187,8 @@ class StreamedImages:
                     self.on_skipped(error.name, error.reason)
         if not images:
             images, labels = [self._stand_in.image], [self._stand_in.label]
+        places = [i % len(images) for i in range(len(rows))]  # all processes must have as many rows
+        images, labels = [images[i] for i in places], [labels[i] for i in places]
         batch = {"images": torch.stack(images)}
         return batch if None in labels else {**batch, "labels": torch.tensor(labels)}
 

@@ -42,7 +42,8 @@ def open_tables(path: str, files: Sequence[Path] = (), *, columns: Columns, save
     train, ids = tables[part], names.get(part)
     other = next((name for name in HELD_OUT_NAMES if name in tables and name != part), None)
     say_unused(path, other, set(tables) - {part, other})
-    source = replace(_table_source(path, train, ids, columns), files=_files_behind(train, parts.get(part, [])))
+    files_behind = _files_behind(train, parts.get(part, []))
+    source = replace(_table_source(path, train, ids, columns), files=files_behind)
     if other is not None:
         held_out = _table_source(path, tables[other], names.get(other), columns)
         return source, replace(held_out, files=_files_behind(tables[other], parts.get(other, [])))
@@ -54,7 +55,7 @@ def open_tables(path: str, files: Sequence[Path] = (), *, columns: Columns, save
         raise UserError(f"{path}: no row has the split 'train' (but {', '.join(sorted(set(map(str, splits))))}): give some.")
     sides = [np.flatnonzero(side).tolist() for side in (splits == "train", splits != "train")]
     sources = [_table_source(path, train.select(side), [source.ids[i] for i in side], columns) for side in sides if len(side)]
-    return sources[0], sources[1] if len(sources) > 1 else None
+    return replace(sources[0], files=files_behind), sources[1] if len(sources) > 1 else None
 
 
 def row_ids(stem: str, number: int) -> list[str]:
@@ -77,9 +78,10 @@ def find_column(features: Mapping[str, Any], path: str, image_column: str | None
 
 
 def class_column(features: Mapping[str, Any], kind: Any) -> str | None:
-    """The column of classes: one of that kind, or else one that is named so."""
-    typed = (name for name, feature in features.items() if name != "split" and isinstance(feature, kind))
-    return next(typed, "label" if "label" in features else None)
+    """The column of classes: one that is named so, or else one of that kind."""
+    if "label" in features:
+        return "label"
+    return next((name for name, feature in features.items() if name != "split" and isinstance(feature, kind)), None)
 
 
 def _files_behind(table: Any, files: Sequence[Path]) -> list[Path]:

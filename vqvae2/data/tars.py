@@ -92,7 +92,8 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
             for member in archive:
                 base = PurePosixPath(member.name)
                 is_link = member.islnk() or member.issym()
-                if not (member.isfile() or is_link) or base.name.startswith("."):
+                known = base.suffix.lower() in {*PICTURE_SUFFIXES, ".cls", ".json"}
+                if not (member.isfile() or (is_link and known)) or base.name.startswith("."):
                     continue
                 first, _, extension = base.name.partition(".")
                 key = str(base.parent / first)
