@@ -367,6 +367,40 @@ def test_labels_are_those_of_the_data_or_refused(sources: dict[str, Path], tmp_p
         load(tmp_path / "x.npz")
 
 
+def test_what_is_common_is_not_refused(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hub = shutil.copytree(sources["tables"], tmp_path / "hub")
+    shutil.copy(next(sources["folder"].rglob("*.png")), hub / "banner.png")
+    assert len(load(hub).train)
+    assert "banner.png, are not used" in capsys.readouterr().out
+    table = pq.read_table(sources["one.parquet"])
+    lists = {"info": {"features": {"tags": [{"dtype": "int64", "_type": "Value"}], "label": {"_type": "ClassLabel", "names": ["a"]}}}}
+    pq.write_table(table.drop(["label"]).replace_schema_metadata({"huggingface": json.dumps(lists)}), tmp_path / "lists.parquet")
+    assert len(next(stream(tmp_path / "lists.parquet", label_column=None).start_at(0))["images"]) == 8
+    with tarfile.open(write_members(tmp_path / "x.tar", ["README.txt", "a.png", "a.cls"]), "a") as archive:
+        link = tarfile.TarInfo("latest")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        archive.addfile(link)
+    held_out = numbered_tars(tmp_path / "held_out", shards=1, rows=2)
+    data = ImagesConfig(path=str(tmp_path / "x.tar"), validation_path=str(held_out), streaming=True, on_error="skip")
+    assert [item.id for part in find_parts(data, GREY, 10).parts for item in part.items() if item.split == "train"] == ["x/README", "x/a"]
+    picture = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    with tifffile.TiffWriter(tmp_path / "masked.tif") as file:
+        file.write(picture)
+        file.write(picture > 9, subfiletype=4)
+    with tifffile.TiffWriter(tmp_path / "preview.tif") as file:
+        file.write(picture[::2, ::2], subfiletype=1)
+        file.write(picture)
+    assert np.array_equal(load_picture(str(tmp_path / "masked.tif"), replace(GREY, size=(8,))).squeeze(), picture)
+    with pytest.raises(UserError, match="preview or a mask"):
+        load_picture(str(tmp_path / "preview.tif"), GREY)
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4), class_names=np.array(["a", "b"]))
+    assert load(tmp_path / "x.npz").class_names == ("0", "1", "2", "3")
+    one_sided = table.append_column("split", pa.array(["train"] * len(table)))
+    pq.write_table(one_sided, tmp_path / "split.parquet")
+    with pytest.raises(UserError, match="would be trained on"):
+        load(tmp_path / "split.parquet", validation_path=str(tmp_path / "split.parquet"))
+
+
 def test_strange_names_and_notes_are_a_sentence(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "x", 3)
     shutil.copy(next(folder.rglob("*.png")), os.fsencode(folder) + b"/bag/\xff.png")

@@ -86,6 +86,7 @@ def test_a_stream_s_broken_images_are_listed_and_counted(tmp_path: Path, capsys:
     run_here(*stream_command(tars, tmp_path / "x"))
     broken = {f"002/{i}" for i in range(30)}
     assert any(is_held_out(name, 0.2) for name in broken)
+    run_here(*stream_command(tars, tmp_path / "none_held_out")[:-1], 0)
     listed = [json.loads(line)["image"] for line in (tmp_path / "x" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(listed) == sorted(broken)
     assert "0x" not in (tmp_path / "x" / "skipped.jsonl").read_text()  # an address would list each image again when the run continues

@@ -75,7 +75,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_
         f"{data.summary}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
         f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     )
-    draw = make_draw(data.shown, accelerator.device) if make_draw else None
+    draw = make_draw(data.shown, accelerator.device) if make_draw and len(data.shown) else None  # a stream without held-out images shows none
 
     # With a discriminator, what is trained is a pair; what is validated, drawn and saved is its autoencoder.
     pair = AdversarialPair(model, config.discriminator) if config.discriminator.weight else None

@@ -176,6 +176,13 @@ def _typed_classes(schema: Any) -> str | None:
     """The column that `datasets` wrote as classes, if there is one."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return next((name for name, kind in features.items() if name != "split" and isinstance(kind, dict) and kind.get("_type") == "ClassLabel"), None)
+        return next(
+            (
+                name
+                for name, kind in features.items()
+                if name in schema.names and name != "split" and isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
+            ),
+            None,
+        )
     except (ValueError, KeyError, TypeError, AttributeError):  # written by something else
         return None
