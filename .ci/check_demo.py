@@ -5,14 +5,26 @@ from pathlib import Path
 
 from PIL import Image, ImageStat
 
-from pipelines.demo import best_validation
-from prior.codes import read_manifest
+from pipelines.commands.demo import best_validation
+from prior.manifest import read_manifest
 
 root = Path(sys.argv[1])
 for run in ("vqvae", "prior_0", "prior_1"):
-    for name in ("config.json", "model.safetensors", "train_config.yaml", "metrics.jsonl", "images", "checkpoints"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "train_config.yaml",
+        "metrics.jsonl",
+        "images",
+        "checkpoints",
+    ):
         assert (root / run / name).exists(), f"{run}/{name} is missing"
-for name in ("codes/manifest.json", "codes/train/00000.parquet", "codes/validation/00000.parquet", "pipeline/model_index.json"):
+for name in (
+    "codes/manifest.json",
+    "codes/train/00000.parquet",
+    "codes/validation/00000.parquet",
+    "pipeline/model_index.json",
+):
     assert (root / name).exists(), f"{name} is missing"
 for name in ("reconstructions/reconstructions.png", "samples/samples.png"):
     with Image.open(root / name) as picture:
@@ -20,8 +32,13 @@ for name in ("reconstructions/reconstructions.png", "samples/samples.png"):
         assert ImageStat.Stat(picture.convert("L")).stddev[0] > 30, f"{name} is blank"
 
 manifest = read_manifest(root / "codes")
-stage_1, priors = best_validation(root / "vqvae"), [best_validation(root / f"prior_{level}") for level in (0, 1)]
-print(f"held-out MSE {stage_1['mse']:.4f}, bottom perplexity {stage_1['perplexity_1']:.0f}, bits per code {[round(p['bits_per_code'], 2) for p in priors]}")
+stage_1, priors = (
+    best_validation(root / "vqvae"),
+    [best_validation(root / f"prior_{level}") for level in (0, 1)],
+)
+print(
+    f"held-out MSE {stage_1['mse']:.4f}, bottom perplexity {stage_1['perplexity_1']:.0f}, bits per code {[round(p['bits_per_code'], 2) for p in priors]}"
+)
 assert stage_1["mse"] < 0.05
 assert stage_1["perplexity_1"] > manifest.codebook_sizes[1] / 4
 assert all(prior["bits_per_code"] < prior["unigram_bits"] for prior in priors)

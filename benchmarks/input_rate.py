@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
+from vqvae2.common.accelerate import keep_freed_memory, native_bf16
 from vqvae2.common.loading import ShuffledLoader
-from vqvae2.common.machine import keep_freed_memory, native_bf16
 from vqvae2.config import ImagesConfig
 from vqvae2.data import load_images
 from vqvae2.losses import make_loss
@@ -49,7 +49,9 @@ def seconds(step: Any, batches: Iterator[dict[str, torch.Tensor]], number: int) 
 
 def main() -> None:
     """Print the rates."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -68,9 +70,15 @@ def main() -> None:
     for _ in range(options.rounds):
         folder.append(seconds(step, from_folder, options.steps) / options.steps)
         memory.append(seconds(step, in_memory, options.steps) / options.steps)
-    rates = {"first epoch, decoding": cold, "folder, later epochs": median(folder), "one batch in memory": median(memory)}
+    rates = {
+        "first epoch, decoding": cold,
+        "folder, later epochs": median(folder),
+        "one batch in memory": median(memory),
+    }
     for name, value in rates.items():
-        print(f"{name:24} {options.batch_size / value:8.1f} images/s   {median(memory) / value:6.1%} of the rate in memory")
+        print(
+            f"{name:24} {options.batch_size / value:8.1f} images/s   {median(memory) / value:6.1%} of the rate in memory"
+        )
 
 
 if __name__ == "__main__":

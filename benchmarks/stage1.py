@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqvae2 import VQVAE2, EMAQuantizer, PreprocessingConfig, QuantizerConfig, VQVAE2Config
-from vqvae2.common.machine import keep_freed_memory
+from vqvae2.common.accelerate import keep_freed_memory
 from vqvae2.losses import make_loss
 
 SHAPES = {"3x256x256, batch 4": (4, 3, 256, 256), "3x64x64, batch 32": (32, 3, 64, 64)}
@@ -105,13 +105,18 @@ def quantizers(codebook_size: int, features: Tensor) -> dict[str, Work]:
     """A training-mode forward of each quantizer, and the matrix product that any search by products needs."""
     dim = features.shape[1]
     works: dict[str, Work] = {}
-    ours, textbook = EMAQuantizer(codebook_size, dim, QuantizerConfig(start_from_data=False)).train(), OneHotQuantizer(codebook_size, dim).train()
+    ours, textbook = (
+        EMAQuantizer(codebook_size, dim, QuantizerConfig(start_from_data=False)).train(),
+        OneHotQuantizer(codebook_size, dim).train(),
+    )
     works["textbook"] = lambda: textbook(features.contiguous())
     works["ours"] = lambda: ours(features)
     try:
         from vector_quantize_pytorch import VectorQuantize
 
-        library = VectorQuantize(dim, codebook_size, decay=0.99, accept_image_fmap=True, rotation_trick=False).train()
+        library = VectorQuantize(
+            dim, codebook_size, decay=0.99, accept_image_fmap=True, rotation_trick=False
+        ).train()
         works["vector-quantize-pytorch"] = lambda: library(features)
     except ImportError:
         pass
@@ -125,7 +130,9 @@ def quantizers(codebook_size: int, features: Tensor) -> dict[str, Work]:
     vectors, codebook = torch.randn(4096, dim), torch.randn(dim, codebook_size)
     buffer = torch.empty(4096, codebook_size)
     repeats = features.numel() // dim // 4096
-    works["matrix product alone"] = lambda: [torch.mm(vectors, codebook, out=buffer) for _ in range(repeats)]
+    works["matrix product alone"] = lambda: [
+        torch.mm(vectors, codebook, out=buffer) for _ in range(repeats)
+    ]
     return works
 
 
@@ -139,7 +146,11 @@ def _extra_memory(codebook_size: int, name: str, result: "multiprocessing.Queue[
 
 
 def _peak_mebibytes() -> float:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -161,18 +172,25 @@ def peak(dtype: torch.dtype, rounds: int) -> float:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     keep_freed_memory()
     peaks = {"fp32": peak(torch.float32, rounds), "bf16": peak(torch.bfloat16, rounds)}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; matrix product: {peaks['fp32']:.0f} GFLOP/s fp32, {peaks['bf16']:.0f} bf16")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; matrix product: {peaks['fp32']:.0f} GFLOP/s fp32, {peaks['bf16']:.0f} bf16"
+    )
 
     for name, shape in SHAPES.items():
         with FlopCounterMode(display=False) as counter:
             our_step(shape, bf16=False)()
         gflop = counter.get_total_flops() / 1e9
-        works = {"textbook fp32": textbook_step(shape, bf16=False), "textbook bf16": textbook_step(shape, bf16=True)}
+        works = {
+            "textbook fp32": textbook_step(shape, bf16=False),
+            "textbook bf16": textbook_step(shape, bf16=True),
+        }
         works |= {"ours fp32": our_step(shape, bf16=False), "ours bf16": our_step(shape, bf16=True)}
         seconds = in_turns(works, rounds)
         print(f"\ntraining step, {name} ({gflop:.1f} GFLOP)")
@@ -185,22 +203,37 @@ def main() -> None:
 
     for name, shape in SHAPES.items():
         ours, fast = our_extraction(shape, bf16=False), our_extraction(shape, bf16=True)
-        seconds = in_turns({"textbook fp32": textbook_extraction(shape), "ours fp32": ours, "ours bf16": fast}, 2 * rounds)
+        seconds = in_turns(
+            {"textbook fp32": textbook_extraction(shape), "ours fp32": ours, "ours bf16": fast},
+            2 * rounds,
+        )
         print(f"\nextraction, {name}")
         for work, value in seconds.items():
-            print(f"  {work:16} {value * 1e3:8.0f} ms {shape[0] / value:8.1f} images/s   {seconds['textbook fp32'] / value:5.2f}x textbook fp32")
+            print(
+                f"  {work:16} {value * 1e3:8.0f} ms {shape[0] / value:8.1f} images/s   {seconds['textbook fp32'] / value:5.2f}x textbook fp32"
+            )
         changed = [(a != b).float().mean().item() for a, b in zip(ours(), fast(), strict=True)]
-        print(f"  bf16 changes {changed[0]:.1%} of the top codes and {changed[1]:.1%} of the bottom codes (untrained weights)")
+        print(
+            f"  bf16 changes {changed[0]:.1%} of the top codes and {changed[1]:.1%} of the bottom codes (untrained weights)"
+        )
 
     features = torch.randn(8, 64, 64, 64).contiguous(memory_format=torch.channels_last)
     for codebook_size in (512, 8192):
         works = quantizers(codebook_size, features)
         seconds = in_turns(works, rounds if codebook_size == 512 else 2)
-        print(f"\nquantizer alone, 32,768 vectors of dimension 64, K = {codebook_size}, training-mode forward")
+        print(
+            f"\nquantizer alone, 32,768 vectors of dimension 64, K = {codebook_size}, training-mode forward"
+        )
         for work, value in seconds.items():
-            memory = f"{extra_memory(codebook_size, work):6.0f} MiB more" if work != "matrix product alone" else ""
+            memory = (
+                f"{extra_memory(codebook_size, work):6.0f} MiB more"
+                if work != "matrix product alone"
+                else ""
+            )
             product = value / seconds["matrix product alone"]
-            print(f"  {work:24} {value * 1e3:8.1f} ms   {seconds['textbook'] / value:5.2f}x textbook   {product:5.2f} of the product   {memory}")
+            print(
+                f"  {work:24} {value * 1e3:8.1f} ms   {seconds['textbook'] / value:5.2f}x textbook   {product:5.2f} of the product   {memory}"
+            )
 
 
 if __name__ == "__main__":

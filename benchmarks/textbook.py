@@ -11,7 +11,9 @@ from torch.nn import functional as F
 class OneHotQuantizer(nn.Module):
     """Distances to all codes, a one-hot matrix, and products with it; the codebook is a running average with Laplace smoothing."""
 
-    def __init__(self, codebook_size: int, code_dim: int, decay: float = 0.99, epsilon: float = 1e-5) -> None:
+    def __init__(
+        self, codebook_size: int, code_dim: int, decay: float = 0.99, epsilon: float = 1e-5
+    ) -> None:
         super().__init__()
         self.codebook_size, self.decay, self.epsilon = codebook_size, decay, epsilon
         codebook = torch.randn(code_dim, codebook_size)
@@ -23,7 +25,11 @@ class OneHotQuantizer(nn.Module):
         """`(B, D, h, w)` to embeddings, commitment loss and codes."""
         features = features.permute(0, 2, 3, 1)
         vectors = features.reshape(-1, features.shape[-1])
-        distances = vectors.pow(2).sum(1, keepdim=True) - 2 * vectors @ self.codebook + self.codebook.pow(2).sum(0, keepdim=True)
+        distances = (
+            vectors.pow(2).sum(1, keepdim=True)
+            - 2 * vectors @ self.codebook
+            + self.codebook.pow(2).sum(0, keepdim=True)
+        )
         codes = distances.argmin(1)
         one_hot = F.one_hot(codes, self.codebook_size).type(vectors.dtype)
         embeddings = F.embedding(codes.view(*features.shape[:-1]), self.codebook.T)
@@ -32,7 +38,11 @@ class OneHotQuantizer(nn.Module):
                 self.counts.mul_(self.decay).add_(one_hot.sum(0), alpha=1 - self.decay)
                 self.sums.mul_(self.decay).add_(vectors.T @ one_hot, alpha=1 - self.decay)
                 total = self.counts.sum()
-                smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
+                smoothed = (
+                    (self.counts + self.epsilon)
+                    / (total + self.codebook_size * self.epsilon)
+                    * total
+                )
                 self.codebook.copy_(self.sums / smoothed)
         loss = (embeddings.detach() - features).pow(2).mean()
         passed = features + (embeddings - features).detach()
@@ -44,7 +54,12 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, residual: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, residual, 3, padding=1), nn.ReLU(), nn.Conv2d(residual, channels, 1))
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, residual, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(residual, channels, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
@@ -54,26 +69,52 @@ class Block(nn.Module):
 class TextbookVQVAE2(nn.Module):
     """Two levels, strides 4 and 2, E = 128, R = 32, D = 64, K = 512."""
 
-    def __init__(self, channels: int = 3, e: int = 128, r: int = 32, d: int = 64, k: int = 512) -> None:
+    def __init__(
+        self, channels: int = 3, e: int = 128, r: int = 32, d: int = 64, k: int = 512
+    ) -> None:
         super().__init__()
         conv, up = nn.Conv2d, nn.ConvTranspose2d
         self.encode_bottom = nn.Sequential(
-            conv(channels, e // 2, 4, 2, 1), nn.ReLU(), conv(e // 2, e, 4, 2, 1), nn.ReLU(), conv(e, e, 3, 1, 1), Block(e, r), Block(e, r), nn.ReLU()
+            conv(channels, e // 2, 4, 2, 1),
+            nn.ReLU(),
+            conv(e // 2, e, 4, 2, 1),
+            nn.ReLU(),
+            conv(e, e, 3, 1, 1),
+            Block(e, r),
+            Block(e, r),
+            nn.ReLU(),
         )
-        self.encode_top = nn.Sequential(conv(e, e // 2, 4, 2, 1), nn.ReLU(), conv(e // 2, e, 3, 1, 1), Block(e, r), Block(e, r), nn.ReLU())
+        self.encode_top = nn.Sequential(
+            conv(e, e // 2, 4, 2, 1),
+            nn.ReLU(),
+            conv(e // 2, e, 3, 1, 1),
+            Block(e, r),
+            Block(e, r),
+            nn.ReLU(),
+        )
         self.project_top, self.quantize_top = conv(e, d, 1), OneHotQuantizer(k, d)
-        self.decode_top = nn.Sequential(conv(d, e, 3, 1, 1), Block(e, r), Block(e, r), nn.ReLU(), up(e, d, 4, 2, 1))
+        self.decode_top = nn.Sequential(
+            conv(d, e, 3, 1, 1), Block(e, r), Block(e, r), nn.ReLU(), up(e, d, 4, 2, 1)
+        )
         self.project_bottom, self.quantize_bottom = conv(d + e, d, 1), OneHotQuantizer(k, d)
         self.upsample = up(d, d, 4, 2, 1)
         self.decode = nn.Sequential(
-            conv(2 * d, e, 3, 1, 1), Block(e, r), Block(e, r), nn.ReLU(), up(e, e // 2, 4, 2, 1), nn.ReLU(), up(e // 2, channels, 4, 2, 1)
+            conv(2 * d, e, 3, 1, 1),
+            Block(e, r),
+            Block(e, r),
+            nn.ReLU(),
+            up(e, e // 2, 4, 2, 1),
+            nn.ReLU(),
+            up(e // 2, channels, 4, 2, 1),
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Embeddings, loss and codes of both levels."""
         bottom = self.encode_bottom(images)
         top, top_loss, top_codes = self.quantize_top(self.project_top(self.encode_top(bottom)))
-        bottom, bottom_loss, bottom_codes = self.quantize_bottom(self.project_bottom(torch.cat([self.decode_top(top), bottom], 1)))
+        bottom, bottom_loss, bottom_codes = self.quantize_bottom(
+            self.project_bottom(torch.cat([self.decode_top(top), bottom], 1))
+        )
         return top, bottom, top_loss + bottom_loss, top_codes, bottom_codes
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

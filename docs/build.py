@@ -25,7 +25,9 @@ def run(page: str, figures: Path) -> None:
     """Run the page's code in one namespace, with its assertions; figures go into a folder."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     os.environ["VQVAE2_FIGURES"] = str(figures)
-    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # no date in the figures: the same drawing gives the same file
+    os.environ.setdefault(
+        "SOURCE_DATE_EPOCH", "0"
+    )  # no date in the figures: the same drawing gives the same file
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "understanding"  # nor random names
@@ -44,14 +46,30 @@ def notebook(page: str) -> str:
         if not text:
             continue
         common = {"id": f"cell-{i:03d}", "metadata": {}, "source": text.splitlines(keepends=True)}
-        cells.append({"cell_type": "code", "execution_count": None, "outputs": [], **common} if i % 2 else {"cell_type": "markdown", **common})
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
-    return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False) + "\n"
+        cells.append(
+            {"cell_type": "code", "execution_count": None, "outputs": [], **common}
+            if i % 2
+            else {"cell_type": "markdown", **common}
+        )
+    kernel = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return (
+        json.dumps(
+            {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5},
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def main() -> None:
     """Regenerate everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--notebook-only", action="store_true")
     options = parser.parse_args()
     page = PAGE.read_text()

@@ -26,4 +26,8 @@ def as_rst(lines: Sequence[str]) -> list[str]:
 
 def escape(line: str) -> str:
     """A line of prose; what is between backticks stays, and so do *stressed* words."""
-    return re.sub(r"(`+[^`]*`+|(?<!\S)\*\w+\*(?!\w))|([*|\\])|(?<=\w)(_)(?!\w)", lambda m: m[1] or "\\" + (m[2] or m[3]), line)
+    return re.sub(
+        r"(`+[^`]*`+|(?<!\S)\*\w+\*(?!\w))|([*|\\])|(?<=\w)(_)(?!\w)",
+        lambda m: m[1] or "\\" + (m[2] or m[3]),
+        line,
+    )

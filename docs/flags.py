@@ -51,10 +51,19 @@ def describe(command: str) -> Iterator[str]:
         yield from ["```bash", example.strip(), "```", ""]
     for group in groups(COMMANDS[command][0]):
         if group.prefix:
-            yield from [f"### vqvae2 {command}: {group.prefix}*".replace("*", "\\*"), "", group.meaning, ""]
+            yield from [
+                f"### vqvae2 {command}: {group.prefix}*".replace("*", "\\*"),
+                "",
+                group.meaning,
+                "",
+            ]
         for flag in group.flags:
             kind = "" if flag.type in ("flag", "") else f" *{flag.type}*"
-            yield from [f"`{flag.name}`{kind} — {flag.default}{' ↻' if flag.may_change else ''}", f": {_markdown(flag.meaning)}", ""]
+            yield from [
+                f"`{flag.name}`{kind} — {flag.default}{' ↻' if flag.may_change else ''}",
+                f": {_markdown(flag.meaning)}",
+                "",
+            ]
 
 
 def groups(config: type, prefix: str = "", meaning: str = "") -> Iterator[Group]:
@@ -70,7 +79,15 @@ def groups(config: type, prefix: str = "", meaning: str = "") -> Iterator[Group]
         if plain[field.name] is bool:
             name += f", --{prefix}no-{field.name.replace('_', '-')}"
         said = docstrings(config)[field.name]
-        flags.append(Flag(name, type_name(plain[field.name]), default_name(field), said, bool(field.metadata.get("may_change"))))
+        flags.append(
+            Flag(
+                name,
+                type_name(plain[field.name]),
+                default_name(field),
+                said,
+                bool(field.metadata.get("may_change")),
+            )
+        )
     yield Group(prefix, meaning, flags)
     for inner, name in nested:
         yield from groups(inner, name, _markdown(inspect.cleandoc(inner.__doc__ or "")))
@@ -84,7 +101,11 @@ def docstrings(config: type) -> dict[str, str]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(tree, ast.ClassDef)
         for field, below in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
                 found[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
     return found
 
@@ -95,9 +116,19 @@ def type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in arguments if a is not type(None))
     if origin is Literal:
-        return ", ".join(map(str, arguments[:-1])) + f" or {arguments[-1]}" if len(arguments) > 1 else str(arguments[0])
+        return (
+            ", ".join(map(str, arguments[:-1])) + f" or {arguments[-1]}"
+            if len(arguments) > 1
+            else str(arguments[0])
+        )
     if origin is tuple:
-        kind = "words" if arguments[0] is str else "numbers" if arguments[0] is float else "whole numbers"
+        kind = (
+            "words"
+            if arguments[0] is str
+            else "numbers"
+            if arguments[0] is float
+            else "whole numbers"
+        )
         return f"one or more {kind}" if arguments[-1] is Ellipsis else f"{len(arguments)} {kind}"
     return NAMES[hint]
 

@@ -7,7 +7,10 @@ if TYPE_CHECKING:
     from pipelines.pipeline import PipelineOutput as PipelineOutput
     from pipelines.pipeline import VQVAE2Pipeline as VQVAE2Pipeline
 
-_LAZY = {"VQVAE2Pipeline": "pipelines.pipeline", "PipelineOutput": "pipelines.pipeline"}  # torch loads when they are first used
+_LAZY = {
+    "VQVAE2Pipeline": "pipelines.pipeline",
+    "PipelineOutput": "pipelines.pipeline",
+}  # torch loads when they are first used
 __all__ = [*_LAZY]  # noqa: PLE0604
 
 

@@ -33,25 +33,28 @@ from pipelines.config import (
 )
 from vqvae2.common.config import from_dict, read_yaml, suggest
 from vqvae2.common.errors import Stopped, UserError
+from vqvae2.common.messages import show_messages
 from vqvae2.config import PrepareConfig, TrainVQVAEConfig
 
-COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration, and where its function is
-    "demo": (DemoConfig, "pipelines.demo:demo"),
-    "plan": (PlanConfig, "pipelines.plan:plan"),
+COMMANDS: dict[
+    str, tuple[type, str]
+] = {  # subcommand -> its configuration, and where its function is
+    "demo": (DemoConfig, "pipelines.commands.demo:demo"),
+    "plan": (PlanConfig, "pipelines.plan.command:plan"),
     "prepare": (PrepareConfig, "vqvae2.prepare:prepare_command"),
-    "train": (TrainVQVAEConfig, "pipelines.commands:train"),
-    "extract": (ExtractConfig, "pipelines.extract:extract"),
-    "train-prior": (TrainPriorCommandConfig, "pipelines.commands:train_prior"),
-    "codes info": (CodesInfoConfig, "pipelines.codes:info"),
-    "codes view": (CodesViewConfig, "pipelines.codes:view"),
-    "codes verify": (CodesVerifyConfig, "pipelines.codes:verify"),
-    "reconstruct": (ReconstructConfig, "pipelines.commands:reconstruct"),
-    "inspect": (InspectConfig, "pipelines.inspect:inspect_command"),
-    "doctor": (DoctorConfig, "pipelines.doctor:doctor"),
-    "sample": (SampleConfig, "pipelines.commands:sample"),
-    "assemble": (AssembleConfig, "pipelines.commands:assemble"),
-    "import-weights": (ImportWeightsConfig, "pipelines.commands:import_weights"),
-    "import-codes": (ImportCodesConfig, "pipelines.rosinality:import_codes"),
+    "train": (TrainVQVAEConfig, "pipelines.commands.train:train"),
+    "extract": (ExtractConfig, "pipelines.commands.extract:extract"),
+    "train-prior": (TrainPriorCommandConfig, "pipelines.commands.train_prior:train_prior"),
+    "codes info": (CodesInfoConfig, "pipelines.commands.codes:info"),
+    "codes view": (CodesViewConfig, "pipelines.commands.codes:view"),
+    "codes verify": (CodesVerifyConfig, "pipelines.commands.codes:verify"),
+    "reconstruct": (ReconstructConfig, "pipelines.commands.reconstruct:reconstruct"),
+    "inspect": (InspectConfig, "pipelines.commands.inspect:inspect_command"),
+    "doctor": (DoctorConfig, "pipelines.commands.doctor:doctor"),
+    "sample": (SampleConfig, "pipelines.commands.sample:sample"),
+    "assemble": (AssembleConfig, "pipelines.commands.assemble:assemble"),
+    "import-weights": (ImportWeightsConfig, "pipelines.commands.import_weights:import_weights"),
+    "import-codes": (ImportCodesConfig, "pipelines.importers.rosinality_codes:import_codes"),
 }
 RECIPES = files("pipelines") / "recipes"
 
@@ -59,6 +62,7 @@ RECIPES = files("pipelines") / "recipes"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1 where checks failed, 2 for a user's mistake (one sentence on stderr), 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    show_messages()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())
@@ -72,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"vqvae2: error: {error.filename}: {error.strerror}: check the path, its permissions, and the space on the disk.", file=sys.stderr)
+        print(
+            f"vqvae2: error: {error.filename}: {error.strerror}: check the path, its permissions, and the space on the disk.",
+            file=sys.stderr,
+        )
         return 2
     except Stopped as stopped:
         print(f"vqvae2: {stopped}", file=sys.stderr)
@@ -95,8 +102,12 @@ def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
             return command, arguments[number:]
     family = [command for command in COMMANDS if command.startswith(f"{arguments[0]} ")]
     if family:
-        raise UserError(f"vqvae2 {arguments[0]} needs a second word: {', '.join(family)} (see vqvae2 --help).")
-    raise UserError(f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help).")
+        raise UserError(
+            f"vqvae2 {arguments[0]} needs a second word: {', '.join(family)} (see vqvae2 --help)."
+        )
+    raise UserError(
+        f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help)."
+    )
 
 
 def _leave_process_group() -> None:
@@ -127,7 +138,10 @@ def overview() -> str:
         "Train a VQ-VAE-2 on your own images and sample from it: train, extract, train-prior for each level, sample.",
         "",
     ]
-    lines += [f"  {name:<14} {(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    lines += [
+        f"  {name:<14} {(config.__doc__ or '').splitlines()[0]}"
+        for name, (config, _) in COMMANDS.items()
+    ]
     lines += [
         "",
         f"RECIPE is a YAML file, or one that comes with the package ({', '.join(recipe_names())}); flags win over it.",
@@ -147,24 +161,42 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in (known := [*_flags(config_class), "--help"]):
-            raise UserError(f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)} (see vqvae2 {command} --help).")
-    section = recipe_section(load_recipe(recipe), command, _take_flag(list(arguments), "--level")[1]) if recipe else {}
+            raise UserError(
+                f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)} (see vqvae2 {command} --help)."
+            )
+    section = (
+        recipe_section(load_recipe(recipe), command, _take_flag(list(arguments), "--level")[1])
+        if recipe
+        else {}
+    )
     default: Any = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
     description = f"{lesson}\n\n--config RECIPE takes the defaults from a recipe: a YAML file, or {', '.join(recipe_names())}."
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, prog=f"vqvae2 {command}", args=arguments, default=default, description=description)
+            return tyro.cli(
+                config_class,
+                prog=f"vqvae2 {command}",
+                args=arguments,
+                default=default,
+                description=description,
+            )
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
-        raise UserError(f"vqvae2 {command}: {_one_sentence(said.getvalue())} See vqvae2 {command} --help.") from None
+        raise UserError(
+            f"vqvae2 {command}: {_one_sentence(said.getvalue())} See vqvae2 {command} --help."
+        ) from None
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in RECIPES.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -175,20 +207,30 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(RECIPES / f"{name}.yaml"))
     if not path.is_file():
-        raise UserError(f"there is no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}.")
+        raise UserError(
+            f"there is no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}."
+        )
     recipe = read_yaml(path)
     for section in recipe:
         if section not in COMMANDS and not re.fullmatch(r"prior_\d+", section):
-            raise UserError(f"{path}: unknown section {section!r}; sections are the subcommands, and prior_0, prior_1, ... for the levels' train-prior.")
+            raise UserError(
+                f"{path}: unknown section {section!r}; sections are the subcommands, and prior_0, prior_1, ... for the levels' train-prior."
+            )
     return recipe
 
 
-def recipe_section(recipe: dict[str, Any], command: str, level: str | None = None) -> dict[str, Any]:
+def recipe_section(
+    recipe: dict[str, Any], command: str, level: str | None = None
+) -> dict[str, Any]:
     """What a recipe says to a subcommand; to train-prior it also speaks per level (`prior_0` for the top, the last one for the bottom)."""
     section = recipe.get(command) or {}
     if command == "train-prior":
         priors = sorted(name for name in recipe if name.startswith("prior_"))
-        name = {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}") if priors else ""
+        name = (
+            {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}")
+            if priors
+            else ""
+        )
         section = {**section, **(recipe.get(name) or {})}
     return section
 
@@ -201,7 +243,11 @@ def _flags(config_class: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hints[field.name]):
             flags += _flags(hints[field.name], f"{name}.")
         else:
-            flags += [f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}"] if hints[field.name] is bool else [f"--{name}"]
+            flags += (
+                [f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}"]
+                if hints[field.name] is bool
+                else [f"--{name}"]
+            )
     return flags
 
 
@@ -220,7 +266,11 @@ def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
 def _one_sentence(box: str) -> str:
     """What tyro says in a box, without the box."""
     lines = [re.sub(r"[│╭╮╰╯]|─+", " ", line).strip() for line in box.splitlines()]
-    text = " ".join(line for line in lines if line and "full helptext" not in line and "rgument helptext" not in line)
+    text = " ".join(
+        line
+        for line in lines
+        if line and "full helptext" not in line and "rgument helptext" not in line
+    )
     text = re.sub(r"\s+", " ", text).removeprefix("Value error ").strip()
     if text.startswith("Required options"):
         flags = re.findall(r"(--[a-z.-]+) [A-Z{]", text)

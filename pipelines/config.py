@@ -33,7 +33,12 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
-        check(len(set(self.views)) == len(self.views) >= 1, "views", self.views, "one or more different views")
+        check(
+            len(set(self.views)) == len(self.views) >= 1,
+            "views",
+            self.views,
+            "one or more different views",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +184,19 @@ class SampleConfig(PartsConfig):
         check(self.num_images >= 1, "num_images", self.num_images, "at least 1")
         check(self.lanes >= 1, "lanes", self.lanes, "at least 1")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
-        check(self.mask is None or self.init_image is not None, "mask", self.mask, "used together with init_image")
+        check(
+            self.mask is None or self.init_image is not None,
+            "mask",
+            self.mask,
+            "used together with init_image",
+        )
         alone = self.init_image is not None and self.mask is None
-        check(self.keep_levels is None or alone, "keep_levels", self.keep_levels, "used together with init_image and without mask")
+        check(
+            self.keep_levels is None or alone,
+            "keep_levels",
+            self.keep_levels,
+            "used together with init_image and without mask",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +277,12 @@ class ImportCodesConfig:
     """Rows per Parquet shard."""
 
     def __post_init__(self) -> None:
-        check(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
+        check(
+            0 <= self.validation_fraction < 1,
+            "validation_fraction",
+            self.validation_fraction,
+            "in [0, 1)",
+        )
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
@@ -294,11 +314,26 @@ class PlanConfig:
     """A rate that you measured (`images_per_second` in metrics.jsonl): one number for all trainings, or one for each. Wins over --measure."""
 
     def __post_init__(self) -> None:
-        check(self.num_images is None or self.num_images >= 1, "num_images", self.num_images, "at least 1")
+        check(
+            self.num_images is None or self.num_images >= 1,
+            "num_images",
+            self.num_images,
+            "at least 1",
+        )
         check(self.num_classes >= 0, "num_classes", self.num_classes, "0 (none) or more")
-        check(self.memory_gibibytes is None or self.memory_gibibytes > 0, "memory_gibibytes", self.memory_gibibytes, "above 0")
+        check(
+            self.memory_gibibytes is None or self.memory_gibibytes > 0,
+            "memory_gibibytes",
+            self.memory_gibibytes,
+            "above 0",
+        )
         check(self.num_devices >= 1, "num_devices", self.num_devices, "at least 1")
-        check(all(rate > 0 for rate in self.images_per_second), "images_per_second", self.images_per_second, "above 0")
+        check(
+            all(rate > 0 for rate in self.images_per_second),
+            "images_per_second",
+            self.images_per_second,
+            "above 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

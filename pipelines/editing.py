@@ -25,7 +25,9 @@ def known_outside(model: VQVAE2, images: Tensor, mask: Tensor) -> list[Known]:
         UserError: the mask is not of the images' size.
     """
     if mask.shape != (len(images), *images.shape[2:]):
-        raise UserError(f"the mask is {tuple(mask.shape)}, but the images need {(len(images), *images.shape[2:])}: give one value per pixel.")
+        raise UserError(
+            f"the mask is {tuple(mask.shape)}, but the images need {(len(images), *images.shape[2:])}: give one value per pixel."
+        )
     levels = [level.codes for level in model.encode(images)]
     return [Known(codes, ~_any_pixel(mask, codes.shape[1], codes.shape[2])) for codes in levels]
 
@@ -38,9 +40,14 @@ def keep_levels(model: VQVAE2, images: Tensor, number: int) -> list[Known | None
         UserError: there are not more levels than that.
     """
     if not 0 < number < model.config.num_levels:
-        raise UserError(f"{number} levels are to be kept, but of {model.config.num_levels} levels only 1 to {model.config.num_levels - 1} can be.")
+        raise UserError(
+            f"{number} levels are to be kept, but of {model.config.num_levels} levels only 1 to {model.config.num_levels - 1} can be."
+        )
     levels = [level.codes for level in model.encode(images)]
-    return [Known(codes, torch.ones_like(codes, dtype=torch.bool)) if level < number else None for level, codes in enumerate(levels)]
+    return [
+        Known(codes, torch.ones_like(codes, dtype=torch.bool)) if level < number else None
+        for level, codes in enumerate(levels)
+    ]
 
 
 def repeat_known(known: Sequence[Known | None], number: int) -> list[Known | None]:

@@ -18,7 +18,7 @@ from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
-from vqvae2.common.provenance import command_line, versions
+from vqvae2.common.runs import command_line, versions
 from vqvae2.model import VQVAE2
 
 INDEX_NAME = "model_index.json"
@@ -45,7 +45,9 @@ def part_folders(name: str | Path, *, revision: str | None = None) -> tuple[Path
     folder = local_folder(name, revision=revision)
     index = read_json(folder / INDEX_NAME)
     if not isinstance(index.get("vqvae"), str) or not isinstance(index.get("priors"), list):
-        raise UserError(f"{folder / INDEX_NAME} does not name 'vqvae' and 'priors': remake the folder with vqvae2 assemble.")
+        raise UserError(
+            f"{folder / INDEX_NAME} does not name 'vqvae' and 'priors': remake the folder with vqvae2 assemble."
+        )
     return folder / index["vqvae"], [folder / prior for prior in index["priors"]]
 
 
@@ -58,7 +60,9 @@ def training_record(folder: str | Path) -> dict[str, Any]:
 class VQVAE2Pipeline:
     """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`."""
 
-    def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior], *, trainings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, vqvae: VQVAE2, priors: Sequence[Prior], *, trainings: Mapping[str, Any] | None = None
+    ) -> None:
         """Join parts that belong together.
 
         Args:
@@ -87,7 +91,9 @@ class VQVAE2Pipeline:
                     f"{priors[0].config.codes_hash[:12]}: train all priors on the same codes."
                 )
         if len({prior.config.class_names for prior in priors if prior.config.num_classes}) > 1:
-            raise UserError("the priors were trained with different classes: train them on the same code dataset.")
+            raise UserError(
+                "the priors were trained with different classes: train them on the same code dataset."
+            )
 
     @classmethod
     def from_parts(cls, vqvae: str | Path, priors: Sequence[str | Path]) -> Self:
@@ -96,9 +102,18 @@ class VQVAE2Pipeline:
         Raises:
             UserError: see `Artifact.from_pretrained` and `__init__`.
         """
-        folders = {"vqvae": vqvae, **{f"prior_{level}": prior for level, prior in enumerate(priors)}}
-        trainings = {part: record for part, folder in folders.items() if (record := training_record(folder))}
-        return cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors], trainings=trainings)
+        folders = {
+            "vqvae": vqvae,
+            **{f"prior_{level}": prior for level, prior in enumerate(priors)},
+        }
+        trainings = {
+            part: record for part, folder in folders.items() if (record := training_record(folder))
+        }
+        return cls(
+            VQVAE2.from_pretrained(vqvae),
+            [load_prior(prior) for prior in priors],
+            trainings=trainings,
+        )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
@@ -141,17 +156,27 @@ class VQVAE2Pipeline:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes that labels count; empty if no prior has classes."""
-        return next((prior.config.class_names for prior in self.priors if prior.config.num_classes), ())
+        return next(
+            (prior.config.class_names for prior in self.priors if prior.config.num_classes), ()
+        )
 
     def content_hashes(self) -> dict[str, str]:
         """A hash of the whole of each part: equal exactly when configuration and weights are."""
-        parts: dict[str, Any] = {"vqvae": self.vqvae, **{f"prior_{prior.config.level}": prior for prior in self.priors}}
-        return {f"{name}_hash": content_hash(part.config, part.state_dict().items()) for name, part in parts.items()}
+        parts: dict[str, Any] = {
+            "vqvae": self.vqvae,
+            **{f"prior_{prior.config.level}": prior for prior in self.priors},
+        }
+        return {
+            f"{name}_hash": content_hash(part.config, part.state_dict().items())
+            for name, part in parts.items()
+        }
 
     @property
     def can_hide_labels(self) -> bool:
         """Whether the priors have classes and can do without a label, having been trained with label dropout."""
-        return bool(self.class_names) and all(prior.config.label_dropout > 0 for prior in self.priors if prior.config.num_classes)
+        return bool(self.class_names) and all(
+            prior.config.label_dropout > 0 for prior in self.priors if prior.config.num_classes
+        )
 
     def __call__(
         self,
@@ -188,40 +213,84 @@ class VQVAE2Pipeline:
             UserError: an unknown label, or a setting out of its range.
         """
         if num_images < 1 or lanes < 1:
-            raise UserError(f"num_images is {num_images} and lanes {lanes}, but both must be at least 1.")
+            raise UserError(
+                f"num_images is {num_images} and lanes {lanes}, but both must be at least 1."
+            )
         if seed < 0 or first_index < 0:
-            raise UserError(f"seed is {seed} and first_index {first_index}, but both must be 0 or more.")
+            raise UserError(
+                f"seed is {seed} and first_index {first_index}, but both must be 0 or more."
+            )
         if output_type not in ("pil", "pt"):
             raise UserError(f"output_type is {output_type!r}, but must be 'pil' or 'pt'.")
         self._check_known(known, num_images)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "guidance_scale": guidance_scale}
+        settings = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "guidance_scale": guidance_scale,
+        }
         samplings = self.samplings(**settings)
         numbers = self.label_numbers(labels)
         wanted = range(first_index, first_index + num_images)
         parts: list[PipelineOutput] = []
         bar = tqdm(total=num_images, desc="sampling", unit="image", disable=not show_progress)
         for first in range(first_index // lanes * lanes, wanted.stop, lanes):
-            inside = [i - first for i in wanted[max(0, first - wanted.start) : first + lanes - wanted.start]]
-            given = [None if level is None else level.spread(first - first_index, lanes) for level in known or ()]
-            images, codes = self.sample_lanes(range(first, first + lanes), numbers, samplings, seed=seed, bf16=bf16, known=given)
+            inside = [
+                i - first
+                for i in wanted[max(0, first - wanted.start) : first + lanes - wanted.start]
+            ]
+            given = [
+                None if level is None else level.spread(first - first_index, lanes)
+                for level in known or ()
+            ]
+            images, codes = self.sample_lanes(
+                range(first, first + lanes), numbers, samplings, seed=seed, bf16=bf16, known=given
+            )
             parts.append(PipelineOutput(images[inside], tuple(level[inside] for level in codes)))
             bar.update(len(inside))
         bar.close()
         decoded = torch.cat([part.images for part in parts])
         result: list[Image.Image] | Tensor = to_pil(decoded) if output_type == "pil" else decoded
-        return PipelineOutput(result, tuple(torch.cat(level) for level in zip(*(part.codes for part in parts), strict=True)))
+        return PipelineOutput(
+            result,
+            tuple(torch.cat(level) for level in zip(*(part.codes for part in parts), strict=True)),
+        )
 
     @torch.no_grad()
     def sample_lanes(
-        self, indices: range, labels: Sequence[int], samplings: Sequence[SamplingConfig], *, seed: int, bf16: bool = False, known: Sequence[Known | None] = ()
+        self,
+        indices: range,
+        labels: Sequence[int],
+        samplings: Sequence[SamplingConfig],
+        *,
+        seed: int,
+        bf16: bool = False,
+        known: Sequence[Known | None] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The images with these indices, `(B, C, H, W)` in [-1, 1], and their codes, all on the CPU; `labels` are taken in turns."""
         seeds = image_seeds(seed, indices.start, len(indices))
         codes: list[Tensor] = []
-        for prior, sampling, given in zip(self.priors, samplings, known or [None] * len(self.priors), strict=True):
-            classes = torch.tensor([labels[i % len(labels)] for i in indices], device=prior.device) if prior.config.num_classes else None
+        for prior, sampling, given in zip(
+            self.priors, samplings, known or [None] * len(self.priors), strict=True
+        ):
+            classes = (
+                torch.tensor([labels[i % len(labels)] for i in indices], device=prior.device)
+                if prior.config.num_classes
+                else None
+            )
             on_device = given and Known(given.codes.to(prior.device), given.mask.to(prior.device))
-            codes.append(prior.sample(len(indices), codes, classes, sampling=sampling, seeds=seeds, known=on_device, bf16=bf16))
+            codes.append(
+                prior.sample(
+                    len(indices),
+                    codes,
+                    classes,
+                    sampling=sampling,
+                    seeds=seeds,
+                    known=on_device,
+                    bf16=bf16,
+                )
+            )
         images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
         return images.cpu(), tuple(level.cpu() for level in codes)
 
@@ -238,7 +307,9 @@ class VQVAE2Pipeline:
             labels = labels.tolist()
         if not names:
             if labels:
-                raise UserError(f"labels {list(labels)} were given, but the priors were trained without classes: leave them out.")
+                raise UserError(
+                    f"labels {list(labels)} were given, but the priors were trained without classes: leave them out."
+                )
             return []
         if labels is None or not len(labels):
             return list(range(len(names)))
@@ -252,22 +323,31 @@ class VQVAE2Pipeline:
                 numbers.append(len(names))
             else:
                 none = ", or none" if self.can_hide_labels else ""
-                raise UserError(f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}{none}.")
+                raise UserError(
+                    f"label {label!r} is unknown: give a number from 0 to {len(names) - 1}, or one of {', '.join(names)}{none}."
+                )
         return numbers
 
     def _check_known(self, known: Sequence[Known | None] | None, num_images: int) -> None:
         if known is None:
             return
         if len(known) != len(self.priors):
-            raise UserError(f"known has {len(known)} entries, but there are {len(self.priors)} levels: give one per level, None where nothing is known.")
+            raise UserError(
+                f"known has {len(known)} entries, but there are {len(self.priors)} levels: give one per level, None where nothing is known."
+            )
         for prior, level in zip(self.priors, known, strict=True):
             expected = (num_images, *prior.config.grids[-1])
-            if level is not None and not (tuple(level.codes.shape) == tuple(level.mask.shape) == expected):
+            if level is not None and not (
+                tuple(level.codes.shape) == tuple(level.mask.shape) == expected
+            ):
                 raise UserError(
                     f"known codes of level {prior.config.level} are {tuple(level.codes.shape)} with a mask {tuple(level.mask.shape)}, but must be "
                     f"{expected}: one grid per image (pipelines.editing.repeat_known repeats them)."
                 )
-            if level is not None and not (int(level.codes.min()) >= 0 and int(level.codes.max()) < prior.config.codebook_sizes[-1]):
+            if level is not None and not (
+                int(level.codes.min()) >= 0
+                and int(level.codes.max()) < prior.config.codebook_sizes[-1]
+            ):
                 raise UserError(
                     f"known codes of level {prior.config.level} must be from 0 to {prior.config.codebook_sizes[-1] - 1}: check where they come from."
                 )
@@ -278,11 +358,19 @@ class VQVAE2Pipeline:
         Raises:
             UserError: another number of values than levels, or a value out of its range.
         """
-        columns = [[(name, value) for value in self._per_level(name, values)] for name, values in settings.items()]
-        return [SamplingConfig(**{name: value for name, value in row if value is not None}) for row in zip(*columns, strict=True)]
+        columns = [
+            [(name, value) for value in self._per_level(name, values)]
+            for name, values in settings.items()
+        ]
+        return [
+            SamplingConfig(**{name: value for name, value in row if value is not None})
+            for row in zip(*columns, strict=True)
+        ]
 
     def _per_level(self, name: str, value: T | Sequence[T] | None) -> list[T | None]:
         values: list[T | None] = list(value) or [None] if isinstance(value, Sequence) else [value]
         if len(values) not in (1, len(self.priors)):
-            raise UserError(f"{name} has {len(values)} values, but there are {len(self.priors)} levels: give one value, or one per level.")
+            raise UserError(
+                f"{name} has {len(values)} values, but there are {len(self.priors)} levels: give one value, or one per level."
+            )
         return values if len(values) > 1 else values * len(self.priors)

@@ -3,12 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerConfig, TransformerPriorConfig
+from prior.config import (
+    PixelSNAILConfig,
+    PixelSNAILPriorConfig,
+    PriorConfig,
+    TrainPriorConfig,
+    TransformerConfig,
+    TransformerPriorConfig,
+)
 
 if TYPE_CHECKING:
     from prior.base import Prior as Prior
-    from prior.codes import CodeDataset as CodeDataset
-    from prior.codes import Manifest as Manifest
+    from prior.manifest import CodeDataset as CodeDataset
+    from prior.manifest import Manifest as Manifest
     from prior.pixelsnail import PixelSNAIL as PixelSNAIL
     from prior.registry import load_prior as load_prior
     from prior.registry import make_prior as make_prior
@@ -18,8 +25,8 @@ if TYPE_CHECKING:
 
 _LAZY = {  # torch is loaded when one of these is first used, not when the command line parses its arguments
     "Prior": "prior.base",
-    "CodeDataset": "prior.codes",
-    "Manifest": "prior.codes",
+    "CodeDataset": "prior.manifest",
+    "Manifest": "prior.manifest",
     "PixelSNAIL": "prior.pixelsnail",
     "load_prior": "prior.registry",
     "make_prior": "prior.registry",

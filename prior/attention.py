@@ -33,7 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int = 0) ->
     if causal and 0 < window < q.shape[-2] - 1:
         return attend_in_window(q, k, v, window)
     if q.device.type == "cpu" and k.shape[-2] <= SHORT:
-        return attend_written_out(q, k, v, _future(q.shape[-2], q.dtype, q.device) if causal else None)
+        return attend_written_out(
+            q, k, v, _future(q.shape[-2], q.dtype, q.device) if causal else None
+        )
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
@@ -57,7 +59,10 @@ def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     queries = rearrange(q, "b n (block t) d -> block b n t d", t=window)
     starts = range(0, length + missing, window)
     masks = [_window(window, block == 0, q.dtype, q.device) for block in range(len(starts))]
-    blocks = [_attend_masked(x, k[:, :, i : i + 2 * window], v[:, :, i : i + 2 * window], mask) for x, i, mask in zip(queries, starts, masks, strict=True)]
+    blocks = [
+        _attend_masked(x, k[:, :, i : i + 2 * window], v[:, :, i : i + 2 * window], mask)
+        for x, i, mask in zip(queries, starts, masks, strict=True)
+    ]
     return torch.cat(blocks, dim=2)[:, :, :length]
 
 
@@ -79,7 +84,9 @@ def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) 
     seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).triu().tril(window)
     if first:
         seen[:, :window] = False
-    return torch.zeros(window, 2 * window, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
+    return torch.zeros(window, 2 * window, dtype=dtype, device=device).masked_fill(
+        ~seen, -torch.inf
+    )
 
 
 class KVCache:
@@ -89,7 +96,16 @@ class KVCache:
         window: how many positions before its own a query sees; 0 for all.
     """
 
-    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor, *, window: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        num_heads: int,
+        length: int,
+        head_dim: int,
+        like: Tensor,
+        *,
+        window: int = 0,
+    ) -> None:
         self.keys = like.new_zeros(batch_size, num_heads, length, head_dim)
         self.values = torch.zeros_like(self.keys)
         self.window = window
@@ -104,8 +120,15 @@ class KVCache:
             self.values.index_copy_(2, position, v.to(self.values.dtype))
             slots = torch.arange(self.keys.shape[2], device=position.device)
             seen = (slots <= position) & (slots >= position - (self.window or len(slots)))
-            return F.scaled_dot_product_attention(q, self.keys.to(q.dtype), self.values.to(q.dtype), attn_mask=seen[None, None, None])
+            return F.scaled_dot_product_attention(
+                q, self.keys.to(q.dtype), self.values.to(q.dtype), attn_mask=seen[None, None, None]
+            )
         self.keys[:, :, position : position + 1] = k
         self.values[:, :, position : position + 1] = v
         first = max(0, position - self.window) if self.window else 0
-        return attend(q, self.keys[:, :, first : position + 1], self.values[:, :, first : position + 1], causal=False)
+        return attend(
+            q,
+            self.keys[:, :, first : position + 1],
+            self.values[:, :, first : position + 1],
+            causal=False,
+        )

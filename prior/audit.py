@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from prior.attention import KVCache, attend, attend_written_out
 from prior.base import Prior
-from prior.codes import CodeDataset
+from prior.manifest import CodeDataset
 from prior.sampling import SamplingConfig, probabilities, uniforms
 from vqvae2.common.errors import UserError
 
@@ -57,9 +57,14 @@ def random_rows(prior: Prior, number: int) -> Rows:
     generator = torch.Generator().manual_seed(0)
     config = prior.config
     *condition, codes = [
-        torch.randint(size, (number, *grid), generator=generator).to(prior.device) for size, grid in zip(config.codebook_sizes, config.grids, strict=True)
+        torch.randint(size, (number, *grid), generator=generator).to(prior.device)
+        for size, grid in zip(config.codebook_sizes, config.grids, strict=True)
     ]
-    labels = torch.randint(config.num_classes, (number,), generator=generator).to(prior.device) if config.num_classes else None
+    labels = (
+        torch.randint(config.num_classes, (number,), generator=generator).to(prior.device)
+        if config.num_classes
+        else None
+    )
     return Rows(codes, condition, labels)
 
 
@@ -67,7 +72,9 @@ def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
     """Real codes for a prior, from rows spread over a code dataset."""
     batch = codes.__getitems__(spread(len(codes), number))
     *condition, own = [level.to(prior.device) for level in batch["codes"][: prior.config.level + 1]]
-    return Rows(own, condition, batch["labels"].to(prior.device) if prior.config.num_classes else None)
+    return Rows(
+        own, condition, batch["labels"].to(prior.device) if prior.config.num_classes else None
+    )
 
 
 @torch.no_grad()
@@ -93,7 +100,9 @@ def fresh_prior(prior: Prior, grids: tuple[tuple[int, ...], ...] | None = None) 
     window = getattr(config.network, "attention_rows", 0)
     if window:  # a share of the grid, else it would be no window of a smaller one
         window = max(1, window * config.grids[-1][0] // prior.config.grids[-1][0])
-        config = dataclasses.replace(config, network=dataclasses.replace(config.network, attention_rows=window))
+        config = dataclasses.replace(
+            config, network=dataclasses.replace(config.network, attention_rows=window)
+        )
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
         return type(prior)(config).eval()
@@ -102,7 +111,9 @@ def fresh_prior(prior: Prior, grids: tuple[tuple[int, ...], ...] | None = None) 
 def affordable_grids(prior: Prior) -> tuple[tuple[int, ...], ...]:
     """The grids of all levels, halved until a forward of three rows is affordable (as long as all sides can be halved)."""
     grids, size = prior.config.grids, sum(p.numel() for p in prior.parameters())
-    while 3 * size * math.prod(grids[-1]) > WORK and all(side % 2 == 0 and side >= 4 for grid in grids for side in grid):
+    while 3 * size * math.prod(grids[-1]) > WORK and all(
+        side % 2 == 0 and side >= 4 for grid in grids for side in grid
+    ):
         grids = tuple(tuple(side // 2 for side in grid) for grid in grids)
     return grids
 
@@ -111,12 +122,27 @@ def affordable_rows(prior: Prior) -> int:
     """How many rows one forward may have, so that all checks together take seconds (or, for a large prior, less than a few training steps)."""
     config = prior.config
     work = sum(p.numel() for p in prior.parameters()) * config.num_positions
-    return int(max(3, min(MOST_ROWS, WORK // work, MOST_LOGITS // (config.num_positions * config.codebook_sizes[-1]))))
+    return int(
+        max(
+            3,
+            min(
+                MOST_ROWS,
+                WORK // work,
+                MOST_LOGITS // (config.num_positions * config.codebook_sizes[-1]),
+            ),
+        )
+    )
 
 
 def affordable_steps(prior: Prior) -> int:
     """How many positions are visited one after the other."""
-    return int(min(prior.config.num_positions, MOST_STEPS, max(8, STEP_WORK // sum(p.numel() for p in prior.parameters()))))
+    return int(
+        min(
+            prior.config.num_positions,
+            MOST_STEPS,
+            max(8, STEP_WORK // sum(p.numel() for p in prior.parameters())),
+        )
+    )
 
 
 def spread(length: int, number: int) -> list[int]:
@@ -159,7 +185,9 @@ def stop_if_unsound(prior: Prior, device: torch.device) -> None:
     """
     for finding in audit(prior, device):
         if not finding.passed:
-            raise UserError(f"{type(prior).__name__} of level {prior.config.level} fails the check {finding.name!r}: {finding.message}")
+            raise UserError(
+                f"{type(prior).__name__} of level {prior.config.level} fails the check {finding.name!r}: {finding.message}"
+            )
 
 
 def check_weights(prior: Prior) -> Finding:
@@ -168,7 +196,11 @@ def check_weights(prior: Prior) -> Finding:
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         what = f"{len(broken)} of {len(state)} weights hold values that are no numbers, the first is {broken[0]}"
-        return Finding("weights", False, f"{what}: the training diverged or the file is damaged. Train anew at a lower learning rate, or restore it.")
+        return Finding(
+            "weights",
+            False,
+            f"{what}: the training diverged or the file is damaged. Train anew at a lower learning rate, or restore it.",
+        )
     return Finding("weights", True, f"all {len(state)} are finite.")
 
 
@@ -179,21 +211,39 @@ def check_forward(prior: Prior) -> Finding:
     state = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
     first, second = prior(*rows), prior(*rows)
     prior.step(prior.start(2, rows.condition, rows.labels), 0, None)
-    changed = [name for name, tensor in prior.state_dict().items() if not torch.equal(state[name], tensor)]
+    changed = [
+        name for name, tensor in prior.state_dict().items() if not torch.equal(state[name], tensor)
+    ]
     expected = (2, prior.config.codebook_sizes[-1], *prior.config.grids[-1])
     if tuple(first.shape) != expected:
-        return Finding("forward", False, f"the logits have the shape {tuple(first.shape)}, but {expected} is due: correct what forward returns.")
+        return Finding(
+            "forward",
+            False,
+            f"the logits have the shape {tuple(first.shape)}, but {expected} is due: correct what forward returns.",
+        )
     if not first.isfinite().all():
-        return Finding("forward", False, "some logits are not finite: the network is numerically unstable; look for divisions, logarithms and large powers.")
+        return Finding(
+            "forward",
+            False,
+            "some logits are not finite: the network is numerically unstable; look for divisions, logarithms and large powers.",
+        )
     if changed:
         return Finding(
-            "forward", False, f"{changed[0]} is another after a forward pass: using the prior changes it; compute masked weights without storing them."
+            "forward",
+            False,
+            f"{changed[0]} is another after a forward pass: using the prior changes it; compute masked weights without storing them.",
         )
     if not torch.equal(first, second):
         return Finding(
-            "forward", False, "the same input gives other logits the second time: something is random in evaluation mode; make it depend on training."
+            "forward",
+            False,
+            "the same input gives other logits the second time: something is random in evaluation mode; make it depend on training.",
         )
-    return Finding("forward", True, f"logits of shape {_grid(expected)}, finite, the same twice; no weight changes by being used.")
+    return Finding(
+        "forward",
+        True,
+        f"logits of shape {_grid(expected)}, finite, the same twice; no weight changes by being used.",
+    )
 
 
 @torch.no_grad()
@@ -207,7 +257,9 @@ def check_causality(prior: Prior) -> Finding:
     width, length = config.grids[-1][1], config.num_positions
     positions = torch.tensor(spread(length, affordable_rows(prior)), device=prior.device)
     rows = random_rows(prior, len(positions))
-    moved = prior(*rows).flatten(2) != prior(_flip(rows.codes, positions, config.codebook_sizes[-1]), rows.condition, rows.labels).flatten(2)
+    moved = prior(*rows).flatten(2) != prior(
+        _flip(rows.codes, positions, config.codebook_sizes[-1]), rows.condition, rows.labels
+    ).flatten(2)
     moved = moved.any(dim=1)  # (B, T): which logits each row's change reached
     leaks = moved & (torch.arange(length, device=prior.device) <= positions[:, None])
     if leaks.any():
@@ -226,7 +278,11 @@ def check_causality(prior: Prior) -> Finding:
     if deaf.any():
         row = int(deaf.nonzero()[0])
         what = f"changing the code at {_place(positions[row], width)} does not change the logits at {_place(following[row], width)}"
-        return Finding("causality", False, f"{what}: the prior ignores a part of the past. The input is shifted too far, or a mask hides too much.")
+        return Finding(
+            "causality",
+            False,
+            f"{what}: the prior ignores a part of the past. The input is shifted too far, or a mask hides too much.",
+        )
     said = f"changed {len(positions)} of {length} codes, one at a time: no logit at or before it moved by a bit, and those of the next position did."
     return Finding("causality", True, said)
 
@@ -245,7 +301,9 @@ def check_cached_equals_plain(prior: Prior, rows: Rows | None = None) -> Finding
     flat = rows.codes.flatten(1)
     plain = prior(*rows).flatten(2)
     state = prior.start(number, rows.condition, rows.labels)
-    cached = torch.stack([prior.step(state, t, flat[:, t - 1] if t else None) for t in range(steps)], dim=2)
+    cached = torch.stack(
+        [prior.step(state, t, flat[:, t - 1] if t else None) for t in range(steps)], dim=2
+    )
     scale = plain.abs().max().item()
     errors = (cached - plain[..., :steps]).abs().amax(dim=(0, 1))
     different = ~(errors <= 1e-4 * scale)
@@ -259,7 +317,11 @@ def check_cached_equals_plain(prior: Prior, rows: Rows | None = None) -> Finding
         return Finding("cache", True, f"{said}.")
     wrongly = _first_wrong_draw(prior, rows)
     if wrongly is not None:
-        return Finding("cache", False, f"at {_place(wrongly, width)} sample draws another code than the forward pass's logits say. {what_to_do}")
+        return Finding(
+            "cache",
+            False,
+            f"at {_place(wrongly, width)} sample draws another code than the forward pass's logits say. {what_to_do}",
+        )
     return Finding("cache", True, f"{said}, and cached sampling draws the plain loop's codes.")
 
 
@@ -271,14 +333,20 @@ def check_condition_matters(prior: Prior) -> Finding | None:
         return None
     number = affordable_rows(prior)
     total = checked = 0
-    for level, (size, grid) in enumerate(zip(config.codebook_sizes[:-1], config.grids[:-1], strict=True)):
+    for level, (size, grid) in enumerate(
+        zip(config.codebook_sizes[:-1], config.grids[:-1], strict=True)
+    ):
         everywhere = random_rows(prior, 2)
         before = prior(*everywhere)
         everywhere.condition[level] = (everywhere.condition[level] + 1) % size
         unmoved = ~(prior(*everywhere) != before).any(dim=1).all(dim=0).flatten()
         if unmoved.any():
             what = f"other codes on the whole level {level} leave the logits at {_place(int(unmoved.nonzero()[0]), config.grids[-1][1])} as they are"
-            return Finding("condition", False, f"{what}: the prior cannot fit its codes to the coarser ones there. Feed the condition to every position.")
+            return Finding(
+                "condition",
+                False,
+                f"{what}: the prior cannot fit its codes to the coarser ones there. Feed the condition to every position.",
+            )
 
         length = grid[0] * grid[1]
         positions = torch.tensor(spread(length, number), device=prior.device)
@@ -288,29 +356,50 @@ def check_condition_matters(prior: Prior) -> Finding | None:
         unheard = ~(prior(*rows) != before).flatten(1).any(dim=1)
         if unheard.any():
             what = f"changing the code of level {level} at {_place(positions[unheard.nonzero()[0]], grid[1])} changes no logit"
-            return Finding("condition", False, f"{what}: a part of the condition is dropped. Look at how the coarser grid is laid over the finer one.")
+            return Finding(
+                "condition",
+                False,
+                f"{what}: a part of the condition is dropped. Look at how the coarser grid is laid over the finer one.",
+            )
         total, checked = total + length, checked + len(positions)
-    return Finding("condition", True, f"changed {checked} of {total} coarser codes, one at a time: each changes logits, and every position hears of them.")
+    return Finding(
+        "condition",
+        True,
+        f"changed {checked} of {total} coarser codes, one at a time: each changes logits, and every position hears of them.",
+    )
 
 
 @torch.no_grad()
 def check_labels_matter(prior: Prior) -> Finding | None:
     """Another label changes the logits of every position. Nothing to check without labels, or with a single one."""
     config = prior.config
-    values = config.num_classes + (config.label_dropout > 0)  # the last one stands for a hidden label
+    values = config.num_classes + (
+        config.label_dropout > 0
+    )  # the last one stands for a hidden label
     if not config.num_classes or values < 2:
         return None
     number = min(values, affordable_rows(prior))
     rows = random_rows(prior, number)
     labels = torch.tensor(spread(values, number), device=prior.device)
-    deaf = ~(prior(rows.codes, rows.condition, labels) != prior(rows.codes, rows.condition, (labels + 1) % values)).any(dim=1).flatten(1)
+    deaf = ~(
+        prior(rows.codes, rows.condition, labels)
+        != prior(rows.codes, rows.condition, (labels + 1) % values)
+    ).any(dim=1).flatten(1)
     if deaf.any():
         row, position = deaf.nonzero()[0].tolist()
         other = (int(labels[row]) + 1) % values
         what = f"the label {other} in place of {int(labels[row])} leaves the logits at {_place(position, config.grids[-1][1])} as they are"
-        return Finding("labels", False, f"{what}: the prior cannot tell the classes apart there. Feed the label to every position.")
+        return Finding(
+            "labels",
+            False,
+            f"{what}: the prior cannot tell the classes apart there. Feed the label to every position.",
+        )
     hidden = " (a hidden one is among them)" if config.label_dropout else ""
-    return Finding("labels", True, f"changed {number} of {values} labels{hidden}: every position's logits change.")
+    return Finding(
+        "labels",
+        True,
+        f"changed {number} of {values} labels{hidden}: every position's logits change.",
+    )
 
 
 def check_gradients(prior: Prior) -> Finding | None:
@@ -318,15 +407,37 @@ def check_gradients(prior: Prior) -> Finding | None:
     if min(prior.config.grids[-1]) < 2:
         return None
     rows = random_rows(prior, 2)
-    names, weights = zip(*((name, p) for name, p in prior.named_parameters() if p.requires_grad), strict=True)
-    gradients = torch.autograd.grad(F.cross_entropy(prior(*rows).float(), rows.codes), weights, allow_unused=True)
-    without = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None or not gradient.any()]
-    broken = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None and not gradient.isfinite().all()]
+    names, weights = zip(
+        *((name, p) for name, p in prior.named_parameters() if p.requires_grad), strict=True
+    )
+    gradients = torch.autograd.grad(
+        F.cross_entropy(prior(*rows).float(), rows.codes), weights, allow_unused=True
+    )
+    without = [
+        name
+        for name, gradient in zip(names, gradients, strict=True)
+        if gradient is None or not gradient.any()
+    ]
+    broken = [
+        name
+        for name, gradient in zip(names, gradients, strict=True)
+        if gradient is not None and not gradient.isfinite().all()
+    ]
     if without:
-        what = f"{len(without)} of {len(names)} weights receive no gradient, the first is {without[0]}"
-        return Finding("gradients", False, f"{what}: they would stay as they began. Use them in forward, or take them out of the network.")
+        what = (
+            f"{len(without)} of {len(names)} weights receive no gradient, the first is {without[0]}"
+        )
+        return Finding(
+            "gradients",
+            False,
+            f"{what}: they would stay as they began. Use them in forward, or take them out of the network.",
+        )
     if broken:
-        return Finding("gradients", False, f"the gradient of {broken[0]} is not finite: the first step would destroy the weights. Look for a division by zero.")
+        return Finding(
+            "gradients",
+            False,
+            f"the gradient of {broken[0]} is not finite: the first step would destroy the weights. Look for a division by zero.",
+        )
     return Finding("gradients", True, f"all {len(names)} weights receive one.")
 
 
@@ -338,12 +449,23 @@ def check_start_loss(prior: Prior) -> Finding:
     """
     fresh = fresh_prior(prior).to(prior.device)
     rows = random_rows(prior, min(8, affordable_rows(prior)))
-    loss, uniform = F.cross_entropy(fresh(*rows).float(), rows.codes).item(), math.log(prior.config.codebook_sizes[-1])
+    loss, uniform = (
+        F.cross_entropy(fresh(*rows).float(), rows.codes).item(),
+        math.log(prior.config.codebook_sizes[-1]),
+    )
     said = f"with fresh weights the loss on random codes is {loss:.3f} nats, ln K = {uniform:.3f}"
     if not loss >= uniform - 0.1:
-        return Finding("start", False, f"{said}: random codes cannot be foretold, so the prior sees them. Look at its masks and shifts.")
+        return Finding(
+            "start",
+            False,
+            f"{said}: random codes cannot be foretold, so the prior sees them. Look at its masks and shifts.",
+        )
     if not loss <= uniform + 1:
-        return Finding("start", False, f"{said}: it starts far from uniform. Initialise the output layer with smaller weights.")
+        return Finding(
+            "start",
+            False,
+            f"{said}: it starts far from uniform. Initialise the output layer with smaller weights.",
+        )
     return Finding("start", True, f"{said}.")
 
 
@@ -364,12 +486,23 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> Finding
     positions = sorted({*spread(length, 9), *edges, max(0, length - 2)})
     flipped = [min(reach + 1, length // 2), max(0, length - 2)]
     work = 2 * len(flipped) * length * min(length, 2 * reach) * facts.head_dim
-    shape = (len(flipped), int(max(1, min(facts.num_heads, ATTENTION_WORK // work))), length, facts.head_dim)
-    q, k, v = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(device or prior.device)
+    shape = (
+        len(flipped),
+        int(max(1, min(facts.num_heads, ATTENTION_WORK // work))),
+        length,
+        facts.head_dim,
+    )
+    q, k, v = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(
+        device or prior.device
+    )
 
     def fault(position: int, what: str) -> Finding:
         where = f"{_place(position, prior.config.grids[-1][1])} of {length} (window {facts.window or 'none'})"
-        return Finding("attention", False, f"{what} at {where}: look at the masks, windows and blocks of attend and KVCache at this length.")
+        return Finding(
+            "attention",
+            False,
+            f"{what} at {where}: look at the masks, windows and blocks of attend and KVCache at this length.",
+        )
 
     attended = attend(q, k, v, causal=True, window=facts.window)
     cache = KVCache(*shape, q, window=facts.window)
@@ -377,11 +510,17 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> Finding
     cache.values.copy_(v)
     for t in positions:
         own, seen = slice(t, t + 1), slice(max(0, t - reach), t + 1)
-        expected = attend_written_out(q[:, :, own].double(), k[:, :, seen].double(), v[:, :, seen].double(), mask=None)
+        expected = attend_written_out(
+            q[:, :, own].double(), k[:, :, seen].double(), v[:, :, seen].double(), mask=None
+        )
         ways = {
             "attention": attended[:, :, own],
-            "attention through the cache": cache.attend(t, q[:, :, own], k[:, :, own], v[:, :, own]),
-            "attention in fixed shapes": cache.attend(torch.tensor([t], device=q.device), q[:, :, own], k[:, :, own], v[:, :, own]),
+            "attention through the cache": cache.attend(
+                t, q[:, :, own], k[:, :, own], v[:, :, own]
+            ),
+            "attention in fixed shapes": cache.attend(
+                torch.tensor([t], device=q.device), q[:, :, own], k[:, :, own], v[:, :, own]
+            ),
         }
         for name, found in ways.items():
             error = (found - expected).abs().max().item()
@@ -397,7 +536,11 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> Finding
         if moved[row, :, t].any():
             return fault(t, "attention changes with keys that it must not see")
     said = f"at {len(positions)} of {length} positions it is what the definition says, and hidden keys do not move a bit"
-    return Finding("attention", True, f"{said} (features per head {facts.head_dim}, heads tried {shape[1]}, window {facts.window or 'none'}).")
+    return Finding(
+        "attention",
+        True,
+        f"{said} (features per head {facts.head_dim}, heads tried {shape[1]}, window {facts.window or 'none'}).",
+    )
 
 
 # The checks of what a prior has learned: they need its own weights and real codes.
@@ -409,16 +552,27 @@ def check_condition_helps(prior: Prior, rows: Rows) -> Finding | None:
     number = len(rows.codes)
     if not prior.config.level or number < 2:
         return None
-    condition = [codes.roll(number // 2, dims=0) for codes in rows.condition]  # half of the rows away: neighbours are often of the same class
-    if all(torch.equal(mine, others) for mine, others in zip(rows.condition, condition, strict=True)):
+    condition = [
+        codes.roll(number // 2, dims=0) for codes in rows.condition
+    ]  # half of the rows away: neighbours are often of the same class
+    if all(
+        torch.equal(mine, others) for mine, others in zip(rows.condition, condition, strict=True)
+    ):
         said = f"the coarser codes of all {number} rows are the same, so there is nothing in them to use: see vqvae2 inspect for what each level carries"
         return Finding("condition helps", True, f"{said}.")
-    own, other = nats_per_code(prior, rows), nats_per_code(prior, rows._replace(condition=condition))
+    own, other = (
+        nats_per_code(prior, rows),
+        nats_per_code(prior, rows._replace(condition=condition)),
+    )
     said = f"a code costs {own:.3f} nats given the coarser codes of its own image, and {other:.3f} given those of another one"
     if own < other:
         return Finding("condition helps", True, f"{said} ({number} rows).")
     what_to_do = "Train it longer; if that does not help, the rows of the levels do not belong together: extract the codes again."
-    return Finding("condition helps", False, f"{said} ({number} rows): the prior has not learned to use its condition. {what_to_do}")
+    return Finding(
+        "condition helps",
+        False,
+        f"{said} ({number} rows): the prior has not learned to use its condition. {what_to_do}",
+    )
 
 
 @torch.no_grad()
@@ -428,10 +582,16 @@ def check_beats_frequencies(prior: Prior, rows: Rows, train: CodeDataset) -> Fin
     counts = torch.from_numpy(train.counts(level)).double() + 1
     bits = nats_per_code(prior, rows) / math.log(2)
     unigram = -(counts / counts.sum()).log2()[rows.codes.cpu()].mean().item()
-    said = f"a code costs {bits:.3f} bits, by frequency alone {unigram:.3f} ({len(rows.codes)} rows)"
+    said = (
+        f"a code costs {bits:.3f} bits, by frequency alone {unigram:.3f} ({len(rows.codes)} rows)"
+    )
     if bits < unigram:
         return Finding("likelihood", True, f"{said}.")
-    return Finding("likelihood", False, f"{said}: the prior has learned less than to count. Train it longer, or give the codes that it was trained on.")
+    return Finding(
+        "likelihood",
+        False,
+        f"{said}: the prior has learned less than to count. Train it longer, or give the codes that it was trained on.",
+    )
 
 
 def nats_per_code(prior: Prior, rows: Rows) -> float:
@@ -440,7 +600,11 @@ def nats_per_code(prior: Prior, rows: Rows) -> float:
     for part in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
         labels = rows.labels[part] if rows.labels is not None else None
         logits = prior(rows.codes[part], [codes[part] for codes in rows.condition], labels)
-        total += F.cross_entropy(logits.float(), rows.codes[part], reduction="none").sum(dtype=torch.float64).item()
+        total += (
+            F.cross_entropy(logits.float(), rows.codes[part], reduction="none")
+            .sum(dtype=torch.float64)
+            .item()
+        )
     return total / rows.codes.numel()
 
 

@@ -32,7 +32,9 @@ class Prior(Artifact, nn.Module, ABC):
     config: PriorConfig
 
     @abstractmethod
-    def forward(self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
+    ) -> Tensor:
         """Logits of every code. Those of a position depend only on the positions before it, in raster order.
 
         Args:
@@ -45,11 +47,18 @@ class Prior(Artifact, nn.Module, ABC):
         """
 
     @abstractmethod
-    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> Any:
+    def start(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
         """What sampling needs to keep between positions: caches, packed weights, and all that follows from condition and labels.
 
         Args:
-            dtype: of the products of packed weights, see `prior.packed`.
+            dtype: of the products of packed weights, see `prior.packed_linear`.
         """
 
     @abstractmethod
@@ -60,7 +69,13 @@ class Prior(Artifact, nn.Module, ABC):
         """The attention over the level's own positions, for the audit to try it at its real length; None for a family that has none."""
         return None
 
-    def make_stepper(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype) -> Stepper:
+    def make_stepper(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Stepper:
         """A function of a position and the codes before it `(B,)` (None at the first) to logits `(B, K)`: `step` on a fresh `start`.
 
         A family that can do it faster on some device overrides this.
@@ -99,14 +114,20 @@ class Prior(Artifact, nn.Module, ABC):
         step = self.make_stepper(rows, condition, labels, torch.bfloat16 if bf16 else torch.float32)
         drawn: list[Tensor] = []
         for position in range(self.config.num_positions):
-            previous = drawn[-1].clamp(max=self.config.codebook_sizes[-1] - 1) if drawn else None  # beyond it only if logits are no numbers, see below
+            previous = (
+                drawn[-1].clamp(max=self.config.codebook_sizes[-1] - 1) if drawn else None
+            )  # beyond it only if logits are no numbers, see below
             if previous is not None and sampling.guided:
                 previous = torch.cat([previous, previous])
             code = draw(guide(step(position, previous), sampling), numbers[:, position], sampling)
             drawn.append(code if known is None else known.instead_of(code, position))
         codes = rearrange(torch.stack(drawn, dim=1), "b (h w) -> b h w", h=self.config.grids[-1][0])
-        if int(codes.max()) >= self.config.codebook_sizes[-1]:  # what drawing from logits that are no numbers ends in
-            raise UserError(f"the prior of level {self.config.level} gives logits that are not finite: its weights are damaged; see vqvae2 doctor.")
+        if (
+            int(codes.max()) >= self.config.codebook_sizes[-1]
+        ):  # what drawing from logits that are no numbers ends in
+            raise UserError(
+                f"the prior of level {self.config.level} gives logits that are not finite: its weights are damaged; see vqvae2 doctor."
+            )
         return codes
 
     @torch.no_grad()
@@ -129,20 +150,36 @@ class Prior(Artifact, nn.Module, ABC):
         _, given, classes = self._with_unlabelled(batch_size, condition, labels, sampling)
         for position in range(height * width):
             row, column = divmod(position, width)
-            logits = self.forward(torch.cat([codes, codes]) if sampling.guided else codes, given, classes)[:, :, row, column]
+            logits = self.forward(
+                torch.cat([codes, codes]) if sampling.guided else codes, given, classes
+            )[:, :, row, column]
             code = draw(guide(logits, sampling), numbers[:, position], sampling)
             codes[:, row, column] = code if known is None else known.instead_of(code, position)
         return codes
 
     def _with_unlabelled(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, sampling: SamplingConfig
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        sampling: SamplingConfig,
     ) -> tuple[int, Sequence[Tensor], Tensor | None]:
         """For guidance every image twice, the second time without its label."""
         if not sampling.guided or labels is None:
             return batch_size, condition, labels
-        return 2 * batch_size, [torch.cat([codes, codes]) for codes in condition], torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        return (
+            2 * batch_size,
+            [torch.cat([codes, codes]) for codes in condition],
+            torch.cat([labels, torch.full_like(labels, self.config.num_classes)]),
+        )
 
-    def check_inputs(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, sampling: SamplingConfig) -> None:
+    def check_inputs(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        sampling: SamplingConfig,
+    ) -> None:
         """Refuse a condition, labels or guidance that are not what the prior was made for.
 
         Raises:
@@ -151,12 +188,18 @@ class Prior(Artifact, nn.Module, ABC):
         config = self.config
         expected = [(batch_size, *grid) for grid in config.grids[:-1]]
         if [tuple(codes.shape) for codes in condition] != expected:
-            raise UserError(f"the condition has shapes {[tuple(c.shape) for c in condition]}, but the prior of level {config.level} expects {expected}.")
+            raise UserError(
+                f"the condition has shapes {[tuple(c.shape) for c in condition]}, but the prior of level {config.level} expects {expected}."
+            )
         if (labels is None) != (config.num_classes == 0):
-            raise UserError(f"the prior has {config.num_classes} classes: give {'labels' if labels is None else 'no labels'}.")
+            raise UserError(
+                f"the prior has {config.num_classes} classes: give {'labels' if labels is None else 'no labels'}."
+            )
         highest = config.num_classes if config.label_dropout else config.num_classes - 1
         if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) <= highest):
-            raise UserError(f"labels reach from {int(labels.min())} to {int(labels.max())}, but must be from 0 to {highest}.")
+            raise UserError(
+                f"labels reach from {int(labels.min())} to {int(labels.max())}, but must be from 0 to {highest}."
+            )
         if sampling.guided and not (config.num_classes and config.label_dropout):
             raise UserError(
                 f"guidance_scale is {sampling.guidance_scale}, but the prior of level {config.level} was trained "

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prior.packed import PackedLinear
+from prior.packed_linear import PackedLinear
 
 
 class Conv3x3(nn.Conv2d):
@@ -18,7 +18,9 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """A tensor `(B, h, w, C)` is one `(B, C, h, w)` in the channels_last format: no copy is made."""
-        return rearrange(super().forward(rearrange(features, "b h w c -> b c h w")), "b c h w -> b h w c")
+        return rearrange(
+            super().forward(rearrange(features, "b h w c -> b c h w")), "b c h w -> b h w c"
+        )
 
 
 class CausalConv(nn.Module):
@@ -32,11 +34,21 @@ class CausalConv(nn.Module):
             it; all later layers may then look at their own position.
     """
 
-    def __init__(self, in_features: int, out_features: int, kernel_size: int, *, strict: bool = False) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, kernel_size: int, *, strict: bool = False
+    ) -> None:
         super().__init__()
         self.reach = kernel_size // 2
-        self.above = nn.Conv2d(in_features, out_features, (self.reach, kernel_size), padding=self.reach)
-        self.left = nn.Conv2d(in_features, out_features, (1, self.reach if strict else self.reach + 1), padding=(0, self.reach), bias=False)
+        self.above = nn.Conv2d(
+            in_features, out_features, (self.reach, kernel_size), padding=self.reach
+        )
+        self.left = nn.Conv2d(
+            in_features,
+            out_features,
+            (1, self.reach if strict else self.reach + 1),
+            padding=(0, self.reach),
+            bias=False,
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, h, w, C)` to `(B, h, w, C')`."""
@@ -59,15 +71,28 @@ class CausalConvSteps:
         reach, weight = conv.reach, conv.above.weight
         out_features, features, _, kernel = weight.shape
         taps, padded = conv.left.weight.shape[-1], width + 2 * reach
-        self.above = PackedLinear(rearrange(weight, "o i r c -> o (r c i)"), conv.above.bias, batch_size * width, dtype)
-        self.left = PackedLinear(rearrange(conv.left.weight, "o i 1 c -> o (c i)"), None, batch_size, dtype)
-        self.finished = weight.new_zeros(batch_size, reach, padded, features)  # inputs: the last k//2 rows, with their padding
+        self.above = PackedLinear(
+            rearrange(weight, "o i r c -> o (r c i)"), conv.above.bias, batch_size * width, dtype
+        )
+        self.left = PackedLinear(
+            rearrange(conv.left.weight, "o i 1 c -> o (c i)"), None, batch_size, dtype
+        )
+        self.finished = weight.new_zeros(
+            batch_size, reach, padded, features
+        )  # inputs: the last k//2 rows, with their padding
         self.row = weight.new_zeros(batch_size, padded, features)  # inputs: the current row
-        self.known = weight.new_empty(batch_size, width, out_features)  # what the current row's outputs are besides their left taps
+        self.known = weight.new_empty(
+            batch_size, width, out_features
+        )  # what the current row's outputs are besides their left taps
         # Each column's k neighbours lie side by side in memory, so a window is a view with overlapping strides: (B, w, k//2, k*C).
         row_size = padded * features
-        self.windows_above = self.finished.as_strided((batch_size, width, reach, kernel * features), (reach * row_size, features, row_size, 1))
-        self.windows = [self.row[:, column : column + taps].view(batch_size, taps * features) for column in range(width)]
+        self.windows_above = self.finished.as_strided(
+            (batch_size, width, reach, kernel * features), (reach * row_size, features, row_size, 1)
+        )
+        self.windows = [
+            self.row[:, column : column + taps].view(batch_size, taps * features)
+            for column in range(width)
+        ]
         self.inputs = self.row[:, reach : reach + width].unbind(1)
         self.columns = self.known.unbind(1)
 
@@ -77,7 +102,9 @@ class CausalConvSteps:
         Args:
             bias: `(B, w, C')` or `(B, 1, C')`, added to the row's outputs.
         """
-        for older, newer in zip(self.finished.unbind(1), [*self.finished.unbind(1)[1:], self.row], strict=True):
+        for older, newer in zip(
+            self.finished.unbind(1), [*self.finished.unbind(1)[1:], self.row], strict=True
+        ):
             older.copy_(newer)
         known = self.above(self.windows_above.flatten(2))
         self.known.copy_(known if bias is None else known + bias)
@@ -101,8 +128,12 @@ class CausalConvStatic:
     def __init__(self, conv: CausalConv, batch_size: int, width: int, dtype: torch.dtype) -> None:
         above = rearrange(conv.above.weight, "o i r c -> o (r c i)")
         left = rearrange(conv.left.weight, "o i 1 c -> o (c i)")
-        self.taps = PackedLinear(torch.cat([above, left], dim=1), conv.above.bias, batch_size, dtype)
-        self.inputs = above.new_zeros(batch_size, (conv.reach + 1) * (width + 2 * conv.reach), conv.above.in_channels)
+        self.taps = PackedLinear(
+            torch.cat([above, left], dim=1), conv.above.bias, batch_size, dtype
+        )
+        self.inputs = above.new_zeros(
+            batch_size, (conv.reach + 1) * (width + 2 * conv.reach), conv.above.in_channels
+        )
 
     def put(self, features: Tensor, slot: Tensor) -> None:
         """Give the input `(B, C)` whose place is `(1,)`."""
@@ -120,7 +151,17 @@ def tap_slots(grid: tuple[int, ...], kernel_size: int) -> Tensor:
         `(T, k//2 * k + k//2 + 1)`: the rows above, then the positions to the left and, last, the position itself.
     """
     (height, width), reach = grid, kernel_size // 2
-    rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    down = torch.cat([torch.arange(-reach, 0).repeat_interleave(kernel_size), torch.zeros(reach + 1, dtype=torch.int64)])
+    rows, columns = (
+        torch.arange(height).repeat_interleave(width),
+        torch.arange(width).repeat(height),
+    )
+    down = torch.cat(
+        [
+            torch.arange(-reach, 0).repeat_interleave(kernel_size),
+            torch.zeros(reach + 1, dtype=torch.int64),
+        ]
+    )
     across = torch.cat([torch.arange(-reach, reach + 1).repeat(reach), torch.arange(-reach, 1)])
-    return (rows[:, None] + down) % (reach + 1) * (width + 2 * reach) + (columns[:, None] + across + reach)
+    return (rows[:, None] + down) % (reach + 1) * (width + 2 * reach) + (
+        columns[:, None] + across + reach
+    )

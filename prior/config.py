@@ -30,7 +30,12 @@ class TransformerConfig:
         check(fits, "width", self.width, f"divisible by 4 x num_heads = {4 * self.num_heads}")
         check(self.attention_rows >= 0, "attention_rows", self.attention_rows, "0 (all) or more")
         check(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
-        check(self.num_condition_layers >= 0, "num_condition_layers", self.num_condition_layers, "0 or more")
+        check(
+            self.num_condition_layers >= 0,
+            "num_condition_layers",
+            self.num_condition_layers,
+            "0 or more",
+        )
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
@@ -59,13 +64,35 @@ class PixelSNAILConfig:
 
     def __post_init__(self) -> None:
         check(self.width >= 2 and self.width % 2 == 0, "width", self.width, "an even number")
-        check(self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1")
+        check(
+            self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1"
+        )
         check(self.num_blocks >= 1, "num_blocks", self.num_blocks, "at least 1")
-        check(self.num_residual_blocks >= 1, "num_residual_blocks", self.num_residual_blocks, "at least 1")
-        check(self.kernel_size >= 3 and self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "an odd number from 3 on")
+        check(
+            self.num_residual_blocks >= 1,
+            "num_residual_blocks",
+            self.num_residual_blocks,
+            "at least 1",
+        )
+        check(
+            self.kernel_size >= 3 and self.kernel_size % 2 == 1,
+            "kernel_size",
+            self.kernel_size,
+            "an odd number from 3 on",
+        )
         heads = self.num_heads
-        check(heads == 0 or (heads > 0 and self.width // 2 % heads == 0), "num_heads", heads, f"0, or a divisor of half the width = {self.width // 2}")
-        check(self.num_condition_blocks >= 0, "num_condition_blocks", self.num_condition_blocks, "0 or more")
+        check(
+            heads == 0 or (heads > 0 and self.width // 2 % heads == 0),
+            "num_heads",
+            heads,
+            f"0, or a divisor of half the width = {self.width // 2}",
+        )
+        check(
+            self.num_condition_blocks >= 0,
+            "num_condition_blocks",
+            self.num_condition_blocks,
+            "0 or more",
+        )
         check(self.num_output_blocks >= 0, "num_output_blocks", self.num_output_blocks, "0 or more")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
@@ -90,9 +117,19 @@ class PriorConfig:
     """Content hash of the code dataset that it was trained on."""
 
     def __post_init__(self) -> None:
-        check(len(self.grids) == len(self.codebook_sizes) == self.level + 1, "grids", self.grids, f"one (h, w) for each level from 0 to {self.level}")
+        check(
+            len(self.grids) == len(self.codebook_sizes) == self.level + 1,
+            "grids",
+            self.grids,
+            f"one (h, w) for each level from 0 to {self.level}",
+        )
         for coarse, fine in zip(self.grids[:-1], self.grids[1:], strict=True):
-            check(all(f % c == 0 for c, f in zip(coarse, fine, strict=True)), "grids", self.grids, "whole multiples of the next coarser grid")
+            check(
+                all(f % c == 0 for c, f in zip(coarse, fine, strict=True)),
+                "grids",
+                self.grids,
+                "whole multiples of the next coarser grid",
+            )
 
     @property
     def num_classes(self) -> int:
@@ -157,4 +194,6 @@ class TrainPriorConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
-        check(0 <= self.token_corruption < 1, "token_corruption", self.token_corruption, "in [0, 1)")
+        check(
+            0 <= self.token_corruption < 1, "token_corruption", self.token_corruption, "in [0, 1)"
+        )

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from prior.attention import Attention, KVCache, attend
 from prior.causal_conv import CausalConv, CausalConvStatic, CausalConvSteps, Conv3x3, tap_slots
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
-from prior.packed import pack_linears
-from prior.static import StaticPrior, hold_still
+from prior.cuda_graphs import StaticPrior, hold_still
+from prior.packed_linear import pack_linears
 
 Steps = TypeVar("Steps", "GatedBlockSteps", "GatedBlockStatic")
 
@@ -33,14 +33,25 @@ class GatedBlock(nn.Module):
         beside: features of a second input, or 0 for none.
     """
 
-    def __init__(self, width: int, hidden: int, layer: Callable[[int, int], nn.Module], dropout: float, *, context: int = 0, beside: int = 0) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        layer: Callable[[int, int], nn.Module],
+        dropout: float,
+        *,
+        context: int = 0,
+        beside: int = 0,
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.first, self.second = layer(width, hidden), layer(hidden, 2 * width)
         self.from_context = nn.Linear(context, 2 * width, bias=False) if context else None
         self.from_beside = nn.Linear(beside, hidden, bias=False) if beside else None
 
-    def forward(self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None
+    ) -> Tensor:
         """`(..., width)` to the same shape; context and beside have the leading dimensions of x, or 1."""
         hidden = self.first(F.elu(x))
         if self.from_beside is not None and beside is not None:
@@ -63,19 +74,39 @@ class CausalAttention(nn.Module):
         super().__init__()
         width, half, dropout = config.width, config.width // 2, config.dropout
         self.num_heads, self.dropout = config.num_heads, dropout
-        self.read_keys, self.to_keys_values = GatedBlock(2 * width + 2, width, nn.Linear, dropout), nn.Linear(2 * width + 2, 2 * half)
-        self.read_queries, self.to_queries = GatedBlock(width + 2, width, nn.Linear, dropout), nn.Linear(width + 2, half)
+        self.read_keys, self.to_keys_values = (
+            GatedBlock(2 * width + 2, width, nn.Linear, dropout),
+            nn.Linear(2 * width + 2, 2 * half),
+        )
+        self.read_queries, self.to_queries = (
+            GatedBlock(width + 2, width, nn.Linear, dropout),
+            nn.Linear(width + 2, half),
+        )
         self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
 
-    def forward(self, x: Tensor, before: Tensor, places: Tensor, cache: KVCache | None = None, position: int | Tensor = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        before: Tensor,
+        places: Tensor,
+        cache: KVCache | None = None,
+        position: int | Tensor = 0,
+    ) -> Tensor:
         """`(B, T, W)` to the same, given the embeddings `(B, T, W)` of the codes just before and places `(B, T, 2)`.
 
         With a cache, T = 1 and all are at `position`, which may be a tensor (see `KVCache.attend`).
         """
         placed = torch.cat([x, places], dim=-1)
         q = self._heads(self.to_queries(self.read_queries(placed)))
-        k, v = (self._heads(part) for part in self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1))).chunk(2, dim=-1))
-        attended = attend(q, k, v, causal=True) if cache is None else cache.attend(position, q, k, v)
+        k, v = (
+            self._heads(part)
+            for part in self.to_keys_values(
+                self.read_keys(torch.cat([before, placed], dim=-1))
+            ).chunk(2, dim=-1)
+        )
+        attended = (
+            attend(q, k, v, causal=True) if cache is None else cache.attend(position, q, k, v)
+        )
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
 
@@ -94,24 +125,34 @@ class ConditionNetwork(nn.Module):
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
         network = config.network
-        self.embeddings = nn.ModuleList(nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1])
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1]
+        )
         self.stacks = nn.ModuleList(
             nn.Sequential(
-                *(GatedBlock(network.width, network.residual_channels, Conv3x3, network.dropout) for _ in range(network.num_condition_blocks)),
+                *(
+                    GatedBlock(network.width, network.residual_channels, Conv3x3, network.dropout)
+                    for _ in range(network.num_condition_blocks)
+                ),
             )
             for _ in self.embeddings
         )
         self.offsets = nn.ParameterList(  # of a finer position within the coarser one
-            torch.zeros(fine[0] // coarse[0], fine[1] // coarse[1], network.width) for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True)
+            torch.zeros(fine[0] // coarse[0], fine[1] // coarse[1], network.width)
+            for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True)
         )
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
         """Coarser codes `(B, h', w')` each, and a context `(B, 1, 1, W)` that every position gets, to `(B, h, w, W)`."""
         x = context
-        for codes, embedding, stack, offsets in zip(condition, self.embeddings, self.stacks, self.offsets, strict=True):
+        for codes, embedding, stack, offsets in zip(
+            condition, self.embeddings, self.stacks, self.offsets, strict=True
+        ):
             x = stack(x + embedding(codes))
             up, across, _ = offsets.shape
-            x = repeat(x, "b h w c -> b (h up) (w across) c", up=up, across=across) + offsets.repeat(*codes.shape[1:], 1)
+            x = repeat(
+                x, "b h w c -> b (h up) (w across) c", up=up, across=across
+            ) + offsets.repeat(*codes.shape[1:], 1)
         return x
 
 
@@ -122,7 +163,10 @@ class Block(nn.Module):
         super().__init__()
         conv = partial(CausalConv, kernel_size=config.kernel_size)
         self.residuals = nn.ModuleList(
-            GatedBlock(config.width, config.residual_channels, conv, config.dropout, context=context) for _ in range(config.num_residual_blocks)
+            GatedBlock(
+                config.width, config.residual_channels, conv, config.dropout, context=context
+            )
+            for _ in range(config.num_residual_blocks)
         )
         self.attention = CausalAttention(config) if config.num_heads else None
 
@@ -139,8 +183,15 @@ class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
     def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.from_context = pack_linears(block.from_context, batch_size * width, dtype) if block.from_context is not None else None
-        self.first, self.second = (CausalConvSteps(cast(CausalConv, layer), batch_size, width, dtype) for layer in (block.first, block.second))
+        self.from_context = (
+            pack_linears(block.from_context, batch_size * width, dtype)
+            if block.from_context is not None
+            else None
+        )
+        self.first, self.second = (
+            CausalConvSteps(cast(CausalConv, layer), batch_size, width, dtype)
+            for layer in (block.first, block.second)
+        )
 
     def start_row(self, context: Tensor | None) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
@@ -174,8 +225,15 @@ class GatedBlockStatic:
     """A causal `GatedBlock` at one position, in fixed shapes."""
 
     def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.from_context = pack_linears(block.from_context, batch_size, dtype) if block.from_context is not None else None
-        self.first, self.second = (CausalConvStatic(cast(CausalConv, layer), batch_size, width, dtype) for layer in (block.first, block.second))
+        self.from_context = (
+            pack_linears(block.from_context, batch_size, dtype)
+            if block.from_context is not None
+            else None
+        )
+        self.first, self.second = (
+            CausalConvStatic(cast(CausalConv, layer), batch_size, width, dtype)
+            for layer in (block.first, block.second)
+        )
 
     def step(self, x: Tensor, slots: Tensor, context: Tensor | None) -> Tensor:
         """`(B, W)` to the same; the places of the position's window are `tap_slots`', the context is `(B, W)`."""
@@ -207,7 +265,12 @@ class StaticState:
     @property
     def rings(self) -> list[Tensor]:
         """The inputs that the convolutions keep."""
-        convs = [conv for residuals, _, _ in self.blocks for residual in residuals for conv in (residual.first, residual.second)]
+        convs = [
+            conv
+            for residuals, _, _ in self.blocks
+            for residual in residuals
+            for conv in (residual.first, residual.second)
+        ]
         return [conv.inputs for conv in (self.stem, *convs)]
 
 
@@ -234,41 +297,72 @@ class PixelSNAIL(StaticPrior):
         self.condition = ConditionNetwork(config) if config.level else None
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
         has_context = bool(config.num_classes or config.level)
-        self.blocks = nn.ModuleList(Block(network, context=width * has_context) for _ in range(network.num_blocks))
+        self.blocks = nn.ModuleList(
+            Block(network, context=width * has_context) for _ in range(network.num_blocks)
+        )
         self.output = nn.Sequential(
-            *(GatedBlock(width, network.residual_channels, nn.Linear, network.dropout) for _ in range(network.num_output_blocks)),
+            *(
+                GatedBlock(width, network.residual_channels, nn.Linear, network.dropout)
+                for _ in range(network.num_output_blocks)
+            ),
             nn.ELU(),
             nn.Linear(width, self.codebook_size),
         )
         rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
-        self.register_buffer("places", rearrange(torch.stack(torch.meshgrid(rows, columns, indexing="ij")), "c h w -> 1 (h w) c"), persistent=False)
+        self.register_buffer(
+            "places",
+            rearrange(
+                torch.stack(torch.meshgrid(rows, columns, indexing="ij")), "c h w -> 1 (h w) c"
+            ),
+            persistent=False,
+        )
         _initialise(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions
 
-    def forward(self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
+    ) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         context = self.context(len(codes), condition, labels)
         places = self.places.expand(len(codes), -1, -1)
         embedded = self.embedding(codes)
-        before = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0))  # position t reads the code at t - 1
+        before = F.pad(
+            embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)
+        )  # position t reads the code at t - 1
         x = self.stem(embedded)
         for block in self.blocks:
             x = block(x, before, places, context)
         return rearrange(self.output(x), "b h w k -> b k h w")
 
-    def context(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Tensor | None:
+    def context(
+        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
+    ) -> Tensor | None:
         """What every position is told: the class, and what the coarser codes say. `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
         context = self.labels(labels)[:, None, None] if self.labels is not None else None
         if self.condition is None:
             return context
-        return self.condition(condition, self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width) if context is None else context)
+        return self.condition(
+            condition,
+            self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width)
+            if context is None
+            else context,
+        )
 
     def attention(self) -> Attention | None:
         """See `Prior.attention`."""
         heads = self.config.network.num_heads
-        return Attention(heads, self.config.network.width // 2 // heads, window=0) if heads else None
+        return (
+            Attention(heads, self.config.network.width // 2 // heads, window=0) if heads else None
+        )
 
-    def start(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> SamplingState:
+    def start(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> SamplingState:
         """Run the condition network once, pack the weights, and take the caches."""
         height, width = self.config.grids[-1]
         context = self.context(batch_size, condition, labels)
@@ -296,19 +390,49 @@ class PixelSNAIL(StaticPrior):
             for residual in residuals:
                 x = residual.step(x, column)
             if attention is not None:
-                x = attention(x[:, None], before[:, None], state.places[:, position : position + 1], cache, position)[:, 0]
+                x = attention(
+                    x[:, None],
+                    before[:, None],
+                    state.places[:, position : position + 1],
+                    cache,
+                    position,
+                )[:, 0]
         return state.output(x)
 
     def _start_blocks(
-        self, steps: Callable[[GatedBlock, int, int, torch.dtype], Steps], batch_size: int, dtype: torch.dtype
+        self,
+        steps: Callable[[GatedBlock, int, int, torch.dtype], Steps],
+        batch_size: int,
+        dtype: torch.dtype,
     ) -> list[tuple[list[Steps], nn.Module | None, KVCache | None]]:
         """Of each block its residual blocks as `steps`, its attention and the attention's cache."""
         width, attention = self.config.grids[-1][1], self.attention()
         blocks: list[tuple[list[Steps], nn.Module | None, KVCache | None]] = []
         for block in cast(Sequence[Block], self.blocks):
-            residuals = [steps(residual, batch_size, width, dtype) for residual in cast(Sequence[GatedBlock], block.residuals)]
-            cache = KVCache(batch_size, attention.num_heads, self.config.num_positions, attention.head_dim, self.embedding.weight) if attention else None
-            blocks.append((residuals, pack_linears(block.attention, batch_size, dtype) if block.attention is not None else None, cache))
+            residuals = [
+                steps(residual, batch_size, width, dtype)
+                for residual in cast(Sequence[GatedBlock], block.residuals)
+            ]
+            cache = (
+                KVCache(
+                    batch_size,
+                    attention.num_heads,
+                    self.config.num_positions,
+                    attention.head_dim,
+                    self.embedding.weight,
+                )
+                if attention
+                else None
+            )
+            blocks.append(
+                (
+                    residuals,
+                    pack_linears(block.attention, batch_size, dtype)
+                    if block.attention is not None
+                    else None,
+                    cache,
+                )
+            )
         return blocks
 
     def _start_row(self, state: SamplingState, row: int) -> None:
@@ -318,7 +442,14 @@ class PixelSNAIL(StaticPrior):
             for residual in residuals:
                 residual.start_row(context)
 
-    def start_static(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> StaticState:
+    def start_static(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> StaticState:
         """See `StaticPrior.start_static`."""
         width = self.config.grids[-1][1]
         context = self._flat_context(batch_size, condition, labels)
@@ -330,14 +461,30 @@ class PixelSNAIL(StaticPrior):
             blocks=self._start_blocks(GatedBlockStatic, batch_size, dtype),
             output=pack_linears(self.output, batch_size, dtype),
         )
-        hold_still(state.embedding, state.slots, *state.rings, *([] if state.context is None else [state.context]))
-        hold_still(*(buffer for _, _, cache in state.blocks if cache is not None for buffer in (cache.keys, cache.values)))
+        hold_still(
+            state.embedding,
+            state.slots,
+            *state.rings,
+            *([] if state.context is None else [state.context]),
+        )
+        hold_still(
+            *(
+                buffer
+                for _, _, cache in state.blocks
+                if cache is not None
+                for buffer in (cache.keys, cache.values)
+            )
+        )
         return state
 
-    def restart(self, state: StaticState, condition: Sequence[Tensor], labels: Tensor | None) -> None:
+    def restart(
+        self, state: StaticState, condition: Sequence[Tensor], labels: Tensor | None
+    ) -> None:
         """See `StaticPrior.restart`. What the caches hold of later positions is not attended to; above the first row there is nothing."""
         if state.context is not None:
-            state.context.copy_(cast(Tensor, self._flat_context(len(state.context), condition, labels)))
+            state.context.copy_(
+                cast(Tensor, self._flat_context(len(state.context), condition, labels))
+            )
         for ring in state.rings:
             ring.zero_()
 
@@ -346,7 +493,9 @@ class PixelSNAIL(StaticPrior):
         before = F.embedding(previous, state.embedding)
         slots = state.slots.index_select(0, position)[0]
         # Before the first position comes the last: zeros where zeros are.
-        state.stem.put(before, state.slots.index_select(0, (position - 1) % len(state.slots))[0, -1:])
+        state.stem.put(
+            before, state.slots.index_select(0, (position - 1) % len(state.slots))[0, -1:]
+        )
         x = state.stem.output(slots[:-1])
         context = None if state.context is None else state.context.index_select(1, position)[:, 0]
         place = self.places.index_select(1, position).expand(len(x), -1, -1)
@@ -357,10 +506,16 @@ class PixelSNAIL(StaticPrior):
                 x = attention(x[:, None], before[:, None], place, cache, position)[:, 0]
         return state.output(x)
 
-    def _flat_context(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None) -> Tensor | None:
+    def _flat_context(
+        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
+    ) -> Tensor | None:
         """`context` at all positions, `(B, T, W)`."""
         context = self.context(batch_size, condition, labels)
-        return None if context is None else context.expand(-1, *self.config.grids[-1], -1).flatten(1, 2)
+        return (
+            None
+            if context is None
+            else context.expand(-1, *self.config.grids[-1], -1).flatten(1, 2)
+        )
 
 
 def _initialise(prior: PixelSNAIL) -> None:

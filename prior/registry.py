@@ -31,4 +31,6 @@ def load_prior(name: str | Path, *, revision: str | None = None) -> Prior:
         if family.__name__ == architecture:
             return family.from_pretrained(folder)
     known = ", ".join(family.__name__ for family in FAMILIES)
-    raise UserError(f"{folder} holds a model of kind {architecture!r}, but a prior ({known}) was expected: check which folder goes where.")
+    raise UserError(
+        f"{folder} holds a model of kind {architecture!r}, but a prior ({known}) was expected: check which folder goes where."
+    )

@@ -32,7 +32,9 @@ class SamplingConfig:
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         check(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "in (0, 1]")
-        check(0 <= self.guidance_scale < math.inf, "guidance_scale", self.guidance_scale, "0 or more")
+        check(
+            0 <= self.guidance_scale < math.inf, "guidance_scale", self.guidance_scale, "0 or more"
+        )
 
     @property
     def guided(self) -> bool:
@@ -50,7 +52,9 @@ class Known(NamedTuple):
 
     def instead_of(self, drawn: Tensor, position: int) -> Tensor:
         """The codes `(B,)` at a position: the known ones, else those drawn."""
-        return torch.where(self.mask.flatten(1)[:, position], self.codes.flatten(1)[:, position], drawn)
+        return torch.where(
+            self.mask.flatten(1)[:, position], self.codes.flatten(1)[:, position], drawn
+        )
 
     def spread(self, first: int, number: int) -> "Known":
         """The images `first` to `first + number`; where there are none (before 0, after the last), nothing is known."""
@@ -73,12 +77,18 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     logits = logits.double() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         likeliest = logits.topk(sampling.top_k, dim=-1)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
+        logits = torch.full_like(logits, -torch.inf).scatter(
+            -1, likeliest.indices, likeliest.values
+        )
     result = logits.softmax(dim=-1)
     if sampling.top_p is not None:
         ordered, order = result.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # probability of the codes more likely than this one
-        dropped = torch.zeros_like(result, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        before = (
+            ordered.cumsum(dim=-1) - ordered
+        )  # probability of the codes more likely than this one
+        dropped = torch.zeros_like(result, dtype=torch.bool).scatter(
+            -1, order, before >= sampling.top_p
+        )
         result = result.masked_fill(dropped, 0)
         result = result / result.sum(dim=-1, keepdim=True)
     if sampling.min_p is not None:
@@ -101,7 +111,9 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
         return logits.argmax(dim=-1)
     cumulative = probabilities(logits, sampling).cumsum(dim=-1)
     # Scaled by the last entry, which is 1 up to rounding, so that the drawn code always has a probability above zero.
-    return torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(
+        cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True
+    )[:, 0]
 
 
 def uniforms(seeds: Sequence[int], level: int, num_positions: int) -> Tensor:
@@ -109,10 +121,18 @@ def uniforms(seeds: Sequence[int], level: int, num_positions: int) -> Tensor:
 
     They come from NumPy's counter-based generator Philox, so an image gets the same numbers in any batch, order or process.
     """
-    rows = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, level])).random(num_positions) for seed in seeds]
+    rows = [
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, level])).random(
+            num_positions
+        )
+        for seed in seeds
+    ]
     return torch.from_numpy(np.stack(rows))
 
 
 def image_seeds(seed: int, first: int, number: int) -> list[int]:
     """A seed for each of `number` images from index `first` on: a function of (seed, index) alone."""
-    return [int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) for index in range(first, first + number)]
+    return [
+        int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+        for index in range(first, first + number)
+    ]

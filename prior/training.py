@@ -13,14 +13,28 @@ from torch.nn import functional as F
 
 from prior.audit import stop_if_unsound
 from prior.base import Prior
-from prior.codes import SPLITS, CodeDataset, Manifest, column_names, decode_to_disk, fits_in_memory, parse_level, read_manifest
-from prior.config import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
+from prior.config import (
+    PixelSNAILPriorConfig,
+    PriorConfig,
+    TrainPriorConfig,
+    TransformerPriorConfig,
+)
+from prior.manifest import (
+    SPLITS,
+    CodeDataset,
+    Manifest,
+    column_names,
+    decode_to_disk,
+    fits_in_memory,
+    parse_level,
+    read_manifest,
+)
 from prior.registry import make_prior
+from vqvae2.common.accelerate import make_accelerator
 from vqvae2.common.artifact import load_weights, local_folder
-from vqvae2.common.files import RunRecord
+from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
-from vqvae2.common.machine import make_accelerator
-from vqvae2.common.training import Draw, LossFunction, fit, is_finished
+from vqvae2.common.runs import RunRecord
 
 RECORD_NAME = "train_config.yaml"
 
@@ -39,8 +53,16 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     manifest = read_manifest(folder)
     facts = prior_config(config, manifest)
     accelerator = make_accelerator(config, output_dir)
-    hashes = {"encoder_hash": manifest.encoder_hash, "rows_hash": manifest.rows_hash, "codes_hash": manifest.codes_hash}
-    notes = {"codes_source": manifest.source, "codes_views": list(manifest.views), "codes_versions": manifest.versions}
+    hashes = {
+        "encoder_hash": manifest.encoder_hash,
+        "rows_hash": manifest.rows_hash,
+        "codes_hash": manifest.codes_hash,
+    }
+    notes = {
+        "codes_source": manifest.source,
+        "codes_views": list(manifest.views),
+        "codes_versions": manifest.versions,
+    }
     run = RunRecord("train-prior", config, RECORD_NAME, facts=hashes, notes=notes)
     run.check(output_dir)
     if is_finished(output_dir, config):
@@ -67,7 +89,9 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    rows = min(128, config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes))  # what fits for training fits
+    rows = min(
+        128, config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes)
+    )  # what fits for training fits
     fit(
         accelerator,
         model,
@@ -75,25 +99,35 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         loader,
         config,
         output_dir,
-        evaluate=(lambda net: evaluate(net, validation, accelerator, batch_size=rows)) if len(validation) else None,
+        evaluate=(lambda net: evaluate(net, validation, accelerator, batch_size=rows))
+        if len(validation)
+        else None,
         draw=draw,
     )
 
 
-def open_codes(config: TrainPriorConfig, manifest: Manifest, num_levels: int, accelerator: Accelerator) -> tuple[CodeDataset, CodeDataset]:
+def open_codes(
+    config: TrainPriorConfig, manifest: Manifest, num_levels: int, accelerator: Accelerator
+) -> tuple[CodeDataset, CodeDataset]:
     """The training and the held-out rows. What must be decoded to disk is decoded by one process of each machine, or of all that share the disk.
 
     Raises:
         UserError: see `CodeDataset`.
     """
-    folder, cache_dir = Path(config.codes), Path(config.codes_cache) if config.codes_cache is not None else None
+    folder, cache_dir = (
+        Path(config.codes),
+        Path(config.codes_cache) if config.codes_cache is not None else None,
+    )
     names = column_names(manifest, num_levels)
     for mine in (accelerator.is_main_process, accelerator.is_local_main_process):
         for split in SPLITS:
             if mine and not fits_in_memory(manifest, split, names):
                 decode_to_disk(folder, manifest, split, names, cache_dir)
         accelerator.wait_for_everyone()
-    train, validation = (CodeDataset(folder, manifest, split, num_levels=num_levels, cache_dir=cache_dir) for split in SPLITS)
+    train, validation = (
+        CodeDataset(folder, manifest, split, num_levels=num_levels, cache_dir=cache_dir)
+        for split in SPLITS
+    )
     return train, validation
 
 
@@ -136,7 +170,9 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
     return loss_fn
 
 
-def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128) -> dict[str, float]:
+def evaluate(
+    model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128
+) -> dict[str, float]:
     """Overall figures on held-out codes, the same for any number of processes (each sees its share, none twice).
 
     Returns:
@@ -147,12 +183,22 @@ def evaluate(model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batc
     mine = range(accelerator.process_index, len(codes), accelerator.num_processes)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for first in range(0, len(mine), batch_size):
-        batch = send_to_device(codes.__getitems__(mine[first : first + batch_size]), accelerator.device)
+        batch = send_to_device(
+            codes.__getitems__(mine[first : first + batch_size]), accelerator.device
+        )
         *condition, given = batch["codes"]
         logits = model(given, condition, batch.get("labels") if model.config.num_classes else None)
         total += F.cross_entropy(logits.float(), given, reduction="none").sum(dtype=torch.float64)
-    nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * model.config.num_positions)
+    nats = accelerator.reduce(total, reduction="sum").item() / (
+        len(codes) * model.config.num_positions
+    )
     bits = nats / math.log(2)
     rate = bits * model.config.num_positions / codes.manifest.values_per_image
     unigram_bits = codes.unigram_bits(model.config.level)
-    return {"loss": nats, "nats": nats, "bits_per_code": bits, "unigram_bits": unigram_bits, "code_bits_per_image_value": rate}
+    return {
+        "loss": nats,
+        "nats": nats,
+        "bits_per_code": bits,
+        "unigram_bits": unigram_bits,
+        "code_bits_per_image_value": rate,
+    }

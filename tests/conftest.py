@@ -24,14 +24,16 @@ import pytest
 from PIL import Image
 
 from pipelines.cli import main
-from prior.code_shards import ShardRecord, content_hash, file_hash, row_groups
-from prior.codes import read_manifest, write_manifest
+from prior.manifest import read_manifest, write_manifest
+from prior.shards import ShardRecord, content_hash, file_hash, row_groups
 
 ROOT = Path(__file__).parent.parent
 PARQUET = Path(str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
 
 
-def vqvae2(*arguments: object, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def vqvae2(
+    *arguments: object, check: bool = True, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
@@ -48,16 +50,30 @@ def command(*arguments: object, code: int = 0) -> None:
 
 def two_processes(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a Python file on two processes of this machine that talk over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result
 
 
 def kill_when(condition, *arguments: object, number: int = signal.SIGKILL) -> int:  # type: ignore[no-untyped-def]
     """Start the command line, send it a signal as soon as the condition holds, and return its exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not condition():
         time.sleep(0.001)
     process.send_signal(number)
@@ -83,7 +99,12 @@ def edit_manifest(codes: Path, **changes: object) -> None:
 def record_shard(path: Path, schema: pa.Schema) -> ShardRecord:
     """What a manifest would say of a shard that is there."""
     tables = list(row_groups(path, schema)) or [schema.empty_table()]
-    return ShardRecord(name=path.name, rows=sum(map(len, tables)), sha256=file_hash(path), content_hash=content_hash(tables))
+    return ShardRecord(
+        name=path.name,
+        rows=sum(map(len, tables)),
+        sha256=file_hash(path),
+        content_hash=content_hash(tables),
+    )
 
 
 def edit_shard(path: Path, change: Callable[[dict[str, list]], object]) -> None:
@@ -94,7 +115,15 @@ def edit_shard(path: Path, change: Callable[[dict[str, list]], object]) -> None:
     change(columns)
     pq.write_table(pa.table(columns, schema=table.schema), path)
     new = record_shard(path, manifest.schema)
-    write_manifest(folder, dataclasses.replace(manifest, **{split: tuple(new if old.name == new.name else old for old in manifest.shards(split))}))
+    write_manifest(
+        folder,
+        dataclasses.replace(
+            manifest,
+            **{
+                split: tuple(new if old.name == new.name else old for old in manifest.shards(split))
+            },
+        ),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +139,29 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command("train", "--config", "tiny", "--data.path", photos, "--output-dir", x / "vqvae")
     command("extract", "--vqvae", x / "vqvae", "--data.path", photos, "--output-dir", x / "codes")
     for level, name in enumerate(("top", "bottom")):
-        command("train-prior", "--config", "tiny", "--codes", x / "codes", "--level", name, "--vqvae", x / "vqvae", "--output-dir", x / f"prior_{level}")
-    command("assemble", "--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1", "--output-dir", x / "pipeline")
+        command(
+            "train-prior",
+            "--config",
+            "tiny",
+            "--codes",
+            x / "codes",
+            "--level",
+            name,
+            "--vqvae",
+            x / "vqvae",
+            "--output-dir",
+            x / f"prior_{level}",
+        )
+    command(
+        "assemble",
+        "--vqvae",
+        x / "vqvae",
+        "--priors",
+        x / "prior_0",
+        x / "prior_1",
+        "--output-dir",
+        x / "pipeline",
+    )
     return x
 
 

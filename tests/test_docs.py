@@ -22,15 +22,29 @@ def run_python_of(page: str) -> int:
     blocks = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
     namespace: dict[str, object] = {}
     for block in blocks:
-        above = "\n" * (text[: block.start()].count("\n") + 1)  # so that an error names the page's own line
+        above = "\n" * (
+            text[: block.start()].count("\n") + 1
+        )  # so that an error names the page's own line
         exec(compile(above + block[1], str(DOCS / page), "exec"), namespace)
     return len(blocks)
 
 
-def test_the_file_formats_page_reads_what_the_commands_write(run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_formats_page_reads_what_the_commands_write(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(run.parent)
-    command("prepare", "--data.path", photos, "--image.size", 16, "--image.channels", 1, "--output-dir", "prepared")
+    command(
+        "prepare",
+        "--data.path",
+        photos,
+        "--image.size",
+        16,
+        "--image.channels",
+        1,
+        "--output-dir",
+        "prepared",
+    )
     assert run_python_of("file-formats.md") >= 5
 
 
@@ -56,14 +70,29 @@ def test_the_reference_names_every_flag_with_its_meaning(name: str) -> None:
 
 
 def test_the_reference_takes_meanings_and_defaults_from_the_nearest_class() -> None:
-    assert docstrings(TrainVQVAEConfig)["seed"].startswith("Seed of the initial weights")  # of the class that it extends
-    (rate,) = [flag for flag in next(groups(TrainVQVAEConfig)).flags if flag.name == "--learning-rate"]
-    assert rate.default == f"default `{TrainVQVAEConfig.__dataclass_fields__['learning_rate'].default}`"
+    assert docstrings(TrainVQVAEConfig)["seed"].startswith(
+        "Seed of the initial weights"
+    )  # of the class that it extends
+    (rate,) = [
+        flag for flag in next(groups(TrainVQVAEConfig)).flags if flag.name == "--learning-rate"
+    ]
+    assert (
+        rate.default
+        == f"default `{TrainVQVAEConfig.__dataclass_fields__['learning_rate'].default}`"
+    )
     assert all(f"## vqvae2 {name}\n" in all_commands() for name in COMMANDS)
 
 
 def test_docstrings_become_restructured_text_that_says_the_same() -> None:
-    lines = ["argmin |z - e_k|^2, names_, *so*, B*h*w and `a * b`", "", "    a <- 2 * b", "", "Args:", "    x: |z| * 2", "after"]
+    lines = [
+        "argmin |z - e_k|^2, names_, *so*, B*h*w and `a * b`",
+        "",
+        "    a <- 2 * b",
+        "",
+        "Args:",
+        "    x: |z| * 2",
+        "after",
+    ]
     assert as_rst(lines) == [
         r"argmin \|z - e_k\|^2, names\_, *so*, B\*h\*w and `a * b`", "", "::", "", "    a <- 2 * b", "", "Args:", r"    x: \|z\| \* 2", "after",
     ]  # fmt: skip
@@ -71,19 +100,29 @@ def test_docstrings_become_restructured_text_that_says_the_same() -> None:
 
 def test_links_between_the_pages_lead_somewhere() -> None:
     pages = [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
+    ]
     assert len(links) > 10
     for page, link in links:
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_the_pages_name_flags_that_exist() -> None:
-    flags = {name: {*_flags(config), "--config", "--help"} for name, (config, _) in COMMANDS.items()}
+    flags = {
+        name: {*_flags(config), "--config", "--help"} for name, (config, _) in COMMANDS.items()
+    }
     known = set().union(*flags.values())
     for page in DOCS.glob("*.md"):
         text = page.read_text().replace("\\\n", " ")
         for line in re.findall(r"^vqvae2 (.*?)(?:  #.*)?$", text, re.MULTILINE):
-            name = next(" ".join(line.split()[:n]) for n in (2, 1) if " ".join(line.split()[:n]) in COMMANDS)
-            assert set(re.findall(r"(?<=\s)--[\w.-]+", line)) <= flags[name], f"{page.name}: vqvae2 {line}"
+            name = next(
+                " ".join(line.split()[:n]) for n in (2, 1) if " ".join(line.split()[:n]) in COMMANDS
+            )
+            assert set(re.findall(r"(?<=\s)--[\w.-]+", line)) <= flags[name], (
+                f"{page.name}: vqvae2 {line}"
+            )
         for span in re.findall(r"`(--[a-z][\w.-]*)[^`]*`", text):
             assert span in known | OF_OTHERS, f"{page.name}: {span}"

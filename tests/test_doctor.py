@@ -16,13 +16,13 @@ from torch.nn import functional as F
 import prior.attention
 import prior.audit
 import prior.training
+from pipelines.commands.doctor import check_round_trip, examine, find_images, load_parts
 from pipelines.config import DoctorConfig
-from pipelines.doctor import check_round_trip, examine, find_images, load_parts
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import KVCache, attend
 from prior.audit import Finding, affordable_grids, audit, check_attention, stop_if_unsound
 from prior.base import Prior
-from prior.codes import read_manifest
+from prior.manifest import read_manifest
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
@@ -30,12 +30,23 @@ from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.quantizers import CodebookQuantizer, make_quantizer
 
-FACTS = {"level": 1, "grids": ((2, 3), (4, 6)), "codebook_sizes": (17, 11), "class_names": ("a", "b", "c"), "label_dropout": 0.1}
+FACTS = {
+    "level": 1,
+    "grids": ((2, 3), (4, 6)),
+    "codebook_sizes": (17, 11),
+    "class_names": ("a", "b", "c"),
+    "label_dropout": 0.1,
+}
 
 
 def make(kind: type[TransformerPrior] = TransformerPrior, **facts) -> TransformerPrior:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    return kind(TransformerPriorConfig(**{**FACTS, **facts}, network=TransformerConfig(width=32, num_layers=2, num_heads=2, num_condition_layers=1)))
+    return kind(
+        TransformerPriorConfig(
+            **{**FACTS, **facts},
+            network=TransformerConfig(width=32, num_layers=2, num_heads=2, num_condition_layers=1),
+        )
+    )
 
 
 def failures(asked: Prior) -> dict[str, str]:
@@ -86,7 +97,9 @@ class Shifted(TransformerPrior):
 
     def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]
         flat = codes.flatten(1)
-        x = self.embedding(F.pad(flat[:, : flat.shape[1] - self.by], (self.by, 0), value=self.codebook_size)) + self.background(len(codes), condition, labels)
+        x = self.embedding(
+            F.pad(flat[:, : flat.shape[1] - self.by], (self.by, 0), value=self.codebook_size)
+        ) + self.background(len(codes), condition, labels)
         for block in self.blocks:
             x = block(x, self.angles)
         return self.head(self.norm(x)).transpose(1, 2).unflatten(2, codes.shape[1:])
@@ -102,7 +115,9 @@ class ConditionNotInSteps(TransformerPrior):
     """Sampling forgets the condition."""
 
     def start(self, batch_size: int, condition, labels, **options):  # type: ignore[no-untyped-def]
-        return super().start(batch_size, [torch.zeros_like(codes) for codes in condition], labels, **options)
+        return super().start(
+            batch_size, [torch.zeros_like(codes) for codes in condition], labels, **options
+        )
 
 
 class ConditionIgnored(TransformerPrior):
@@ -117,7 +132,9 @@ class ConditionInPart(TransformerPrior):
     """Of the coarser level only the first row is used."""
 
     def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        return super().background(batch_size, [codes[:, :1].expand_as(codes) for codes in condition], labels)
+        return super().background(
+            batch_size, [codes[:, :1].expand_as(codes) for codes in condition], labels
+        )
 
 
 class ConditionNotEverywhere(TransformerPrior):
@@ -125,7 +142,9 @@ class ConditionNotEverywhere(TransformerPrior):
 
     def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         all_of_it = super().background(batch_size, condition, labels)
-        without = super().background(batch_size, [torch.zeros_like(codes) for codes in condition], labels)
+        without = super().background(
+            batch_size, [torch.zeros_like(codes) for codes in condition], labels
+        )
         return torch.cat([without[:, :1], all_of_it[:, 1:]], dim=1)
 
 
@@ -169,16 +188,35 @@ class SamplesOtherwise(TransformerPrior):
 
 
 PLANTED = {
-    LeakyMask: {"causality": "sees what it has to predict.*look at the attention mask", "cache": "bring start and step in line"},
+    LeakyMask: {
+        "causality": "sees what it has to predict.*look at the attention mask",
+        "cache": "bring start and step in line",
+    },
     LeakBehindZeros: {"causality": "sees what it has to predict", "cache": ""},
-    Plane: {"causality": "changing the code at row 0, column 0 changes the logits at row 0, column 0", "cache": ""},
-    FirstSeesAll: {"causality": "changes the logits at row 0, column 0", "cache": "at row 0, column 0"},
+    Plane: {
+        "causality": "changing the code at row 0, column 0 changes the logits at row 0, column 0",
+        "cache": "",
+    },
+    FirstSeesAll: {
+        "causality": "changes the logits at row 0, column 0",
+        "cache": "at row 0, column 0",
+    },
     Shifted: {"causality": "not shifted: position t may read the codes up to t - 1", "cache": ""},
-    ShiftedByTwo: {"causality": "does not change the logits at row 0, column 1: .* shifted too far", "cache": ""},
+    ShiftedByTwo: {
+        "causality": "does not change the logits at row 0, column 1: .* shifted too far",
+        "cache": "",
+    },
     ConditionNotInSteps: {"cache": "Samples would not be what the training taught"},
-    ConditionIgnored: {"condition": "whole level 0 leave the logits at row 0, column 0 .* Feed the condition", "gradients": "of \\d+ weights .* condition"},
-    ConditionInPart: {"condition": "the code of level 0 at row 1, column 0 changes no logit: a part of the condition is dropped"},
-    ConditionNotEverywhere: {"condition": "whole level 0 leave the logits at row 0, column 0 as they are"},
+    ConditionIgnored: {
+        "condition": "whole level 0 leave the logits at row 0, column 0 .* Feed the condition",
+        "gradients": "of \\d+ weights .* condition",
+    },
+    ConditionInPart: {
+        "condition": "the code of level 0 at row 1, column 0 changes no logit: a part of the condition is dropped"
+    },
+    ConditionNotEverywhere: {
+        "condition": "whole level 0 leave the logits at row 0, column 0 as they are"
+    },
     LabelIgnored: {"labels": "cannot tell the classes apart"},
     Unused: {"gradients": "1 of \\d+ weights receive no gradient, the first is forgotten"},
     ChangesItself: {"forward": "head.weight is another after a forward pass"},
@@ -199,9 +237,20 @@ def test_a_planted_bug_fails_its_check_and_no_other(kind: type[TransformerPrior]
     "facts",
     [
         {},
-        {"level": 0, "grids": ((1, 1),), "codebook_sizes": (2,), "class_names": ("a",), "label_dropout": 0.0},
+        {
+            "level": 0,
+            "grids": ((1, 1),),
+            "codebook_sizes": (2,),
+            "class_names": ("a",),
+            "label_dropout": 0.0,
+        },
         {"level": 0, "grids": ((9, 1),), "codebook_sizes": (300,), "class_names": ()},
-        {"level": 2, "grids": ((1, 1), (2, 2), (4, 4)), "codebook_sizes": (5, 600, 7), "label_dropout": 0.0},
+        {
+            "level": 2,
+            "grids": ((1, 1), (2, 2), (4, 4)),
+            "codebook_sizes": (5, 600, 7),
+            "label_dropout": 0.0,
+        },
     ],
     ids=["two levels", "one code", "one column", "three levels"],
 )
@@ -219,7 +268,10 @@ def test_the_audit_does_not_depend_on_what_was_learned() -> None:
     nn.init.constant_(extreme.head.bias, torch.nan)
     found = failures(extreme)
     assert found.keys() == {"weights"}
-    assert re.match(r"1 of \d+ weights hold values that are no numbers, the first is head.bias", found["weights"])
+    assert re.match(
+        r"1 of \d+ weights hold values that are no numbers, the first is head.bias",
+        found["weights"],
+    )
 
 
 def test_large_grids_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,21 +286,31 @@ def test_large_grids_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 LONG = 512  # the bugs below show at more positions only
-in_window, sdpa, cached = prior.attention.attend_in_window, F.scaled_dot_product_attention, KVCache.attend
+in_window, sdpa, cached = (
+    prior.attention.attend_in_window,
+    F.scaled_dot_product_attention,
+    KVCache.attend,
+)
 
 
 def window_off_by(number: int) -> Callable:
     return lambda q, k, v, window: in_window(q, k, v, window + number * (q.shape[-2] > LONG))
 
 
-def sees_the_next(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
+def sees_the_next(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_mask: Tensor | None = None
+) -> Tensor:
     """A mask one diagonal too high."""
     if is_causal and q.shape[-2] > LONG:
-        return sdpa(q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(1))
+        return sdpa(
+            q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(1)
+        )
     return sdpa(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
 
 
-def forgets_the_own(cache: KVCache, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def forgets_the_own(
+    cache: KVCache, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """A cache that reads before it writes; here what it reads was there before, but for one key."""
     if isinstance(position, int) and position > LONG:
         k = cache.keys[:, :, position - 1 : position]
@@ -258,9 +320,27 @@ def forgets_the_own(cache: KVCache, position: int | Tensor, q: Tensor, k: Tensor
 @pytest.mark.parametrize(
     ("place", "name", "bug", "rows", "sentence"),
     [
-        (prior.attention, "attend_in_window", window_off_by(1), 4, "attention is off by .* row 4, column 1 of 1024 .window 128"),
-        (prior.attention, "attend_in_window", window_off_by(-1), 4, "attention is off by .* row 4, column 0 of 1024 .window 128"),
-        (F, "scaled_dot_product_attention", sees_the_next, 0, "attention is off by .* row 0, column 0 of 1024 .window none"),
+        (
+            prior.attention,
+            "attend_in_window",
+            window_off_by(1),
+            4,
+            "attention is off by .* row 4, column 1 of 1024 .window 128",
+        ),
+        (
+            prior.attention,
+            "attend_in_window",
+            window_off_by(-1),
+            4,
+            "attention is off by .* row 4, column 0 of 1024 .window 128",
+        ),
+        (
+            F,
+            "scaled_dot_product_attention",
+            sees_the_next,
+            0,
+            "attention is off by .* row 0, column 0 of 1024 .window none",
+        ),
         (KVCache, "attend", forgets_the_own, 0, "attention through the cache is off by"),
     ],
     ids=["one key too many", "one key too few", "the next key", "the cache"],
@@ -272,7 +352,9 @@ def test_attention_that_is_wrong_at_the_real_length_alone(  # type: ignore[no-un
     monkeypatch.setattr(prior.audit, "WORK", 1e7)
     torch.manual_seed(0)
     network = TransformerConfig(width=32, num_layers=1, num_heads=2, attention_rows=rows)
-    asked = TransformerPrior(TransformerPriorConfig(level=0, grids=((32, 32),), codebook_sizes=(11,), network=network))
+    asked = TransformerPrior(
+        TransformerPriorConfig(level=0, grids=((32, 32),), codebook_sizes=(11,), network=network)
+    )
     assert math.prod(affordable_grids(asked)[-1]) < LONG
     assert failures(asked) == {}
     monkeypatch.setattr(place, name, bug)
@@ -284,7 +366,11 @@ def test_attention_that_is_wrong_at_the_real_length_alone(  # type: ignore[no-un
 def test_attention_may_not_see_hidden_keys_by_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leak too small for the comparison with the definition."""
     asked = make(level=0, grids=((8, 8),), codebook_sizes=(11,))
-    monkeypatch.setattr(prior.audit, "attend", lambda q, k, v, **options: attend(q, k, v, **options) + 1e-6 * v.sum(dim=2, keepdim=True))
+    monkeypatch.setattr(
+        prior.audit,
+        "attend",
+        lambda q, k, v, **options: attend(q, k, v, **options) + 1e-6 * v.sum(dim=2, keepdim=True),
+    )
     found = check_attention(asked)
     assert found is not None
     assert not found.passed
@@ -294,7 +380,11 @@ def test_attention_may_not_see_hidden_keys_by_a_bit(monkeypatch: pytest.MonkeyPa
 def test_the_audit_changes_nothing() -> None:
     """Neither weights nor random numbers: a training gives the same bits with and without it."""
     healthy = make().train()
-    before, numbers, weights = torch.get_rng_state(), np.random.get_state()[1].copy(), {n: w.clone() for n, w in healthy.state_dict().items()}
+    before, numbers, weights = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+        {n: w.clone() for n, w in healthy.state_dict().items()},
+    )
     stop_if_unsound(healthy, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numbers)
@@ -303,11 +393,22 @@ def test_the_audit_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in healthy.parameters())
 
 
-def test_an_unsound_prior_is_not_trained(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsound_prior_is_not_trained(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prior.training, "make_prior", LeakyMask)
     network = TransformerConfig(width=32, num_layers=2, num_heads=2, num_condition_layers=1)
-    config = TrainPriorConfig(codes=str(run / "codes"), level="bottom", output_dir=str(tmp_path / "p"), transformer=network, num_steps=2)
-    with pytest.raises(UserError, match=r"LeakyMask of level 1 fails the check 'causality': .* sees what it has to predict"):
+    config = TrainPriorConfig(
+        codes=str(run / "codes"),
+        level="bottom",
+        output_dir=str(tmp_path / "p"),
+        transformer=network,
+        num_steps=2,
+    )
+    with pytest.raises(
+        UserError,
+        match=r"LeakyMask of level 1 fails the check 'causality': .* sees what it has to predict",
+    ):
         prior.training.train_prior(config)
     assert not (tmp_path / "p").exists()
 
@@ -320,12 +421,42 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every stage of the tiny recipe that had time to learn something. Tests must not change it."""
     x = tmp_path_factory.mktemp("trained") / "x"
     longer = ("--config", "tiny", "--checkpoint-every", "1000", "--picture-every", "0")
-    command("train", *longer, "--num-steps", "150", "--validate-every", "50", "--data.path", photos, "--output-dir", x / "vqvae")
+    command(
+        "train",
+        *longer,
+        "--num-steps",
+        "150",
+        "--validate-every",
+        "50",
+        "--data.path",
+        photos,
+        "--output-dir",
+        x / "vqvae",
+    )
     command("extract", "--vqvae", x / "vqvae", "--data.path", photos, "--output-dir", x / "codes")
     for level in range(2):
         options = ("--num-steps", "100", "--validate-every", "25", "--learning-rate", "0.01")
-        command("train-prior", *longer, *options, "--codes", x / "codes", "--level", level, "--output-dir", x / f"prior_{level}")
-    command("assemble", "--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1", "--output-dir", x / "pipeline")
+        command(
+            "train-prior",
+            *longer,
+            *options,
+            "--codes",
+            x / "codes",
+            "--level",
+            level,
+            "--output-dir",
+            x / f"prior_{level}",
+        )
+    command(
+        "assemble",
+        "--vqvae",
+        x / "vqvae",
+        "--priors",
+        x / "prior_0",
+        x / "prior_1",
+        "--output-dir",
+        x / "pipeline",
+    )
     return x
 
 
@@ -336,26 +467,55 @@ def copy_of_trained(trained: Path, tmp_path: Path) -> Path:
 
 
 def examined(x: Path, **parts) -> dict[str, Finding]:  # type: ignore[no-untyped-def]
-    config = DoctorConfig(**(parts or {"vqvae": str(x / "vqvae"), "priors": (str(x / "prior_0"), str(x / "prior_1")), "codes": str(x / "codes")}))
+    config = DoctorConfig(
+        **(
+            parts
+            or {
+                "vqvae": str(x / "vqvae"),
+                "priors": (str(x / "prior_0"), str(x / "prior_1")),
+                "codes": str(x / "codes"),
+            }
+        )
+    )
     loaded = load_parts(config)
     return {finding.name: finding for finding in examine(loaded, find_images(config, loaded))}
 
 
 def failed(x: Path, **parts) -> dict[str, str]:  # type: ignore[no-untyped-def]
-    return {name: finding.message for name, finding in examined(x, **parts).items() if not finding.passed}
+    return {
+        name: finding.message
+        for name, finding in examined(x, **parts).items()
+        if not finding.passed
+    }
 
 
 def test_a_healthy_pipeline_passes_all(trained: Path) -> None:
-    said = vqvae2("doctor", "--pipeline", trained / "pipeline", "--codes", trained / "codes").stdout.splitlines()
+    said = vqvae2(
+        "doctor", "--pipeline", trained / "pipeline", "--codes", trained / "codes"
+    ).stdout.splitlines()
     *checks, empty, summary = said
     assert all(line.startswith("pass  ") for line in checks)
     assert (empty, summary) == ("", f"All {len(checks)} checks passed.")
     names = [line.removeprefix("pass  ").split(":")[0] for line in checks]
-    structural = ["weights", "forward", "causality", "cache", "condition", "labels", "gradients", "start", "attention"]
+    structural = [
+        "weights",
+        "forward",
+        "causality",
+        "cache",
+        "condition",
+        "labels",
+        "gradients",
+        "start",
+        "attention",
+    ]
     learned = ["cache on real codes", "condition helps", "likelihood"]
     assert names == [
         *("parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
-        *(f"prior of level 0, {name}" for name in structural + learned if not name.startswith("condition")),
+        *(
+            f"prior of level 0, {name}"
+            for name in structural + learned
+            if not name.startswith("condition")
+        ),
         *(f"prior of level 1, {name}" for name in structural + learned),
     ]
 
@@ -372,7 +532,10 @@ def test_failures_decide_the_exit_code(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_fewer_parts_fewer_checks(trained: Path) -> None:
-    assert examined(trained, vqvae=str(trained / "vqvae")).keys() == {"round trip, top", "round trip, bottom"}
+    assert examined(trained, vqvae=str(trained / "vqvae")).keys() == {
+        "round trip, top",
+        "round trip, bottom",
+    }
     assert examined(trained, codes=str(trained / "codes")).keys() == {"codes"}
     alone = examined(trained, priors=(str(trained / "prior_1"),))
     assert {"prior of level 1, causality", "prior of level 1, condition"} < alone.keys()
@@ -383,13 +546,18 @@ def test_fewer_parts_fewer_checks(trained: Path) -> None:
     ("flags", "sentence"),
     [
         ((), "nothing to check: give --pipeline DIR"),
-        (("--pipeline", "pipeline", "--vqvae", "vqvae"), "--pipeline is given together with --vqvae"),
+        (
+            ("--pipeline", "pipeline", "--vqvae", "vqvae"),
+            "--pipeline is given together with --vqvae",
+        ),
         (("--vqvae", "vqvae", "--data.path", "."), "give --codes DIR and the autoencoder too"),
         (("--codes", "codes", "--data.validation-path", "."), "without --data.path"),
         (("--priors", "vqvae"), "a prior .* was expected"),
     ],
 )
-def test_wrong_combinations_are_refused(trained: Path, flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_combinations_are_refused(
+    trained: Path, flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     command("doctor", *(trained / flag if flag[0] not in "-." else flag for flag in flags), code=2)
     assert re.search(sentence, capsys.readouterr().err)
 
@@ -398,19 +566,28 @@ def test_another_encoders_hash(copy_of_trained: Path) -> None:
     edit_manifest(copy_of_trained / "codes", encoder_hash="0123456789abcdef")
     found = failed(copy_of_trained)
     assert found.keys() == {"parts"}
-    assert "the code dataset belongs to the encoder 0123456789ab, but the autoencoder to " in found["parts"]
+    assert (
+        "the code dataset belongs to the encoder 0123456789ab, but the autoencoder to "
+        in found["parts"]
+    )
     assert "extract with this autoencoder" in found["parts"]
 
 
 def test_other_codes(copy_of_trained: Path) -> None:
     """The same encoder's, of other images: one label is another."""
     before = read_manifest(copy_of_trained / "codes").codes_hash
-    edit_shard(copy_of_trained / "codes" / "train" / "00000.parquet", lambda c: c["label"].__setitem__(0, 2 - c["label"][0]))
+    edit_shard(
+        copy_of_trained / "codes" / "train" / "00000.parquet",
+        lambda c: c["label"].__setitem__(0, 2 - c["label"][0]),
+    )
     after = read_manifest(copy_of_trained / "codes").codes_hash
     found = failed(copy_of_trained)
     assert found.keys() == {"parts"}
     for level in range(2):
-        assert f"the prior of level {level} was trained on the codes {before[:12]}, but the code dataset is {after[:12]}" in found["parts"]
+        assert (
+            f"the prior of level {level} was trained on the codes {before[:12]}, but the code dataset is {after[:12]}"
+            in found["parts"]
+        )
 
 
 def test_another_encoder(copy_of_trained: Path) -> None:
@@ -430,7 +607,10 @@ def test_a_prior_of_other_grids(copy_of_trained: Path) -> None:
     make(class_names=("bag", "coat", "dress")).save_pretrained(copy_of_trained / "prior_1")
     found = examined(copy_of_trained)
     assert [name for name, finding in found.items() if not finding.passed] == ["parts"]
-    assert "the prior of level 1 has the grids ((2, 3), (4, 6)) of (17, 11) codes" in found["parts"].message
+    assert (
+        "the prior of level 1 has the grids ((2, 3), (4, 6)) of (17, 11) codes"
+        in found["parts"].message
+    )
     assert "prior of level 1, causality" in found
     assert "prior of level 1, likelihood" not in found
 
@@ -440,22 +620,38 @@ def rewrite(x: Path, split: str, change: Callable[[dict], object]) -> None:
     (path,) = (x / "codes" / split).glob("*.parquet")
     edit_shard(path, change)
     for config in x.glob("prior_*/config.json"):
-        write_json(config, {**read_json(config), "codes_hash": read_manifest(x / "codes").codes_hash})
+        write_json(
+            config, {**read_json(config), "codes_hash": read_manifest(x / "codes").codes_hash}
+        )
 
 
 def test_truncated_codes(copy_of_trained: Path) -> None:
     """Codes that went through a float and came back one lower, some of them: every number is still in range."""
-    rewrite(copy_of_trained, "train", lambda c: c.update(codes_1=[[k - (k % 8 == 7) for k in row] for row in c["codes_1"]]))
-    found = failed(copy_of_trained, vqvae=str(copy_of_trained / "vqvae"), codes=str(copy_of_trained / "codes"))
+    rewrite(
+        copy_of_trained,
+        "train",
+        lambda c: c.update(codes_1=[[k - (k % 8 == 7) for k in row] for row in c["codes_1"]]),
+    )
+    found = failed(
+        copy_of_trained, vqvae=str(copy_of_trained / "vqvae"), codes=str(copy_of_trained / "codes")
+    )
     assert found.keys() == {"extraction"}
-    assert re.search(r"0 of 92 top, \d+ of 368 bottom codes differ, the first of train/.*png", found["extraction"])
+    assert re.search(
+        r"0 of 92 top, \d+ of 368 bottom codes differ, the first of train/.*png",
+        found["extraction"],
+    )
 
 
 def test_rows_of_other_images(copy_of_trained: Path) -> None:
     """The levels of different images side by side."""
     for split in ("train", "validation"):
-        rewrite(copy_of_trained, split, lambda c: c.update(codes_0=c["codes_0"][3:] + c["codes_0"][:3]))
-    assert failed(copy_of_trained).keys() >= {"extraction", "prior of level 1, condition helps"}  # and labels that are of other rows may cost, too
+        rewrite(
+            copy_of_trained, split, lambda c: c.update(codes_0=c["codes_0"][3:] + c["codes_0"][:3])
+        )
+    assert failed(copy_of_trained).keys() >= {
+        "extraction",
+        "prior of level 1, condition helps",
+    }  # and labels that are of other rows may cost, too
 
 
 def test_the_condition_must_help(copy_of_trained: Path) -> None:
@@ -471,26 +667,38 @@ def test_the_condition_must_help(copy_of_trained: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c["codes_0"][3].__setitem__(0, 16), r"codes_0 reaches from \d+ to 16, but there are 16 codes"),
-        (lambda c: c["id"].__setitem__(5, c["id"][4]), r"2 rows, the first of them row 4, have an id and view that another row"),
+        (
+            lambda c: c["codes_0"][3].__setitem__(0, 16),
+            r"codes_0 reaches from \d+ to 16, but there are 16 codes",
+        ),
+        (
+            lambda c: c["id"].__setitem__(5, c["id"][4]),
+            r"2 rows, the first of them row 4, have an id and view that another row",
+        ),
     ],
     ids=["out of range", "a row twice"],
 )
-def test_broken_code_datasets(copy_of_trained: Path, change: Callable[[dict], object], sentence: str) -> None:
+def test_broken_code_datasets(
+    copy_of_trained: Path, change: Callable[[dict], object], sentence: str
+) -> None:
     rewrite(copy_of_trained, "train", change)
     found = failed(copy_of_trained)
     assert found.keys() == {"codes"}
     assert re.search(sentence, found["codes"])
 
 
-def test_the_images_may_be_named_or_gone(copy_of_trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_images_may_be_named_or_gone(
+    copy_of_trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = copy_of_trained / "codes" / "extract_config.yaml"
     record.write_text(record.read_text().replace(str(photos), str(tmp_path / "gone")))
     parts = {"vqvae": str(copy_of_trained / "vqvae"), "codes": str(copy_of_trained / "codes")}
     assert "extraction" not in examined(copy_of_trained, **parts)
     arguments = ("doctor", "--vqvae", parts["vqvae"], "--codes", parts["codes"])
     command(*arguments)
-    assert "Not checked: whether images still get the codes that are stored" in capsys.readouterr().out
+    assert (
+        "Not checked: whether images still get the codes that are stored" in capsys.readouterr().out
+    )
     command(*arguments, "--data.path", photos)
     assert "pass  extraction" in capsys.readouterr().out
     (tmp_path / "others").mkdir()
@@ -499,21 +707,48 @@ def test_the_images_may_be_named_or_gone(copy_of_trained: Path, photos: Path, tm
     assert "FAIL  extraction: none of the" in capsys.readouterr().out
 
 
-def test_views_are_no_repeats_and_are_encoded_as_they_were(run: Path, photos: Path, tmp_path: Path) -> None:
-    extract = ("extract", "--vqvae", run / "vqvae", "--data.path", photos, "--output-dir", tmp_path / "codes")
+def test_views_are_no_repeats_and_are_encoded_as_they_were(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
+    extract = (
+        "extract",
+        "--vqvae",
+        run / "vqvae",
+        "--data.path",
+        photos,
+        "--output-dir",
+        tmp_path / "codes",
+    )
     command(*extract, "--views", "original", "flip", "top_left", "--shard-size", 50)
     command("codes", "verify", tmp_path / "codes")
     assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")) == {}
     first = tmp_path / "codes" / "train" / "00000.parquet"
-    edit_shard(first, lambda c: c.update(codes_1=c["codes_1"][1:] + c["codes_1"][:1]))  # every view with the next one's codes
-    assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")).keys() == {"extraction"}
+    edit_shard(
+        first, lambda c: c.update(codes_1=c["codes_1"][1:] + c["codes_1"][:1])
+    )  # every view with the next one's codes
+    assert failed(tmp_path, vqvae=str(run / "vqvae"), codes=str(tmp_path / "codes")).keys() == {
+        "extraction"
+    }
 
 
-@pytest.mark.parametrize("quantizer", [{"kind": "ema"}, {"kind": "gradient"}, {"kind": "cosine"}, {"kind": "fsq"}, {"kind": "fsq", "fsq_levels": (5, 4, 3, 2)}])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"kind": "ema"},
+        {"kind": "gradient"},
+        {"kind": "cosine"},
+        {"kind": "fsq"},
+        {"kind": "fsq", "fsq_levels": (5, 4, 3, 2)},
+    ],
+)
 def test_all_codes_survive_a_round_trip(quantizer: dict) -> None:
     torch.manual_seed(0)
     config = QuantizerConfig(**quantizer)
-    size, dim = (int(np.prod(config.fsq_levels)), len(config.fsq_levels)) if config.kind == "fsq" else (512, 8)
+    size, dim = (
+        (int(np.prod(config.fsq_levels)), len(config.fsq_levels))
+        if config.kind == "fsq"
+        else (512, 8)
+    )
     finding = check_round_trip(make_quantizer(config, size, dim), "top")
     assert finding.passed
     assert f"all {size} codes" in finding.message
@@ -531,7 +766,9 @@ def test_codes_that_do_not_come_back_are_named() -> None:
     assert not check_round_trip(quantizer, "top").passed
 
 
-def test_lookup_must_give_what_the_decoder_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_must_give_what_the_decoder_was_trained_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     quantizer = make_quantizer(QuantizerConfig(kind="fsq"), 512, 3)
     lookup, features = quantizer.lookup, quantizer.features_of(torch.arange(512)[None, :, None])
     monkeypatch.setattr(quantizer, "features_of", lambda codes: features)
@@ -540,8 +777,13 @@ def test_lookup_must_give_what_the_decoder_was_trained_with(monkeypatch: pytest.
     assert "another embedding than quantizing does" in found.message
 
 
-def test_a_pipeline_without_a_level_fails(copy_of_trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipeline_without_a_level_fails(
+    copy_of_trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = copy_of_trained / "pipeline" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "priors": ["prior_0"]}))
     command("doctor", "--pipeline", copy_of_trained / "pipeline", code=1)
-    assert "FAIL  parts: the priors are of the levels [0], but the pipeline needs [0, 1]" in capsys.readouterr().out
+    assert (
+        "FAIL  parts: the priors are of the levels [0], but the pipeline needs [0, 1]"
+        in capsys.readouterr().out
+    )

@@ -20,10 +20,19 @@ from PIL import Image
 
 from pipelines.cli import parse
 from pipelines.commands import train
-from pipelines.extract import encode_lanes, extract
-from prior.code_shards import smallest_type
-from prior.codes import CodeDataset, read_manifest
-from tests.conftest import ROOT, command, edit_manifest, edit_shard, kill_when, two_processes, vqvae2, write_images
+from pipelines.commands.extract import encode_lanes, extract
+from prior.manifest import CodeDataset, read_manifest
+from prior.shards import smallest_type
+from tests.conftest import (
+    ROOT,
+    command,
+    edit_manifest,
+    edit_shard,
+    kill_when,
+    two_processes,
+    vqvae2,
+    write_images,
+)
 from tests.test_sources import numbered_tars, spoil
 from vqvae2 import VQVAE2
 from vqvae2.config import DataConfig
@@ -31,15 +40,28 @@ from vqvae2.data import load_images, to_images
 
 
 def extract_command(run: Path, photos: Path, output_dir: Path, *more: object) -> list[object]:
-    return ["extract", "--vqvae", run / "vqvae", "--data.path", photos, "--output-dir", output_dir, *more]
+    return [
+        "extract",
+        "--vqvae",
+        run / "vqvae",
+        "--data.path",
+        photos,
+        "--output-dir",
+        output_dir,
+        *more,
+    ]
 
 
 def assert_same_codes(one: Path, other: Path) -> None:
     """The same shards with the same rows in the same order, and the same manifest."""
-    files = [sorted(p.relative_to(folder) for p in folder.rglob("*.parquet")) for folder in (one, other)]
+    files = [
+        sorted(p.relative_to(folder) for p in folder.rglob("*.parquet")) for folder in (one, other)
+    ]
     assert files[0] == files[1]
     assert all(pq.read_table(one / f).equals(pq.read_table(other / f)) for f in files[0])
-    assert json.loads((one / "manifest.json").read_text()) == json.loads((other / "manifest.json").read_text())
+    assert json.loads((one / "manifest.json").read_text()) == json.loads(
+        (other / "manifest.json").read_text()
+    )
 
 
 def test_rows_are_the_images_in_order_and_codes_those_of_the_model(run: Path, photos: Path) -> None:
@@ -47,56 +69,90 @@ def test_rows_are_the_images_in_order_and_codes_those_of_the_model(run: Path, ph
     manifest = read_manifest(run / "codes")
     assert manifest.encoder_hash == model.content_hash()
     assert (manifest.grids, manifest.codebook_sizes) == (((2, 2), (4, 4)), (16, 32))
-    for split, images in load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False).items():
+    for split, images in load_images(
+        DataConfig(path=str(photos)), model.config.image, show_progress=False
+    ).items():
         table = pq.read_table(run / "codes" / split)
         assert table["id"].to_pylist() == images.ids
         batch = images.__getitems__(range(len(images)))
         assert table["label"].to_pylist() == batch["labels"].tolist()
         read = CodeDataset(run / "codes", manifest, split).__getitems__(range(len(images)))
         with torch.no_grad():
-            for codes, level in zip(read["codes"], model.encode(to_images(batch["images"])), strict=True):
-                assert (codes != level.codes).float().mean() < 0.001  # another batch size: near ties may fall differently
+            for codes, level in zip(
+                read["codes"], model.encode(to_images(batch["images"])), strict=True
+            ):
+                assert (
+                    codes != level.codes
+                ).float().mean() < 0.001  # another batch size: near ties may fall differently
         assert torch.equal(read["labels"], batch["labels"])
 
 
 def test_anyone_can_open_it(run: Path) -> None:
     opened = datasets.load_dataset(str(run / "codes"))
     manifest = read_manifest(run / "codes")
-    assert {name: len(split) for name, split in opened.items()} == {"train": manifest.num_train, "validation": manifest.num_validation}
+    assert {name: len(split) for name, split in opened.items()} == {
+        "train": manifest.num_train,
+        "validation": manifest.num_validation,
+    }
     assert opened["train"].features["codes_1"] == datasets.List(datasets.Value("uint8"), length=16)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")],
+)
 def test_codes_take_the_smallest_type(size: int, expected: str) -> None:
     assert smallest_type(size) == np.dtype(expected)
 
 
-def test_two_processes_give_every_row_once_and_the_same_codes(run: Path, photos: Path, tmp_path: Path) -> None:
+def test_two_processes_give_every_row_once_and_the_same_codes(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
     command(*extract_command(run, photos, tmp_path / "one", "--shard-size", 20))
-    two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, photos, tmp_path / "two", "--shard-size", 20)[1:])
+    two_processes(
+        ROOT / "scripts" / "extract.py",
+        *extract_command(run, photos, tmp_path / "two", "--shard-size", 20)[1:],
+    )
     assert_same_codes(tmp_path / "one", tmp_path / "two")
-    ids = [name for split in ("train", "validation") for name in pq.read_table(tmp_path / "two" / split)["id"].to_pylist()]
+    ids = [
+        name
+        for split in ("train", "validation")
+        for name in pq.read_table(tmp_path / "two" / split)["id"].to_pylist()
+    ]
     assert len(ids) == len(set(ids)) == 150
 
 
 def test_killed_and_continued_is_uninterrupted(run: Path, photos: Path, tmp_path: Path) -> None:
     command(*extract_command(run, photos, tmp_path / "whole", "--shard-size", 2))
     killed = tmp_path / "killed"
-    code = kill_when(lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5, *extract_command(run, photos, killed, "--shard-size", 2))
+    code = kill_when(
+        lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5,
+        *extract_command(run, photos, killed, "--shard-size", 2),
+    )
     if code == -signal.SIGKILL:
         assert not (killed / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in killed.rglob("[0-9]*.parquet")}
-    two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, photos, killed, "--shard-size", 2)[1:])  # on another number of processes
+    two_processes(
+        ROOT / "scripts" / "extract.py",
+        *extract_command(run, photos, killed, "--shard-size", 2)[1:],
+    )  # on another number of processes
     assert_same_codes(tmp_path / "whole", killed)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # finished shards are not made again
+    assert all(
+        path.stat().st_mtime_ns == time for path, time in kept.items()
+    )  # finished shards are not made again
 
 
 def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
     model = VQVAE2.from_pretrained(run / "vqvae")
-    pixels = load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False).train.__getitems__(range(32))["images"]
+    pixels = load_images(
+        DataConfig(path=str(photos)), model.config.image, show_progress=False
+    ).train.__getitems__(range(32))["images"]
     whole = encode_lanes(model, pixels)
     for number in (1, 3, 8):
-        assert all(torch.equal(part, codes[:number]) for part, codes in zip(encode_lanes(model, pixels[:number]), whole, strict=True))
+        assert all(
+            torch.equal(part, codes[:number])
+            for part, codes in zip(encode_lanes(model, pixels[:number]), whole, strict=True)
+        )
     assert not any(codes.requires_grad for codes in whole)
 
 
@@ -128,16 +184,24 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
     shard = tmp_path / "codes" / "train" / "00001.parquet"
     before = shard.read_bytes()
     shard.unlink()
-    edited = tmp_path / "codes" / "train" / "00000.parquet"  # must not become one of the dataset's because another is missing
+    edited = (
+        tmp_path / "codes" / "train" / "00000.parquet"
+    )  # must not become one of the dataset's because another is missing
     untouched, manifest = edited.read_bytes(), (tmp_path / "codes" / "manifest.json").read_bytes()
     table = pq.read_table(edited)
     pq.write_table(table.set_column(0, "id", table["id"].take(list(range(50))[::-1])), edited)
     command(*again)
-    assert (shard.read_bytes(), edited.read_bytes(), (tmp_path / "codes" / "manifest.json").read_bytes()) == (before, untouched, manifest)
+    assert (
+        shard.read_bytes(),
+        edited.read_bytes(),
+        (tmp_path / "codes" / "manifest.json").read_bytes(),
+    ) == (before, untouched, manifest)
     assert not list((tmp_path / "codes").rglob(".*"))
 
 
-def test_added_images_are_not_said_to_be_extracted(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_added_images_are_not_said_to_be_extracted(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     mine = shutil.copytree(photos, tmp_path / "photos")
     again = extract_command(run, mine, tmp_path / "codes")
     command(*again)
@@ -147,11 +211,15 @@ def test_added_images_are_not_said_to_be_extracted(run: Path, photos: Path, tmp_
 
 
 @pytest.mark.parametrize("kind", ["npy", "folder", "stream"])
-def test_other_images_of_the_same_names_are_not_mixed_in(kind: str, run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_images_of_the_same_names_are_not_mixed_in(
+    kind: str, run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Rows of a stack have numbers for names; a folder may be exported anew."""
     paths = []
     for name, shade in (("a", 0), ("b", 9)):
-        arrays = [np.array(Image.open(path)) // (1 + shade) for path in sorted(photos.rglob("*.png"))[:40]]
+        arrays = [
+            np.array(Image.open(path)) // (1 + shade) for path in sorted(photos.rglob("*.png"))[:40]
+        ]
         (tmp_path / name).mkdir()
         if kind == "npy":
             paths.append(tmp_path / name / "x.npy")
@@ -167,7 +235,17 @@ def test_other_images_of_the_same_names_are_not_mixed_in(kind: str, run: Path, p
                     archive.add(tmp_path / name / f"{i}.png", f"{i}.png")
     flags = ["--data.streaming"] if kind == "stream" else []
     command(*extract_command(run, paths[0], tmp_path / "codes", *flags))
-    command("codes", "view", tmp_path / "codes", "--vqvae", run / "vqvae", "--rows", 0, "--output-path", tmp_path / "row.png")
+    command(
+        "codes",
+        "view",
+        tmp_path / "codes",
+        "--vqvae",
+        run / "vqvae",
+        "--rows",
+        0,
+        "--output-path",
+        tmp_path / "row.png",
+    )
     for begun in (False, True):
         if begun:
             (tmp_path / "codes" / "manifest.json").unlink()
@@ -179,14 +257,27 @@ def test_other_images_of_the_same_names_are_not_mixed_in(kind: str, run: Path, p
     command(*prepare, "--data.path", paths[1], code=2)
 
 
-def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     image = ["--image.size", 16, "--image.channels", 1, "--image.background", "black"]
     command("prepare", "--data.path", photos, *image, "--output-dir", tmp_path / "prepared")
     apart = write_images(tmp_path / "apart", 10)
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "bag" / "broken.png").write_bytes(b"")
     skip = ["--data.on-error", "skip"]
-    command("train", "--config", "tiny", "--num-steps", 1, "--data.path", folder, *skip, "--output-dir", tmp_path / "vqvae")
+    command(
+        "train",
+        "--config",
+        "tiny",
+        "--num-steps",
+        1,
+        "--data.path",
+        folder,
+        *skip,
+        "--output-dir",
+        tmp_path / "vqvae",
+    )
     for number, (vqvae, path, warned) in enumerate([
         (run / "vqvae", photos, False),
         (run / "vqvae", tmp_path / "prepared", False),
@@ -194,15 +285,39 @@ def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(run: Path
         (tmp_path / "vqvae", folder, False),  # skipped images are part of what a training is bound to
     ]):  # fmt: skip
         capsys.readouterr()
-        command("extract", "--vqvae", vqvae, "--data.path", path, *skip, "--output-dir", tmp_path / f"codes_{number}")
+        command(
+            "extract",
+            "--vqvae",
+            vqvae,
+            "--data.path",
+            path,
+            *skip,
+            "--output-dir",
+            tmp_path / f"codes_{number}",
+        )
         assert ("may have trained it" in capsys.readouterr().out) is warned
-    command(*extract_command(run, photos / "bag" / "..", tmp_path / "no", "--data.validation-path", apart), code=2)
+    command(
+        *extract_command(
+            run, photos / "bag" / "..", tmp_path / "no", "--data.validation-path", apart
+        ),
+        code=2,
+    )
     assert "trained with None" in capsys.readouterr().err
 
 
 def test_a_prior_does_not_continue_on_other_rows(copy_of_run: Path, tmp_path: Path) -> None:
     edit_manifest(copy_of_run / "codes", rows_hash="0")
-    again = ["train-prior", "--config", "tiny", "--codes", copy_of_run / "codes", "--level", "top", "--output-dir", copy_of_run / "prior_0"]
+    again = [
+        "train-prior",
+        "--config",
+        "tiny",
+        "--codes",
+        copy_of_run / "codes",
+        "--level",
+        "top",
+        "--output-dir",
+        copy_of_run / "prior_0",
+    ]
     refused = vqvae2(*again, "--num-steps", 20, check=False)
     assert refused.returncode == 2
     assert "rows_hash" in refused.stderr
@@ -217,19 +332,32 @@ def rows_of(codes: Path, split: str = "train") -> dict[tuple[str, str], dict]:
 
 
 def test_views_are_rows_of_changed_images(run: Path, photos: Path, tmp_path: Path) -> None:
-    command(*extract_command(run, photos, tmp_path / "codes", "--views", "original", "flip", "top_left"))
+    command(
+        *extract_command(run, photos, tmp_path / "codes", "--views", "original", "flip", "top_left")
+    )
     manifest, original = read_manifest(tmp_path / "codes"), rows_of(run / "codes")
     found = rows_of(tmp_path / "codes")
     assert [key for key in found if key[1] == "original"] == list(original)
     assert len(found) == manifest.num_train == 3 * len(original)
     assert all(found[key] == row for key, row in original.items())
-    assert list(found)[:3] == [(next(iter(original))[0], view) for view in ("original", "flip", "top_left")]
-    assert rows_of(tmp_path / "codes", "validation") == rows_of(run / "codes", "validation")  # never changed
+    assert list(found)[:3] == [
+        (next(iter(original))[0], view) for view in ("original", "flip", "top_left")
+    ]
+    assert rows_of(tmp_path / "codes", "validation") == rows_of(
+        run / "codes", "validation"
+    )  # never changed
     model = VQVAE2.from_pretrained(run / "vqvae")
-    images = load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False).train
+    images = load_images(
+        DataConfig(path=str(photos)), model.config.image, show_progress=False
+    ).train
     mirrored = encode_lanes(model, images.__getitems__(range(20))["images"].flip(-1))
     assert [found[name, "flip"]["codes_1"] for name in images.ids[:20]] == mirrored[1].tolist()
-    assert vqvae2(*extract_command(run, photos, tmp_path / "no", "--views", "sideways"), check=False).returncode == 2
+    assert (
+        vqvae2(
+            *extract_command(run, photos, tmp_path / "no", "--views", "sideways"), check=False
+        ).returncode
+        == 2
+    )
     command(*extract_command(run, photos, tmp_path / "flips", "--views", "flip"))
     for codes in ("codes", "flips"):
         command("codes", "verify", tmp_path / codes)
@@ -242,41 +370,77 @@ def test_views_are_rows_of_changed_images(run: Path, photos: Path, tmp_path: Pat
     command("codes", "verify", tmp_path / "codes", code=1)
 
 
-def test_streamed_codes_are_those_of_the_same_images_read_at_once(run: Path, tmp_path: Path) -> None:
+def test_streamed_codes_are_those_of_the_same_images_read_at_once(
+    run: Path, tmp_path: Path
+) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=5, rows=30)
     command(*extract_command(run, tars, tmp_path / "whole", "--shard-size", 40))
-    two_processes(ROOT / "scripts" / "extract.py", *extract_command(run, tars, tmp_path / "stream", "--data.streaming")[1:])
+    two_processes(
+        ROOT / "scripts" / "extract.py",
+        *extract_command(run, tars, tmp_path / "stream", "--data.streaming")[1:],
+    )
     for split in ("train", "validation"):
         assert rows_of(tmp_path / "stream", split) == rows_of(tmp_path / "whole", split)
         assert list(rows_of(tmp_path / "stream", split)) == list(rows_of(tmp_path / "whole", split))
     assert read_manifest(tmp_path / "stream").class_names == tuple(map(str, range(150)))
     assert not list((tmp_path / "stream").rglob(".*.json"))
-    command("train-prior", "--config", "tiny", "--codes", tmp_path / "stream", "--level", "top", "--num-steps", 2, "--output-dir", tmp_path / "prior")
+    command(
+        "train-prior",
+        "--config",
+        "tiny",
+        "--codes",
+        tmp_path / "stream",
+        "--level",
+        "top",
+        "--num-steps",
+        2,
+        "--output-dir",
+        tmp_path / "prior",
+    )
 
 
 def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "photos", 60)
     command(*extract_command(run, folder, tmp_path / "clean"))
     bad = spoil(folder)
-    stopped, mended = (extract_command(run, folder, tmp_path / name) for name in ("stopped", "mended"))
+    stopped, mended = (
+        extract_command(run, folder, tmp_path / name) for name in ("stopped", "mended")
+    )
     for begun in (stopped, mended):
         command(*begun, code=2)
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     command(*stopped, "--data.on-error", "skip")  # as the message says
-    said = vqvae2(*extract_command(run, folder, tmp_path / "codes", "--data.on-error", "skip", "--shard-size", 20)).stdout
+    said = vqvae2(
+        *extract_command(
+            run, folder, tmp_path / "codes", "--data.on-error", "skip", "--shard-size", 20
+        )
+    ).stdout
     assert f"{len(bad)} images could not be read" in said
-    assert {json.loads(line)["image"] for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()} == bad
+    assert {
+        json.loads(line)["image"]
+        for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()
+    } == bad
     for split in ("train", "validation"):
-        assert rows_of(tmp_path / "codes", split) == rows_of(tmp_path / "stopped", split) == rows_of(tmp_path / "clean", split)
+        assert (
+            rows_of(tmp_path / "codes", split)
+            == rows_of(tmp_path / "stopped", split)
+            == rows_of(tmp_path / "clean", split)
+        )
     good = next((folder / "dress").glob("*.png"))
     for name in bad:
         shutil.copy(good, folder / name)
-    command(*mended)  # a run goes on when broken images were mended, though their lengths are others now
-    assert read_manifest(tmp_path / "mended").num_train + read_manifest(tmp_path / "mended").num_validation == 60 + len(bad)
+    command(
+        *mended
+    )  # a run goes on when broken images were mended, though their lengths are others now
+    assert read_manifest(tmp_path / "mended").num_train + read_manifest(
+        tmp_path / "mended"
+    ).num_validation == 60 + len(bad)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_shards_without_rows_have_the_labels_of_the_others(streaming: bool, run: Path, tmp_path: Path) -> None:
+def test_shards_without_rows_have_the_labels_of_the_others(
+    streaming: bool, run: Path, tmp_path: Path
+) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=2, rows=20)
     with tarfile.open(tars / "002.tar", "w") as archive:
         for i in range(20):
@@ -297,7 +461,11 @@ def test_shards_without_rows_have_the_labels_of_the_others(streaming: bool, run:
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(
-    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     real, calls = os.fsync, iter(range(1000))
 
@@ -318,12 +486,17 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
     assert_same_columns(tmp_path / "codes", run / "codes")
 
 
-def test_bf16_says_how_many_codes_it_changes(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bf16_says_how_many_codes_it_changes(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     command(*extract_command(run, photos, tmp_path / "codes", "--mixed-precision", "bf16"))
     shares = [float(share) for share in re.findall(r"([0-9.]+)% of level", capsys.readouterr().out)]
     one, other = rows_of(tmp_path / "codes"), rows_of(run / "codes")
     for level, said in enumerate(shares):
-        codes = [np.array([row[f"codes_{level}"] for row in list(rows.values())[:128]]) for rows in (one, other)]
+        codes = [
+            np.array([row[f"codes_{level}"] for row in list(rows.values())[:128]])
+            for rows in (one, other)
+        ]
         assert (codes[0] != codes[1]).mean() * 100 == pytest.approx(said, abs=0.01)
     assert len(shares) == 2
 
@@ -332,26 +505,94 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
     """Five bands of floats, from memory to samples."""
     bands = np.random.default_rng(0).normal(size=(48, 5, 16, 16)).clip(-3, 3).astype(np.float32)
     data = {"images": bands, "labels": ["sea", "land"] * 24}
-    flags = ["--config", "tiny", "--model.image.channels", "5", "--model.image.value-range", "-3", "3", "--model.image.validation-fraction", "0.2"]
-    train(parse("train", [*flags, "--data.path", "memory", "--output-dir", str(tmp_path / "vqvae")]), images=data)
-    config = parse("extract", ["--vqvae", str(tmp_path / "vqvae"), "--data.path", "memory", "--output-dir", str(tmp_path / "codes")])
+    flags = [
+        "--config",
+        "tiny",
+        "--model.image.channels",
+        "5",
+        "--model.image.value-range",
+        "-3",
+        "3",
+        "--model.image.validation-fraction",
+        "0.2",
+    ]
+    train(
+        parse("train", [*flags, "--data.path", "memory", "--output-dir", str(tmp_path / "vqvae")]),
+        images=data,
+    )
+    config = parse(
+        "extract",
+        [
+            "--vqvae",
+            str(tmp_path / "vqvae"),
+            "--data.path",
+            "memory",
+            "--output-dir",
+            str(tmp_path / "codes"),
+        ],
+    )
     extract(config, images=data)
-    np.savez(tmp_path / "stack.npz", images=bands.transpose(0, 2, 3, 1), labels=np.array(data["labels"]))
-    command("extract", "--vqvae", tmp_path / "vqvae", "--data.path", tmp_path / "stack.npz", "--output-dir", tmp_path / "same")
+    np.savez(
+        tmp_path / "stack.npz", images=bands.transpose(0, 2, 3, 1), labels=np.array(data["labels"])
+    )
+    command(
+        "extract",
+        "--vqvae",
+        tmp_path / "vqvae",
+        "--data.path",
+        tmp_path / "stack.npz",
+        "--output-dir",
+        tmp_path / "same",
+    )
     assert_same_columns(tmp_path / "codes", tmp_path / "same")
     command("doctor", "--vqvae", tmp_path / "vqvae", "--codes", tmp_path / "same")
     for level in (0, 1):
-        command("train-prior", "--config", "tiny", "--codes", tmp_path / "codes", "--level", level, "--output-dir", tmp_path / f"prior_{level}")
+        command(
+            "train-prior",
+            "--config",
+            "tiny",
+            "--codes",
+            tmp_path / "codes",
+            "--level",
+            level,
+            "--output-dir",
+            tmp_path / f"prior_{level}",
+        )
     priors = ["--priors", tmp_path / "prior_0", tmp_path / "prior_1"]
-    command("sample", "--vqvae", tmp_path / "vqvae", *priors, "--num-images", 3, "--npz", "--output-dir", tmp_path / "out")
+    command(
+        "sample",
+        "--vqvae",
+        tmp_path / "vqvae",
+        *priors,
+        "--num-images",
+        3,
+        "--npz",
+        "--output-dir",
+        tmp_path / "out",
+    )
     sampled = [tifffile.imread(path) for path in sorted((tmp_path / "out").glob("*.tif"))]
-    assert [(image.shape, image.dtype, -3 <= image.min() <= image.max() <= 3) for image in sampled] == [((16, 16, 5), np.float32, True)] * 3
+    assert [
+        (image.shape, image.dtype, -3 <= image.min() <= image.max() <= 3) for image in sampled
+    ] == [((16, 16, 5), np.float32, True)] * 3
     assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], np.stack(sampled))
-    command("reconstruct", "--vqvae", tmp_path / "vqvae", tmp_path / "stack.npz", "--num-images", 2, "--output-dir", tmp_path / "again")
+    command(
+        "reconstruct",
+        "--vqvae",
+        tmp_path / "vqvae",
+        tmp_path / "stack.npz",
+        "--num-images",
+        2,
+        "--output-dir",
+        tmp_path / "again",
+    )
     assert len(list((tmp_path / "again").glob("*.tif"))) == 2
 
 
 def test_doctor_knows_views(copy_of_run: Path, photos: Path) -> None:
     shutil.rmtree(copy_of_run / "codes")
-    command(*extract_command(copy_of_run, photos, copy_of_run / "codes", "--views", "original", "flip_top_left"))
+    command(
+        *extract_command(
+            copy_of_run, photos, copy_of_run / "codes", "--views", "original", "flip_top_left"
+        )
+    )
     command("doctor", "--vqvae", copy_of_run / "vqvae", "--codes", copy_of_run / "codes")

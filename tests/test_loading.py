@@ -36,7 +36,10 @@ def take(loader, start: int, number: int) -> list[list[int]]:  # type: ignore[no
     return [batch.tolist() for batch in islice(loader.start_at(start), number)]
 
 
-LOADERS = {"map": lambda **o: ShuffledLoader(Rows(10), 4, **o), "stream": lambda **o: StreamLoader(Stream(10), 4, **o)}
+LOADERS = {
+    "map": lambda **o: ShuffledLoader(Rows(10), 4, **o),
+    "stream": lambda **o: StreamLoader(Stream(10), 4, **o),
+}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -61,12 +64,16 @@ def test_two_processes_share_each_batch_of_one(kind: str) -> None:
 
 
 def test_seeds_differ_and_a_dataset_may_be_smaller_than_a_batch() -> None:
-    assert take(ShuffledLoader(Rows(10), 4, seed=1), 0, 3) != take(ShuffledLoader(Rows(10), 4), 0, 3)
+    assert take(ShuffledLoader(Rows(10), 4, seed=1), 0, 3) != take(
+        ShuffledLoader(Rows(10), 4), 0, 3
+    )
     assert sorted(take(ShuffledLoader(Rows(3), 6), 0, 1)[0]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_worker_processes_change_nothing() -> None:
-    assert take(ShuffledLoader(Rows(10), 4, num_workers=2), 3, 6) == take(ShuffledLoader(Rows(10), 4), 3, 6)
+    assert take(ShuffledLoader(Rows(10), 4, num_workers=2), 3, 6) == take(
+        ShuffledLoader(Rows(10), 4), 3, 6
+    )
 
 
 def test_an_empty_stream_is_an_error_and_not_a_hang() -> None:

@@ -12,7 +12,13 @@ from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
 
-SMALL = {"code_dims": (8,), "codebook_sizes": (16,), "hidden_channels": 16, "residual_channels": 8, "num_residual_blocks": 1}
+SMALL = {
+    "code_dims": (8,),
+    "codebook_sizes": (16,),
+    "hidden_channels": 16,
+    "residual_channels": 8,
+    "num_residual_blocks": 1,
+}
 LEVELS = [(4,), (2, 4), (2, 2, 4), (4, 2)]
 
 
@@ -31,17 +37,23 @@ def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...]) -> None:
     with torch.no_grad():
         codes = [level.codes for level in model.encode(images)]
         assert [tuple(c.shape[1:]) for c in codes] == list(model.config.grids)
-        torch.testing.assert_close(model.decode_codes(codes), model(images).reconstruction, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            model.decode_codes(codes), model(images).reconstruction, atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("strides", LEVELS)
 @pytest.mark.parametrize("quantizer", ["ema", "gradient", "cosine", "fsq"])
 def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer: str) -> None:
     model = small(strides, quantizer=QuantizerConfig(kind=quantizer, fsq_levels=(4, 3)))
-    if quantizer == "fsq":  # features of a new network are all rounded to zero, and then the decoder's weights multiply nothing
+    if (
+        quantizer == "fsq"
+    ):  # features of a new network are all rounded to zero, and then the decoder's weights multiply nothing
         for projection in model.projections:
             projection.weight.data *= 100
-    loss, _ = make_loss("mse", model.config.codebook_size_per_level)(model, {"images": torch.rand(3, 2, 32, 48) * 2 - 1})
+    loss, _ = make_loss("mse", model.config.codebook_size_per_level)(
+        model, {"images": torch.rand(3, 2, 32, 48) * 2 - 1}
+    )
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -58,7 +70,9 @@ def test_layers_are_those_of_the_widely_used_implementation() -> None:
     quantizers = conv(e, d, 1) + conv(d + e, d, 1)
     top_decoder = conv(d, e, 3) + blocks + conv(e, d, 4)
     image_decoder = conv(2 * d, e, 3) + blocks + conv(e, e // 2, 4) + conv(e // 2, 3, 4)
-    expected = bottom_encoder + top_encoder + quantizers + top_decoder + conv(d, d, 4) + image_decoder
+    expected = (
+        bottom_encoder + top_encoder + quantizers + top_decoder + conv(d, d, 4) + image_decoder
+    )
     assert sum(p.numel() for p in VQVAE2(VQVAE2Config()).parameters()) == expected == 1_388_867
 
 
@@ -74,7 +88,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     model = small((2, 4))
     model(torch.rand(2, 2, 32, 48))
     model.eval().save_pretrained(tmp_path / "m")
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     again = VQVAE2.from_pretrained(tmp_path / "m")
     assert again.config == model.config
     assert again.content_hash() == model.content_hash()
@@ -110,17 +127,29 @@ def test_loading_is_strict(tmp_path: Path) -> None:
 
 
 def test_a_path_never_goes_to_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("vqvae2.common.artifact.snapshot_download", lambda *a, **k: pytest.fail("asked the network"))
+    monkeypatch.setattr(
+        "vqvae2.common.artifact.snapshot_download", lambda *a, **k: pytest.fail("asked the network")
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for name in ("runs/vqvae", "runs/x/vqvae", "./some/thing", "/absolute", "name", str(tmp_path / "none")):
+    for name in (
+        "runs/vqvae",
+        "runs/x/vqvae",
+        "./some/thing",
+        "/absolute",
+        "name",
+        str(tmp_path / "none"),
+    ):
         with pytest.raises(UserError, match="is not a folder"):
             VQVAE2.from_pretrained(name)
 
 
 def test_the_hub_is_asked_for_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small((2, 4)).save_pretrained(tmp_path / "cache")
-    monkeypatch.setattr("vqvae2.common.artifact.snapshot_download", lambda name, **k: str(tmp_path / "cache") if name == "someone/model" else 1 / 0)
+    monkeypatch.setattr(
+        "vqvae2.common.artifact.snapshot_download",
+        lambda name, **k: str(tmp_path / "cache") if name == "someone/model" else 1 / 0,
+    )
     assert isinstance(VQVAE2.from_pretrained("someone/model"), VQVAE2)
     with pytest.raises(UserError, match="someone/else is neither a local folder nor a repository"):
         VQVAE2.from_pretrained("someone/else")
@@ -141,7 +170,11 @@ def test_level_dropout_leaves_out_finer_levels_for_its_share_of_the_images() -> 
     model = small((2, 2, 4), level_dropout=0.4)
     embeddings = [torch.ones(500, 8, *grid) for grid in ((2, 3), (4, 6), (8, 12))]
     dropped = [model._drop_finer_levels(embeddings) for _ in range(4)]
-    kept = torch.stack([torch.stack([e.amax(dim=(1, 2, 3)) for e in levels]) for levels in dropped]).transpose(0, 1).flatten(1)  # (levels, images)
+    kept = (
+        torch.stack([torch.stack([e.amax(dim=(1, 2, 3)) for e in levels]) for levels in dropped])
+        .transpose(0, 1)
+        .flatten(1)
+    )  # (levels, images)
     assert (kept[0] == 1).all()
     assert (kept[1] >= kept[2]).all()
     assert (1 - kept[2]).mean().item() == pytest.approx(0.4, abs=0.04)

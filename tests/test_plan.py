@@ -12,8 +12,8 @@ import yaml
 
 from pipelines.cli import COMMANDS, load_recipe, main, recipe_names, recipe_section
 from pipelines.config import PlanConfig
-from pipelines.plan import Estimate, estimate_stage, find_device, stages_of, time_step
-from pipelines.tracing import Stage, saved_for_backward, trace
+from pipelines.plan.command import Estimate, estimate_stage, find_device, stages_of, time_step
+from pipelines.plan.memory import Stage, saved_for_backward, trace
 from prior.config import TrainPriorConfig
 from tests.conftest import ROOT
 from vqvae2.common.config import from_dict
@@ -29,7 +29,16 @@ def sections(name: str) -> tuple[TrainVQVAEConfig, list[TrainPriorConfig]]:
     train = from_dict(TrainVQVAEConfig, {**recipe_section(recipe, "train"), **given}, name)
     levels = ["top", *map(str, range(1, train.model.num_levels - 1)), "bottom"]
     priors = [
-        from_dict(TrainPriorConfig, {**recipe_section(recipe, "train-prior", level), "codes": "codes", "level": level, "output_dir": "out"}, name)
+        from_dict(
+            TrainPriorConfig,
+            {
+                **recipe_section(recipe, "train-prior", level),
+                "codes": "codes",
+                "level": level,
+                "output_dir": "out",
+            },
+            name,
+        )
         for level in levels
     ]
     return train, priors
@@ -41,11 +50,26 @@ def estimates(name: str, **settings: object) -> list[Estimate]:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_loads_and_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_loads_and_can_be_planned(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, priors = sections(name)
-    assert set(load_recipe(name)) == {"train", *(f"prior_{level}" for level in range(train.model.num_levels)), "sample"}
-    assert from_dict(COMMANDS["sample"][0], {**recipe_section(load_recipe(name), "sample"), "output_dir": "out"}, name)
-    heading = (Path(ROOT) / "pipelines" / "recipes" / f"{name}.yaml").read_text().split("train:")[0].lower()
+    assert set(load_recipe(name)) == {
+        "train",
+        *(f"prior_{level}" for level in range(train.model.num_levels)),
+        "sample",
+    }
+    assert from_dict(
+        COMMANDS["sample"][0],
+        {**recipe_section(load_recipe(name), "sample"), "output_dir": "out"},
+        name,
+    )
+    heading = (
+        (Path(ROOT) / "pipelines" / "recipes" / f"{name}.yaml")
+        .read_text()
+        .split("train:")[0]
+        .lower()
+    )
     assert all(f"{h} x {w}" in heading for h, w in train.model.grids)
     assert main(["plan", name]) == 0
     said = capsys.readouterr().out
@@ -53,7 +77,10 @@ def test_every_recipe_loads_and_can_be_planned(name: str, capsys: pytest.Capture
 
 
 def test_the_recipes_have_the_grids_and_sizes_they_promise() -> None:
-    grids = {name: sections(name)[0].model.grids for name in ("emoji64", "cifar10", "ffhq256", "imagenet256_paper", "ffhq1024_paper")}
+    grids = {
+        name: sections(name)[0].model.grids
+        for name in ("emoji64", "cifar10", "ffhq256", "imagenet256_paper", "ffhq1024_paper")
+    }
     assert grids["emoji64"] == grids["cifar10"] == ((8, 8), (16, 16))
     assert grids["ffhq256"] == grids["imagenet256_paper"] == ((32, 32), (64, 64))
     assert grids["ffhq1024_paper"] == ((32, 32), (64, 64), (128, 128))
@@ -65,10 +92,12 @@ def test_the_recipes_have_the_grids_and_sizes_they_promise() -> None:
 
 
 def test_the_paper_is_planned_in_seconds_without_its_memory() -> None:
-    program = "import resource, torch, pipelines.plan; from pipelines.cli import main; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; \
+    program = "import resource, torch, pipelines.plan.command; from pipelines.cli import main; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; \
         assert main(['plan', 'imagenet256_paper', '--num-classes', '1000']) == 0; print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert int(said.split("grew")[-1]) < 500 * 1024  # KiB
     assert after.ru_utime - before.ru_utime < 60
@@ -78,7 +107,10 @@ def real_step(stage: Stage, rows: int, precision: str = "no") -> tuple[torch.nn.
     """The model, and the bytes that a real step saves."""
     torch.manual_seed(0)
     model = stage.make_model().train()
-    with saved_for_backward(model) as saved, torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+    with (
+        saved_for_backward(model) as saved,
+        torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"),
+    ):
         loss, _ = stage.make_loss(model)(model, stage.batch(rows, CPU))
     loss.backward()
     return model, sum(saved.values())
@@ -91,7 +123,11 @@ def test_tiny_is_what_the_plan_says(number: int, precision: str) -> None:
     estimate = estimate_stage(stage, find_device(PlanConfig(recipe="tiny")))
     planned = trace(stage, 16, precision)
     model, saved = real_step(stage, 16, precision)
-    assert planned.num_parameters == estimate.per_row.num_parameters == sum(p.numel() for p in model.parameters())
+    assert (
+        planned.num_parameters
+        == estimate.per_row.num_parameters
+        == sum(p.numel() for p in model.parameters())
+    )
     assert planned.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert planned.activations == pytest.approx(saved, rel=0.2)
     assert all(p.grad is not None for p in model.parameters())
@@ -114,9 +150,13 @@ def test_flops_of_a_transformer() -> None:
     stage = stages_of(PlanConfig(recipe="ffhq256"))[1]
     model_width, layers, positions = 768, 12, 32 * 32
     weights = layers * 12 * model_width**2 + model_width * 512
-    attention = layers * positions * positions * model_width * 2 * 2  # q k^T and the sum of values, multiply and add
+    attention = (
+        layers * positions * positions * model_width * 2 * 2
+    )  # q k^T and the sum of values, multiply and add
     flops = trace(stage, 1, "no").flops
-    assert flops == pytest.approx(6 * weights * positions + 3.5 * attention, rel=0.02)  # the fused backward computes q k^T again
+    assert flops == pytest.approx(
+        6 * weights * positions + 3.5 * attention, rel=0.02
+    )  # the fused backward computes q k^T again
 
 
 def recipe_file(folder: Path, **changes: object) -> str:
@@ -127,14 +167,28 @@ def recipe_file(folder: Path, **changes: object) -> str:
     return str(folder / "mine.yaml")
 
 
-def test_what_to_change_when_it_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_to_change_when_it_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = recipe_file(tmp_path, train={"batch_size": 4096})
     (bad, *_) = estimates(recipe, memory_gibibytes=0.02)
     assert not bad.fits(4096)
     assert main(["plan", recipe, "--memory-gibibytes", "0.02"]) == 0
     said = capsys.readouterr().out
     parts = int(said.split("--gradient-accumulation-steps ")[1].split()[0])
-    assert main(["plan", recipe_file(tmp_path, train={"batch_size": 4096, "gradient_accumulation_steps": parts}), "--memory-gibibytes", "0.02"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                recipe_file(
+                    tmp_path, train={"batch_size": 4096, "gradient_accumulation_steps": parts}
+                ),
+                "--memory-gibibytes",
+                "0.02",
+            ]
+        )
+        == 0
+    )
     assert "DOES NOT FIT" not in capsys.readouterr().out.split("prior_0")[0]
     assert main(["plan", recipe, "--memory-gibibytes", "0.0001"]) == 0
     assert "even a single image" in capsys.readouterr().out
@@ -143,15 +197,38 @@ def test_what_to_change_when_it_does_not_fit(tmp_path: Path, capsys: pytest.Capt
 def test_other_quantizers_and_a_discriminator_are_planned(tmp_path: Path) -> None:
     plain = estimates("tiny")[0]
     for kind in ("gradient", "cosine", "fsq"):
-        recipe = recipe_file(tmp_path, train={"model": {**load_recipe("tiny")["train"]["model"], "quantizer": {"kind": kind}}})
+        recipe = recipe_file(
+            tmp_path,
+            train={"model": {**load_recipe("tiny")["train"]["model"], "quantizer": {"kind": kind}}},
+        )
         assert estimates(recipe)[0].per_row.flops > 0
-    pair = estimates(recipe_file(tmp_path, train={"discriminator": {"weight": 0.8, "num_layers": 1}}))[0]
+    pair = estimates(
+        recipe_file(tmp_path, train={"discriminator": {"weight": 0.8, "num_layers": 1}})
+    )[0]
     assert pair.per_row.activations > plain.per_row.activations
     assert pair.per_row.num_parameters > plain.per_row.num_parameters
 
 
 def test_hours(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "tiny", "--images-per-second", "100", "50", "10", "--num-images", "36000", "--device", "cuda", "--memory-gibibytes", "1"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "tiny",
+                "--images-per-second",
+                "100",
+                "50",
+                "10",
+                "--num-images",
+                "36000",
+                "--device",
+                "cuda",
+                "--memory-gibibytes",
+                "1",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     for hours in ("6.0 min", "12.0 min", "1.0 h"):
         assert f"{hours} for an epoch of 36,000 images" in said
@@ -182,7 +259,9 @@ def test_mistakes_get_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     if not torch.cuda.is_available():
         cases += [(["tiny", "--device", "cuda"], ["--memory-gibibytes"])]
-        cases += [(["tiny", "--device", "cuda", "--memory-gibibytes", "8", "--measure"], ["measure"])]
+        cases += [
+            (["tiny", "--device", "cuda", "--memory-gibibytes", "8", "--measure"], ["measure"])
+        ]
     for arguments, words in cases:
         if any("mine.yaml" in argument for argument in arguments):
             recipe_file(tmp_path, train={"batch_sise": 3})

@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from prior import Known, PixelSNAILConfig, PixelSNAILPriorConfig, Prior, SamplingConfig, TransformerConfig, TransformerPriorConfig
+from prior import (
+    Known,
+    PixelSNAILConfig,
+    PixelSNAILPriorConfig,
+    Prior,
+    SamplingConfig,
+    TransformerConfig,
+    TransformerPriorConfig,
+)
 from prior.attention import attend
 from prior.config import PriorConfig
-from prior.packed import can_pack
+from prior.packed_linear import can_pack
 from prior.registry import FAMILIES, load_prior, make_prior
 from vqvae2.common.errors import UserError
 
@@ -20,15 +28,35 @@ PRIORS = {
     "top": {"grids": ((4, 5),), "codebook_sizes": (11,)},
     "top, classes": {"grids": ((4, 4),), "codebook_sizes": (11,), "class_names": ("a", "b", "c")},
     "bottom": {"grids": ((2, 3), (4, 6)), "codebook_sizes": (17, 7)},
-    "bottom, classes, ratio 4": {"grids": ((1, 2), (4, 8)), "codebook_sizes": (600, 512), "class_names": ("a", "b", "c")},
-    "third of three, classes": {"grids": ((1, 1), (2, 2), (4, 4)), "codebook_sizes": (5, 6, 7), "class_names": ("a", "b", "c"), "label_dropout": 0.1},
+    "bottom, classes, ratio 4": {
+        "grids": ((1, 2), (4, 8)),
+        "codebook_sizes": (600, 512),
+        "class_names": ("a", "b", "c"),
+    },
+    "third of three, classes": {
+        "grids": ((1, 1), (2, 2), (4, 4)),
+        "codebook_sizes": (5, 6, 7),
+        "class_names": ("a", "b", "c"),
+        "label_dropout": 0.1,
+    },
 }
 # Family -> a small network of it.
 FAMILY = {
-    "transformer": TransformerConfig(width=32, num_layers=3, num_heads=2, num_condition_layers=1, dropout=0.0),
-    "transformer, window": TransformerConfig(width=32, num_layers=8, num_heads=2, num_condition_layers=1, dropout=0.0, attention_rows=1),
+    "transformer": TransformerConfig(
+        width=32, num_layers=3, num_heads=2, num_condition_layers=1, dropout=0.0
+    ),
+    "transformer, window": TransformerConfig(
+        width=32, num_layers=8, num_heads=2, num_condition_layers=1, dropout=0.0, attention_rows=1
+    ),
     "pixelsnail": PixelSNAILConfig(
-        width=16, residual_channels=12, num_blocks=2, num_residual_blocks=2, num_heads=2, num_condition_blocks=1, num_output_blocks=1, dropout=0.0
+        width=16,
+        residual_channels=12,
+        num_blocks=2,
+        num_residual_blocks=2,
+        num_heads=2,
+        num_condition_blocks=1,
+        num_output_blocks=1,
+        dropout=0.0,
     ),
 }
 CONFIGS = {TransformerConfig: TransformerPriorConfig, PixelSNAILConfig: PixelSNAILPriorConfig}
@@ -41,7 +69,13 @@ def make(family: str, name: str, **network: int) -> Prior:
     """A prior of a family over the codes of that name, in evaluation mode, with larger weights than at the start of a training: every path carries weight."""
     facts = PRIORS[name]
     config_class = CONFIGS[type(FAMILY[family])]
-    return perturbed(config_class(level=len(facts["grids"]) - 1, network=dataclasses.replace(FAMILY[family], **network), **facts))
+    return perturbed(
+        config_class(
+            level=len(facts["grids"]) - 1,
+            network=dataclasses.replace(FAMILY[family], **network),
+            **facts,
+        )
+    )
 
 
 def perturbed(config: PriorConfig) -> Prior:
@@ -55,7 +89,10 @@ def perturbed(config: PriorConfig) -> Prior:
 
 def inputs(prior: Prior) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
     torch.manual_seed(1)
-    *condition, codes = [torch.randint(k, (BATCH, *grid)) for k, grid in zip(prior.config.codebook_sizes, prior.config.grids, strict=True)]
+    *condition, codes = [
+        torch.randint(k, (BATCH, *grid))
+        for k, grid in zip(prior.config.codebook_sizes, prior.config.grids, strict=True)
+    ]
     return codes, condition, torch.tensor([0, 1, 2]) if prior.config.num_classes else None
 
 
@@ -72,7 +109,13 @@ def visible(prior: Prior) -> torch.Tensor:
     codes, condition, labels = inputs(prior)
     logits = prior(codes, condition, labels)
     size, length = prior.config.codebook_sizes[-1], prior.config.num_positions
-    changes = [(prior(changed_at(codes, s, size), condition, labels) != logits).any(dim=1).any(dim=0).flatten() for s in range(length)]
+    changes = [
+        (prior(changed_at(codes, s, size), condition, labels) != logits)
+        .any(dim=1)
+        .any(dim=0)
+        .flatten()
+        for s in range(length)
+    ]
     return torch.stack(changes, dim=1)
 
 
@@ -94,12 +137,21 @@ def test_causal_bit_for_bit(family: str, name: str) -> None:
     prior = make(family, name)
     assert not visible(prior).triu().any()
     # In double, so that no change is lost to rounding where attention hardly looks.
-    assert torch.equal(visible(prior.double()), torch.ones(prior.config.num_positions, prior.config.num_positions, dtype=torch.bool).tril(-1))
+    assert torch.equal(
+        visible(prior.double()),
+        torch.ones(prior.config.num_positions, prior.config.num_positions, dtype=torch.bool).tril(
+            -1
+        ),
+    )
 
 
 @each_family
 @each_prior
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}, {"min_p": 0.3}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}, {"min_p": 0.3}, {"temperature": 0.0}],
+    ids=str,
+)
 def test_cached_sampling_is_the_plain_loop(family: str, name: str, sampling: dict) -> None:
     prior = make(family, name)
     _, condition, labels = inputs(prior)
@@ -117,7 +169,9 @@ def test_guided_sampling_is_the_plain_loop(family: str) -> None:
     cached = prior.sample(BATCH, condition, labels, **options)
     assert torch.equal(cached, prior.sample_plain(BATCH, condition, labels, **options))
     assert not torch.equal(cached, prior.sample(BATCH, condition, labels, seeds=[5, 6, 7]))
-    assert not torch.equal(cached, prior.sample(BATCH, condition, torch.full_like(labels, 3), **options))  # 3: no label
+    assert not torch.equal(
+        cached, prior.sample(BATCH, condition, torch.full_like(labels, 3), **options)
+    )  # 3: no label
 
 
 @each_family
@@ -128,8 +182,12 @@ def test_known_codes_stay_and_the_rest_follows_them(family: str, name: str) -> N
     known = Known(codes, torch.rand(codes.shape) < 0.5)
     cached = prior.sample(BATCH, condition, labels, seeds=[5, 6, 7], known=known)
     assert torch.equal(cached[known.mask], codes[known.mask])
-    assert torch.equal(cached, prior.sample_plain(BATCH, condition, labels, seeds=[5, 6, 7], known=known))
-    assert not torch.equal(cached[~known.mask], prior.sample(BATCH, condition, labels, seeds=[5, 6, 7])[~known.mask])
+    assert torch.equal(
+        cached, prior.sample_plain(BATCH, condition, labels, seeds=[5, 6, 7], known=known)
+    )
+    assert not torch.equal(
+        cached[~known.mask], prior.sample(BATCH, condition, labels, seeds=[5, 6, 7])[~known.mask]
+    )
 
 
 @each_family
@@ -141,7 +199,9 @@ def test_steps_give_the_logits_of_the_forward(family: str, name: str) -> None:
 
 
 @each_family
-@pytest.mark.parametrize("name", [name for name, facts in PRIORS.items() if len(facts["grids"]) > 1])
+@pytest.mark.parametrize(
+    "name", [name for name, facts in PRIORS.items() if len(facts["grids"]) > 1]
+)
 def test_every_position_sees_every_coarser_code_and_the_label(family: str, name: str) -> None:
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
@@ -174,14 +234,20 @@ def assert_every_parameter_receives_a_gradient(prior: Prior) -> None:
 def test_forward_changes_no_parameter_and_starts_near_uniform(family: str) -> None:
     torch.manual_seed(0)
     prior_config = CONFIGS[type(FAMILY[family])]
-    prior = make_prior(prior_config(level=1, grids=((4, 4), (8, 8)), codebook_sizes=(16, 512), class_names=("a", "b", "c")))
+    prior = make_prior(
+        prior_config(
+            level=1, grids=((4, 4), (8, 8)), codebook_sizes=(16, 512), class_names=("a", "b", "c")
+        )
+    )
     before = {name: p.clone() for name, p in prior.named_parameters()}
     codes, condition, labels = inputs(prior)
     loss = torch.nn.functional.cross_entropy(prior(codes, condition, labels), codes)
     assert all(torch.equal(before[name], p) for name, p in prior.named_parameters())
     assert loss.item() == pytest.approx(torch.log(torch.tensor(512.0)).item(), abs=0.3)
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in prior.named_parameters())
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for name, p in prior.named_parameters()
+    )
 
 
 @each_family
@@ -225,22 +291,36 @@ def test_pixelsnail_of_any_shape(name: str, network: dict) -> None:
 @pytest.mark.parametrize("num_heads", [0, 2])
 def test_pixelsnail_on_any_grid(grid: tuple[int, int], num_heads: int) -> None:
     network = dataclasses.replace(FAMILY["pixelsnail"], num_heads=num_heads)
-    prior = perturbed(PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=network))
+    prior = perturbed(
+        PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=network)
+    )
     assert_steps_are_the_forward(prior, 1e-5)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_pixelsnail_without_attention_sees_the_cone_above_and_all_to_the_left(kernel_size: int) -> None:
+def test_pixelsnail_without_attention_sees_the_cone_above_and_all_to_the_left(
+    kernel_size: int,
+) -> None:
     """Each row up, a causal convolution reaches k//2 columns further to the right; to the left and above that, it sees everything."""
-    network = dataclasses.replace(FAMILY["pixelsnail"], num_heads=0, num_residual_blocks=4, kernel_size=kernel_size)
-    prior = perturbed(PixelSNAILPriorConfig(level=0, grids=((5, 9),), codebook_sizes=(7,), network=network)).double()
+    network = dataclasses.replace(
+        FAMILY["pixelsnail"], num_heads=0, num_residual_blocks=4, kernel_size=kernel_size
+    )
+    prior = perturbed(
+        PixelSNAILPriorConfig(level=0, grids=((5, 9),), codebook_sizes=(7,), network=network)
+    ).double()
     row, column = torch.arange(45) // 9, torch.arange(45) % 9
     up, right = row[:, None] - row, column - column[:, None]
-    assert torch.equal(visible(prior), ((up > 0) & (right <= kernel_size // 2 * up)) | ((up == 0) & (right < 0)))
+    assert torch.equal(
+        visible(prior), ((up > 0) & (right <= kernel_size // 2 * up)) | ((up == 0) & (right < 0))
+    )
 
 
 def test_pixelsnail_with_attention_sees_every_earlier_code() -> None:
-    prior = perturbed(PixelSNAILPriorConfig(level=0, grids=((5, 9),), codebook_sizes=(7,), network=FAMILY["pixelsnail"])).double()
+    prior = perturbed(
+        PixelSNAILPriorConfig(
+            level=0, grids=((5, 9),), codebook_sizes=(7,), network=FAMILY["pixelsnail"]
+        )
+    ).double()
     assert torch.equal(visible(prior), torch.ones(45, 45, dtype=torch.bool).tril(-1))
 
 
@@ -256,7 +336,9 @@ def test_written_out_attention_is_sdpa(causal: bool) -> None:
 def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: int) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, length, 8, dtype=torch.float64)
-    seen = torch.ones(length, length, dtype=torch.bool).tril() & torch.ones(length, length, dtype=torch.bool).triu(-window)
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & torch.ones(
+        length, length, dtype=torch.bool
+    ).triu(-window)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
 
@@ -267,9 +349,15 @@ def test_steps_in_bf16_give_nearly_the_logits_of_fp32(family: str) -> None:
     codes, condition, labels = inputs(prior)
     flat = codes.flatten(1)
     with torch.no_grad():
-        states = [prior.start(BATCH, condition, labels, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        states = [
+            prior.start(BATCH, condition, labels, dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
         for position in range(flat.shape[1]):
-            exact, fast = (prior.step(state, position, flat[:, position - 1] if position else None) for state in states)
+            exact, fast = (
+                prior.step(state, position, flat[:, position - 1] if position else None)
+                for state in states
+            )
             assert (exact - fast).square().mean().sqrt() < 0.02 * exact.std()
             assert fast.dtype == torch.float32
             assert not can_pack(torch.bfloat16) or not torch.equal(exact, fast)  # it is used
@@ -308,11 +396,15 @@ def test_steps_of_fixed_shapes_are_the_steps(family: str, name: str) -> None:
                 torch.testing.assert_close(logits, steps(position, previous), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("network", [{"num_heads": 0}, {"kernel_size": 3}, {"kernel_size": 13}], ids=str)
+@pytest.mark.parametrize(
+    "network", [{"num_heads": 0}, {"kernel_size": 3}, {"kernel_size": 13}], ids=str
+)
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (3, 7), (9, 3)], ids=str)
 def test_pixelsnail_of_any_shape_in_fixed_shapes(network: dict, grid: tuple[int, int]) -> None:
     config = dataclasses.replace(FAMILY["pixelsnail"], **network)
-    prior = perturbed(PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=config))
+    prior = perturbed(
+        PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=config)
+    )
     codes, condition, labels = inputs(prior)
     with torch.no_grad():
         plain = prior(codes, condition, labels).flatten(2)
@@ -323,21 +415,43 @@ def test_pixelsnail_of_any_shape_in_fixed_shapes(network: dict, grid: tuple[int,
 
 
 @pytest.mark.parametrize("family", ["transformer, window", "pixelsnail"])
-def test_one_compiled_step_serves_all_positions_and_batches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compiled_step_serves_all_positions_and_batches(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sampling as on CUDA, but for the kernels: the step is traced as a single graph, once, and draws what sampling draws.
 
     Its only inputs that may move are the position and the code before it: all else CUDA graphs may read and change where it is.
     """
-    prior = make(family, "bottom, classes, ratio 4", num_layers=2) if family != "pixelsnail" else make(family, "bottom, classes, ratio 4")
+    prior = (
+        make(family, "bottom, classes, ratio 4", num_layers=2)
+        if family != "pixelsnail"
+        else make(family, "bottom, classes, ratio 4")
+    )
     graphs: list[list[torch.Size]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
-        placeholders = graph.graph.find_nodes(op="placeholder")  # what CUDA graphs see as not moving is noted in "tensor_dict"
-        graphs.append([node.meta["example_value"].shape for node in placeholders if "_dynamo_static_input_type" not in node.meta["tensor_dict"]])
+        placeholders = graph.graph.find_nodes(
+            op="placeholder"
+        )  # what CUDA graphs see as not moving is noted in "tensor_dict"
+        graphs.append(
+            [
+                node.meta["example_value"].shape
+                for node in placeholders
+                if "_dynamo_static_input_type" not in node.meta["tensor_dict"]
+            ]
+        )
         return graph.forward
 
-    def compiled(batch_size: int, condition: list[torch.Tensor], labels: torch.Tensor, dtype: torch.dtype) -> Callable:
-        return prior.make_static_stepper(batch_size, condition, labels, dtype, partial(torch.compile, backend=backend, fullgraph=True))
+    def compiled(
+        batch_size: int, condition: list[torch.Tensor], labels: torch.Tensor, dtype: torch.dtype
+    ) -> Callable:
+        return prior.make_static_stepper(
+            batch_size,
+            condition,
+            labels,
+            dtype,
+            partial(torch.compile, backend=backend, fullgraph=True),
+        )
 
     _, condition, labels = inputs(prior)
     batches = [(condition, labels), ([level.flip(0) for level in condition], labels.flip(0))]

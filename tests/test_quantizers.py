@@ -6,7 +6,17 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from vqvae2.config import QuantizerConfig
-from vqvae2.quantizers import CosineQuantizer, EMAQuantizer, FSQuantizer, GradientQuantizer, _argmax, k_means, make_quantizer, nearest, rotation
+from vqvae2.quantizers import (
+    CosineQuantizer,
+    EMAQuantizer,
+    FSQuantizer,
+    GradientQuantizer,
+    _argmax,
+    k_means,
+    make_quantizer,
+    nearest,
+    rotation,
+)
 
 
 def started(quantizer, codebook):  # type: ignore[no-untyped-def]
@@ -24,12 +34,18 @@ def as_features(vectors: torch.Tensor) -> torch.Tensor:
 def test_nearest_is_brute_force_in_float64() -> None:
     torch.manual_seed(0)
     vectors, codebook = torch.randn(5000, 16), torch.randn(300, 16)
-    assert torch.equal(nearest(vectors, codebook, megabytes=0.1), torch.cdist(vectors.double(), codebook.double()).argmin(1))
+    assert torch.equal(
+        nearest(vectors, codebook, megabytes=0.1),
+        torch.cdist(vectors.double(), codebook.double()).argmin(1),
+    )
 
 
 def test_one_ema_step_by_hand_with_codes_that_the_batch_misses() -> None:
     """Before: e_0 = (0, 0), e_1 = (10, 0), e_2 = (0, 10). Nothing is near e_2."""
-    quantizer = started(EMAQuantizer(3, 2, QuantizerConfig(decay=0.9, revival_threshold=0)), torch.tensor([[0.0, 0], [10, 0], [0, 10]]))
+    quantizer = started(
+        EMAQuantizer(3, 2, QuantizerConfig(decay=0.9, revival_threshold=0)),
+        torch.tensor([[0.0, 0], [10, 0], [0, 10]]),
+    )
     vectors = torch.tensor([[1.0, 0], [3, 0], [9, 1], [0, 2]])  # -> codes 0, 0, 1, 0
     result = quantizer(as_features(vectors))
     assert result.codes.flatten().tolist() == [0, 0, 1, 0]
@@ -38,7 +54,9 @@ def test_one_ema_step_by_hand_with_codes_that_the_batch_misses() -> None:
     torch.testing.assert_close(quantizer.counts, torch.tensor([0.3, 0.1, 0.0]))
     # Second step, all four at (2, 0): code 0's running sum is 0.9 * (0.4, 0.2) + 0.1 * (8, 0) over 0.9 * 0.3 + 0.1 * 4.
     quantizer(as_features(torch.tensor([[2.0, 0]] * 4)))
-    torch.testing.assert_close(quantizer.codebook, torch.tensor([[1.16 / 0.67, 0.18 / 0.67], [9, 1], [0, 10]]))
+    torch.testing.assert_close(
+        quantizer.codebook, torch.tensor([[1.16 / 0.67, 0.18 / 0.67], [9, 1], [0, 10]])
+    )
 
 
 def test_after_one_step_used_codes_are_means_and_unused_ones_stay_in_range() -> None:
@@ -47,7 +65,9 @@ def test_after_one_step_used_codes_are_means_and_unused_ones_stay_in_range() -> 
     vectors = torch.randn(16, 8)  # far fewer than codes
     codes = quantizer(as_features(vectors)).codes.flatten()
     for code in codes.unique():
-        torch.testing.assert_close(quantizer.codebook[code], vectors[codes == code].mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            quantizer.codebook[code], vectors[codes == code].mean(0), atol=1e-6, rtol=0
+        )
     assert quantizer.codebook.norm(dim=1).max() <= vectors.norm(dim=1).max() + 1e-6
 
 
@@ -56,7 +76,9 @@ def test_revived_codes_are_current_features_and_survive() -> None:
     quantizer = started(EMAQuantizer(8, 2), torch.full((8, 2), 1e3) + torch.arange(8.0)[:, None])
     vectors = torch.randn(64, 2)
     quantizer(as_features(vectors))
-    revived = [k for k in range(8) if any(torch.allclose(quantizer.codebook[k], v) for v in vectors)]
+    revived = [
+        k for k in range(8) if any(torch.allclose(quantizer.codebook[k], v) for v in vectors)
+    ]
     assert len(revived) >= 7
     for _ in range(50):
         quantizer(as_features(torch.randn(64, 2)))
@@ -76,16 +98,22 @@ def test_losses_and_gradients_by_hand(beta: float) -> None:
     features = torch.randn(2, 4, 3, 3, requires_grad=True)
     codebook = torch.randn(5, 4)
 
-    quantizer = started(GradientQuantizer(5, 4, QuantizerConfig(beta=beta, revival_threshold=0)), codebook)
+    quantizer = started(
+        GradientQuantizer(5, 4, QuantizerConfig(beta=beta, revival_threshold=0)), codebook
+    )
     result = quantizer(features)
     embeddings = rearrange(codebook[result.codes], "b h w d -> b d h w")
     distance = F.mse_loss(features, embeddings).item()
     assert result.loss.item() == pytest.approx((1 + beta) * distance, rel=1e-5)
     result.loss.backward()
-    torch.testing.assert_close(features.grad, beta * 2 * (features.detach() - embeddings) / features.numel())
+    torch.testing.assert_close(
+        features.grad, beta * 2 * (features.detach() - embeddings) / features.numel()
+    )
     code = int(result.codes[0, 0, 0])
     chosen = rearrange(features.detach(), "b d h w -> b h w d")[result.codes == code]
-    torch.testing.assert_close(quantizer.codebook.grad[code], 2 * (codebook[code] - chosen).sum(0) / features.numel())
+    torch.testing.assert_close(
+        quantizer.codebook.grad[code], 2 * (codebook[code] - chosen).sum(0) / features.numel()
+    )
 
     ema = started(EMAQuantizer(5, 4, QuantizerConfig(beta=beta)), codebook)
     assert ema(features).loss.item() == pytest.approx(beta * distance, rel=1e-5)
@@ -201,9 +229,13 @@ def test_rotation_is_the_rotation_that_the_paper_names() -> None:
     torch.testing.assert_close(result, embeddings)
     (result * weights).sum().backward()
     for z, e, w, gradient in zip(vectors.detach(), embeddings, weights, vectors.grad, strict=True):
-        matrix = torch.autograd.functional.jacobian(lambda v, e=e, z=z: rotation_by_hand(z, e) @ v, z)
+        matrix = torch.autograd.functional.jacobian(
+            lambda v, e=e, z=z: rotation_by_hand(z, e) @ v, z
+        )
         torch.testing.assert_close(matrix @ z, e)  # it maps the feature to its code
-        torch.testing.assert_close(matrix @ matrix.T, (e.norm() / z.norm()) ** 2 * torch.eye(5, dtype=torch.float64))  # a scaled rotation
+        torch.testing.assert_close(
+            matrix @ matrix.T, (e.norm() / z.norm()) ** 2 * torch.eye(5, dtype=torch.float64)
+        )  # a scaled rotation
         torch.testing.assert_close(gradient, matrix.T @ w)
 
 
@@ -211,7 +243,11 @@ def rotation_by_hand(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     """The matrix, from the formula."""
     z1, e1 = z / z.norm(), e / e.norm()
     r = (z1 + e1) / (z1 + e1).norm()
-    return e.norm() / z.norm() * (torch.eye(5, dtype=z.dtype) - 2 * torch.outer(r, r) + 2 * torch.outer(e1, z1))
+    return (
+        e.norm()
+        / z.norm()
+        * (torch.eye(5, dtype=z.dtype) - 2 * torch.outer(r, r) + 2 * torch.outer(e1, z1))
+    )
 
 
 def test_cosine_codes_have_length_one_and_ignore_the_length_of_features() -> None:
@@ -245,13 +281,18 @@ def test_nearest_on_hard_data(offset: float, scale: float) -> None:
     distances = torch.cdist(vectors.double(), codebook.double())
     chosen = nearest(vectors, codebook)
     assert (chosen == distances.argmin(dim=1)).float().mean() > 0.999
-    torch.testing.assert_close(distances.gather(1, chosen[:, None])[:, 0], distances.min(dim=1).values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        distances.gather(1, chosen[:, None])[:, 0], distances.min(dim=1).values, rtol=1e-6, atol=0
+    )
 
 
 def test_a_large_codebook_needs_no_large_matrix() -> None:
     torch.manual_seed(0)
     vectors, codebook = torch.randn(500, 8), torch.randn(65_536, 8)
-    small, whole = nearest(vectors, codebook, megabytes=1), nearest(vectors, codebook, megabytes=1000)
+    small, whole = (
+        nearest(vectors, codebook, megabytes=1),
+        nearest(vectors, codebook, megabytes=1000),
+    )
     assert torch.equal(small, whole)
     assert torch.equal(small, torch.cdist(vectors.double(), codebook.double()).argmin(dim=1))
 
@@ -272,5 +313,9 @@ def test_revival_does_not_depend_on_the_batch_size() -> None:
 @pytest.mark.parametrize("columns", [64, 512, 640, 100, 7])
 def test_argmax_in_blocks_is_argmax_also_among_equals(columns: int) -> None:
     torch.manual_seed(0)
-    for scores in (torch.randn(300, columns), torch.randint(0, 3, (300, columns)).float(), torch.zeros(5, columns)):
+    for scores in (
+        torch.randn(300, columns),
+        torch.randint(0, 3, (300, columns)).float(),
+        torch.zeros(5, columns),
+    ):
         assert torch.equal(_argmax(scores), scores.argmax(dim=1))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.importers.rosinality_weights import import_weights
 from tests.conftest import ROOT, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
-from vqvae2.rosinality import import_weights
 
 CHECKPOINT = ROOT / "tests" / "data" / "rosinality_stage1.pt"
 EXPECTED = load_file(ROOT / "tests" / "data" / "rosinality_stage1_expected.safetensors")
@@ -19,7 +19,9 @@ EXPECTED = load_file(ROOT / "tests" / "data" / "rosinality_stage1_expected.safet
 def test_codes_and_reconstructions_are_the_originals(prefix: str, tmp_path: Path) -> None:
     state = torch.load(CHECKPOINT, weights_only=True)
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pt")
-    said = vqvae2("import-weights", tmp_path / "x.pt", "--size", 64, 32, "--output-dir", tmp_path / "model").stdout
+    said = vqvae2(
+        "import-weights", tmp_path / "x.pt", "--size", 64, 32, "--output-dir", tmp_path / "model"
+    ).stdout
     assert "16 dimensions" in said
     assert "64 codes" in said
     model = VQVAE2.from_pretrained(tmp_path / "model")
@@ -27,7 +29,10 @@ def test_codes_and_reconstructions_are_the_originals(prefix: str, tmp_path: Path
         levels = model.encode(EXPECTED["images"])
         assert torch.equal(levels[0].codes, EXPECTED["codes_top"])
         assert torch.equal(levels[1].codes, EXPECTED["codes_bottom"])
-        for reconstruction in (model(EXPECTED["images"]).reconstruction, model.decode_codes([level.codes for level in levels])):
+        for reconstruction in (
+            model(EXPECTED["images"]).reconstruction,
+            model.decode_codes([level.codes for level in levels]),
+        ):
             assert (reconstruction - EXPECTED["reconstruction"]).abs().max() < 1e-5
 
 
@@ -45,7 +50,9 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     cases = {
         "holds 'extra'": {**state, "extra": torch.zeros(1)},
         "lacks 'quantize_t.embed'": {k: v for k, v in state.items() if k != "quantize_t.embed"},
-        "lacks what we call 'upsamplers.0.0.bias'": {k: v for k, v in state.items() if k != "upsample_t.bias"},
+        "lacks what we call 'upsamplers.0.0.bias'": {
+            k: v for k, v in state.items() if k != "upsample_t.bias"
+        },
         "'dec.blocks.0.weight' has shape": {**state, "dec.blocks.0.weight": torch.zeros(2, 2)},
         "not a state dict of tensors": {"model": state, "args": 1},
         "of plain tensors": {"hidden": Path("code that would run")},

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from prior.packed import can_pack, pack_linears
+from prior.packed_linear import can_pack, pack_linears
 from prior.sampling import SamplingConfig, draw, image_seeds, probabilities, uniforms
 from vqvae2.common.errors import UserError
 
 
 def test_temperature_zero_is_argmax() -> None:
     logits = torch.randn(50, 20)
-    assert torch.equal(draw(logits, torch.rand(50), SamplingConfig(temperature=0)), logits.argmax(1))
+    assert torch.equal(
+        draw(logits, torch.rand(50), SamplingConfig(temperature=0)), logits.argmax(1)
+    )
 
 
 def test_frequencies_are_the_probabilities() -> None:
@@ -18,7 +20,9 @@ def test_frequencies_are_the_probabilities() -> None:
     logits = torch.randn(1, 6).expand(40_000, 6)
     drawn = draw(logits, torch.rand(40_000), SamplingConfig(temperature=1.3))
     expected = (logits[0] / 1.3).softmax(0)
-    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / 40_000, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(drawn, minlength=6) / 40_000, expected, atol=0.01, rtol=0
+    )
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
@@ -61,13 +65,19 @@ def test_impossible_settings(bad: dict) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_packed_linears_are_the_linears(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Sequential(torch.nn.Linear(48, 20, bias=False)))
+    network = torch.nn.Sequential(
+        torch.nn.Linear(32, 48),
+        torch.nn.GELU(),
+        torch.nn.Sequential(torch.nn.Linear(48, 20, bias=False)),
+    )
     packed = pack_linears(network, 4, dtype)
     x = torch.randn(4, 7, 32)
     with torch.no_grad():
         torch.testing.assert_close(packed(x), network(x), atol=tolerance, rtol=0)
         assert packed(x).dtype == torch.float32
-    assert [type(module) for module in network.modules()].count(torch.nn.Linear) == 2  # the original is as it was
+    assert [type(module) for module in network.modules()].count(
+        torch.nn.Linear
+    ) == 2  # the original is as it was
     if can_pack(dtype):
         assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
     double = network.double()  # what cannot be packed is a plain linear layer

@@ -28,7 +28,15 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.pictures import save_image
 from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data import AugmentedImages, BadImage, ImageSplits, is_held_out, load_images, load_picture, to_images
+from vqvae2.data import (
+    AugmentedImages,
+    BadImage,
+    ImageSplits,
+    is_held_out,
+    load_images,
+    load_picture,
+    to_images,
+)
 from vqvae2.data.augmentation import known_views, random_change, view_change
 from vqvae2.data.parts import find_parts, read_items
 from vqvae2.data.preprocessing import prepare
@@ -54,7 +62,10 @@ def write_tars(folder: Path, paths: list[Path], root: Path, per_shard: int = 17)
     for first in range(0, len(paths), per_shard):
         with tarfile.open(folder / f"s{first // per_shard:03d}.tar", "w") as archive:
             for path in paths[first : first + per_shard]:
-                for suffix, content in ((".png", path.read_bytes()), (".cls", path.parent.name.encode())):
+                for suffix, content in (
+                    (".png", path.read_bytes()),
+                    (".cls", path.parent.name.encode()),
+                ):
                     member = tarfile.TarInfo(path.stem + suffix)
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
@@ -71,13 +82,23 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     labels = [path.parent.name for path in paths]
     with open(root / "list.csv", "w", newline="") as file:
         csv.writer(file).writerows([["path", "label"], *zip(names, labels, strict=True)])
-    (root / "list.jsonl").write_text("".join(json.dumps({"file": n, "kind": k}) + "\n" for n, k in zip(names, labels, strict=True)))
+    (root / "list.jsonl").write_text(
+        "".join(
+            json.dumps({"file": n, "kind": k}) + "\n" for n, k in zip(names, labels, strict=True)
+        )
+    )
     cells = [path.read_bytes() for path in paths]
     pq.write_table(pa.table({"image": cells, "label": labels}), root / "one.parquet")
     (root / "tables").mkdir()
     for part in range(3):
         pq.write_table(
-            pa.table({"image": cells[part * 20 : part * 20 + 20], "label": labels[part * 20 : part * 20 + 20]}), root / "tables" / f"p{part}.parquet"
+            pa.table(
+                {
+                    "image": cells[part * 20 : part * 20 + 20],
+                    "label": labels[part * 20 : part * 20 + 20],
+                }
+            ),
+            root / "tables" / f"p{part}.parquet",
         )
     images = np.stack([np.array(Image.open(path)) for path in paths])
     np.savez(root / "stack.npz", images=images, labels=np.array(labels))
@@ -85,10 +106,26 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     datasets.Dataset.from_dict({"image": cells, "label": labels}).save_to_disk(root / "saved")
     write_tars(root / "tars", paths, folder)
-    return {path.name: path for path in root.iterdir()} | {"pattern": root / "tars" / "s{000..003}.tar", "glob": root / "tables" / "p*.parquet"}
+    return {path.name: path for path in root.iterdir()} | {
+        "pattern": root / "tars" / "s{000..003}.tar",
+        "glob": root / "tables" / "p*.parquet",
+    }
 
 
-@pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "one.parquet", "tables", "stack.npz", "saved", "tars", "pattern", "glob"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "list.csv",
+        "list.jsonl",
+        "one.parquet",
+        "tables",
+        "stack.npz",
+        "saved",
+        "tars",
+        "pattern",
+        "glob",
+    ],
+)
 def test_every_source_gives_the_same_rows(name: str, sources: dict[str, Path]) -> None:
     expected, classes = rows_of(load(sources["folder"]))
     columns = {"image_column": "file", "label_column": "kind"} if name == "list.jsonl" else {}
@@ -102,9 +139,17 @@ def test_npy_lists_and_python_data(tmp_path: Path, sources: dict[str, Path]) -> 
     array = expected[:, 0].numpy()
     np.save(tmp_path / "x.npy", array)
     assert torch.equal(load(tmp_path / "x.npy").train.__getitems__(range(60))["images"], expected)
-    (sources["folder"].parent / "list.txt").write_text("\n".join(f"folder/{name}" for name in load(sources["folder"]).train.ids))
-    assert torch.equal(load(sources["folder"].parent / "list.txt").train.__getitems__(range(60))["images"], expected)
-    for data in ({"images": expected, "labels": classes}, ({"images": row, "labels": label} for row, label in zip(array, classes, strict=True))):
+    (sources["folder"].parent / "list.txt").write_text(
+        "\n".join(f"folder/{name}" for name in load(sources["folder"]).train.ids)
+    )
+    assert torch.equal(
+        load(sources["folder"].parent / "list.txt").train.__getitems__(range(60))["images"],
+        expected,
+    )
+    for data in (
+        {"images": expected, "labels": classes},
+        ({"images": row, "labels": label} for row, label in zip(array, classes, strict=True)),
+    ):
         images, found = rows_of(load_images(data, GREY, show_progress=False))
         assert torch.equal(images, expected)
         assert found == classes
@@ -116,8 +161,14 @@ def test_links_and_lists_with_a_split(tmp_path: Path, sources: dict[str, Path]) 
     (tmp_path / "photos" / "linked" / "again").unlink(missing_ok=True)
     (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
     assert all(name.startswith("linked/") for name in load(tmp_path / "photos").train.ids)
-    names = [os.path.relpath(sources["folder"] / name, tmp_path) for name in load(sources["folder"]).train.ids]
-    lines = ["path\tsplit", *(f"{name}\t{'train' if i % 3 else 'test'}" for i, name in enumerate(names))]
+    names = [
+        os.path.relpath(sources["folder"] / name, tmp_path)
+        for name in load(sources["folder"]).train.ids
+    ]
+    lines = [
+        "path\tsplit",
+        *(f"{name}\t{'train' if i % 3 else 'test'}" for i, name in enumerate(names)),
+    ]
     (tmp_path / "x.tsv").write_text("\n".join(lines))
     splits = load(tmp_path / "x.tsv")
     assert (len(splits.train), len(splits.validation)) == (40, 20)
@@ -127,15 +178,21 @@ def test_links_and_lists_with_a_split(tmp_path: Path, sources: dict[str, Path]) 
 def test_bands_bits_and_floats(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     five = generator.integers(0, 65536, (3, 16, 16, 5), dtype=np.uint16)
-    config = PreprocessingConfig(size=(16,), channels=5, value_range=(0, 65535), validation_fraction=0)
+    config = PreprocessingConfig(
+        size=(16,), channels=5, value_range=(0, 65535), validation_fraction=0
+    )
     for i, array in enumerate(five):
         np.save(tmp_path / f"{i}.npy", array)
-        tifffile.imwrite(tmp_path / f"{i}.tif", array, planarconfig="contig", photometric="minisblack")
+        tifffile.imwrite(
+            tmp_path / f"{i}.tif", array, planarconfig="contig", photometric="minisblack"
+        )
     images = load(tmp_path, config).train.__getitems__(range(6))["images"]
     assert torch.equal(images[::2], images[1::2])
     expected = torch.from_numpy(five.astype(np.float64) / 65535 * 2 - 1).permute(0, 3, 1, 2)
     assert (images[::2] - expected).abs().max() < 1e-6
-    save_image(images[0], tmp_path / "again" / "x.tif", config.value_range)  # what samples are written as
+    save_image(
+        images[0], tmp_path / "again" / "x.tif", config.value_range
+    )  # what samples are written as
     assert np.array_equal(tifffile.imread(tmp_path / "again" / "x.tif"), five[0])
     grey = Image.fromarray(five[0, ..., 0])
     grey.save(tmp_path / "grey16.png")
@@ -187,10 +244,17 @@ def png16(rows: list[bytes], width: int, height: int) -> bytes:
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_pictures_come_upright_and_uninverted_or_not_at_all(tmp_path: Path) -> None:
@@ -208,7 +272,9 @@ def test_pictures_come_upright_and_uninverted_or_not_at_all(tmp_path: Path) -> N
         load_picture(str(tmp_path / "turned.tif"), grey)
     eight = (sixteen // 256).astype(np.uint8)
     tifffile.imwrite(tmp_path / "inverted.tif", eight, photometric="miniswhite")
-    inverted = load_picture(str(tmp_path / "inverted.tif"), replace(grey, size=(20, 40), value_range=(0, 255)))[0, 0]
+    inverted = load_picture(
+        str(tmp_path / "inverted.tif"), replace(grey, size=(20, 40), value_range=(0, 255))
+    )[0, 0]
     assert np.array_equal(inverted, 255 - eight)
     (tmp_path / "deep.ppm").write_bytes(b"P6 # a comment\n2 1\n65535\n" + bytes(12))
     with pytest.raises(UserError, match="PPM with 16 bits"):
@@ -232,7 +298,9 @@ def test_bad_files_stop_or_are_skipped_and_listed(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "x", 40)
     good = load(folder).train.ids
     bad = spoil(folder)
-    with pytest.raises(BadImage, match=r"(cut|text|empty|bomb)\.(png|jpg).*on-error skip|bomb.*claims"):
+    with pytest.raises(
+        BadImage, match=r"(cut|text|empty|bomb)\.(png|jpg).*on-error skip|bomb.*claims"
+    ):
         load(folder)
     splits = load(folder, on_error="skip")
     assert {error.name for error in splits.skipped} == bad
@@ -261,13 +329,30 @@ def test_held_out_shards_are_never_trained_on(sources: dict[str, Path], tmp_path
 def test_no_file_is_trained_on_and_held_out(streaming: bool, tmp_path: Path) -> None:
     tars = numbered_tars(tmp_path / "x", shards=3, rows=2)
     (tmp_path / "link").symlink_to(tars)
-    for path, held_out in (("x/*.tar", "x/002.tar"), ("x", "x/{001..002}.tar"), ("x/000.tar", "link"), ("x/000.tar", "link/000.tar")):
-        data = ImagesConfig(path=str(tmp_path / path), validation_path=str(tmp_path / held_out), streaming=streaming)
+    for path, held_out in (
+        ("x/*.tar", "x/002.tar"),
+        ("x", "x/{001..002}.tar"),
+        ("x/000.tar", "link"),
+        ("x/000.tar", "link/000.tar"),
+    ):
+        data = ImagesConfig(
+            path=str(tmp_path / path), validation_path=str(tmp_path / held_out), streaming=streaming
+        )
         with pytest.raises(UserError, match="would be trained on"):
             find_parts(data, GREY, 10)
-    apart = ImagesConfig(path=str(tars / "{000..001}.tar"), validation_path=str(tars / "002.tar"), streaming=True)
-    assert sorted(item.id for part in find_parts(apart, GREY, 10).parts for item in part.items() if item.split == "validation") == ["002/0000", "002/0001"]
-    assert find_parts(apart, GREY, 10).facts != find_parts(replace(apart, validation_path=None), GREY, 10).facts
+    apart = ImagesConfig(
+        path=str(tars / "{000..001}.tar"), validation_path=str(tars / "002.tar"), streaming=True
+    )
+    assert sorted(
+        item.id
+        for part in find_parts(apart, GREY, 10).parts
+        for item in part.items()
+        if item.split == "validation"
+    ) == ["002/0000", "002/0001"]
+    assert (
+        find_parts(apart, GREY, 10).facts
+        != find_parts(replace(apart, validation_path=None), GREY, 10).facts
+    )
 
 
 def test_no_picture_is_trained_on_and_held_out_by_another_name(tmp_path: Path) -> None:
@@ -277,14 +362,24 @@ def test_no_picture_is_trained_on_and_held_out_by_another_name(tmp_path: Path) -
     os.link(tmp_path / "x.npy", tmp_path / "y.npy")
     (tmp_path / "a.txt").write_text("\n".join(names))
     (tmp_path / "b.txt").write_text("\n".join(f"./{name}" for name in names))
-    (tmp_path / "split.csv").write_text("path,split\n" + "".join(f"{name},train\n./{name[:-4]}x.png,val\n" for name in names[:3]))
+    (tmp_path / "split.csv").write_text(
+        "path,split\n" + "".join(f"{name},train\n./{name[:-4]}x.png,val\n" for name in names[:3])
+    )
     for name in names[:3]:
         (tmp_path / f"{name[:-4]}x.png").symlink_to(tmp_path / name)
     (other / "inside").symlink_to(folder)
-    for path, held_out in (("a.txt", "folder"), ("a.txt", "b.txt"), ("other", "folder"), ("x.npy", "y.npy"), ("split.csv", None)):
+    for path, held_out in (
+        ("a.txt", "folder"),
+        ("a.txt", "b.txt"),
+        ("other", "folder"),
+        ("x.npy", "y.npy"),
+        ("split.csv", None),
+    ):
         with pytest.raises(UserError, match="would be trained on"):
             load(tmp_path / path, validation_path=held_out and str(tmp_path / held_out))
-    splits = load(folder, replace(GREY, validation_fraction=0.5))  # all names of a file are on one side
+    splits = load(
+        folder, replace(GREY, validation_fraction=0.5)
+    )  # all names of a file are on one side
     sides = [{(folder / name).resolve() for name in dataset.ids} for _, dataset in splits.items()]
     assert all(sides)
     assert not sides[0] & sides[1]
@@ -293,14 +388,22 @@ def test_no_picture_is_trained_on_and_held_out_by_another_name(tmp_path: Path) -
     assert len(load(other, validation_path=str(folder)).train) == 20
     tars = numbered_tars(tmp_path / "tars", shards=1, rows=2)
     with pytest.raises(UserError, match="would be trained on"):
-        find_parts(ImagesConfig(path=f"file://{tars}/000.tar", validation_path=str(tars / "000.tar"), streaming=True), GREY, 10)
+        find_parts(
+            ImagesConfig(
+                path=f"file://{tars}/000.tar", validation_path=str(tars / "000.tar"), streaming=True
+            ),
+            GREY,
+            10,
+        )
     root = tmp_path / "root"
     write_images(root / "train", 9)
     write_images(root / "validation", 9)
     assert len(load(root, validation_path=str(root / "validation")).train) == 9
 
 
-def test_no_picture_vanishes(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_picture_vanishes(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     mixed = shutil.copytree(sources["folder"], tmp_path / "mixed")
     shutil.copy(next(sources["tars"].iterdir()), mixed / "backup.tar")
     shutil.copy(next(mixed.rglob("*.png")), mixed / "x.png")
@@ -309,7 +412,9 @@ def test_no_picture_vanishes(sources: dict[str, Path], tmp_path: Path, capsys: p
     (mixed / "backup.tar").unlink()
     load(mixed)
     assert "x.png lies in no class folder" in capsys.readouterr().out
-    first, second = (write_members(tmp_path / f"{name}.tar", [f"{name}.png"]).read_bytes() for name in "pq")
+    first, second = (
+        write_members(tmp_path / f"{name}.tar", [f"{name}.png"]).read_bytes() for name in "pq"
+    )
     (tmp_path / "cat.tar").write_bytes(first + second)
     with tarfile.open(write_members(tmp_path / "links.tar", ["a.png"]), "a") as archive:
         link = tarfile.TarInfo("b.png")
@@ -317,11 +422,20 @@ def test_no_picture_vanishes(sources: dict[str, Path], tmp_path: Path, capsys: p
         archive.addfile(link)
 
     def read(name: str, *, streaming: bool) -> None:
-        items = [item for part in find_parts(ImagesConfig(path=str(tmp_path / name), streaming=streaming), GREY, 99).parts for item in part.items()]
+        items = [
+            item
+            for part in find_parts(
+                ImagesConfig(path=str(tmp_path / name), streaming=streaming), GREY, 99
+            ).parts
+            for item in part.items()
+        ]
         list(read_items(items, lambda split: [None], skip=False, num_threads=1))
 
     for streaming in (False, True):
-        for name, message in (("cat.tar", "after the mark of its end"), ("links.tar", r"b\.png, a link")):
+        for name, message in (
+            ("cat.tar", "after the mark of its end"),
+            ("links.tar", r"b\.png, a link"),
+        ):
             with pytest.raises(UserError, match=message):
                 read(name, streaming=streaming)
     data = datasets.load_from_disk(str(sources["saved"]))
@@ -342,22 +456,38 @@ def test_no_picture_vanishes(sources: dict[str, Path], tmp_path: Path, capsys: p
 
 
 def test_labels_are_those_of_the_data_or_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(sources["folder"].rglob("*.png"))]
-    kinds = {"kind": datasets.ClassLabel(names=["cat", "dog"]), "split": datasets.ClassLabel(names=["train", "test"])}
+    cells = [
+        {"bytes": path.read_bytes(), "path": None}
+        for path in sorted(sources["folder"].rglob("*.png"))
+    ]
+    kinds = {
+        "kind": datasets.ClassLabel(names=["cat", "dog"]),
+        "split": datasets.ClassLabel(names=["train", "test"]),
+    }
     features = datasets.Features({"image": datasets.Image(), **kinds})
     rows = {"image": cells, "kind": [0, 1] * 30, "split": [0] * 50 + [1] * 10}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "typed.parquet")
     splits = load(tmp_path / "typed.parquet")
-    assert (len(splits.train), len(splits.validation), splits.class_names) == (50, 10, ("cat", "dog"))
-    datasets.Dataset.from_dict(rows, features=features).remove_columns("split").to_parquet(tmp_path / "streamed.parquet")
+    assert (len(splits.train), len(splits.validation), splits.class_names) == (
+        50,
+        10,
+        ("cat", "dog"),
+    )
+    datasets.Dataset.from_dict(rows, features=features).remove_columns("split").to_parquet(
+        tmp_path / "streamed.parquet"
+    )
     assert next(stream(tmp_path / "streamed.parquet").start_at(0))["labels"].max() == 1
     with pytest.raises(UserError, match=r"correct --data\.label-column"):
         next(stream(tmp_path / "streamed.parquet", label_column="knid").start_at(0))
-    pq.write_table(pa.table({"image": [cells[0]["bytes"]] * 2, "id": ["a", "a"]}), tmp_path / "twice.parquet")
+    pq.write_table(
+        pa.table({"image": [cells[0]["bytes"]] * 2, "id": ["a", "a"]}), tmp_path / "twice.parquet"
+    )
     with pytest.raises(UserError, match="'a' twice"):
         next(stream(tmp_path / "twice.parquet", batch_size=2).start_at(0))
     name = next(sources["folder"].rglob("*.png"))
-    (tmp_path / "x.csv").write_text(f"path,label\n{name},cat\n{name.parent.parent / name.parent.name / '..' / name.parent.name / name.name}x,\n")
+    (tmp_path / "x.csv").write_text(
+        f"path,label\n{name},cat\n{name.parent.parent / name.parent.name / '..' / name.parent.name / name.name}x,\n"
+    )
     shutil.copy(name, f"{name}x")
     with pytest.raises(UserError, match="does not give every row a class"):
         load(tmp_path / "x.csv")
@@ -367,22 +497,45 @@ def test_labels_are_those_of_the_data_or_refused(sources: dict[str, Path], tmp_p
         load(tmp_path / "x.npz")
 
 
-def test_what_is_common_is_not_refused(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_common_is_not_refused(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     hub = shutil.copytree(sources["tables"], tmp_path / "hub")
     shutil.copy(next(sources["folder"].rglob("*.png")), hub / "banner.png")
     assert len(load(hub).train)
     assert "banner.png, are not used" in capsys.readouterr().out
     table = pq.read_table(sources["one.parquet"])
-    lists = {"info": {"features": {"tags": [{"dtype": "int64", "_type": "Value"}], "label": {"_type": "ClassLabel", "names": ["a"]}}}}
-    pq.write_table(table.drop(["label"]).replace_schema_metadata({"huggingface": json.dumps(lists)}), tmp_path / "lists.parquet")
-    assert len(next(stream(tmp_path / "lists.parquet", label_column=None).start_at(0))["images"]) == 8
-    with tarfile.open(write_members(tmp_path / "x.tar", ["README.txt", "a.png", "a.cls"]), "a") as archive:
+    lists = {
+        "info": {
+            "features": {
+                "tags": [{"dtype": "int64", "_type": "Value"}],
+                "label": {"_type": "ClassLabel", "names": ["a"]},
+            }
+        }
+    }
+    pq.write_table(
+        table.drop(["label"]).replace_schema_metadata({"huggingface": json.dumps(lists)}),
+        tmp_path / "lists.parquet",
+    )
+    assert (
+        len(next(stream(tmp_path / "lists.parquet", label_column=None).start_at(0))["images"]) == 8
+    )
+    with tarfile.open(
+        write_members(tmp_path / "x.tar", ["README.txt", "a.png", "a.cls"]), "a"
+    ) as archive:
         link = tarfile.TarInfo("latest")
         link.type, link.linkname = tarfile.SYMTYPE, "a.png"
         archive.addfile(link)
     held_out = numbered_tars(tmp_path / "held_out", shards=1, rows=2)
-    data = ImagesConfig(path=str(tmp_path / "x.tar"), validation_path=str(held_out), streaming=True, on_error="skip")
-    assert [item.id for part in find_parts(data, GREY, 10).parts for item in part.items() if item.split == "train"] == ["x/README", "x/a"]
+    data = ImagesConfig(
+        path=str(tmp_path / "x.tar"), validation_path=str(held_out), streaming=True, on_error="skip"
+    )
+    assert [
+        item.id
+        for part in find_parts(data, GREY, 10).parts
+        for item in part.items()
+        if item.split == "train"
+    ] == ["x/README", "x/a"]
     picture = np.arange(64, dtype=np.uint8).reshape(8, 8)
     with tifffile.TiffWriter(tmp_path / "masked.tif") as file:
         file.write(picture)
@@ -390,10 +543,17 @@ def test_what_is_common_is_not_refused(sources: dict[str, Path], tmp_path: Path,
     with tifffile.TiffWriter(tmp_path / "preview.tif") as file:
         file.write(picture[::2, ::2], subfiletype=1)
         file.write(picture)
-    assert np.array_equal(load_picture(str(tmp_path / "masked.tif"), replace(GREY, size=(8,))).squeeze(), picture)
+    assert np.array_equal(
+        load_picture(str(tmp_path / "masked.tif"), replace(GREY, size=(8,))).squeeze(), picture
+    )
     with pytest.raises(UserError, match="preview or a mask"):
         load_picture(str(tmp_path / "preview.tif"), GREY)
-    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4), class_names=np.array(["a", "b"]))
+    np.savez(
+        tmp_path / "x.npz",
+        images=np.zeros((4, 8, 8), np.uint8),
+        labels=np.arange(4),
+        class_names=np.array(["a", "b"]),
+    )
     assert load(tmp_path / "x.npz").class_names == ("0", "1", "2", "3")
     one_sided = table.append_column("split", pa.array(["train"] * len(table)))
     pq.write_table(one_sided, tmp_path / "split.parquet")
@@ -413,9 +573,13 @@ def test_strange_names_and_notes_are_a_sentence(tmp_path: Path) -> None:
         prepare(np.zeros((0, 7), np.uint8), GREY)
 
 
-def test_a_stream_of_a_table_with_a_split_is_refused(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_a_stream_of_a_table_with_a_split_is_refused(
+    tmp_path: Path, sources: dict[str, Path]
+) -> None:
     table = pq.read_table(sources["one.parquet"]).drop(["label"])
-    pq.write_table(table.append_column("split", pa.array(["train", "test"] * 30)), tmp_path / "x.parquet")
+    pq.write_table(
+        table.append_column("split", pa.array(["train", "test"] * 30)), tmp_path / "x.parquet"
+    )
     with pytest.raises(UserError, match="column 'split'"):
         next(stream(tmp_path / "x.parquet").start_at(0))
 
@@ -426,27 +590,50 @@ def test_patterns() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(number=st.integers(1, 60), size=st.integers(1, 25), processes=st.integers(1, 5), fraction=st.floats(0, 0.6))
-def test_parts_hold_every_image_once_in_order(number: int, size: int, processes: int, fraction: float) -> None:
+@given(
+    number=st.integers(1, 60),
+    size=st.integers(1, 25),
+    processes=st.integers(1, 5),
+    fraction=st.floats(0, 0.6),
+)
+def test_parts_hold_every_image_once_in_order(
+    number: int, size: int, processes: int, fraction: float
+) -> None:
     """Whatever the parts' size and the number of processes that share them."""
     config = replace(GREY, size=(2,), validation_fraction=fraction)
-    data = {"images": np.arange(number, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2), "labels": np.arange(number)}
+    data = {
+        "images": np.arange(number, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2),
+        "labels": np.arange(number),
+    }
     assume(not all(is_held_out(f"{i:09d}", fraction) for i in range(number)))
     splits = load_images(data, config, show_progress=False)
     parts = find_parts(data, config, size).parts
     shared = [part for rank in range(processes) for part in parts[rank::processes]]
     assert sorted(map(id, shared)) == sorted(map(id, parts))
     for split, images in splits.items():
-        items = [item for part in sorted(parts, key=lambda part: part.number) if split in part.splits for item in part.items()]
+        items = [
+            item
+            for part in sorted(parts, key=lambda part: part.number)
+            if split in part.splits
+            for item in part.items()
+        ]
         assert [item.id for item in items] == images.ids
-        assert [int(item.pixels(None)[0, 0, 0]) for item in items] == [item.label for item in items] == [int(name) for name in images.ids]
+        assert (
+            [int(item.pixels(None)[0, 0, 0]) for item in items]
+            == [item.label for item in items]
+            == [int(name) for name in images.ids]
+        )
 
 
 def test_a_stream_of_a_hub_id_is_its_parquet_files(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     asked: list[str] = []
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: asked.append(url) or (fsspec.filesystem("memory"), "/none/*.parquet"))
+    monkeypatch.setattr(
+        fsspec.core,
+        "url_to_fs",
+        lambda url: asked.append(url) or (fsspec.filesystem("memory"), "/none/*.parquet"),
+    )
     with pytest.raises(UserError, match="nothing is no"):
         find_stream(ImagesConfig(path="someone/photos", streaming=True))
     assert asked == ["hf://datasets/someone/photos/**/*.parquet"]
@@ -456,19 +643,28 @@ def test_a_stream_of_a_hub_id_is_its_parquet_files(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("crop", ["off", "random", "random_resized"])
-def test_changes_are_a_function_of_seed_epoch_and_image(crop: str, sources: dict[str, Path]) -> None:
+def test_changes_are_a_function_of_seed_epoch_and_image(
+    crop: str, sources: dict[str, Path]
+) -> None:
     images = load(sources["folder"], replace(GREY, size=(16, 24))).train
     config = AugmentationConfig(horizontal_flip=True, crop=crop)  # type: ignore[arg-type]
     augmented = AugmentedImages(images, config, seed=1)
     batch = augmented.__getitems__([3, 60 + 3, 120 + 3, 4])["images"]
     for place, i in enumerate([3, 60 + 3, 120 + 3, 4]):  # whatever else is asked for
-        assert torch.equal(AugmentedImages(images, config, seed=1).__getitems__([i])["images"][0], batch[place])
-    epochs = AugmentedImages(images, config, seed=1).__getitems__([3 + 60 * e for e in range(8)])["images"]
+        assert torch.equal(
+            AugmentedImages(images, config, seed=1).__getitems__([i])["images"][0], batch[place]
+        )
+    epochs = AugmentedImages(images, config, seed=1).__getitems__([3 + 60 * e for e in range(8)])[
+        "images"
+    ]
     assert len({image.numpy().tobytes() for image in epochs}) >= (2 if crop == "off" else 4)
     one = [row for _, row in zip(range(6), ShuffledLoader(augmented, 8).start_at(0), strict=False)]
     later = next(ShuffledLoader(augmented, 8).start_at(5))
     assert torch.equal(one[5]["images"], later["images"])
-    halves = [next(ShuffledLoader(augmented, 8, num_processes=2, process_index=r).start_at(5))["images"] for r in (0, 1)]
+    halves = [
+        next(ShuffledLoader(augmented, 8, num_processes=2, process_index=r).start_at(5))["images"]
+        for r in (0, 1)
+    ]
     assert torch.equal(torch.cat(halves), later["images"])
 
 
@@ -476,7 +672,14 @@ def test_windows_lie_in_the_picture_and_have_its_ratio() -> None:
     image = PreprocessingConfig(size=(32, 64))
     shares = []
     for epoch in range(200):
-        change = random_change(AugmentationConfig(crop="random_resized", crop_area=(0.3, 1)), image, (200, 90), seed=0, epoch=epoch, name="a")
+        change = random_change(
+            AugmentationConfig(crop="random_resized", crop_area=(0.3, 1)),
+            image,
+            (200, 90),
+            seed=0,
+            epoch=epoch,
+            name="a",
+        )
         left, top, right, bottom = change.window or (0, 0, 0, 0)
         assert 0 <= left < right <= 200
         assert 0 <= top < bottom <= 90
@@ -484,8 +687,12 @@ def test_windows_lie_in_the_picture_and_have_its_ratio() -> None:
         shares.append((right - left) * (bottom - top) / (200 * 90))
     assert 0.29 < min(shares) < 0.45
     assert max(shares) > 0.8
-    flipped = view_change("flip", image, (200, 90)).apply(np.arange(32 * 64, dtype=np.uint8).reshape(32, 64) % 251, replace(image, channels=1))
-    assert np.array_equal(flipped[0, :, ::-1], np.arange(32 * 64).reshape(32, 64).astype(np.uint8) % 251)
+    flipped = view_change("flip", image, (200, 90)).apply(
+        np.arange(32 * 64, dtype=np.uint8).reshape(32, 64) % 251, replace(image, channels=1)
+    )
+    assert np.array_equal(
+        flipped[0, :, ::-1], np.arange(32 * 64).reshape(32, 64).astype(np.uint8) % 251
+    )
     assert {view_change(view, image, (200, 90)) for view in known_views()}.__len__() == 10
     with pytest.raises(UserError, match="upside_down"):
         view_change("upside_down", image, (200, 90))
@@ -494,8 +701,14 @@ def test_windows_lie_in_the_picture_and_have_its_ratio() -> None:
 # Streams
 
 
-def stream(path: Path | str, batch_size: int = 8, config: PreprocessingConfig = GREY, **options: object) -> StreamedImages:
-    place = {name: options.pop(name) for name in ("num_processes", "process_index", "on_skipped") if name in options}
+def stream(
+    path: Path | str, batch_size: int = 8, config: PreprocessingConfig = GREY, **options: object
+) -> StreamedImages:
+    place = {
+        name: options.pop(name)
+        for name in ("num_processes", "process_index", "on_skipped")
+        if name in options
+    }
     data = DataConfig(path=str(path), streaming=True, **options)  # type: ignore[arg-type]
     return StreamedImages(find_stream(data), data, config, batch_size, held_out=True, **place)  # type: ignore[arg-type]
 
@@ -508,7 +721,10 @@ def numbered_tars(folder: Path, shards: int, rows: int, *, labelled: bool = True
             for i in range(rows):
                 file = io.BytesIO()
                 Image.new("L", (28, 28), (s * rows + i) % 256).save(file, "PNG")
-                for suffix, content in ((".png", file.getvalue()), (".cls", str(s * rows + i).encode()))[: 1 + labelled]:
+                for suffix, content in (
+                    (".png", file.getvalue()),
+                    (".cls", str(s * rows + i).encode()),
+                )[: 1 + labelled]:
                     member = tarfile.TarInfo(f"{i:04d}{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
@@ -528,9 +744,20 @@ def test_a_stream_gives_every_row_once_an_epoch_and_starts_anywhere(tmp_path: Pa
     batch = next(stream(tars).start_at(0))
     assert batch["images"][:, 0, 3, 3].tolist() == batch["labels"].tolist()
     for index in (1, 3, 5, 7, 11):
-        assert labels(stream(tars, shuffle_buffer=12).start_at(index), 1) == seen[index * 8 : index * 8 + 8]
+        assert (
+            labels(stream(tars, shuffle_buffer=12).start_at(index), 1)
+            == seen[index * 8 : index * 8 + 8]
+        )
     for processes in (2, 4, 8):
-        parts = [labels(stream(tars, shuffle_buffer=12, num_processes=processes, process_index=r).start_at(2), 1) for r in range(processes)]
+        parts = [
+            labels(
+                stream(tars, shuffle_buffer=12, num_processes=processes, process_index=r).start_at(
+                    2
+                ),
+                1,
+            )
+            for r in range(processes)
+        ]
         assert [label for part in parts for label in part] == seen[16:24]
     (tmp_path / "other").mkdir()
     for path in tars.iterdir():
@@ -549,7 +776,9 @@ def test_parquet_and_urls_stream_too(sources: dict[str, Path]) -> None:
             pq.write_table(table, file)
     for path in ("memory://bucket/p*.parquet", "memory://bucket/p{0..2}.parquet"):
         images = torch.cat([batch["images"] for batch in islice(stream(path, 6).start_at(0), 10)])
-        assert {image.numpy().tobytes() for image in images} == {image.numpy().tobytes() for image in expected}
+        assert {image.numpy().tobytes() for image in images} == {
+            image.numpy().tobytes() for image in expected
+        }
     with pytest.raises(UserError, match=r"add --data\.streaming"):
         load("memory://bucket/p0.parquet")
     with pytest.raises(UserError, match="cannot be opened"):
@@ -562,7 +791,13 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
     data = DataConfig(path=str(tars), streaming=True)
     held_out = held_out_images(find_stream(data), data, config)
     batches = islice(stream(tars, config=config).start_at(0), 60)
-    assert not len(held_out_images(find_stream(ImagesConfig(path=str(tars), streaming=True)), data, replace(config, validation_fraction=0)))
+    assert not len(
+        held_out_images(
+            find_stream(ImagesConfig(path=str(tars), streaming=True)),
+            data,
+            replace(config, validation_fraction=0),
+        )
+    )
     shades = {int(shade) for batch in batches for shade in batch["images"][:, 0, 0, 0]}
     kept = set(held_out.__getitems__(range(len(held_out)))["images"][:, 0, 0, 0].tolist())
     assert 10 < len(kept) < 40
@@ -574,7 +809,14 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="003/bad"):
         labels(stream(tars).start_at(0), 20)
     told: list[str] = []
-    batches = list(islice(stream(tars, on_error="skip", on_skipped=lambda name, reason: told.append(name)).start_at(0), 20))
+    batches = list(
+        islice(
+            stream(
+                tars, on_error="skip", on_skipped=lambda name, reason: told.append(name)
+            ).start_at(0),
+            20,
+        )
+    )
     assert {len(batch["images"]) for batch in batches} == {8}  # as many on every process
     assert set(told) == {"003/bad"}
     (tars / "003.tar").write_bytes((tars / "002.tar").read_bytes()[:5000])
@@ -582,10 +824,18 @@ def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
         labels(stream(tars, on_error="skip").start_at(0), 30)
 
 
-def test_held_out_labels_of_a_stream_are_its_numbers(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_held_out_labels_of_a_stream_are_its_numbers(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
     tars = numbered_tars(tmp_path / "x", shards=3, rows=4)
-    paths = {"path": str(tars / "{000..001}.tar"), "validation_path": str(tars / "002.tar"), "streaming": True}
-    items = [item for part in find_parts(ImagesConfig(**paths), GREY, 10).parts for item in part.items()]
+    paths = {
+        "path": str(tars / "{000..001}.tar"),
+        "validation_path": str(tars / "002.tar"),
+        "streaming": True,
+    }
+    items = [
+        item for part in find_parts(ImagesConfig(**paths), GREY, 10).parts for item in part.items()
+    ]
     assert [item.label for item in items] == list(range(12))
     unlabelled = numbered_tars(tmp_path / "y", shards=1, rows=2, labelled=False)
     with pytest.raises(UserError, match=r"has labels, but .* has none"):
@@ -611,17 +861,32 @@ def test_no_member_of_a_tar_vanishes(streaming: bool, tmp_path: Path) -> None:
     def read(*names: str, on_error: str = "stop") -> list[tuple[str, int | None]]:
         path = write_members(tmp_path / "x.tar", list(names))
         data = ImagesConfig(path=str(path), streaming=streaming, on_error=on_error)
-        items = (item for part in find_parts(data, replace(GREY, validation_fraction=0), 100).parts for item in part.items())
-        return [(row.item.id, row.item.label) for row in read_items(items, lambda split: [None], skip=on_error == "skip", num_threads=2) if not row.error]
+        items = (
+            item
+            for part in find_parts(data, replace(GREY, validation_fraction=0), 100).parts
+            for item in part.items()
+        )
+        return [
+            (row.item.id, row.item.label)
+            for row in read_items(
+                items, lambda split: [None], skip=on_error == "skip", num_threads=2
+            )
+            if not row.error
+        ]
 
     assert [name for name, _ in read("a.png", "a.cls", "d/b.png", "d/b.cls")] == ["x/a", "x/d/b"]
     assert [name for name, _ in read("a.image.png", "b.image.png")] == ["x/a", "x/b"]
     with pytest.raises(UserError, match=r"a\.cls comes apart from the row 'a'"):
         read("a.png", "b.png", "a.cls")
-    for names, fault in {("a.png", "b.svg"): "only b.svg", ("b.1.png", "b.2.png"): "2 pictures"}.items():
+    for names, fault in {
+        ("a.png", "b.svg"): "only b.svg",
+        ("b.1.png", "b.2.png"): "2 pictures",
+    }.items():
         with pytest.raises(BadImage, match=rf"x/b: .*{fault}"):
             read(*names)
-    assert [name for name, _ in read("a.png", "a.cls", "b.svg", "c.png", "c.cls", on_error="skip")] == ["x/a", "x/c"]
+    assert [
+        name for name, _ in read("a.png", "a.cls", "b.svg", "c.png", "c.cls", on_error="skip")
+    ] == ["x/a", "x/c"]
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])

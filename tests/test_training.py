@@ -17,10 +17,11 @@ from tests.conftest import command, kill_when, vqvae2, write_images
 from tests.conftest import command as run_here
 from tests.test_sources import numbered_tars
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
+from vqvae2.common.accelerate import make_accelerator
 from vqvae2.common.config import TrainingConfig
+from vqvae2.common.accelerate import native_bf16
+from vqvae2.common.fit import fit, learning_rate, update_average
 from vqvae2.common.loading import StreamLoader
-from vqvae2.common.machine import make_accelerator
-from vqvae2.common.training import fit, learning_rate, update_average
 from vqvae2.data import is_held_out
 from vqvae2.losses import make_loss
 
@@ -39,21 +40,56 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert metrics(one) == metrics(other)
     last = sorted((one / "checkpoints").iterdir())[-1].name
-    assert (one / "checkpoints" / last / "model.safetensors").read_bytes() == (other / "checkpoints" / last / "model.safetensors").read_bytes()
-    states = [torch.load(run / "checkpoints" / last / "optimizer.bin", weights_only=True)["state"] for run in (one, other)]
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(*(s.values() for s in states), strict=True) for k in a)
+    assert (one / "checkpoints" / last / "model.safetensors").read_bytes() == (
+        other / "checkpoints" / last / "model.safetensors"
+    ).read_bytes()
+    states = [
+        torch.load(run / "checkpoints" / last / "optimizer.bin", weights_only=True)["state"]
+        for run in (one, other)
+    ]
+    assert all(
+        torch.equal(a[k], b[k])
+        for a, b in zip(*(s.values() for s in states), strict=True)
+        for k in a
+    )
 
 
 def train_command(photos: Path, output_dir: Path, *more: object) -> list[object]:
-    return ["train", "--config", "tiny", "--data.path", photos, "--output-dir", output_dir, "--num-steps", STEPS, *more]
+    return [
+        "train",
+        "--config",
+        "tiny",
+        "--data.path",
+        photos,
+        "--output-dir",
+        output_dir,
+        "--num-steps",
+        STEPS,
+        *more,
+    ]
 
 
 def prior_command(run: Path, output_dir: Path, *more: object) -> list[object]:
-    return ["train-prior", "--config", "tiny", "--codes", run / "codes", "--level", "bottom", "--output-dir", output_dir, "--num-steps", STEPS, *more]
+    return [
+        "train-prior",
+        "--config",
+        "tiny",
+        "--codes",
+        run / "codes",
+        "--level",
+        "bottom",
+        "--output-dir",
+        output_dir,
+        "--num-steps",
+        STEPS,
+        *more,
+    ]
 
 
 def line_count(run: Path) -> int:
-    return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
+    return (
+        (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
+    )
 
 
 def stream_command(tars: Path, output_dir: Path) -> list[object]:
@@ -62,7 +98,9 @@ def stream_command(tars: Path, output_dir: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("stage", ["stage 1", "stream", "prior"])
-def test_killed_and_continued_is_uninterrupted(stage: str, photos: Path, run: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_is_uninterrupted(
+    stage: str, photos: Path, run: Path, tmp_path: Path
+) -> None:
     command = {"stage 1": train_command, "stream": stream_command, "prior": prior_command}[stage]
     source = {"stage 1": photos, "stream": tmp_path / "tars", "prior": run}[stage]
     if stage == "stream":
@@ -77,7 +115,9 @@ def test_killed_and_continued_is_uninterrupted(stage: str, photos: Path, run: Pa
     assert_same_run(tmp_path / "whole", killed)
 
 
-def test_a_stream_s_broken_images_are_listed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_stream_s_broken_images_are_listed_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=2, rows=20)
     names = [f"{i}.png" for i in range(30)]
     with tarfile.open(tars / "002.tar", "w") as archive:
@@ -87,16 +127,27 @@ def test_a_stream_s_broken_images_are_listed_and_counted(tmp_path: Path, capsys:
     broken = {f"002/{i}" for i in range(30)}
     assert any(is_held_out(name, 0.2) for name in broken)
     run_here(*stream_command(tars, tmp_path / "none_held_out")[:-1], 0)
-    listed = [json.loads(line)["image"] for line in (tmp_path / "x" / "skipped.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line)["image"]
+        for line in (tmp_path / "x" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert sorted(listed) == sorted(broken)
-    assert "0x" not in (tmp_path / "x" / "skipped.jsonl").read_text()  # an address would list each image again when the run continues
-    assert capsys.readouterr().out.splitlines()[-1].startswith("30 images could not be read and were skipped")
+    assert (
+        "0x" not in (tmp_path / "x" / "skipped.jsonl").read_text()
+    )  # an address would list each image again when the run continues
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith("30 images could not be read and were skipped")
+    )
 
 
 def test_a_clean_stop_saves_and_continues(photos: Path, tmp_path: Path) -> None:
     run_here(*train_command(photos, tmp_path / "whole"))
     stopped = tmp_path / "stopped"
-    code = kill_when(lambda: line_count(stopped) >= 3, *train_command(photos, stopped), number=signal.SIGTERM)
+    code = kill_when(
+        lambda: line_count(stopped) >= 3, *train_command(photos, stopped), number=signal.SIGTERM
+    )
     assert code == 128 + signal.SIGTERM
     assert not (stopped / "checkpoints" / f"step_{STEPS:08d}").exists()
     vqvae2(*train_command(photos, stopped))
@@ -105,18 +156,38 @@ def test_a_clean_stop_saves_and_continues(photos: Path, tmp_path: Path) -> None:
 
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(photos: Path, tmp_path: Path) -> None:
     run_here(*train_command(photos, tmp_path / "x"))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()
+    }
     assert "done already" in vqvae2(*train_command(photos, tmp_path / "x")).stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()
+    }
     run_here(*train_command(photos, tmp_path / "x", "--num-steps", STEPS + 4))
     assert metrics(tmp_path / "x")[-1]["step"] == STEPS + 4
-    assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == [f"step_{STEPS:08d}", f"step_{STEPS + 4:08d}"]
+    assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == [
+        f"step_{STEPS:08d}",
+        f"step_{STEPS + 4:08d}",
+    ]
 
 
 def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     """With a learning rate that ruins the model after a good start, the folder holds the good start."""
-    run_here(*train_command(photos, tmp_path / "x", "--learning-rate", "0.5", "--warmup-steps", "50", "--weight-ema-decay", "0"))
-    validations = [line["validation/mse"] for line in metrics(tmp_path / "x") if "validation/mse" in line]
+    run_here(
+        *train_command(
+            photos,
+            tmp_path / "x",
+            "--learning-rate",
+            "0.5",
+            "--warmup-steps",
+            "50",
+            "--weight-ema-decay",
+            "0",
+        )
+    )
+    validations = [
+        line["validation/mse"] for line in metrics(tmp_path / "x") if "validation/mse" in line
+    ]
     best = min(validations)
     assert best < validations[-1]
     out = vqvae2("train", "--config", "tiny", "--data.path", photos, "--output-dir", tmp_path / "again", "--init-from", tmp_path / "x",
@@ -134,9 +205,24 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "workers")
     # The data-dependent start looks at the first part alone, so both begin from the same weights.
     for name, parts in (("one", 1), ("four", 4)):
-        run_here(*train_command(photos, tmp_path / name, *options, "--init-from", tmp_path / "whole", "--gradient-accumulation-steps", parts))
-    one, four = (load_file(tmp_path / name / "checkpoints" / "step_00000012" / "model.safetensors") for name in ("one", "four"))
-    for key in [key for key in one if not key.endswith(("num_forwards", ".num_updates", ".counts"))]:
+        run_here(
+            *train_command(
+                photos,
+                tmp_path / name,
+                *options,
+                "--init-from",
+                tmp_path / "whole",
+                "--gradient-accumulation-steps",
+                parts,
+            )
+        )
+    one, four = (
+        load_file(tmp_path / name / "checkpoints" / "step_00000012" / "model.safetensors")
+        for name in ("one", "four")
+    )
+    for key in [
+        key for key in one if not key.endswith(("num_forwards", ".num_updates", ".counts"))
+    ]:
         torch.testing.assert_close(one[key], four[key], atol=1e-4, rtol=0)
 
 
@@ -146,7 +232,9 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(1, 7)])
     for num_steps in (1, 5, 19):  # short runs
-        rates = [learning_rate(s, TrainingConfig(num_steps=num_steps)) for s in range(1, num_steps + 1)]
+        rates = [
+            learning_rate(s, TrainingConfig(num_steps=num_steps)) for s in range(1, num_steps + 1)
+        ]
         assert all(0 < rate <= 1e-3 for rate in rates)
 
 
@@ -166,10 +254,12 @@ def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) 
     base = (tmp_path / "base" / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes()
     for i, option in enumerate(
         (["--batch-size", 8], ["--learning-rate", "1e-2"], ["--warmup-steps", 5], ["--weight-decay", "0.5"], ["--adam-betas", "0.5", "0.5"],
-         ["--max-grad-norm", "0.001"], ["--mixed-precision", "no"], ["--seed", 1], ["--reconstruction-loss", "l1"], ["--model.quantizer.beta", "2"])
+         ["--max-grad-norm", "0.001"], ["--mixed-precision", "no" if native_bf16() else "bf16"], ["--seed", 1], ["--reconstruction-loss", "l1"], ["--model.quantizer.beta", "2"])
     ):  # fmt: skip
         command(*train_command(photos, tmp_path / str(i), "--num-steps", 8, *option))
-        assert (tmp_path / str(i) / "checkpoints" / "step_00000008" / "model.safetensors").read_bytes() != base, option
+        assert (
+            tmp_path / str(i) / "checkpoints" / "step_00000008" / "model.safetensors"
+        ).read_bytes() != base, option
 
 
 def test_every_setting_of_a_prior_changes_something(run: Path, tmp_path: Path) -> None:
@@ -180,15 +270,44 @@ def test_every_setting_of_a_prior_changes_something(run: Path, tmp_path: Path) -
          ["--transformer.attention-rows", 1], ["--transformer.num-condition-layers", 0], ["--family", "pixelsnail"])
     ):  # fmt: skip
         command(*prior_command(run, tmp_path / str(i), "--num-steps", 4, *option))
-        assert (tmp_path / str(i) / weights).read_bytes() != (tmp_path / "base" / weights).read_bytes(), option
+        assert (tmp_path / str(i) / weights).read_bytes() != (
+            tmp_path / "base" / weights
+        ).read_bytes(), option
 
 
-@pytest.mark.parametrize("adversary", [(), ("--discriminator.weight", 0.8, "--discriminator.num-layers", 1, "--discriminator.start-step", 2)])
-def test_compiled_training_is_the_same_training(adversary: tuple[object, ...], photos: Path, tmp_path: Path) -> None:
-    options = ("--num-steps", 4, "--mixed-precision", "no", "--model.image.size", 16, "--log-every", 1, *adversary)
+@pytest.mark.parametrize(
+    "adversary",
+    [
+        (),
+        (
+            "--discriminator.weight",
+            0.8,
+            "--discriminator.num-layers",
+            1,
+            "--discriminator.start-step",
+            2,
+        ),
+    ],
+)
+def test_compiled_training_is_the_same_training(
+    adversary: tuple[object, ...], photos: Path, tmp_path: Path
+) -> None:
+    options = (
+        "--num-steps",
+        4,
+        "--mixed-precision",
+        "no",
+        "--model.image.size",
+        16,
+        "--log-every",
+        1,
+        *adversary,
+    )
     run_here(*train_command(photos, tmp_path / "eager", *options))
     run_here(*train_command(photos, tmp_path / "compiled", *options, "--compile"))
-    for eager, compiled in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True):
+    for eager, compiled in zip(
+        metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True
+    ):
         assert compiled == pytest.approx(eager, rel=1e-3)
 
 
@@ -198,8 +317,23 @@ def test_tensorboard(photos: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "x").rglob("events.out.tfevents*"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(photos: Path, tmp_path: Path) -> None:
-    options = ("--learning-rate", "1e30", "--max-grad-norm", 0, "--warmup-steps", 0, "--log-every", 50, "--checkpoint-every", 2, "--validate-every", 3)
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(
+    photos: Path, tmp_path: Path
+) -> None:
+    options = (
+        "--learning-rate",
+        "1e30",
+        "--max-grad-norm",
+        0,
+        "--warmup-steps",
+        0,
+        "--log-every",
+        50,
+        "--checkpoint-every",
+        2,
+        "--validate-every",
+        3,
+    )
     refused = vqvae2(*train_command(photos, tmp_path / "x", *options), check=False)
     assert refused.returncode == 2
     assert "the loss is" in refused.stderr.splitlines()[-1]
@@ -215,7 +349,9 @@ def test_other_images_or_a_missing_tracker_are_refused(photos: Path, tmp_path: P
     inside = vqvae2(*train_command(other, other / "run", "--num-steps", 4), check=False)
     assert (inside.returncode, "own pictures" in inside.stderr) == (2, True)
     if importlib.util.find_spec("trackio") is None:
-        untracked = vqvae2(*train_command(photos, tmp_path / "y", "--tracker", "trackio"), check=False)
+        untracked = vqvae2(
+            *train_command(photos, tmp_path / "y", "--tracker", "trackio"), check=False
+        )
         assert (untracked.returncode, "'trackio' is not installed" in untracked.stderr) == (2, True)
         assert not (tmp_path / "y").exists()
 
@@ -224,8 +360,14 @@ def test_a_moved_run_continues(photos: Path, tmp_path: Path) -> None:
     run_here(*train_command(photos, tmp_path / "whole"))
     run_here(*train_command(photos, tmp_path / "here", "--num-steps", 8))
     (tmp_path / "here").rename(tmp_path / "there")
-    run_here(*train_command(shutil.copytree(photos, tmp_path / "moved"), tmp_path / "there", "--num-steps", STEPS))
-    assert metrics(tmp_path / "there")[-1]["step"] == metrics(tmp_path / "whole")[-1]["step"] == STEPS
+    run_here(
+        *train_command(
+            shutil.copytree(photos, tmp_path / "moved"), tmp_path / "there", "--num-steps", STEPS
+        )
+    )
+    assert (
+        metrics(tmp_path / "there")[-1]["step"] == metrics(tmp_path / "whole")[-1]["step"] == STEPS
+    )
 
 
 def test_a_collapse_is_warned_about_while_it_happens(photos: Path, tmp_path: Path) -> None:
@@ -242,9 +384,24 @@ def test_fit_on_a_stream_continues_exactly(tmp_path: Path) -> None:
     def run_fit(output_dir: Path, *, breaks_at: int | None = None) -> dict:
         torch.manual_seed(0)
         image = PreprocessingConfig(size=(16,), channels=1)
-        model = VQVAE2(VQVAE2Config(image=image, codebook_sizes=(16,), code_dims=(8,), hidden_channels=16, residual_channels=8, num_residual_blocks=1))
-        config = TrainingConfig(num_steps=9, batch_size=4, warmup_steps=2, checkpoint_every=3, mixed_precision="no")
-        rows = [{"images": image} for image in torch.rand(10, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1]
+        model = VQVAE2(
+            VQVAE2Config(
+                image=image,
+                codebook_sizes=(16,),
+                code_dims=(8,),
+                hidden_channels=16,
+                residual_channels=8,
+                num_residual_blocks=1,
+            )
+        )
+        config = TrainingConfig(
+            num_steps=9, batch_size=4, warmup_steps=2, checkpoint_every=3, mixed_precision="no"
+        )
+        rows = [
+            {"images": image}
+            for image in torch.rand(10, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2
+            - 1
+        ]
         make = make_loss("mse", model.config.codebook_size_per_level)
         calls = []
 
@@ -254,7 +411,14 @@ def test_fit_on_a_stream_continues_exactly(tmp_path: Path) -> None:
                 raise RuntimeError("the power went")
             return make(net, batch)
 
-        fit(make_accelerator(config, output_dir), model, loss_fn, StreamLoader(rows, 4), config, output_dir)
+        fit(
+            make_accelerator(config, output_dir),
+            model,
+            loss_fn,
+            StreamLoader(rows, 4),
+            config,
+            output_dir,
+        )
         return load_file(output_dir / "checkpoints" / "step_00000009" / "model.safetensors")
 
     whole = run_fit(tmp_path / "whole")

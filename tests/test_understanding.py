@@ -30,7 +30,9 @@ def test_all_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_false_claim_is_found(tmp_path: Path) -> None:
     claim = "assert torch.equal(looked_up, multiplied)"
     assert claim in PAGE
-    first = PAGE[: PAGE.index("## 2.")].replace(claim, "assert not torch.equal(looked_up, multiplied)")
+    first = PAGE[: PAGE.index("## 2.")].replace(
+        claim, "assert not torch.equal(looked_up, multiplied)"
+    )
     with pytest.raises(AssertionError):
         build.run(first, tmp_path)
 
@@ -39,5 +41,7 @@ def test_the_notebook_is_the_page() -> None:
     text = (ROOT / "docs" / "understanding.ipynb").read_text()
     assert text == build.notebook(PAGE), "run python docs/build.py --notebook-only"
     cells = json.loads(text)["cells"]
-    assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == [block.strip("\n") for block in build.code_blocks(PAGE)]
+    assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == [
+        block.strip("\n") for block in build.code_blocks(PAGE)
+    ]
     assert sum(len("".join(cell["source"])) for cell in cells) > 0.95 * len(PAGE) - 20 * len(cells)

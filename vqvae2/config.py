@@ -25,10 +25,25 @@ class PreprocessingConfig:
     """Share of the images held out where the data brings no held-out set; an image's own name decides, so the split never moves."""
 
     def __post_init__(self) -> None:
-        check(len(self.size) in (1, 2) and all(s > 0 for s in self.size), "size", self.size, "one positive number, or height and width")
+        check(
+            len(self.size) in (1, 2) and all(s > 0 for s in self.size),
+            "size",
+            self.size,
+            "one positive number, or height and width",
+        )
         check(self.channels >= 1, "channels", self.channels, "at least 1")
-        check(self.value_range[0] < self.value_range[1], "value_range", self.value_range, "two rising numbers")
-        check(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
+        check(
+            self.value_range[0] < self.value_range[1],
+            "value_range",
+            self.value_range,
+            "two rising numbers",
+        )
+        check(
+            0 <= self.validation_fraction < 1,
+            "validation_fraction",
+            self.validation_fraction,
+            "in [0, 1)",
+        )
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -61,8 +76,18 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         check(self.beta >= 0, "beta", self.beta, "0 or more")
         check(0 < self.decay < 1, "decay", self.decay, "in (0, 1)")
-        check(0 <= self.revival_threshold < 1, "revival_threshold", self.revival_threshold, "in [0, 1)")
-        check(len(self.fsq_levels) >= 1 and min(self.fsq_levels) >= 2, "fsq_levels", self.fsq_levels, "numbers from 2 on")
+        check(
+            0 <= self.revival_threshold < 1,
+            "revival_threshold",
+            self.revival_threshold,
+            "in [0, 1)",
+        )
+        check(
+            len(self.fsq_levels) >= 1 and min(self.fsq_levels) >= 2,
+            "fsq_levels",
+            self.fsq_levels,
+            "numbers from 2 on",
+        )
         check(self.search_megabytes > 0, "search_megabytes", self.search_megabytes, "above 0")
 
 
@@ -94,19 +119,46 @@ class VQVAE2Config:
     def __post_init__(self) -> None:
         check(len(self.strides) >= 1, "strides", self.strides, "one number per level")
         for stride in self.strides:
-            check(stride >= 2 and stride & (stride - 1) == 0, "strides", self.strides, "powers of two from 2 on")
+            check(
+                stride >= 2 and stride & (stride - 1) == 0,
+                "strides",
+                self.strides,
+                "powers of two from 2 on",
+            )
         for name in ("codebook_sizes", "code_dims"):
             values = getattr(self, name)
-            check(len(values) in (1, self.num_levels), name, values, f"one number, or one for each of the {self.num_levels} levels")
+            check(
+                len(values) in (1, self.num_levels),
+                name,
+                values,
+                f"one number, or one for each of the {self.num_levels} levels",
+            )
         check(min(self.codebook_sizes) >= 2, "codebook_sizes", self.codebook_sizes, "at least 2")
         check(min(self.code_dims) >= 1, "code_dims", self.code_dims, "at least 1")
-        check(self.hidden_channels >= 2 and self.hidden_channels % 2 == 0, "hidden_channels", self.hidden_channels, "an even number")
-        check(self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1")
+        check(
+            self.hidden_channels >= 2 and self.hidden_channels % 2 == 0,
+            "hidden_channels",
+            self.hidden_channels,
+            "an even number",
+        )
+        check(
+            self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1"
+        )
         check(0 <= self.level_dropout < 1, "level_dropout", self.level_dropout, "in [0, 1)")
-        check(self.num_residual_blocks >= 0, "num_residual_blocks", self.num_residual_blocks, "0 or more")
+        check(
+            self.num_residual_blocks >= 0,
+            "num_residual_blocks",
+            self.num_residual_blocks,
+            "0 or more",
+        )
         stride = math.prod(self.strides)
         for name, side in zip(("height", "width"), self.image.height_width, strict=True):
-            check(side % stride == 0, f"image.size ({name})", side, f"divisible by {stride}, the product of the strides {self.strides}")
+            check(
+                side % stride == 0,
+                f"image.size ({name})",
+                side,
+                f"divisible by {stride}, the product of the strides {self.strides}",
+            )
 
     @property
     def num_levels(self) -> int:
@@ -228,7 +280,9 @@ class PerceptualConfig:
 
     def __post_init__(self) -> None:
         check(self.weight >= 0, "weight", self.weight, "0 (off) or more")
-        known = self.network in ("vgg", "lpips") or (self.network.startswith("timm/") and len(self.network) > len("timm/"))
+        known = self.network in ("vgg", "lpips") or (
+            self.network.startswith("timm/") and len(self.network) > len("timm/")
+        )
         check(known, "network", self.network, "vgg, lpips or timm/NAME")
 
 
@@ -253,8 +307,18 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         check(self.weight >= 0, "weight", self.weight, "0 (off) or more")
         check(self.start_step >= 1, "start_step", self.start_step, "at least 1")
-        check(self.learning_rate_factor > 0, "learning_rate_factor", self.learning_rate_factor, "above 0")
-        check(self.hidden_channels >= 8 and self.hidden_channels % 8 == 0, "hidden_channels", self.hidden_channels, "a multiple of 8")
+        check(
+            self.learning_rate_factor > 0,
+            "learning_rate_factor",
+            self.learning_rate_factor,
+            "above 0",
+        )
+        check(
+            self.hidden_channels >= 8 and self.hidden_channels % 8 == 0,
+            "hidden_channels",
+            self.hidden_channels,
+            "a multiple of 8",
+        )
         check(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
 
 
@@ -284,4 +348,9 @@ class TrainVQVAEConfig(TrainingConfig):
         super().__post_init__()
         side, layers = min(self.model.image.height_width), self.discriminator.num_layers
         judged = not self.discriminator.weight or side >= 3 * 2**layers
-        check(judged, "discriminator.num_layers", layers, f"so small that images of {side} pixels are left with 3 after as many halvings")
+        check(
+            judged,
+            "discriminator.num_layers",
+            layers,
+            f"so small that images of {side} pixels are left with 3 after as many halvings",
+        )

@@ -24,10 +24,17 @@ class PatchDiscriminator(nn.Sequential):
     def __init__(self, in_channels: int, config: DiscriminatorConfig) -> None:
         base, halvings = config.hidden_channels, config.num_layers
         widths = [base * min(2**i, 8) for i in range(halvings + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, base, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, base, kernel_size=4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         for i, (before, after) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < halvings else 1
-            layers += [nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=False), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(8, after),
+                nn.LeakyReLU(0.2),
+            ]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -71,9 +78,13 @@ class AdversarialPair(nn.Module):
         before = self.num_forwards.clone()
         self.num_forwards += 1
         reconstruction, levels = self.autoencoder(images)
-        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        frozen = {
+            name: parameter.detach() for name, parameter in self.discriminator.named_parameters()
+        }
         fooling = functional_call(self.discriminator, frozen, (reconstruction,))
-        fake, real = self.discriminator(torch.cat([reconstruction.detach().to(images.dtype), images])).chunk(2)
+        fake, real = self.discriminator(
+            torch.cat([reconstruction.detach().to(images.dtype), images])
+        ).chunk(2)
         fooling, fake, real = (logits.to(images.dtype) for logits in (fooling, fake, real))
         return AdversarialOutput(reconstruction, levels, fooling, fake, real, before)
 
@@ -83,7 +94,11 @@ class AdversarialPair(nn.Module):
 
     def parameter_groups(self, config: DiscriminatorConfig) -> Sequence[Mapping[str, Any]]:
         """The two groups of the optimizer: the discriminator has a learning rate and a momentum of its own."""
-        adversary = {"params": list(self.discriminator.parameters()), "rate": config.learning_rate_factor, "betas": config.adam_betas}
+        adversary = {
+            "params": list(self.discriminator.parameters()),
+            "rate": config.learning_rate_factor,
+            "betas": config.adam_betas,
+        }
         return [{"params": list(self.autoencoder.parameters())}, adversary]
 
     def save_pretrained(self, save_directory: str | Path) -> None:

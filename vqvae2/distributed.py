@@ -29,7 +29,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes in rank order, as one process would see the joint batch."""
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    parts = [
+        torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())
+    ]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 

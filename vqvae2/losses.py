@@ -59,7 +59,9 @@ def make_loss(
     return loss_fn
 
 
-def make_adversarial_term(config: DiscriminatorConfig, last_layer: nn.Parameter, *, start: int) -> AdversarialTerm:
+def make_adversarial_term(
+    config: DiscriminatorConfig, last_layer: nn.Parameter, *, start: int
+) -> AdversarialTerm:
     """What a discriminator D adds to the loss: weight * lambda * -D(decode(e)) + the hinge loss of D (Esser et al. 2021, equations 5 to 7).
 
     No gradient of the first term reaches D, and none of the second the autoencoder: `AdversarialPair` has seen to it.
@@ -74,7 +76,9 @@ def make_adversarial_term(config: DiscriminatorConfig, last_layer: nn.Parameter,
         generator = -output.fooling.mean()
         balance = adaptive_weight(fidelity, generator, last_layer)
         hinge = 0.5 * (F.relu(1 - output.real).mean() + F.relu(1 + output.fake).mean())
-        heard = ((output.num_forwards - start) / RAMP).clamp(0, 1).to(fidelity.dtype)  # stays on the device: the host need not know
+        heard = (
+            ((output.num_forwards - start) / RAMP).clamp(0, 1).to(fidelity.dtype)
+        )  # stays on the device: the host need not know
         figures = {"generator": generator, "discriminator": hinge, "adaptive_weight": balance}
         return heard * config.weight * balance * generator + hinge, figures
 
@@ -86,12 +90,21 @@ def adaptive_weight(fidelity: Tensor, generator: Tensor, last_layer: nn.Paramete
 
     The gradients are first averaged over all processes, so each finds the weight that one process would find for the joint batch.
     """
-    gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (fidelity, generator)])
-    wanted, offered = (sum_over_processes(gradients) / world_size()).flatten(start_dim=1).norm(dim=1)
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+            for loss in (fidelity, generator)
+        ]
+    )
+    wanted, offered = (
+        (sum_over_processes(gradients) / world_size()).flatten(start_dim=1).norm(dim=1)
+    )
     return (wanted / (offered + 1e-4)).clamp(max=1e4)
 
 
 def assignments(codes: Tensor, codebook_size: int) -> Tensor:
     """How often each code occurs `(K,)`; unlike `bincount` it does not make the host wait for the device."""
     flat = codes.flatten()
-    return torch.zeros(codebook_size, device=codes.device).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+    return torch.zeros(codebook_size, device=codes.device).index_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.float32)
+    )

@@ -44,7 +44,13 @@ class ResidualBlock(nn.Sequential):
 
 
 def _residual_stack(config: VQVAE2Config) -> list[nn.Module]:
-    return [*(ResidualBlock(config.hidden_channels, config.residual_channels) for _ in range(config.num_residual_blocks)), nn.ReLU()]
+    return [
+        *(
+            ResidualBlock(config.hidden_channels, config.residual_channels)
+            for _ in range(config.num_residual_blocks)
+        ),
+        nn.ReLU(),
+    ]
 
 
 def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
@@ -58,12 +64,17 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequ
     return nn.Sequential(*layers, *_residual_stack(config))
 
 
-def make_decoder(in_channels: int, out_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
+def make_decoder(
+    in_channels: int, out_channels: int, stride: int, config: VQVAE2Config
+) -> nn.Sequential:
     """`(B, in_channels, h, w)` to `(B, out_channels, s*h, s*w)`: one transposed convolution per factor of two, the last from E/2 channels."""
     hidden = config.hidden_channels
     halvings = _halvings(stride)
     widths = [*[hidden] * max(1, halvings - 1), *[hidden // 2] * (halvings > 1), out_channels]
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1), *_residual_stack(config)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1),
+        *_residual_stack(config),
+    ]
     for before, after in pairwise(widths):
         layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
@@ -71,7 +82,12 @@ def make_decoder(in_channels: int, out_channels: int, stride: int, config: VQVAE
 
 def make_upsampler(channels: int, stride: int) -> nn.Sequential:
     """`(B, channels, h, w)` to `(B, channels, s*h, s*w)` by transposed convolutions alone."""
-    return nn.Sequential(*(nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1) for _ in range(_halvings(stride))))
+    return nn.Sequential(
+        *(
+            nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1)
+            for _ in range(_halvings(stride))
+        )
+    )
 
 
 def _halvings(stride: int) -> int:
@@ -92,19 +108,40 @@ class VQVAE2(Artifact, nn.Module):
     def __init__(self, config: VQVAE2Config) -> None:
         super().__init__()
         self.config = config
-        dims, hidden, coarser_strides = config.code_dim_per_level, config.hidden_channels, config.strides[:-1]
-        canvas_channels = [sum(dims[: level + 1]) for level in range(config.num_levels)]  # level -> channels of its canvas
+        dims, hidden, coarser_strides = (
+            config.code_dim_per_level,
+            config.hidden_channels,
+            config.strides[:-1],
+        )
+        canvas_channels = [
+            sum(dims[: level + 1]) for level in range(config.num_levels)
+        ]  # level -> channels of its canvas
         inputs = [*[hidden] * (config.num_levels - 1), config.image.channels]
-        self.encoders = nn.ModuleList(make_encoder(i, stride, config) for i, stride in zip(inputs, config.strides, strict=True))
+        self.encoders = nn.ModuleList(
+            make_encoder(i, stride, config)
+            for i, stride in zip(inputs, config.strides, strict=True)
+        )
         # What a quantizer reads: its level's features, and for all but the top what the coarser levels decode to.
-        self.projections = nn.ModuleList(nn.Conv2d(hidden + (dims[level - 1] if level else 0), dim, kernel_size=1) for level, dim in enumerate(dims))
-        self.quantizers = nn.ModuleList(make_quantizer(config.quantizer, k, d) for k, d in zip(config.codebook_size_per_level, dims, strict=True))
+        self.projections = nn.ModuleList(
+            nn.Conv2d(hidden + (dims[level - 1] if level else 0), dim, kernel_size=1)
+            for level, dim in enumerate(dims)
+        )
+        self.quantizers = nn.ModuleList(
+            make_quantizer(config.quantizer, k, d)
+            for k, d in zip(config.codebook_size_per_level, dims, strict=True)
+        )
         # From each level but the bottom to the next finer grid.
         self.level_decoders = nn.ModuleList(
-            make_decoder(channels, dim, stride, config) for channels, dim, stride in zip(canvas_channels, dims, coarser_strides, strict=False)
+            make_decoder(channels, dim, stride, config)
+            for channels, dim, stride in zip(canvas_channels, dims, coarser_strides, strict=False)
         )
-        self.upsamplers = nn.ModuleList(make_upsampler(channels, stride) for channels, stride in zip(canvas_channels, coarser_strides, strict=False))
-        self.image_decoder = make_decoder(canvas_channels[-1], config.image.channels, config.strides[-1], config)
+        self.upsamplers = nn.ModuleList(
+            make_upsampler(channels, stride)
+            for channels, stride in zip(canvas_channels, coarser_strides, strict=False)
+        )
+        self.image_decoder = make_decoder(
+            canvas_channels[-1], config.image.channels, config.strides[-1], config
+        )
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions, and a free view for the quantizers
 
@@ -132,7 +169,11 @@ class VQVAE2(Artifact, nn.Module):
         levels: list[Quantized] = []
         canvas = None
         for level, features in enumerate(reversed(going_up)):  # from the top to the bottom
-            known = features if canvas is None else torch.cat([self.level_decoders[level - 1](canvas), features], dim=1)
+            known = (
+                features
+                if canvas is None
+                else torch.cat([self.level_decoders[level - 1](canvas), features], dim=1)
+            )
             levels.append(self.quantizers[level](self.projections[level](known)))
             if level + 1 < len(self.quantizers):  # the bottom's canvas is the decoder's business
                 canvas = self._extend(canvas, level, levels[-1].embeddings)
@@ -147,7 +188,12 @@ class VQVAE2(Artifact, nn.Module):
 
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
-        return self.decode([cast(Quantizer, quantizer).lookup(level) for quantizer, level in zip(self.quantizers, codes, strict=True)])
+        return self.decode(
+            [
+                cast(Quantizer, quantizer).lookup(level)
+                for quantizer, level in zip(self.quantizers, codes, strict=True)
+            ]
+        )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the convolutional networks (torch.compile, in place); the quantizers, which wait for data and for other processes, stay."""
@@ -161,8 +207,13 @@ class VQVAE2(Artifact, nn.Module):
 
     def content_hash(self) -> str:
         """A hash of all that decides which codes an image gets: configuration, preprocessing, encoders, codebooks; not the image decoder."""
-        decoding = ("image_decoder.", "upsamplers.") if self.config.num_levels < 3 else ("image_decoder.",)
-        return content_hash(self.config, [(name, t) for name, t in self.state_dict().items() if not name.startswith(decoding)])
+        decoding = (
+            ("image_decoder.", "upsamplers.") if self.config.num_levels < 3 else ("image_decoder.",)
+        )
+        return content_hash(
+            self.config,
+            [(name, t) for name, t in self.state_dict().items() if not name.startswith(decoding)],
+        )
 
     def _drop_finer_levels(self, embeddings: list[Tensor]) -> list[Tensor]:
         """For a share of the images, zeros in place of the embeddings of all levels below a random one: nested dropout (Rippel et al. 2014).
@@ -170,22 +221,36 @@ class VQVAE2(Artifact, nn.Module):
         Which images and levels is a hash of (forward, place in the joint batch): one process or many choose the same.
         """
         batch = len(embeddings[0])
-        draws = random_integers(self.num_forwards, 2 * batch * world_size()).view(-1, 2)[batch * rank() : batch * (rank() + 1)]
+        draws = random_integers(self.num_forwards, 2 * batch * world_size()).view(-1, 2)[
+            batch * rank() : batch * (rank() + 1)
+        ]
         chosen = (draws[:, 0] % 2**20) < self.config.level_dropout * 2**20
-        finest = draws[:, 1] % (self.config.num_levels - 1)  # of the levels that a chosen image keeps
+        finest = draws[:, 1] % (
+            self.config.num_levels - 1
+        )  # of the levels that a chosen image keeps
         self.num_forwards += 1
         kept = [(~chosen | (level <= finest)) for level in range(self.config.num_levels)]
-        return [e * k[:, None, None, None].to(e.dtype) for e, k in zip(embeddings, kept, strict=True)]
+        return [
+            e * k[:, None, None, None].to(e.dtype) for e, k in zip(embeddings, kept, strict=True)
+        ]
 
     def _extend(self, canvas: Tensor | None, level: int, embeddings: Tensor) -> Tensor:
         """The canvas of `level`: the coarser canvas upsampled to its grid, and its embeddings."""
         embeddings = embeddings.contiguous(memory_format=torch.channels_last)
-        return embeddings if canvas is None else torch.cat([self.upsamplers[level - 1](canvas), embeddings], dim=1)
+        return (
+            embeddings
+            if canvas is None
+            else torch.cat([self.upsamplers[level - 1](canvas), embeddings], dim=1)
+        )
 
     def _check(self, images: Tensor) -> None:
         stride = math.prod(self.config.strides)
         _, channels, height, width = images.shape
         if channels != self.config.image.channels:
-            raise UserError(f"the images have {channels} channels, but the model was made for {self.config.image.channels}: convert them.")
+            raise UserError(
+                f"the images have {channels} channels, but the model was made for {self.config.image.channels}: convert them."
+            )
         if height % stride or width % stride:
-            raise UserError(f"images of {height} x {width} pixels cannot be encoded: both sides must be divisible by {stride}, the product of the strides.")
+            raise UserError(
+                f"images of {height} x {width} pixels cannot be encoded: both sides must be divisible by {stride}, the product of the strides."
+            )

@@ -49,7 +49,14 @@ class FeatureDistance(nn.Module):
         mean, std: what the network was trained to expect, for images in [0, 1].
     """
 
-    def __init__(self, network: nn.Module, *, layer_weights: list[Tensor] | None, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        layer_weights: list[Tensor] | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
         super().__init__()
         self.network, self.num_layers = network, len(layer_weights or [])
         for number, weights in enumerate(layer_weights or []):
@@ -62,7 +69,9 @@ class FeatureDistance(nn.Module):
         with torch.no_grad():
             wanted = self._features(images)
         distance = reconstruction.new_zeros(())
-        for number, (one, other) in enumerate(zip(self._features(reconstruction), wanted, strict=True)):
+        for number, (one, other) in enumerate(
+            zip(self._features(reconstruction), wanted, strict=True)
+        ):
             squares = (one - other).square()
             if self.num_layers:
                 squares = squares * getattr(self, f"layer_weights_{number}")[:, None, None]
@@ -83,7 +92,9 @@ class VGGFeatures(nn.Module):
         self.convolutions = nn.ModuleDict()
         for number in numbers:
             out_channels, in_channels, *_ = state[f"{number}.weight"].shape
-            self.convolutions[str(number)] = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+            self.convolutions[str(number)] = nn.Conv2d(
+                in_channels, out_channels, kernel_size=3, padding=1
+            )
         self.convolutions.load_state_dict(dict(state))
         # In torchvision's numbering a ReLU follows each convolution, and where there is a gap of one more, a pooling.
         self.ends_stage = [after - number == 3 for number, after in pairwise(numbers)] + [True]
@@ -91,7 +102,9 @@ class VGGFeatures(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to one feature map per stage."""
         found, features = [], images.contiguous(memory_format=torch.channels_last)
-        for convolution, ends_stage in zip(self.convolutions.values(), self.ends_stage, strict=True):
+        for convolution, ends_stage in zip(
+            self.convolutions.values(), self.ends_stage, strict=True
+        ):
             features = F.relu(convolution(features))
             if ends_stage:
                 found.append(features)
@@ -118,26 +131,48 @@ def _vgg_distance(weights_file: str | None) -> nn.Module:
             "(https://download.pytorch.org/models/vgg16-397923af.pth) and give their path."
         )
     state = _read_weights(Path(weights_file).expanduser())
-    kernels = {name.removeprefix("features."): tensor for name, tensor in state.items() if re.fullmatch(r"(features\.)?\d+\.(weight|bias)", name)}
-    if not kernels or any(tensor.ndim != 4 for name, tensor in kernels.items() if name.endswith("weight")):
+    kernels = {
+        name.removeprefix("features."): tensor
+        for name, tensor in state.items()
+        if re.fullmatch(r"(features\.)?\d+\.(weight|bias)", name)
+    }
+    if not kernels or any(
+        tensor.ndim != 4 for name, tensor in kernels.items() if name.endswith("weight")
+    ):
         raise UserError(
             f"{weights_file} does not hold the weights of a VGG without batch normalisation (features.0.weight, ...): give torchvision's vgg16 file."
         )
     try:
         network = VGGFeatures(kernels)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{weights_file} does not hold the weights of a VGG ({str(error).splitlines()[0]}): give torchvision's vgg16 file.") from None
-    learned = [state[name].flatten() for name in sorted(state) if re.fullmatch(r"lin\d\.model\.1\.weight", name)]
-    return FeatureDistance(network, layer_weights=learned or None, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        raise UserError(
+            f"{weights_file} does not hold the weights of a VGG ({str(error).splitlines()[0]}): give torchvision's vgg16 file."
+        ) from None
+    learned = [
+        state[name].flatten()
+        for name in sorted(state)
+        if re.fullmatch(r"lin\d\.model\.1\.weight", name)
+    ]
+    return FeatureDistance(
+        network, layer_weights=learned or None, mean=IMAGENET_MEAN, std=IMAGENET_STD
+    )
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"perceptual.weights_file is {path}, but there is no such file: check the path.")
+        raise UserError(
+            f"perceptual.weights_file is {path}, but there is no such file: check the path."
+        )
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # both libraries raise many kinds
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): give a state dict as .pth or .safetensors.") from None
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}): give a state dict as .pth or .safetensors."
+        ) from None
 
 
 def _lpips_network() -> nn.Module:
@@ -145,11 +180,19 @@ def _lpips_network() -> nn.Module:
     try:
         from torchvision.models import VGG16_Weights
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"torchvision cannot be imported ({error}): install the version that was made for torch {torch.__version__}.") from None
+        raise UserError(
+            f"torchvision cannot be imported ({error}): install the version that was made for torch {torch.__version__}."
+        ) from None
 
-    backbone = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_Weights.DEFAULT.url.rsplit("/", maxsplit=1)[-1]
+    backbone = (
+        Path(torch.hub.get_dir())
+        / "checkpoints"
+        / VGG16_Weights.DEFAULT.url.rsplit("/", maxsplit=1)[-1]
+    )
     if not backbone.is_file():
-        raise UserError(f"perceptual.network is 'lpips', whose backbone is not at {backbone}: fetch {VGG16_Weights.DEFAULT.url} and put it there.")
+        raise UserError(
+            f"perceptual.network is 'lpips', whose backbone is not at {backbone}: fetch {VGG16_Weights.DEFAULT.url} and put it there."
+        )
     if importlib.util.find_spec("lpips") is not None:
         import lpips
 
@@ -164,23 +207,43 @@ def _timm_distance(name: str, weights_file: str | None) -> nn.Module:
     _need("timm", f"perceptual.network is 'timm/{name}'")
     import timm
 
-    settings: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".", maxsplit=1)[0]) else None
+    settings: Any = (
+        timm.get_pretrained_cfg(name) if timm.is_model(name.split(".", maxsplit=1)[0]) else None
+    )
     if settings is None:
-        raise UserError(f"perceptual.network is 'timm/{name}', but timm knows no such model: see timm.list_models(pretrained=True).")
-    found = weights_file or (try_to_load_from_cache(settings.hf_hub_id, "model.safetensors") if settings.hf_hub_id else None)
+        raise UserError(
+            f"perceptual.network is 'timm/{name}', but timm knows no such model: see timm.list_models(pretrained=True)."
+        )
+    found = weights_file or (
+        try_to_load_from_cache(settings.hf_hub_id, "model.safetensors")
+        if settings.hf_hub_id
+        else None
+    )
     if not isinstance(found, str) or not Path(found).is_file():
-        fetch = f"run `hf download {settings.hf_hub_id} model.safetensors`, or " if settings.hf_hub_id else ""
+        fetch = (
+            f"run `hf download {settings.hf_hub_id} model.safetensors`, or "
+            if settings.hf_hub_id
+            else ""
+        )
         raise UserError(
             f"perceptual.network is 'timm/{name}', but its weights are not at {weights_file or 'hand in the cache of the Hub'}: "
             f"{fetch}give a file as perceptual.weights_file."
         )
     try:
-        network = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay={"file": found})
+        network = timm.create_model(
+            name, pretrained=True, features_only=True, pretrained_cfg_overlay={"file": found}
+        )
     except RuntimeError as error:
-        raise UserError(f"{found} does not hold the weights of timm's {name} ({str(error).splitlines()[0]}): give the right file.") from None
-    return FeatureDistance(network, layer_weights=None, mean=tuple(settings.mean), std=tuple(settings.std))
+        raise UserError(
+            f"{found} does not hold the weights of timm's {name} ({str(error).splitlines()[0]}): give the right file."
+        ) from None
+    return FeatureDistance(
+        network, layer_weights=None, mean=tuple(settings.mean), std=tuple(settings.std)
+    )
 
 
 def _need(package: str, reason: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{reason}, which needs {package}: pip install {package}, or use --perceptual.network vgg with a weights file.")
+        raise UserError(
+            f"{reason}, which needs {package}: pip install {package}, or use --perceptual.network vgg with a weights file."
+        )

@@ -66,7 +66,9 @@ def nearest(vectors: Tensor, codebook: Tensor, *, megabytes: float = 64.0) -> Te
     offset = -0.5 * codebook.square().sum(dim=1)
     bytes_per_vector = len(codebook) * codebook.element_size()
     chunk = min(MOST_AT_ONCE, max(1, int(megabytes * 2**20 / bytes_per_vector)))
-    return torch.cat([_argmax(_scores(part - centre, codebook, offset)) for part in vectors.split(chunk)])
+    return torch.cat(
+        [_argmax(_scores(part - centre, codebook, offset)) for part in vectors.split(chunk)]
+    )
 
 
 def _scores(vectors: Tensor, codebook: Tensor, offset: Tensor) -> Tensor:
@@ -74,9 +76,15 @@ def _scores(vectors: Tensor, codebook: Tensor, offset: Tensor) -> Tensor:
 
     On a CPU as a 1x1 convolution, which is the same sum; where oneDNN computes it, it was up to twice as fast as the matrix product.
     """
-    if vectors.device.type != "cpu" or vectors.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if (
+        vectors.device.type != "cpu"
+        or vectors.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+    ):
         return torch.addmm(offset, vectors, codebook.T)
-    pixels = vectors[None, :, None].permute(0, 3, 1, 2)  # (1, D, N, 1) with the strides of channels_last (rearrange gives others, which are slow)
+    pixels = vectors[None, :, None].permute(
+        0, 3, 1, 2
+    )  # (1, D, N, 1) with the strides of channels_last (rearrange gives others, which are slow)
     return F.conv2d(pixels, codebook[:, :, None, None], offset)[0, :, :, 0].T  # in memory (N, K)
 
 
@@ -108,7 +116,11 @@ def rotation(vectors: Tensor, embeddings: Tensor) -> Tensor:
         scale = embeddings.norm(dim=1, keepdim=True) / length
         z, e = vectors / length, F.normalize(embeddings, dim=1)
         r = F.normalize(z + e, dim=1)
-    turned = vectors - 2 * r * (vectors * r).sum(dim=1, keepdim=True) + 2 * e * (vectors * z).sum(dim=1, keepdim=True)
+    turned = (
+        vectors
+        - 2 * r * (vectors * r).sum(dim=1, keepdim=True)
+        + 2 * e * (vectors * z).sum(dim=1, keepdim=True)
+    )
     return scale * turned
 
 
@@ -132,12 +144,22 @@ class CodebookQuantizer(Quantizer):
     counts: Tensor
     num_updates: Tensor
 
-    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+    def __init__(
+        self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None
+    ) -> None:
         super().__init__()
-        self.codebook_size, self.code_dim, self.config = codebook_size, code_dim, config or QuantizerConfig()
-        self.register_buffer("counts", torch.zeros(codebook_size))  # running average of the assignments per update
+        self.codebook_size, self.code_dim, self.config = (
+            codebook_size,
+            code_dim,
+            config or QuantizerConfig(),
+        )
+        self.register_buffer(
+            "counts", torch.zeros(codebook_size)
+        )  # running average of the assignments per update
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self._started: bool | None = None  # num_updates > 0, read once: asking the device at every step would stall it
+        self._started: bool | None = (
+            None  # num_updates > 0, read once: asking the device at every step would stall it
+        )
 
     def forward(self, features: Tensor) -> Quantized:
         """Quantize `(B, D, h, w)`: for example [16, 64, 8, 8] is seen as 1024 vectors of dimension 64."""
@@ -148,9 +170,13 @@ class CodebookQuantizer(Quantizer):
             constant = vectors.detach()
             if self.training:
                 self._start(constant)
-            codes = nearest(constant, self.codebook.detach(), megabytes=self.config.search_megabytes)
+            codes = nearest(
+                constant, self.codebook.detach(), megabytes=self.config.search_megabytes
+            )
             embeddings = F.embedding(codes, self.codebook)
-            loss = self.config.beta * F.mse_loss(vectors, embeddings.detach()) + self.codebook_loss(constant, embeddings)
+            loss = self.config.beta * F.mse_loss(vectors, embeddings.detach()) + self.codebook_loss(
+                constant, embeddings
+            )
             passed = ESTIMATORS[self.config.estimator](vectors, embeddings.detach())
             if self.training:
                 self._update(constant, codes)
@@ -192,7 +218,9 @@ class CodebookQuantizer(Quantizer):
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         """One step of all that does not learn by gradient, from the vectors of all processes. Nothing here asks the device for a value."""
         sums, counts = _sum_by_code(vectors, codes, self.codebook_size)
-        together = sum_over_processes(torch.cat([sums, self._candidates(vectors), counts[:, None]], dim=1))  # one message
+        together = sum_over_processes(
+            torch.cat([sums, self._candidates(vectors), counts[:, None]], dim=1)
+        )  # one message
         sums, candidates, counts = together.split([self.code_dim, self.code_dim, 1], dim=1)
         self.counts.lerp_(counts[:, 0], 1 - self.config.decay)
         self.learn(sums)
@@ -208,7 +236,10 @@ class CodebookQuantizer(Quantizer):
         The choice is a hash of (update, code), the same on every process, and the joint batch of one process gives the same vectors.
         """
         number = vectors.shape[0]
-        chosen = random_integers(self.num_updates, self.codebook_size) % (number * world_size()) - rank() * number
+        chosen = (
+            random_integers(self.num_updates, self.codebook_size) % (number * world_size())
+            - rank() * number
+        )
         mine = (chosen >= 0) & (chosen < number)
         return vectors[chosen.clamp(0, number - 1)] * mine[:, None]
 
@@ -230,7 +261,9 @@ class EMAQuantizer(CodebookQuantizer):
 
     sums: Tensor
 
-    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+    def __init__(
+        self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None
+    ) -> None:
         super().__init__(codebook_size, code_dim, config)
         self.register_buffer("codebook", self.prepare(torch.randn(codebook_size, code_dim)))
         self.register_buffer("sums", torch.zeros(codebook_size, code_dim))
@@ -272,7 +305,9 @@ class GradientQuantizer(CodebookQuantizer):
 
     codebook: nn.Parameter
 
-    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+    def __init__(
+        self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None
+    ) -> None:
         super().__init__(codebook_size, code_dim, config)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
 
@@ -297,18 +332,29 @@ class FSQuantizer(Quantizer):
     levels: Tensor
     basis: Tensor
 
-    def __init__(self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None) -> None:
+    def __init__(
+        self, codebook_size: int, code_dim: int, config: QuantizerConfig | None = None
+    ) -> None:
         super().__init__()
         fsq_levels = (config or QuantizerConfig()).fsq_levels
-        assert (math.prod(fsq_levels), len(fsq_levels)) == (codebook_size, code_dim), "the configuration derives both from fsq_levels"
+        assert (math.prod(fsq_levels), len(fsq_levels)) == (codebook_size, code_dim), (
+            "the configuration derives both from fsq_levels"
+        )
         levels = torch.tensor(fsq_levels)
         self.register_buffer("levels", levels, persistent=False)
-        self.register_buffer("basis", torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(dim=0)]), persistent=False)
+        self.register_buffer(
+            "basis",
+            torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(dim=0)]),
+            persistent=False,
+        )
 
     def forward(self, features: Tensor) -> Quantized:
         """Quantize `(B, D, h, w)`, D the number of levels; there is no loss."""
         with torch.autocast(features.device.type, enabled=False):
-            vectors = rearrange(features.to(torch.promote_types(features.dtype, torch.float32)), "b d h w -> b h w d")
+            vectors = rearrange(
+                features.to(torch.promote_types(features.dtype, torch.float32)),
+                "b d h w -> b h w d",
+            )
             bounded = self._bound(vectors)
             digits = bounded.round().detach()
             codes = ((digits.long() + self.levels // 2) * self.basis).sum(dim=-1)
@@ -324,7 +370,10 @@ class FSQuantizer(Quantizer):
         """Features `(B, D, h, w)` that are squashed to exactly the values that the codes `(B, h, w)` stand for."""
         half, offset = self._interval()
         bounded = rearrange(self.lookup(codes), "b d h w -> b h w d") * (self.levels // 2)
-        return rearrange(torch.atanh((bounded + offset) / half) - torch.atanh(offset / half), "b h w d -> b d h w")
+        return rearrange(
+            torch.atanh((bounded + offset) / half) - torch.atanh(offset / half),
+            "b h w d -> b d h w",
+        )
 
     def _bound(self, vectors: Tensor) -> Tensor:
         """Squash to the interval that rounds to L values (section 3.1 there)."""
@@ -357,7 +406,9 @@ def k_means(vectors: Tensor, num_clusters: int, *, num_rounds: int = 10) -> Tens
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
-    centres = vectors[order[torch.arange(num_clusters, device=vectors.device) % len(vectors)]].clone()
+    centres = vectors[
+        order[torch.arange(num_clusters, device=vectors.device) % len(vectors)]
+    ].clone()
     for _ in range(num_rounds):
         sums, counts = _sum_by_code(vectors, nearest(vectors, centres), num_clusters)
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
@@ -367,4 +418,6 @@ def k_means(vectors: Tensor, num_clusters: int, *, num_rounds: int = 10) -> Tens
 def _sum_by_code(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """The sum `(K, D)` and the number `(K,)` of the vectors `(N, D)` assigned to each code."""
     sums = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
-    return sums, vectors.new_zeros(codebook_size).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
+    return sums, vectors.new_zeros(codebook_size).index_add_(
+        0, codes, torch.ones_like(vectors[:, 0])
+    )

@@ -13,13 +13,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vqvae2.codebook_stats import level_name, perplexity, usage, verdict
+from vqvae2.common.accelerate import make_accelerator
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord
+from vqvae2.common.fit import Draw, fit, is_finished
 from vqvae2.common.loading import Loader, ShuffledLoader
-from vqvae2.common.machine import make_accelerator
-from vqvae2.common.training import Draw, fit, is_finished
+from vqvae2.common.runs import RunRecord
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
 from vqvae2.data.arrays import PythonImages
@@ -30,13 +31,17 @@ from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
-from vqvae2.usage import level_name, perplexity, usage, verdict
 
 RECORD_NAME = "train_config.yaml"
 MakeDraw = Callable[[ImageDataset, torch.device], Draw]
 
 
-def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_draw: MakeDraw | None = None) -> None:
+def train(
+    config: TrainVQVAEConfig,
+    *,
+    images: PythonImages | None = None,
+    make_draw: MakeDraw | None = None,
+) -> None:
     """Train the autoencoder; continue the run, or do nothing if it is finished.
 
     Args:
@@ -55,14 +60,22 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_
         accelerator.print(f"{output_dir}: all {config.num_steps} steps are done already.")
         return
     if config.discriminator.weight and accelerator.mixed_precision == "fp16":
-        raise UserError("mixed_precision is 'fp16', in which the gradients that the adaptive weight compares vanish: use 'bf16' or 'no' with a discriminator.")
+        raise UserError(
+            "mixed_precision is 'fp16', in which the gradients that the adaptive weight compares vanish: use 'bf16' or 'no' with a discriminator."
+        )
     set_seed(config.seed)
     model = VQVAE2(config.model)
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
-    perceptual = load_perceptual(config.perceptual).to(accelerator.device) if config.perceptual.weight else None
+    perceptual = (
+        load_perceptual(config.perceptual).to(accelerator.device)
+        if config.perceptual.weight
+        else None
+    )
     if lies_in(config.output_dir, config.data.path):
-        raise UserError(f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir.")
+        raise UserError(
+            f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir."
+        )
     data = _open_data(config, accelerator, images)
     run = replace(run, facts=data.facts)
     run.check(output_dir)
@@ -75,7 +88,9 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_
         f"{data.summary}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
         f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     )
-    draw = make_draw(data.shown, accelerator.device) if make_draw and len(data.shown) else None  # a stream without held-out images shows none
+    draw = (
+        make_draw(data.shown, accelerator.device) if make_draw and len(data.shown) else None
+    )  # a stream without held-out images shows none
 
     # With a discriminator, what is trained is a pair; what is validated, drawn and saved is its autoencoder.
     pair = AdversarialPair(model, config.discriminator) if config.discriminator.weight else None
@@ -85,10 +100,24 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None, make_
         adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
 
     def evaluate_autoencoder(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
-        rows = min(64, config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes))
-        figures = evaluate(_autoencoder(net), data.validation, accelerator, perceptual=perceptual, kind=config.reconstruction_loss, batch_size=rows)
-        if pair is None:  # of a pair the last weights are kept: those that fool the discriminator are not those with the lowest error
-            figures["loss"] = figures["reconstruction"] + config.perceptual.weight * figures.get("perceptual", 0.0)
+        rows = min(
+            64,
+            config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes),
+        )
+        figures = evaluate(
+            _autoencoder(net),
+            data.validation,
+            accelerator,
+            perceptual=perceptual,
+            kind=config.reconstruction_loss,
+            batch_size=rows,
+        )
+        if (
+            pair is None
+        ):  # of a pair the last weights are kept: those that fool the discriminator are not those with the lowest error
+            figures["loss"] = figures["reconstruction"] + config.perceptual.weight * figures.get(
+                "perceptual", 0.0
+            )
         return figures
 
     fit(
@@ -128,14 +157,22 @@ class _Data:
     skipped: Sequence[tuple[str, str]] = ()
 
 
-def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: PythonImages | None) -> _Data:
+def _open_data(
+    config: TrainVQVAEConfig, accelerator: Accelerator, given: PythonImages | None
+) -> _Data:
     """Images found, split, checked and shuffled as configured, or shards that are read as they come."""
-    place = {"seed": config.seed, "num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    place = {
+        "seed": config.seed,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+    }
     batch_size = config.batch_size // config.gradient_accumulation_steps
     if config.data.streaming and given is None:
         shards = find_stream(config.data)
         skipped: list[tuple[str, str]] = []
-        validation = held_out_images(shards, config.data, config.model.image, on_skipped=lambda *met: skipped.append(met))
+        validation = held_out_images(
+            shards, config.data, config.model.image, on_skipped=lambda *met: skipped.append(met)
+        )
         loader = StreamedImages(
             shards,
             config.data,
@@ -147,11 +184,27 @@ def _open_data(config: TrainVQVAEConfig, accelerator: Accelerator, given: Python
         )
         explicit = validation.source if config.data.validation_path is not None else None
         summary = f"{len(shards)} shards, {len(validation)} images held out"
-        return _Data(loader, validation, validation, stream_facts(shards, explicit, config.model.image), summary, skipped)
+        return _Data(
+            loader,
+            validation,
+            validation,
+            stream_facts(shards, explicit, config.model.image),
+            summary,
+            skipped,
+        )
     source = given if given is not None else config.data
-    images = load_images(source, config.model.image, num_workers=config.data.num_workers, show_progress=accelerator.is_main_process)
+    images = load_images(
+        source,
+        config.model.image,
+        num_workers=config.data.num_workers,
+        show_progress=accelerator.is_main_process,
+    )
     changes = config.data.augmentation
-    training = AugmentedImages(images.train, changes, config.seed) if changes.horizontal_flip or changes.crop != "off" else images.train
+    training = (
+        AugmentedImages(images.train, changes, config.seed)
+        if changes.horizontal_flip or changes.crop != "off"
+        else images.train
+    )
     return _Data(
         ShuffledLoader(training, batch_size, num_workers=config.data.num_workers, **place),
         images.validation,
@@ -171,7 +224,11 @@ def read_training(vqvae: str) -> dict[str, Any]:
     path = Path(vqvae).expanduser() / RECORD_NAME
     record = read_yaml(path) if path.exists() else {}
     data = record.get("data")
-    if record and not (isinstance(data, dict) and isinstance(data.get("path"), str) and isinstance(data.get("validation_path"), str | None)):
+    if record and not (
+        isinstance(data, dict)
+        and isinstance(data.get("path"), str)
+        and isinstance(data.get("validation_path"), str | None)
+    ):
         raise UserError(f"{path} is broken: its 'data' names no path; restore it, or remove it.")
     return record
 
@@ -207,10 +264,17 @@ def evaluate(
         the whole set (K when all codes are equally frequent), and the share that occurs.
     """
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    errors = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # squared, absolute, perceptual
-    counts = [torch.zeros(k, dtype=torch.float64, device=accelerator.device) for k in model.config.codebook_size_per_level]
+    errors = torch.zeros(
+        3, dtype=torch.float64, device=accelerator.device
+    )  # squared, absolute, perceptual
+    counts = [
+        torch.zeros(k, dtype=torch.float64, device=accelerator.device)
+        for k in model.config.codebook_size_per_level
+    ]
     for first in range(0, len(mine), batch_size):
-        batch = to_images(images.__getitems__(mine[first : first + batch_size])["images"].to(accelerator.device))
+        batch = to_images(
+            images.__getitems__(mine[first : first + batch_size])["images"].to(accelerator.device)
+        )
         reconstruction, levels = model(batch)
         clamped = reconstruction.float().clamp(-1, 1)
         errors[0] += (clamped - batch).square().sum(dtype=torch.float64)
@@ -222,7 +286,10 @@ def evaluate(
     totals: Any = accelerator.reduce([errors, *counts], reduction="sum")
     squared, absolute, seen = totals[0].tolist()
     number = len(images) * model.config.image.channels * math.prod(model.config.image.height_width)
-    figures = {"mse": squared / number, "reconstruction": (squared if kind == "mse" else absolute) / number}
+    figures = {
+        "mse": squared / number,
+        "reconstruction": (squared if kind == "mse" else absolute) / number,
+    }
     if perceptual is not None:
         figures["perceptual"] = seen / len(images)
     for level, count in enumerate(totals[1:]):

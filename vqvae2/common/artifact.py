@@ -22,7 +22,12 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 def looks_like_path(name: str) -> bool:
     """Whether a name can only mean a local folder. Hub ids are `namespace/name`, with no local folder `namespace`."""
-    return name.startswith((".", "~", "/")) or name.count("/") != 1 or "\\" in name or Path(name.split("/", maxsplit=1)[0]).exists()
+    return (
+        name.startswith((".", "~", "/"))
+        or name.count("/") != 1
+        or "\\" in name
+        or Path(name.split("/", maxsplit=1)[0]).exists()
+    )
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -35,12 +40,22 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if looks_like_path(str(name)):
-        raise UserError(f"{name} is not a folder: check the path, or make it with the earlier step.")
+        raise UserError(
+            f"{name} is not a folder: check the path, or make it with the earlier step."
+        )
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"]
+            )
+        )
     except Exception as error:  # the hub client raises many kinds; the user needs one sentence
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        raise UserError(f"{name} is neither a local folder nor a repository that the Hub delivers ({reason}).") from None
+        reason = (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
+        raise UserError(
+            f"{name} is neither a local folder nor a repository that the Hub delivers ({reason})."
+        ) from None
 
 
 class Artifact(ModelHubMixin):
@@ -60,8 +75,14 @@ class Artifact(ModelHubMixin):
         folder = Path(save_directory)
         state = self.state_dict()  # type: ignore[attr-defined]
         with whole_file(folder / WEIGHTS_NAME) as aside:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside, metadata={"format": "pt"})
-        write_json(folder / CONFIG_NAME, {"architecture": type(self).__name__, **to_dict(self.config)})
+            save_file(
+                {name: tensor.contiguous() for name, tensor in state.items()},
+                aside,
+                metadata={"format": "pt"},
+            )
+        write_json(
+            folder / CONFIG_NAME, {"architecture": type(self).__name__, **to_dict(self.config)}
+        )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:  # type: ignore[override]
@@ -85,7 +106,9 @@ class Artifact(ModelHubMixin):
         data = read_json(folder / CONFIG_NAME)
         architecture = data.pop("architecture", None)
         if architecture != cls.__name__:
-            raise UserError(f"{folder} holds a model of kind {architecture!r}, but {cls.__name__!r} was expected: check which folder goes where.")
+            raise UserError(
+                f"{folder} holds a model of kind {architecture!r}, but {cls.__name__!r} was expected: check which folder goes where."
+            )
         return from_dict(cls.config_class, data, str(folder / CONFIG_NAME))
 
 
@@ -97,19 +120,29 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise UserError(f"{path} does not exist: the folder holds no finished model; let the training write one first.")
+        raise UserError(
+            f"{path} does not exist: the folder holds no finished model; let the training write one first."
+        )
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): restore or remake it.") from None
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}): restore or remake it."
+        ) from None
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
-            raise UserError(f"{path} lacks the weight {name!r}: the file belongs to another configuration.")
+            raise UserError(
+                f"{path} lacks the weight {name!r}: the file belongs to another configuration."
+            )
         if name not in expected:
-            raise UserError(f"{path} holds the unknown weight {name!r}: the file belongs to another configuration.")
+            raise UserError(
+                f"{path} holds the unknown weight {name!r}: the file belongs to another configuration."
+            )
         if expected[name].shape != state[name].shape:
-            raise UserError(f"{path}: {name!r} has shape {tuple(state[name].shape)}, but the configuration says {tuple(expected[name].shape)}.")
+            raise UserError(
+                f"{path}: {name!r} has shape {tuple(state[name].shape)}, but the configuration says {tuple(expected[name].shape)}."
+            )
     model.load_state_dict(state)
 
 
@@ -120,5 +153,7 @@ def content_hash(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

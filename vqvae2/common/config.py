@@ -28,7 +28,7 @@ def may_change(default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a model is trained: what the one training loop, `vqvae2.common.training.fit`, needs to know."""
+    """How a model is trained: what the one training loop, `vqvae2.common.fit.fit`, needs to know."""
 
     num_steps: int = may_change(10_000)
     """Optimizer steps. A finished run continues when this is raised."""
@@ -72,12 +72,19 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps", self.gradient_accumulation_steps, "at least 1")
+        check(
+            self.gradient_accumulation_steps >= 1,
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            "at least 1",
+        )
         check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         check(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 (off) or more")
-        check(0 <= self.weight_ema_decay < 1, "weight_ema_decay", self.weight_ema_decay, "in [0, 1)")
+        check(
+            0 <= self.weight_ema_decay < 1, "weight_ema_decay", self.weight_ema_decay, "in [0, 1)"
+        )
         for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
@@ -150,22 +157,32 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (hint,) = (a for a in arguments if a is not type(None))  # the only unions here are "X or None"
+        (hint,) = (
+            a for a in arguments if a is not type(None)
+        )  # the only unions here are "X or None"
         return _convert(hint, value, where, missing)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{where} is {value!r}, but must be one of {', '.join(map(repr, arguments))}.")
+            raise UserError(
+                f"{where} is {value!r}, but must be one of {', '.join(map(repr, arguments))}."
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} is {value!r}, but must be a list.")
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise UserError(f"{where} has {len(value)} values, but must have {len(arguments)}.")
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]", missing) for i, item in enumerate(value))
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-4 as text
+        return tuple(
+            _convert(arguments[0], item, f"{where}[{i}]", missing) for i, item in enumerate(value)
+        )
+    if (
+        hint is float and isinstance(value, int | str) and not isinstance(value, bool)
+    ):  # YAML reads 1e-4 as text
         with contextlib.suppress(ValueError):
             return float(value)
-    if hint is not Any and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+    if hint is not Any and (
+        not isinstance(value, hint) or (hint is int and isinstance(value, bool))
+    ):
         raise UserError(f"{where} is {value!r}, but must be of type {hint.__name__}.")
     return value
 
@@ -179,13 +196,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): check the file.") from None
+        raise UserError(
+            f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): check the file."
+        ) from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no mapping of keys to values: check the file.")
     return data
 
 
-def differences(cls: type, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    cls: type, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
     """The keys (dotted) with old and new value in which two records of the same dataclass differ, but for `may_change` fields."""
     hints = typing.get_type_hints(cls)
     found: list[tuple[str, Any, Any]] = []
@@ -193,7 +214,11 @@ def differences(cls: type, old: Mapping[str, Any], new: Mapping[str, Any], prefi
         before, after = old.get(f.name), new.get(f.name)
         if f.metadata.get("may_change") or before == after:
             continue
-        if dataclasses.is_dataclass(hints[f.name]) and isinstance(before, dict) and isinstance(after, dict):
+        if (
+            dataclasses.is_dataclass(hints[f.name])
+            and isinstance(before, dict)
+            and isinstance(after, dict)
+        ):
             found += differences(hints[f.name], before, after, f"{prefix}{f.name}.")
         else:
             found.append((prefix + f.name, before, after))

@@ -29,8 +29,22 @@ class ShuffledLoader:
         batch_size: rows per batch over all processes.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, seed: int = 0, num_processes: int = 1, process_index: int = 0, num_workers: int = 0) -> None:
-        self.dataset, self.batch_size, self.seed, self.num_workers = dataset, batch_size, seed, num_workers
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed, self.num_workers = (
+            dataset,
+            batch_size,
+            seed,
+            num_workers,
+        )
         self.num_processes, self.process_index = num_processes, process_index
 
     def start_at(self, index: int) -> Iterator[Any]:
@@ -53,7 +67,10 @@ class ShuffledLoader:
         first = index * self.batch_size + self.process_index * share
         size = len(self.dataset)  # type: ignore[arg-type]
         step = size if getattr(self.dataset, "endless", False) else 0
-        return [int(self._permutation(p // size)[p % size]) + p // size * step for p in range(first, first + share)]
+        return [
+            int(self._permutation(p // size)[p % size]) + p // size * step
+            for p in range(first, first + share)
+        ]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if getattr(self, "_cached_epoch", None) != epoch:
@@ -85,7 +102,14 @@ class StreamLoader:
     If the stream has a method `set_epoch`, it is called before each epoch.
     """
 
-    def __init__(self, stream: Iterable[Any], batch_size: int, *, num_processes: int = 1, process_index: int = 0) -> None:
+    def __init__(
+        self,
+        stream: Iterable[Any],
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ) -> None:
         self.stream, self.batch_size = stream, batch_size
         self.num_processes, self.process_index = num_processes, process_index
 

@@ -42,13 +42,24 @@ def save_image(image: Tensor, path: Path, value_range: tuple[float, float]) -> N
 
     low, high = value_range
     values = (image.detach().double().clamp(-1, 1).add(1) / 2 * (high - low) + low).cpu().numpy()
-    kind = {255: np.uint8, 65535: np.uint16}.get(int(high)) if low == 0 and high in (255, 65535) else None
+    kind = (
+        {255: np.uint8, 65535: np.uint16}.get(int(high))
+        if low == 0 and high in (255, 65535)
+        else None
+    )
     values = values.round().astype(kind) if kind is not None else values.astype(np.float32)
     with whole_file(path) as aside:
-        tifffile.imwrite(aside, rearrange(values, "c h w -> h w c").squeeze(), photometric="minisblack", planarconfig="contig" if len(values) > 1 else None)
+        tifffile.imwrite(
+            aside,
+            rearrange(values, "c h w -> h w c").squeeze(),
+            photometric="minisblack",
+            planarconfig="contig" if len(values) > 1 else None,
+        )
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2) -> Image.Image:
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2
+) -> Image.Image:
     """Rows of equally sized images on one white sheet, each row with its name on the left. Small images are enlarged to at least 48 pixels."""
     width, height = rows[0][0].size
     zoom = max(1, -(-48 // max(width, height)))
@@ -56,12 +67,16 @@ def sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, g
     font = ImageFont.load_default(size=14)
     margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
     columns = max(len(row) for row in rows)
-    page = Image.new("RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
+    page = Image.new(
+        "RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white"
+    )
     draw = ImageDraw.Draw(page)
     for i, row in enumerate(rows):
         top = gap + i * (height + gap)
         if names:
-            draw.text((margin - 8, top + height / 2), names[i], fill="black", font=font, anchor="rm")
+            draw.text(
+                (margin - 8, top + height / 2), names[i], fill="black", font=font, anchor="rm"
+            )
         for j, image in enumerate(row):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             mask = enlarged.getchannel("A") if "A" in enlarged.getbands() else None

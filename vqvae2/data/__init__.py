@@ -5,8 +5,23 @@
 what fits on no disk.
 """
 
-from vqvae2.data.images import AugmentedImages, BadImage, ImageDataset, ImageSplits, is_held_out, lies_in, load_images, load_source
-from vqvae2.data.preprocessing import load_picture, picture_size, prepare, read_picture_file, to_images
+from vqvae2.data.images import (
+    AugmentedImages,
+    BadImage,
+    ImageDataset,
+    ImageSplits,
+    is_held_out,
+    lies_in,
+    load_images,
+    load_source,
+)
+from vqvae2.data.preprocessing import (
+    load_picture,
+    picture_size,
+    prepare,
+    read_picture_file,
+    to_images,
+)
 from vqvae2.data.source import ImageSource
 
 __all__ = [

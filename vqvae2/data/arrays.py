@@ -24,12 +24,24 @@ def open_arrays(path: Path, channels: int) -> ImageSource:
     """
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+        arrays = (
+            dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+        )
     except Exception as error:  # NumPy raises many kinds for a file that is not what it seems
-        raise UserError(f"{path} cannot be read as NumPy arrays ({first_line(error)}): check the file.") from None
-    alike = [key for key, array in arrays.items() if key not in ("images", "labels") and array.ndim and len(array) == len(arrays.get("images", ()))]
+        raise UserError(
+            f"{path} cannot be read as NumPy arrays ({first_line(error)}): check the file."
+        ) from None
+    alike = [
+        key
+        for key, array in arrays.items()
+        if key not in ("images", "labels")
+        and array.ndim
+        and len(array) == len(arrays.get("images", ()))
+    ]
     if "images" not in arrays or alike:
-        raise UserError(f"{path} holds the arrays {list(arrays)}, but 'images' (and perhaps 'labels') is due: name them so, and leave others out.")
+        raise UserError(
+            f"{path} holds the arrays {list(arrays)}, but 'images' (and perhaps 'labels') is due: name them so, and leave others out."
+        )
     return array_source(arrays, channels, name=str(path))
 
 
@@ -47,27 +59,48 @@ def array_source(data: PythonImages, channels: int, *, name: str = "data") -> Im
             raise UserError(f"{name} holds no row: training needs at least one.")
         data = _stacked(rows, name)
     if "images" not in data:
-        raise UserError(f"{name} has the keys {list(data)}, but 'images' (and perhaps 'labels') is due: name them so.")
+        raise UserError(
+            f"{name} has the keys {list(data)}, but 'images' (and perhaps 'labels') is due: name them so."
+        )
     images = _one_array(data["images"], name)
     if images.ndim not in (3, 4) or not len(images):
-        raise UserError(f"{name} has images of shape {images.shape}, but (N, H, W), (N, H, W, C) or (N, C, H, W) is due.")
-    if images.ndim == 4 and images.shape[-1] not in (1, channels) and images.shape[1] in (1, channels):
+        raise UserError(
+            f"{name} has images of shape {images.shape}, but (N, H, W), (N, H, W, C) or (N, C, H, W) is due."
+        )
+    if (
+        images.ndim == 4
+        and images.shape[-1] not in (1, channels)
+        and images.shape[1] in (1, channels)
+    ):
         images = np.moveaxis(images, 1, -1)
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
     if data.get("labels") is not None:
         values = np.asarray(data["labels"])
         if values.shape != (len(images),):
-            raise UserError(f"{name} has {len(images)} images, but labels of shape {values.shape}: give one for each image.")
+            raise UserError(
+                f"{name} has {len(images)} images, but labels of shape {values.shape}: give one for each image."
+            )
         labels, class_names = number_classes(values.tolist(), f"{name}: labels")
-    return ImageSource(name, [f"{i:09d}" for i in range(len(images))], partial(_read_row, images), partial(row_checksum, images), labels, class_names)
+    return ImageSource(
+        name,
+        [f"{i:09d}" for i in range(len(images))],
+        partial(_read_row, images),
+        partial(row_checksum, images),
+        labels,
+        class_names,
+    )
 
 
 def _stacked(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, np.ndarray]:
     keys = [key for key in ("images", "labels") if any(key in row for row in rows)]
-    lacking = next(((i, key) for i, row in enumerate(rows) for key in keys if row.get(key) is None), None)
+    lacking = next(
+        ((i, key) for i, row in enumerate(rows) for key in keys if row.get(key) is None), None
+    )
     if lacking is not None:
-        raise UserError(f"{name}: row {lacking[0]} has no {lacking[1]!r}, but others have: give it to every row, or to none.")
+        raise UserError(
+            f"{name}: row {lacking[0]} has no {lacking[1]!r}, but others have: give it to every row, or to none."
+        )
     return {key: _one_array([np.asarray(row[key]) for row in rows], name) for key in keys}
 
 
@@ -75,7 +108,9 @@ def _one_array(images: Any, name: str) -> np.ndarray:
     try:
         return np.asarray(images)
     except ValueError:
-        raise UserError(f"{name} has images of several shapes: bring them to one size, or write them to files, which may have any.") from None
+        raise UserError(
+            f"{name} has images of several shapes: bring them to one size, or write them to files, which may have any."
+        ) from None
 
 
 def _read_row(images: np.ndarray, index: int) -> Picture:

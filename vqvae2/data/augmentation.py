@@ -28,7 +28,15 @@ class Change:
         return pixels[..., ::-1].copy() if self.flip else pixels
 
 
-def random_change(config: AugmentationConfig, image: PreprocessingConfig, size: tuple[int, int], *, seed: int, epoch: int, name: str) -> Change:
+def random_change(
+    config: AugmentationConfig,
+    image: PreprocessingConfig,
+    size: tuple[int, int],
+    *,
+    seed: int,
+    epoch: int,
+    name: str,
+) -> Change:
     """The change of the picture of this name and (width, height) in this epoch: always the same, whoever asks."""
     key = hashlib.sha256(f"{seed} {epoch} {name}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16])))
@@ -40,7 +48,9 @@ def random_change(config: AugmentationConfig, image: PreprocessingConfig, size: 
     if config.crop == "random":
         return Change(_part(size, width / height, 1.0, across, down), flip)
     low, high = config.crop_area
-    ratio = math.exp(math.log(3 / 4) + turn * math.log(16 / 9))  # 3/4 to 4/3, as likely narrow as wide
+    ratio = math.exp(
+        math.log(3 / 4) + turn * math.log(16 / 9)
+    )  # 3/4 to 4/3, as likely narrow as wide
     area = (low + share * (high - low)) * size[0] * size[1]
     largest = _part(size, width / height * ratio, 1.0, 0, 0)
     side = min(1.0, math.sqrt(area / ((largest[2] - largest[0]) * (largest[3] - largest[1]))))
@@ -58,7 +68,9 @@ def view_change(view: str, image: PreprocessingConfig, size: tuple[int, int]) ->
     if part == ORIGINAL:
         return Change(flip=flip)
     if part not in CORNERS:
-        raise UserError(f"views has {view!r}, but known are {', '.join(known_views())}: choose among them.")
+        raise UserError(
+            f"views has {view!r}, but known are {', '.join(known_views())}: choose among them."
+        )
     height, width = image.height_width
     return Change(_part(size, width / height, CORNER_SHARE, *CORNERS[part]), flip)
 

@@ -8,10 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vqvae2.common.accelerate import say
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import say
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import HELD_OUT_NAMES, PICTURE_SUFFIXES, Columns, ImageSource, SourcePair, number_classes, refuse_duplicates, say_unused
+from vqvae2.data.source import (
+    HELD_OUT_NAMES,
+    PICTURE_SUFFIXES,
+    Columns,
+    ImageSource,
+    SourcePair,
+    number_classes,
+    refuse_duplicates,
+    say_unused,
+)
 
 LIST_SUFFIXES = {".txt", ".csv", ".tsv", ".jsonl"}
 
@@ -22,7 +31,9 @@ def open_folder(root: Path) -> SourcePair:
     Raises:
         UserError: no picture, or folders of which it is unclear whether they are classes or splits.
     """
-    folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    folders = {
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    }
     held_out = next((name for name in HELD_OUT_NAMES if name in folders), None)
     if "train" not in folders:
         return _folder_source(root), None
@@ -38,15 +49,27 @@ def open_folder(root: Path) -> SourcePair:
 def _folder_source(root: Path) -> ImageSource:
     named = sorted((path.relative_to(root).as_posix(), path) for path in pictures_below(root))
     if not named:
-        raise UserError(f"{root} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the folder.")
+        raise UserError(
+            f"{root} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the folder."
+        )
     ids, paths = [name for name, _ in named], [path for _, path in named]
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
     if all("/" in name for name in ids):  # every image is in a sub-folder: these are the classes
         labels, class_names = number_classes([name.split("/")[0] for name in ids], str(root))
     elif any("/" in name for name in ids):
-        say(f"{root}: no classes, because {next(name for name in ids if '/' not in name)} lies in no class folder.")
-    return ImageSource(str(root), ids, partial(_read_file, paths), partial(_length, paths), labels, class_names, files=paths)
+        say(
+            f"{root}: no classes, because {next(name for name in ids if '/' not in name)} lies in no class folder."
+        )
+    return ImageSource(
+        str(root),
+        ids,
+        partial(_read_file, paths),
+        partial(_length, paths),
+        labels,
+        class_names,
+        files=paths,
+    )
 
 
 def pictures_below(root: Path) -> Iterator[Path]:
@@ -54,8 +77,17 @@ def pictures_below(root: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(root, followlinks=True):
         here = Path(parent)
         above = {os.path.realpath(p) for p in (here, *here.parents)}
-        folders[:] = [f for f in folders if not f.startswith(".") and not ((here / f).is_symlink() and os.path.realpath(here / f) in above)]
-        yield from (here / name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith("."))
+        folders[:] = [
+            f
+            for f in folders
+            if not f.startswith(".")
+            and not ((here / f).is_symlink() and os.path.realpath(here / f) in above)
+        ]
+        yield from (
+            here / name
+            for name in names
+            if Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
+        )
 
 
 def open_list(path: Path, columns: Columns) -> SourcePair:
@@ -66,27 +98,48 @@ def open_list(path: Path, columns: Columns) -> SourcePair:
         UserError: a broken line, a missing file, or a missing column.
     """
     rows = _read_rows(path)
-    image = columns.image or next((name for name in ("path", "file_name", "file", "image", "filename") if name in rows[0]), None)
+    image = columns.image or next(
+        (name for name in ("path", "file_name", "file", "image", "filename") if name in rows[0]),
+        None,
+    )
     label = columns.label or ("label" if "label" in rows[0] else None)
     for column in (image, label):
         if column is not None and any(row.get(column) is None for row in rows):
-            raise UserError(f"{path}: not every row has the column {column!r} (the first has {list(rows[0])}): fill it in.")
+            raise UserError(
+                f"{path}: not every row has the column {column!r} (the first has {list(rows[0])}): fill it in."
+            )
     if image is None:
-        raise UserError(f"{path} has the columns {list(rows[0])}, but none of files: name it 'path', or say which with --data.image-column.")
+        raise UserError(
+            f"{path} has the columns {list(rows[0])}, but none of files: name it 'path', or say which with --data.image-column."
+        )
     names = [str(row[image]) for row in rows]
     refuse_duplicates([os.path.normpath(name) for name in names], str(path))
     paths = [path.parent / Path(name).expanduser() for name in names]
     missing = next((p for p in paths if not p.exists()), None)
     if missing is not None:
-        raise UserError(f"{path} names {missing}, which does not exist: paths are relative to the list's folder.")
-    labels, class_names = number_classes([row[label] for row in rows], f"{path}: the column {label!r}") if label is not None else (None, ())
+        raise UserError(
+            f"{path} names {missing}, which does not exist: paths are relative to the list's folder."
+        )
+    labels, class_names = (
+        number_classes([row[label] for row in rows], f"{path}: the column {label!r}")
+        if label is not None
+        else (None, ())
+    )
     held_out = [i for i, row in enumerate(rows) if row.get("split", "train") != "train"]
     training = [i for i, row in enumerate(rows) if row.get("split", "train") == "train"]
 
     def part(chosen: Sequence[int]) -> ImageSource:
         files = [paths[i] for i in chosen]
         some = labels and [labels[i] for i in chosen]
-        return ImageSource(str(path), [names[i] for i in chosen], partial(_read_file, files), partial(_length, files), some, class_names, files=files)
+        return ImageSource(
+            str(path),
+            [names[i] for i in chosen],
+            partial(_read_file, files),
+            partial(_length, files),
+            some,
+            class_names,
+            files=files,
+        )
 
     if not training:
         raise UserError(f"{path}: no row has the split 'train': give some.")
@@ -97,19 +150,25 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".txt":
-                rows: list[dict[str, Any]] = [{"path": line.strip()} for line in file if line.strip()]
+                rows: list[dict[str, Any]] = [
+                    {"path": line.strip()} for line in file if line.strip()
+                ]
             elif path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a list ({first_line(error)}): check the file.") from None
+        raise UserError(
+            f"{path} cannot be read as a list ({first_line(error)}): check the file."
+        ) from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} holds no rows with columns: put one image on each line.")
     return rows
 
 
-def _read_file(paths: Sequence[Path], index: int) -> Picture:  # of the module, so that loader processes receive it pickled
+def _read_file(
+    paths: Sequence[Path], index: int
+) -> Picture:  # of the module, so that loader processes receive it pickled
     return read_picture(paths[index])
 
 

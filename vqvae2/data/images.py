@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from vqvae2.common.accelerate import say
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import SAMPLE_NAME
-from vqvae2.common.machine import say
+from vqvae2.common.runs import SAMPLE_NAME
 from vqvae2.common.threads import ordered
 from vqvae2.config import AugmentationConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.arrays import PythonImages, array_source
@@ -37,8 +37,16 @@ class BadImage(UserError):
 
     def __init__(self, source: str, name: str, error: Exception) -> None:
         self.name, self.reason = name, first_line(error)
-        cure = "" if isinstance(error, UserError) else " (repair or remove it, or add --data.on-error skip)"
-        what = self.reason if isinstance(error, UserError) else f"it cannot be read as an image: {self.reason}"
+        cure = (
+            ""
+            if isinstance(error, UserError)
+            else " (repair or remove it, or add --data.on-error skip)"
+        )
+        what = (
+            self.reason
+            if isinstance(error, UserError)
+            else f"it cannot be read as an image: {self.reason}"
+        )
         super().__init__(f"{source}: {name}: {what}{cure}")
 
 
@@ -52,16 +60,30 @@ class ImageDataset(Dataset):
         cached: whether to keep them at all; not where each is read once.
     """
 
-    def __init__(self, source: ImageSource, indices: Sequence[int], config: PreprocessingConfig, *, shared: bool = False, cached: bool = True) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: Sequence[int],
+        config: PreprocessingConfig,
+        *,
+        shared: bool = False,
+        cached: bool = True,
+    ) -> None:
         self.source, self.indices, self.config = source, indices, config
         self.left_out: Sequence[int] = ()
         shape = (len(indices), config.channels, *config.height_width)
-        self.is_prepared = source.prepared is not None and _same_pixels(source.prepared.config, config)
+        self.is_prepared = source.prepared is not None and _same_pixels(
+            source.prepared.config, config
+        )
         if source.prepared is not None:
             _refuse_other_preparation(source.name, source.prepared.config, config)
         kind = torch.uint8 if config.value_range == BYTES else torch.float32
         fits = np.prod(shape, dtype=np.int64) * kind.itemsize <= CACHE_BYTES
-        self.cache = torch.empty(shape, dtype=kind) if cached and fits and len(indices) and not self.is_prepared else None
+        self.cache = (
+            torch.empty(shape, dtype=kind)
+            if cached and fits and len(indices) and not self.is_prepared
+            else None
+        )
         self.cached = torch.zeros(len(indices) if self.cache is not None else 0, dtype=torch.bool)
         if shared and self.cache is not None:
             self.cache.share_memory_()
@@ -90,7 +112,9 @@ class ImageDataset(Dataset):
             BadImage: naming the picture and what is wrong with it.
         """
         picture = self.picture(index)
-        return torch.from_numpy(self._attempt(index, lambda: choose(picture_size(picture)).apply(picture, self.config)))
+        return torch.from_numpy(
+            self._attempt(index, lambda: choose(picture_size(picture)).apply(picture, self.config))
+        )
 
     def pixels(self, index: int) -> Tensor:
         """One picture, `(C, H, W)`.
@@ -121,7 +145,9 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         if self.source.prepared is not None and self.is_prepared:
-            images = torch.from_numpy(self.source.prepared.pixels([self.indices[i] for i in indices]))
+            images = torch.from_numpy(
+                self.source.prepared.pixels([self.indices[i] for i in indices])
+            )
         else:
             images = torch.stack([self.pixels(i) for i in indices])
         labels = self.labels(indices)
@@ -148,7 +174,14 @@ class ImageDataset(Dataset):
 
         bad: dict[int, BadImage] = {}
         results = ordered(attempt, range(len(self)), num_threads=os.cpu_count() or 1)
-        bar = tqdm(results, desc="checking images", total=len(self), unit="image", disable=not show_progress, leave=False)
+        bar = tqdm(
+            results,
+            desc="checking images",
+            total=len(self),
+            unit="image",
+            disable=not show_progress,
+            leave=False,
+        )
         for index, error in enumerate(bar):
             if error is not None and not skip:
                 results.close()
@@ -176,14 +209,22 @@ def _same_pixels(one: PreprocessingConfig, other: PreprocessingConfig) -> bool:
     return replace(one, size=one.height_width) == replace(other, size=other.height_width)
 
 
-def _refuse_other_preparation(name: str, prepared: PreprocessingConfig, config: PreprocessingConfig) -> None:
+def _refuse_other_preparation(
+    name: str, prepared: PreprocessingConfig, config: PreprocessingConfig
+) -> None:
     """Prepared images can be prepared once more in another size, and in nothing else.
 
     Raises:
         UserError: naming what differs.
     """
-    for key, before, due in differences(PreprocessingConfig, to_dict(replace(prepared, size=config.size, fit=config.fit)), to_dict(config)):
-        raise UserError(f"{name} was prepared with image.{key} = {before!r}, but {due!r} is asked for: say the same, or prepare the images again.")
+    for key, before, due in differences(
+        PreprocessingConfig,
+        to_dict(replace(prepared, size=config.size, fit=config.fit)),
+        to_dict(config),
+    ):
+        raise UserError(
+            f"{name} was prepared with image.{key} = {before!r}, but {due!r} is asked for: say the same, or prepare the images again."
+        )
 
 
 class AugmentedImages(Dataset):
@@ -202,15 +243,30 @@ class AugmentedImages(Dataset):
         if self.config.crop == "off":  # then the pixels in memory will do
             batch = self.images.__getitems__(rows)
             flips = [self._choose(i)((1, 1)).flip for i in indices]
-            return {**batch, "images": torch.stack([image.flip(-1) if flip else image for image, flip in zip(batch["images"], flips, strict=True)])}
-        images = torch.stack([self.images.changed(row, self._choose(i)) for row, i in zip(rows, indices, strict=True)])
+            return {
+                **batch,
+                "images": torch.stack(
+                    [
+                        image.flip(-1) if flip else image
+                        for image, flip in zip(batch["images"], flips, strict=True)
+                    ]
+                ),
+            }
+        images = torch.stack(
+            [
+                self.images.changed(row, self._choose(i))
+                for row, i in zip(rows, indices, strict=True)
+            ]
+        )
         labels = self.images.labels(rows)
         return {"images": images} if labels is None else {"images": images, "labels": labels}
 
     def _choose(self, index: int) -> Choice:
         epoch, row = divmod(index, len(self))
         name = self.images.source.ids[self.images.indices[row]]
-        return partial(random_change, self.config, self.images.config, seed=self.seed, epoch=epoch, name=name)
+        return partial(
+            random_change, self.config, self.images.config, seed=self.seed, epoch=epoch, name=name
+        )
 
 
 @dataclass(frozen=True)
@@ -228,17 +284,28 @@ class ImageSplits:
         for split, dataset in self.items():
             labels = dataset.source.labels
             for i in sorted([*dataset.indices, *dataset.left_out]):
-                digest.update(f"{split} {dataset.source.ids[i]} {labels[i] if labels is not None else None}\n".encode())
+                digest.update(
+                    f"{split} {dataset.source.ids[i]} {labels[i] if labels is not None else None}\n".encode()
+                )
         return digest.hexdigest()
 
     def facts(self) -> dict[str, str]:
         """What a run is bound to: the names, and some of the pictures."""
-        sources = {id(source): source for source in (self.train.source, self.validation.source)}.values()
-        return {"image_names_hash": self.names_hash(), SAMPLE_NAME: " ".join(str(mark) for source in sources for mark in source.sample())}
+        sources = {
+            id(source): source for source in (self.train.source, self.validation.source)
+        }.values()
+        return {
+            "image_names_hash": self.names_hash(),
+            SAMPLE_NAME: " ".join(str(mark) for source in sources for mark in source.sample()),
+        }
 
     def skipped_hash(self) -> str | None:
         """A hash of which images are skipped, if there are any."""
-        return hashlib.sha256(repr([error.name for error in self.skipped]).encode()).hexdigest() if self.skipped else None
+        return (
+            hashlib.sha256(repr([error.name for error in self.skipped]).encode()).hexdigest()
+            if self.skipped
+            else None
+        )
 
     def items(self) -> Iterator[tuple[str, ImageDataset]]:
         """The splits by name."""
@@ -267,7 +334,9 @@ def load_images(
     try:
         ImageColor.getrgb(config.background)
     except ValueError:
-        raise UserError(f"image.background is {config.background!r}, but must be a colour name or #rrggbb.") from None
+        raise UserError(
+            f"image.background is {config.background!r}, but must be a colour name or #rrggbb."
+        ) from None
     if isinstance(data, ImagesConfig):
         train, own = open_source(data.path, data, config.channels)
         held_out = open_held_out(data, config.channels, train.name, train.files) or own
@@ -277,18 +346,34 @@ def load_images(
         name, skip = train.name, False
     if held_out is not None:
         held_out = held_out.with_classes_of(train)
-        splits: list[tuple[ImageSource, Sequence[int]]] = [(train, _without_twins(train, held_out)), (held_out, range(len(held_out)))]
+        splits: list[tuple[ImageSource, Sequence[int]]] = [
+            (train, _without_twins(train, held_out)),
+            (held_out, range(len(held_out))),
+        ]
     else:
         chosen = _choose_held_out(train, config.validation_fraction)
         splits = [(train, [i for i, c in enumerate(chosen) if c is side]) for side in (False, True)]
     if not len(splits[0][1]):
-        raise UserError(f"{name}: all {len(train)} images are held out: add images or lower image.validation_fraction.")
-    datasets = [ImageDataset(source, indices, config, shared=num_workers > 0, cached=check) for source, indices in splits]
-    bad = [dataset.check(skip=skip, show_progress=show_progress) if check else {} for dataset in datasets]
-    datasets = [dataset.without(errors) if errors else dataset for dataset, errors in zip(datasets, bad, strict=True)]
+        raise UserError(
+            f"{name}: all {len(train)} images are held out: add images or lower image.validation_fraction."
+        )
+    datasets = [
+        ImageDataset(source, indices, config, shared=num_workers > 0, cached=check)
+        for source, indices in splits
+    ]
+    bad = [
+        dataset.check(skip=skip, show_progress=show_progress) if check else {}
+        for dataset in datasets
+    ]
+    datasets = [
+        dataset.without(errors) if errors else dataset
+        for dataset, errors in zip(datasets, bad, strict=True)
+    ]
     skipped = tuple(error for errors in bad for error in errors.values())
     if not len(datasets[0]):
-        raise UserError(f"{name}: none of the {len(bad[0])} training images can be read (the first: {skipped[0].reason}): check data.path.")
+        raise UserError(
+            f"{name}: none of the {len(bad[0])} training images can be read (the first: {skipped[0].reason}): check data.path."
+        )
     return ImageSplits(datasets[0], datasets[1], train.class_names, skipped)
 
 
@@ -297,7 +382,9 @@ def _choose_held_out(source: ImageSource, fraction: float) -> list[bool]:
     chosen = [is_held_out(name, fraction) for name in source.ids]
     if fraction and len(source.files) == len(source):
         first: dict[object, int] = {}
-        chosen = [chosen[first.setdefault(file_identity(path), i)] for i, path in enumerate(source.files)]
+        chosen = [
+            chosen[first.setdefault(file_identity(path), i)] for i, path in enumerate(source.files)
+        ]
     return chosen
 
 
@@ -315,13 +402,17 @@ def _without_twins(train: ImageSource, held_out: ImageSource) -> Sequence[int]:
     if len(train) - len(kept) > len(train) // 10:
         refuse_shared(train.files, held_out.files, train.name)
     if len(kept) < len(train):
-        say(f"{train.name}: {len(train) - len(kept)} images are links to held-out ones, and are not trained on.")
+        say(
+            f"{train.name}: {len(train) - len(kept)} images are links to held-out ones, and are not trained on."
+        )
     return kept
 
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether a local path is a folder or lies in it."""
-    return Path(folder).expanduser().is_dir() and Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+    return Path(folder).expanduser().is_dir() and Path(path).expanduser().resolve().is_relative_to(
+        Path(folder).expanduser().resolve()
+    )
 
 
 def load_source(data: ImagesConfig, channels: int) -> ImageSource:
@@ -334,10 +425,17 @@ def load_source(data: ImagesConfig, channels: int) -> ImageSource:
     if held_out is None:
         return train
     ids, number = [*train.ids, *held_out.ids], len(train)
-    return ImageSource(train.name, ids, partial(_either, train.read, held_out.read, number), partial(_either, train.mark, held_out.mark, number))
+    return ImageSource(
+        train.name,
+        ids,
+        partial(_either, train.read, held_out.read, number),
+        partial(_either, train.mark, held_out.mark, number),
+    )
 
 
-def _either(first: Callable[[int], Any], second: Callable[[int], Any], number: int, index: int) -> Any:
+def _either(
+    first: Callable[[int], Any], second: Callable[[int], Any], number: int, index: int
+) -> Any:
     return first(index) if index < number else second(index - number)
 
 

@@ -59,7 +59,9 @@ def _with_raw_numbers(source: ImageSource) -> ImageSource:
     if source.labels is None:
         return source
     if not all(name.isdecimal() for name in source.class_names):
-        raise UserError(f"{source.name} has the classes {list(source.class_names)}, but streamed classes are numbers from 0 on: number them alike.")
+        raise UserError(
+            f"{source.name} has the classes {list(source.class_names)}, but streamed classes are numbers from 0 on: number them alike."
+        )
     return replace(source, labels=[int(source.class_names[label]) for label in source.labels])
 
 
@@ -71,8 +73,14 @@ def _refuse_half_labelled(shards: Shards, held_out: ImageSource) -> None:
     """
     rows = (row for number in range(len(shards)) for row in shards.rows(number))
     if {row.label is None for row in islice(rows, 64)} == {held_out.labels is not None}:
-        with_labels, without = (shards.name, held_out.name) if held_out.labels is None else (held_out.name, shards.name)
-        raise UserError(f"{with_labels} has labels, but {without} has none: give every image a label, or none.")
+        with_labels, without = (
+            (shards.name, held_out.name)
+            if held_out.labels is None
+            else (held_out.name, shards.name)
+        )
+        raise UserError(
+            f"{with_labels} has labels, but {without} has none: give every image a label, or none."
+        )
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,24 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
         shards = find_stream(data)
         held_out = open_held_out(data, config.channels, data.path, shards.files)
         both = held_out is None and config.validation_fraction > 0
-        parts = [Part(i, SPLITS if both else SPLITS[:1], partial(_stream_items, shards, i, config, both), None) for i in range(len(shards))]
+        parts = [
+            Part(
+                i,
+                SPLITS if both else SPLITS[:1],
+                partial(_stream_items, shards, i, config, both),
+                None,
+            )
+            for i in range(len(shards))
+        ]
         if held_out is not None:
             _refuse_half_labelled(shards, held_out)
-            parts += _cut("validation", ImageDataset(_with_raw_numbers(held_out), range(len(held_out)), config, cached=False), size)
+            parts += _cut(
+                "validation",
+                ImageDataset(
+                    _with_raw_numbers(held_out), range(len(held_out)), config, cached=False
+                ),
+                size,
+            )
         return Parts(tuple(parts), data.path, stream_facts(shards, held_out, config), None)
     images = load_images(data, config, check=False)
     parts = [part for split, dataset in images.items() for part in _cut(split, dataset, size)]
@@ -115,7 +137,13 @@ class ReadItem(NamedTuple):
     error: BadImage | None
 
 
-def read_items(items: Iterable[Item], choices: Callable[[str], Sequence[Choice | None]], *, skip: bool, num_threads: int) -> Iterator[ReadItem]:
+def read_items(
+    items: Iterable[Item],
+    choices: Callable[[str], Sequence[Choice | None]],
+    *,
+    skip: bool,
+    num_threads: int,
+) -> Iterator[ReadItem]:
     """The items in order, with pixels `(C, H, W)` for each of the changes that are wanted of their split; decoded ahead on several threads.
 
     Args:
@@ -139,7 +167,10 @@ def read_items(items: Iterable[Item], choices: Callable[[str], Sequence[Choice |
 def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
     starts = range(0, len(images), size)
     ranges = [range(first, min(first + size, len(images))) for first in starts]
-    return [Part(number, (split,), partial(_range_items, split, images, rows), len(rows)) for number, rows in enumerate(ranges)]
+    return [
+        Part(number, (split,), partial(_range_items, split, images, rows), len(rows))
+        for number, rows in enumerate(ranges)
+    ]
 
 
 def _range_items(split: str, images: ImageDataset, rows: range) -> Iterator[Item]:
@@ -153,7 +184,9 @@ def _pixels_of_row(images: ImageDataset, row: int, choice: Choice | None) -> np.
     return (images.pixels(row) if choice is None else images.changed(row, choice)).numpy()
 
 
-def _stream_items(shards: Shards, number: int, config: PreprocessingConfig, both: bool) -> Iterator[Item]:
+def _stream_items(
+    shards: Shards, number: int, config: PreprocessingConfig, both: bool
+) -> Iterator[Item]:
     for row in shards.rows(number):
         split = SPLITS[both and is_held_out(row.id, config.validation_fraction)]
         yield Item(split, row.id, row.label, partial(decode, shards.name, row, config))

@@ -62,7 +62,9 @@ def open_prepared(folder: Path) -> SourcePair:
     Raises:
         UserError: a broken manifest, or missing or broken shards.
     """
-    manifest = from_dict(PreparedManifest, read_json(folder / MANIFEST_NAME), str(folder / MANIFEST_NAME))
+    manifest = from_dict(
+        PreparedManifest, read_json(folder / MANIFEST_NAME), str(folder / MANIFEST_NAME)
+    )
     train = _open_split(folder, manifest, "train", manifest.num_train)
     return train, _open_split(folder, manifest, "validation", manifest.num_validation)
 
@@ -74,34 +76,64 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
     files = sorted((folder / split).glob("*.parquet"))
     for path in files:
         if shard_place(path) != f"{split}/{path.stem}":
-            raise UserError(f"{path} cannot be read, or is not the shard that its name says: {what_to_do}.")
+            raise UserError(
+                f"{path} cannot be read, or is not the shard that its name says: {what_to_do}."
+            )
     channels, (height, width) = manifest.image.channels, manifest.image.height_width
     if not number:
         return _empty(f"{folder / split}", manifest)
     try:
         table = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
         ids, labels = list(table["id"]), list(table["label"]) if manifest.has_labels else None
-        rows = table.select_columns(["pixels"]).with_format("arrow")  # the numpy format widens to int64
+        rows = table.select_columns(["pixels"]).with_format(
+            "arrow"
+        )  # the numpy format widens to int64
         length = table.features["pixels"].length
     except Exception as error:  # `datasets` raises many kinds
-        raise UserError(f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): {what_to_do}.") from None
+        raise UserError(
+            f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): {what_to_do}."
+        ) from None
     if len(ids) != number or length != channels * height * width:
         raise UserError(
             f"{folder / split} holds {len(ids)} images of {length} values, but {MANIFEST_NAME} says {number} of {channels} x {height} x {width}: {what_to_do}."
         )
-    if labels is not None and not all(label is not None and 0 <= label < len(manifest.class_names) for label in labels):
-        raise UserError(f"{folder / split} holds labels that are none of the {len(manifest.class_names)} classes of {MANIFEST_NAME}: {what_to_do}.")
+    if labels is not None and not all(
+        label is not None and 0 <= label < len(manifest.class_names) for label in labels
+    ):
+        raise UserError(
+            f"{folder / split} holds labels that are none of the {len(manifest.class_names)} classes of {MANIFEST_NAME}: {what_to_do}."
+        )
     pixels = partial(_read_pixels, rows, (manifest.image.channels, *manifest.image.height_width))
     name = str(folder) if split == "train" else str(folder / split)
-    read, mark = partial(_read_picture, pixels, manifest.image.value_range), partial(_checksum, pixels)
-    return ImageSource(name, ids, read, mark, labels, manifest.class_names, Prepared(manifest.image, pixels), files=files)
+    read, mark = (
+        partial(_read_picture, pixels, manifest.image.value_range),
+        partial(_checksum, pixels),
+    )
+    return ImageSource(
+        name,
+        ids,
+        read,
+        mark,
+        labels,
+        manifest.class_names,
+        Prepared(manifest.image, pixels),
+        files=files,
+    )
 
 
 def _empty(name: str, manifest: PreparedManifest) -> ImageSource:
     """Nothing was held out, or none of it could be read: then nothing of the rest is held out either."""
     empty = np.zeros((0, manifest.image.channels, *manifest.image.height_width), np.uint8)
     labels: list[int] | None = [] if manifest.has_labels else None
-    return ImageSource(name, [], empty.__getitem__, partial(row_checksum, empty), labels, manifest.class_names, Prepared(manifest.image, partial(_take, empty)))
+    return ImageSource(
+        name,
+        [],
+        empty.__getitem__,
+        partial(row_checksum, empty),
+        labels,
+        manifest.class_names,
+        Prepared(manifest.image, partial(_take, empty)),
+    )
 
 
 def _take(rows: np.ndarray, indices: Sequence[int]) -> np.ndarray:
@@ -109,14 +141,25 @@ def _take(rows: np.ndarray, indices: Sequence[int]) -> np.ndarray:
 
 
 def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:
-    return rows[list(indices)]["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape).copy()
+    return (
+        rows[list(indices)]["pixels"]
+        .combine_chunks()
+        .flatten()
+        .to_numpy(zero_copy_only=False)
+        .reshape(-1, *shape)
+        .copy()
+    )
 
 
 def _read_picture(pixels: Any, value_range: tuple[float, float], index: int) -> Picture:
     """As an array that can be prepared once more, in another size or another part of it."""
     values = np.moveaxis(pixels([index])[0], 0, -1)
     low, high = value_range
-    return values if values.dtype == np.uint8 else ((values + 1) / 2 * (high - low) + low).clip(low, high)
+    return (
+        values
+        if values.dtype == np.uint8
+        else ((values + 1) / 2 * (high - low) + low).clip(low, high)
+    )
 
 
 def _checksum(pixels: Any, index: int) -> int:

@@ -43,7 +43,11 @@ class Shards:
     @property
     def files(self) -> list[Path]:
         """Those on this machine."""
-        return [Path(url.removeprefix("file://")) for url in self.urls if "://" not in url.removeprefix("file://")]
+        return [
+            Path(url.removeprefix("file://"))
+            for url in self.urls
+            if "://" not in url.removeprefix("file://")
+        ]
 
     def rows(self, number: int) -> Iterator[StreamRow]:
         """The rows of one shard, in order.
@@ -53,7 +57,11 @@ class Shards:
         """
         url = self.urls[number]
         with _opened(url) as file:
-            yield from _parquet_rows(file, url, self.image_column, self.label_column) if url.endswith(".parquet") else _tar_rows(file, url)
+            yield from (
+                _parquet_rows(file, url, self.image_column, self.label_column)
+                if url.endswith(".parquet")
+                else _tar_rows(file, url)
+            )
 
     def ids(self, number: int) -> Iterator[str]:
         """The rows' names alone, without reading pictures where the shard can be sought in."""
@@ -64,7 +72,11 @@ class Shards:
                 return
             table = _parquet_file(file, url)
             names = table.schema_arrow.names
-            yield from map(str, table.read(columns=["id"])["id"].to_pylist()) if "id" in names else row_ids(shard_stem(url), table.metadata.num_rows)
+            yield from (
+                map(str, table.read(columns=["id"])["id"].to_pylist())
+                if "id" in names
+                else row_ids(shard_stem(url), table.metadata.num_rows)
+            )
 
 
 def find_stream(data: ImagesConfig) -> Shards:
@@ -76,9 +88,13 @@ def find_stream(data: ImagesConfig) -> Shards:
     urls = _find_urls(data.path)
     unknown = next((url for url in urls if not url.endswith((".parquet", ".tar", ".tar.gz"))), None)
     if unknown is not None or not urls:
-        raise UserError(f"{data.path}: {unknown or 'nothing'} is no .tar or .parquet shard, and only such can be streamed: remove --data.streaming.")
+        raise UserError(
+            f"{data.path}: {unknown or 'nothing'} is no .tar or .parquet shard, and only such can be streamed: remove --data.streaming."
+        )
     stems = [shard_stem(url) for url in urls]
-    refuse_duplicates(stems, f"{data.path} (names of shards, which the names of their rows begin with)")
+    refuse_duplicates(
+        stems, f"{data.path} (names of shards, which the names of their rows begin with)"
+    )
     parts = split_files([Path(url) for url in urls])
     if len(parts) > 1:
         raise UserError(
@@ -105,10 +121,19 @@ def _find_urls(path: str) -> list[str]:
         for one in expand_ranges(path):
             system, inside = fsspec.core.url_to_fs(one)
             scheme = one.split("://")[0]
-            found = sorted(map(str, system.glob(inside))) if any(c in inside for c in "*?[") else [one]
-            urls += [url if "://" in url else f"{scheme}://{url.removeprefix('/') if scheme == 'memory' else url}" for url in found]
+            found = (
+                sorted(map(str, system.glob(inside))) if any(c in inside for c in "*?[") else [one]
+            )
+            urls += [
+                url
+                if "://" in url
+                else f"{scheme}://{url.removeprefix('/') if scheme == 'memory' else url}"
+                for url in found
+            ]
     except Exception as error:  # each file system raises its own kinds
-        raise UserError(f"{path} cannot be listed ({type(error).__name__}: {first_line(error)}): check data.path and your access to it.") from None
+        raise UserError(
+            f"{path} cannot be listed ({type(error).__name__}: {first_line(error)}): check data.path and your access to it."
+        ) from None
     return urls
 
 
@@ -119,14 +144,18 @@ def _opened(url: str) -> Iterator[BinaryIO]:
     try:
         file = fsspec.open(url, "rb").open()
     except Exception as error:  # each file system raises its own kinds
-        raise UserError(f"{url} cannot be opened ({type(error).__name__}: {first_line(error)}): check data.path and your access to it.") from None
+        raise UserError(
+            f"{url} cannot be opened ({type(error).__name__}: {first_line(error)}): check data.path and your access to it."
+        ) from None
     with file:
         yield file
 
 
 def _number(label: Any, url: str) -> int | None:
     if label is not None and (type(label) is not int or not 0 <= label < MAX_CLASSES):
-        raise UserError(f"{url} has the label {label!r}, but streamed classes must be numbers from 0 to {MAX_CLASSES - 1:,}: number them in the shards.")
+        raise UserError(
+            f"{url} has the label {label!r}, but streamed classes must be numbers from 0 to {MAX_CLASSES - 1:,}: number them in the shards."
+        )
     return label
 
 
@@ -142,13 +171,19 @@ def _parquet_file(file: BinaryIO, url: str) -> Any:
     try:
         table = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it.") from None
+        raise UserError(
+            f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it."
+        ) from None
     if "split" in table.schema_arrow.names:
-        raise UserError(f"{url} has a column 'split', but a stream is held out by whole shards: write the splits to shards of their own.")
+        raise UserError(
+            f"{url} has a column 'split', but a stream is held out by whole shards: write the splits to shards of their own."
+        )
     return table
 
 
-def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_column: str | None) -> Iterator[StreamRow]:
+def _parquet_rows(
+    file: BinaryIO, url: str, image_column: str | None, label_column: str | None
+) -> Iterator[StreamRow]:
     import pyarrow as pa
 
     table = _parquet_file(file, url)
@@ -156,7 +191,9 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
     image = find_column(names, url, image_column)
     label = label_column or ("label" if "label" in names else _typed_classes(table.schema_arrow))
     if label is not None and label not in names:
-        raise UserError(f"{url} has the columns {list(names)}, but no {label!r}: correct --data.label-column.")
+        raise UserError(
+            f"{url} has the columns {list(names)}, but no {label!r}: correct --data.label-column."
+        )
     columns = [name for name in (image, label, "id" if "id" in names else None) if name is not None]
     met: set[str] = set()
     made_up = iter(row_ids(shard_stem(url), table.metadata.num_rows))
@@ -165,22 +202,35 @@ def _parquet_rows(file: BinaryIO, url: str, image_column: str | None, label_colu
             for row in batch.to_pylist():
                 name = str(row.get("id", next(made_up)))
                 if name in met or row.get("id", name) is None:
-                    raise UserError(f"{url} has the id {name!r} twice, or a row without: give each image a name of its own, or rename the column.")
+                    raise UserError(
+                        f"{url} has the id {name!r} twice, or a row without: give each image a name of its own, or rename the column."
+                    )
                 met.add(name)
-                yield StreamRow(name, _number(row.get(label), url) if label is not None else None, partial(read_cell, row[image]))
+                yield StreamRow(
+                    name,
+                    _number(row.get(label), url) if label is not None else None,
+                    partial(read_cell, row[image]),
+                )
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it.") from None
+        raise UserError(
+            f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it."
+        ) from None
 
 
 def _typed_classes(schema: Any) -> str | None:
     """The column that `datasets` wrote as classes, if there is one."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
+            "features"
+        ]
         return next(
             (
                 name
                 for name, kind in features.items()
-                if name in schema.names and name != "split" and isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
+                if name in schema.names
+                and name != "split"
+                and isinstance(kind, dict)
+                and kind.get("_type") == "ClassLabel"
             ),
             None,
         )

@@ -13,7 +13,13 @@ def list_skipped(folder: Path, skipped: Sequence[tuple[str, str]], process_index
     """Add names and reasons to the list, each once. Every process has a list of its own."""
     path = folder / (FILE_NAME if process_index == 0 else f"skipped_{process_index}.jsonl")
     listed = set(path.read_text().splitlines()) if path.exists() else set()
-    new = [line for line in dict.fromkeys(json.dumps({"image": name, "reason": reason}) for name, reason in skipped) if line not in listed]
+    new = [
+        line
+        for line in dict.fromkeys(
+            json.dumps({"image": name, "reason": reason}) for name, reason in skipped
+        )
+        if line not in listed
+    ]
     if new:
         with open(path, "a") as file:
             file.write("".join(f"{line}\n" for line in new))

@@ -10,12 +10,28 @@ from typing import Any
 
 import numpy as np
 
+from vqvae2.common.accelerate import say
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import say
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.preprocessing import Picture
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".jp2", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+PICTURE_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".avif",
+    ".heic",
+    ".jp2",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".npy",
+}
 SAMPLED = 128  # pictures that are looked at to tell a source from another with the same names
 HELD_OUT_NAMES = ("validation", "val", "valid", "test")
 
@@ -59,7 +75,9 @@ class ImageSource:
         try:
             "".join(self.ids).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{self.name} holds a name that is not UTF-8 ({next(filter(_is_strange, self.ids))!r}): rename that image.") from None
+            raise UserError(
+                f"{self.name} holds a name that is not UTF-8 ({next(filter(_is_strange, self.ids))!r}): rename that image."
+            ) from None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,7 +116,9 @@ def split_files(files: Sequence[Path]) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {}
     for path in files:
         words = {path.parent.name, re.split(r"[-_.]", path.name)[0]}
-        parts.setdefault(next((name for name in HELD_OUT_NAMES if name in words), "train"), []).append(path)
+        parts.setdefault(
+            next((name for name in HELD_OUT_NAMES if name in words), "train"), []
+        ).append(path)
     return parts
 
 
@@ -106,10 +126,14 @@ def say_unused(name: str, held_out: str | None, unused: Iterable[str]) -> None:
     """Tell which splits of a source are neither trained on nor held out, if there are such."""
     rest = sorted(unused)
     if rest:
-        say(f"{name}: {f'{held_out!r} is held out' if held_out is not None else 'no split is known as held out'}; not used: {', '.join(rest)}.")
+        say(
+            f"{name}: {f'{held_out!r} is held out' if held_out is not None else 'no split is known as held out'}; not used: {', '.join(rest)}."
+        )
 
 
-def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None = None) -> tuple[list[int], tuple[str, ...]]:
+def number_classes(
+    values: Sequence[Any], name: str, names: Sequence[str] | None = None
+) -> tuple[list[int], tuple[str, ...]]:
     """Labels as numbers from 0 on, and the classes' names.
 
     Args:
@@ -121,8 +145,12 @@ def number_classes(values: Sequence[Any], name: str, names: Sequence[str] | None
         UserError: a value is missing, of another kind, or no number of a class.
     """
     kinds = {"empty" if value == "" else type(value) for value in values}
-    if kinds not in ({int}, {str}) or (names is not None and not 0 <= min(values) <= max(values) < len(names)):
-        raise UserError(f"{name} does not give every row a class (found {sorted(map(str, kinds))}): fill it in, or remove it.")
+    if kinds not in ({int}, {str}) or (
+        names is not None and not 0 <= min(values) <= max(values) < len(names)
+    ):
+        raise UserError(
+            f"{name} does not give every row a class (found {sorted(map(str, kinds))}): fill it in, or remove it."
+        )
     if names is not None:
         return list(values), tuple(names)
     known = sorted(set(values))
@@ -158,7 +186,9 @@ def refuse_shared(train: Iterable[Path], held_out: Iterable[Path], name: str) ->
     """
     shared = shared_file(held_out, train)
     if shared is not None:
-        raise UserError(f"{shared}, which is held out, is among the training images of {name} too, and would be trained on: keep them apart (look for links).")
+        raise UserError(
+            f"{shared}, which is held out, is among the training images of {name} too, and would be trained on: keep them apart (look for links)."
+        )
 
 
 def refuse_duplicates(ids: Sequence[str], name: str) -> None:
@@ -170,7 +200,9 @@ def refuse_duplicates(ids: Sequence[str], name: str) -> None:
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise UserError(f"{name} names {twice!r} more than once: each image needs a name of its own.")
+        raise UserError(
+            f"{name} names {twice!r} more than once: each image needs a name of its own."
+        )
 
 
 def row_checksum(rows: np.ndarray, index: int) -> int:

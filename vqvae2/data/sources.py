@@ -6,16 +6,24 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from vqvae2.common.accelerate import say
 from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import say
 from vqvae2.config import ImagesConfig
 from vqvae2.data.arrays import ARRAY_SUFFIXES, open_arrays
 from vqvae2.data.files import LIST_SUFFIXES, open_folder, open_list, pictures_below
 from vqvae2.data.prepared import MANIFEST_NAME as PREPARED_NAME
 from vqvae2.data.prepared import RECORD_NAME as PREPARE_RECORD
 from vqvae2.data.prepared import open_prepared
-from vqvae2.data.source import HELD_OUT_NAMES, Columns, ImageSource, SourcePair, refuse_shared, say_unused, split_files
+from vqvae2.data.source import (
+    HELD_OUT_NAMES,
+    Columns,
+    ImageSource,
+    SourcePair,
+    refuse_shared,
+    say_unused,
+    split_files,
+)
 from vqvae2.data.tables import open_tables
 from vqvae2.data.tars import open_tars
 
@@ -32,7 +40,9 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
         UserError: there is none, or none of a known kind.
     """
     if "://" in path:
-        raise UserError(f"{path} is a URL: add --data.streaming to read it as it comes, or copy it to this machine first.")
+        raise UserError(
+            f"{path} is a URL: add --data.streaming to read it as it comes, or copy it to this machine first."
+        )
     columns = Columns(data.image_column, data.label_column)
     local = Path(path).expanduser()
     if not local.exists() and PATTERN.search(path):
@@ -47,9 +57,13 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
         shards = find_shards(local)
         beside = list(islice(pictures_below(local), STRAY + 1)) if shards else []
         if len(beside) > STRAY:
-            raise UserError(f"{path} holds pictures and {shards[0].relative_to(local)}: move one kind out, or name the files of the other by a pattern.")
+            raise UserError(
+                f"{path} holds pictures and {shards[0].relative_to(local)}: move one kind out, or name the files of the other by a pattern."
+            )
         if beside:
-            say(f"{path}: pictures beside the shards, such as {beside[0].relative_to(local)}, are not used.")
+            say(
+                f"{path}: pictures beside the shards, such as {beside[0].relative_to(local)}, are not used."
+            )
         return _open_files(path, shards, columns) if shards else open_folder(local)
     if local.is_file():
         if local.suffix in LIST_SUFFIXES:
@@ -62,7 +76,9 @@ def open_source(path: str, data: ImagesConfig, channels: int) -> SourcePair:
     return open_tables(path, columns=columns)
 
 
-def open_held_out(data: ImagesConfig, channels: int, train: str, files: Iterable[Path]) -> ImageSource | None:
+def open_held_out(
+    data: ImagesConfig, channels: int, train: str, files: Iterable[Path]
+) -> ImageSource | None:
     """The explicit held-out set, if there is one.
 
     Args:
@@ -75,10 +91,14 @@ def open_held_out(data: ImagesConfig, channels: int, train: str, files: Iterable
     if data.validation_path is None:
         return None
     if "://" in data.validation_path:
-        raise UserError(f"{data.validation_path} is a URL, but held-out images are read at once: copy them to this machine first.")
+        raise UserError(
+            f"{data.validation_path} is a URL, but held-out images are read at once: copy them to this machine first."
+        )
     source, rest = open_source(data.validation_path, data, channels)
     if rest is not None and len(rest):
-        raise UserError(f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone.")
+        raise UserError(
+            f"{data.validation_path} is split into training and held-out images itself: name the held-out part alone."
+        )
     if len(source.files) != len(source):  # single pictures are compared where they are split
         refuse_shared(files, source.files, train)
     return source
@@ -86,7 +106,10 @@ def open_held_out(data: ImagesConfig, channels: int, train: str, files: Iterable
 
 def is_local(path: str) -> bool:
     """Whether a path or pattern names files of this machine that are there."""
-    return "://" not in path and (Path(path).expanduser().exists() or (PATTERN.search(path) is not None and Path(expand_ranges(path)[0]).parent.exists()))
+    return "://" not in path and (
+        Path(path).expanduser().exists()
+        or (PATTERN.search(path) is not None and Path(expand_ranges(path)[0]).parent.exists())
+    )
 
 
 def expand(pattern: str) -> list[Path]:
@@ -100,10 +123,16 @@ def expand(pattern: str) -> list[Path]:
         where = Path(one).expanduser()
         parts = where.parts
         fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
-        files += sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:])))) if fixed < len(parts) else [where]
+        files += (
+            sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))
+            if fixed < len(parts)
+            else [where]
+        )
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
-        raise UserError(f"{pattern}: {missing[0] if missing else 'no file'} {'does not exist' if missing else 'is of this pattern'}: check data.path.")
+        raise UserError(
+            f"{pattern}: {missing[0] if missing else 'no file'} {'does not exist' if missing else 'is of this pattern'}: check data.path."
+        )
     return list(dict.fromkeys(files))
 
 
@@ -114,7 +143,11 @@ def expand_ranges(pattern: str) -> list[str]:
         return [pattern]
     first, last = found.groups()
     numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    return [name for number in numbers for name in expand_ranges(pattern[: found.start()] + number + pattern[found.end() :])]
+    return [
+        name
+        for number in numbers
+        for name in expand_ranges(pattern[: found.start()] + number + pattern[found.end() :])
+    ]
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -130,10 +163,14 @@ def _open_files(path: str, files: Sequence[Path], columns: Columns) -> SourcePai
     suffixes = {file.suffix for file in files}
     if suffixes == {".tar"}:
         parts = split_files(files)
-        held_out = next((name for name in HELD_OUT_NAMES if name in parts and "train" in parts), None)
+        held_out = next(
+            (name for name in HELD_OUT_NAMES if name in parts and "train" in parts), None
+        )
         first = parts.get("train", files)
         say_unused(path, held_out, set(parts) - {"train", held_out} if "train" in parts else ())
-        return open_tars(path, first), open_tars(f"{path} ({held_out})", parts[held_out]) if held_out is not None else None
+        return open_tars(path, first), open_tars(
+            f"{path} ({held_out})", parts[held_out]
+        ) if held_out is not None else None
     if suffixes in ({".parquet"}, {".arrow"}):
         return open_tables(path, files, columns=columns)
     raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import SAMPLE_NAME
+from vqvae2.common.runs import SAMPLE_NAME
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Change, random_change
 from vqvae2.data.images import BadImage, Choice, ImageDataset, is_held_out
@@ -29,7 +29,9 @@ from vqvae2.data.shards import Shards, StreamRow
 from vqvae2.data.source import SAMPLED, ImageSource, Prepared, row_checksum
 from vqvae2.data.sources import open_held_out
 
-HELD_OUT_LIMIT = 1024  # images that are held out by name are gathered from the first shards, at most so many
+HELD_OUT_LIMIT = (
+    1024  # images that are held out by name are gathered from the first shards, at most so many
+)
 AHEAD = 3  # batches that are being decoded while one is trained on
 
 
@@ -37,17 +39,28 @@ def _say_nothing(name: str, reason: str) -> None:
     """For those who do not want to know what was skipped."""
 
 
-def stream_facts(shards: Shards, held_out: ImageSource | None, config: PreprocessingConfig) -> dict[str, str]:
+def stream_facts(
+    shards: Shards, held_out: ImageSource | None, config: PreprocessingConfig
+) -> dict[str, str]:
     """What a run is bound to: the shards' names, what is held out, and the lengths of local shards."""
     names = [PurePosixPath(url).name for url in shards.urls]
     kept_apart: list[Any] = [config.validation_fraction] if held_out is None else list(held_out.ids)
-    sample = [os.path.getsize(url) if "://" not in url else None for url in shards.urls[:: max(1, len(shards) // SAMPLED)]]
+    sample = [
+        os.path.getsize(url) if "://" not in url else None
+        for url in shards.urls[:: max(1, len(shards) // SAMPLED)]
+    ]
     sample += held_out.sample() if held_out is not None else []
     digest = hashlib.sha256(json.dumps([names, held_out is None, kept_apart]).encode())
     return {"image_names_hash": digest.hexdigest(), SAMPLE_NAME: " ".join(map(str, sample))}
 
 
-def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingConfig, *, on_skipped: Callable[[str, str], None] = _say_nothing) -> ImageDataset:
+def held_out_images(
+    shards: Shards,
+    data: ImagesConfig,
+    config: PreprocessingConfig,
+    *,
+    on_skipped: Callable[[str, str], None] = _say_nothing,
+) -> ImageDataset:
     """The explicit held-out set, or the first `HELD_OUT_LIMIT` images of the stream whose names are held out.
 
     Args:
@@ -65,7 +78,9 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
         return images.without(bad) if bad else images
     pixels: list[np.ndarray] = []
     ids: list[str] = []
-    read = range(len(shards)) if config.validation_fraction else ()  # nothing is held out: nothing need be read
+    read = (
+        range(len(shards)) if config.validation_fraction else ()
+    )  # nothing is held out: nothing need be read
     for row in (row for number in read for row in shards.rows(number)):
         if len(ids) == HELD_OUT_LIMIT:
             break
@@ -77,9 +92,19 @@ def held_out_images(shards: Shards, data: ImagesConfig, config: PreprocessingCon
                 if data.on_error == "stop":
                     raise
                 on_skipped(error.name, error.reason)
-    stacked = np.stack(pixels) if pixels else np.zeros((0, config.channels, *config.height_width), np.uint8)
+    stacked = (
+        np.stack(pixels)
+        if pixels
+        else np.zeros((0, config.channels, *config.height_width), np.uint8)
+    )
     return ImageDataset(
-        ImageSource(shards.name, ids, stacked.__getitem__, partial(row_checksum, stacked), prepared=Prepared(config, partial(_take, stacked))),
+        ImageSource(
+            shards.name,
+            ids,
+            stacked.__getitem__,
+            partial(row_checksum, stacked),
+            prepared=Prepared(config, partial(_take, stacked)),
+        ),
         range(len(ids)),
         config,
     )
@@ -89,7 +114,9 @@ def _take(stacked: np.ndarray, indices: Sequence[int]) -> np.ndarray:
     return stacked[list(indices)]
 
 
-def decode(name: str, row: StreamRow, config: PreprocessingConfig, choice: Choice | None) -> np.ndarray:
+def decode(
+    name: str, row: StreamRow, config: PreprocessingConfig, choice: Choice | None
+) -> np.ndarray:
     """A row's pixels `(C, H, W)`, changed as is chosen for its size, or not.
 
     Raises:
@@ -142,8 +169,17 @@ class StreamedImages:
         process_index: int = 0,
         on_skipped: Callable[[str, str], None] = _say_nothing,
     ) -> None:
-        self.shards, self.data, self.config, self.batch_size, self.held_out, self.seed = shards, data, config, batch_size, held_out, seed
-        self.num_lanes = next(n for n in range(min(batch_size, len(shards)), 0, -1) if batch_size % n == 0)
+        self.shards, self.data, self.config, self.batch_size, self.held_out, self.seed = (
+            shards,
+            data,
+            config,
+            batch_size,
+            held_out,
+            seed,
+        )
+        self.num_lanes = next(
+            n for n in range(min(batch_size, len(shards)), 0, -1) if batch_size % n == 0
+        )
         self.per_lane = batch_size // self.num_lanes
         share = batch_size // num_processes
         self.mine = range(process_index * share, (process_index + 1) * share)
@@ -153,7 +189,10 @@ class StreamedImages:
 
     def start_at(self, index: int) -> Iterator[dict[str, Tensor]]:
         """The batches of this process from the `index`-th on, without end."""
-        lanes = {lane: self._lane(lane, index * self.per_lane) for lane in sorted({place // self.per_lane for place in self.mine})}
+        lanes = {
+            lane: self._lane(lane, index * self.per_lane)
+            for lane in sorted({place // self.per_lane for place in self.mine})
+        }
         waiting: deque[list[tuple[StreamRow, Future]]] = deque()
         with ThreadPoolExecutor(max(1, self.data.num_workers)) as pool:
             while True:
@@ -161,15 +200,26 @@ class StreamedImages:
                     waiting.append(self._begin_batch(lanes, pool))
                 yield self._finish_batch(waiting.popleft())
 
-    def _begin_batch(self, lanes: Mapping[int, Iterator[tuple[StreamRow, int]]], pool: ThreadPoolExecutor) -> list[tuple[StreamRow, Future]]:
+    def _begin_batch(
+        self, lanes: Mapping[int, Iterator[tuple[StreamRow, int]]], pool: ThreadPoolExecutor
+    ) -> list[tuple[StreamRow, Future]]:
         """Read a batch's rows, and let those of this process be decoded."""
         rows = []
         for lane, stream in lanes.items():
             for place in range(lane * self.per_lane, (lane + 1) * self.per_lane):
                 row, epoch = next(stream)
                 if place in self.mine:
-                    choice = partial(random_change, self.data.augmentation, self.config, seed=self.seed, epoch=epoch, name=row.id)
-                    rows.append((row, pool.submit(decode, self.shards.name, row, self.config, choice)))
+                    choice = partial(
+                        random_change,
+                        self.data.augmentation,
+                        self.config,
+                        seed=self.seed,
+                        epoch=epoch,
+                        name=row.id,
+                    )
+                    rows.append(
+                        (row, pool.submit(decode, self.shards.name, row, self.config, choice))
+                    )
         return rows
 
     def _finish_batch(self, rows: Sequence[tuple[StreamRow, Future]]) -> dict[str, Tensor]:
@@ -198,10 +248,15 @@ class StreamedImages:
         for row in (row for number in range(len(self.shards)) for row in self.shards.rows(number)):
             if self._trains(row.id):
                 try:
-                    return StandIn(torch.from_numpy(decode(self.shards.name, row, self.config, None)), row.label)
+                    return StandIn(
+                        torch.from_numpy(decode(self.shards.name, row, self.config, None)),
+                        row.label,
+                    )
                 except BadImage:
                     continue
-        raise UserError(f"{self.shards.name}: none of the training images can be read: check data.path.")
+        raise UserError(
+            f"{self.shards.name}: none of the training images can be read: check data.path."
+        )
 
     def _lane(self, lane: int, skip: int) -> Iterator[tuple[StreamRow, int]]:
         """The rows of a lane with their epoch, from the `skip`-th on, without end."""
@@ -219,7 +274,9 @@ class StreamedImages:
                     else:
                         yield row, epoch
             if epoch == 0 and not any(self._size(number) for number in order):
-                raise UserError(f"{self.shards.name} holds no training image: check the shards, or lower image.validation_fraction.")
+                raise UserError(
+                    f"{self.shards.name} holds no training image: check the shards, or lower image.validation_fraction."
+                )
             epoch += 1
 
     def _shuffled(self, number: int, epoch: int) -> Iterator[StreamRow]:

@@ -12,7 +12,13 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.preprocessing import Picture, first_line, read_picture
-from vqvae2.data.source import PICTURE_SUFFIXES, ImageSource, number_classes, refuse_duplicates, shard_stem
+from vqvae2.data.source import (
+    PICTURE_SUFFIXES,
+    ImageSource,
+    number_classes,
+    refuse_duplicates,
+    shard_stem,
+)
 
 
 class TarRow(NamedTuple):
@@ -37,7 +43,10 @@ class _Group:
     broken_label: str = ""
 
     def row(self, stem: str) -> TarRow:
-        names, (picture, suffix) = ", ".join(self.members), self.pictures[0] if self.pictures else (None, "")
+        names, (picture, suffix) = (
+            ", ".join(self.members),
+            self.pictures[0] if self.pictures else (None, ""),
+        )
         fault = self.broken_label
         if len(self.pictures) > 1:
             fault = f"it has {len(self.pictures)} pictures ({names}; what follows the first dot is the kind): keep one, or rename the others."
@@ -60,18 +69,30 @@ def open_tars(name: str, paths: Sequence[Path]) -> ImageSource:
         rows += found
         shards += [number] * len(found)
     if not rows:
-        raise UserError(f"{name} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the shards.")
+        raise UserError(
+            f"{name} holds no image ({', '.join(sorted(PICTURE_SUFFIXES))}): check the shards."
+        )
     labels: list[int] | None = None
     class_names: tuple[str, ...] = ()
     sound = [row.label for row in rows if not row.fault]
     if any(label is not None for label in sound):
         known, class_names = number_classes(sound, f"{name}: the label (.cls or .json)")
         rest = iter(known)
-        labels = [0 if row.fault else next(rest) for row in rows]  # a row without a picture is never read
+        labels = [
+            0 if row.fault else next(rest) for row in rows
+        ]  # a row without a picture is never read
     ids = [row.id for row in rows]
     refuse_duplicates(ids, name)
     places = list(zip(shards, rows, strict=True))
-    return ImageSource(name, ids, partial(_read_member, list(paths), places), partial(_length, places), labels, class_names, files=list(paths))
+    return ImageSource(
+        name,
+        ids,
+        partial(_read_member, list(paths), places),
+        partial(_length, places),
+        labels,
+        class_names,
+        files=list(paths),
+    )
 
 
 def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[TarRow]:
@@ -87,8 +108,12 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
     group: _Group | None = None
     met: set[str] = set()
     try:
-        watched = _Watched(cast(BinaryIO, gzip.GzipFile(fileobj=file)) if name.endswith(".gz") else file)
-        with tarfile.open(fileobj=cast(BinaryIO, watched), mode="r:" if positions else "r|") as archive:
+        watched = _Watched(
+            cast(BinaryIO, gzip.GzipFile(fileobj=file)) if name.endswith(".gz") else file
+        )
+        with tarfile.open(
+            fileobj=cast(BinaryIO, watched), mode="r:" if positions else "r|"
+        ) as archive:
             for member in archive:
                 base = PurePosixPath(member.name)
                 is_link = member.islnk() or member.issym()
@@ -101,32 +126,46 @@ def tar_rows(file: BinaryIO, name: str, *, positions: bool = False) -> Iterator[
                     if group is not None:
                         yield group.row(stem)
                     if key in met:
-                        raise UserError(f"{name}: {member.name} comes apart from the row {key!r} that it belongs to: write a row's members side by side.")
+                        raise UserError(
+                            f"{name}: {member.name} comes apart from the row {key!r} that it belongs to: write a row's members side by side."
+                        )
                     met.add(key)
                     group = _Group(key)
                 group.members.append(f"{base.name}, a link" if is_link else base.name)
                 if is_link:
                     continue
                 if base.suffix.lower() in PICTURE_SUFFIXES:
-                    picture = (member.offset_data, member.size) if positions else _content(archive, member)
+                    picture = (
+                        (member.offset_data, member.size)
+                        if positions
+                        else _content(archive, member)
+                    )
                     group.pictures.append((picture, base.suffix.lower()))
                 elif extension.lower() in ("cls", "json"):
                     content = _content(archive, member)
                     try:
                         group.label = _label(content, extension.lower(), group.label)
                     except (ValueError, RecursionError) as error:
-                        group.broken_label = f"{base.name} cannot be read as a label ({first_line(error)}): mend it."
-        if watched.last.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
+                        group.broken_label = (
+                            f"{base.name} cannot be read as a label ({first_line(error)}): mend it."
+                        )
+        if watched.last.strip(
+            b"\0"
+        ):  # tarfile takes the end of the file for the end of the archive
             raise EOFError("it is cut off: the mark of its end is missing")
         watched.drain()
         if watched.end_of_data > archive.offset:
-            raise ValueError("it goes on after the mark of its end, as when shards were put together with cat")
+            raise ValueError(
+                "it goes on after the mark of its end, as when shards were put together with cat"
+            )
         if group is not None:
             yield group.row(stem)
     except UserError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{name} cannot be read as a tar shard ({first_line(error)}): restore or remove it.") from None
+        raise UserError(
+            f"{name} cannot be read as a tar shard ({first_line(error)}): restore or remove it."
+        ) from None
 
 
 class _Watched:
@@ -148,7 +187,9 @@ class _Watched:
         if content:
             self.last = content[-tarfile.BLOCKSIZE :]
             data = content.rstrip(b"\0")
-            self.end_of_data = max(self.end_of_data, self.position + len(data)) if data else self.end_of_data
+            self.end_of_data = (
+                max(self.end_of_data, self.position + len(data)) if data else self.end_of_data
+            )
             self.position += len(content)
         return content
 
@@ -176,7 +217,9 @@ def _label(content: bytes, extension: str, known: str | int | None) -> str | int
     return int(text) if text.isdecimal() else text
 
 
-def _read_member(paths: Sequence[Path], places: Sequence[tuple[int, TarRow]], index: int) -> Picture:
+def _read_member(
+    paths: Sequence[Path], places: Sequence[tuple[int, TarRow]], index: int
+) -> Picture:
     shard, row = places[index]
     if row.fault:
         raise UserError(row.fault)

@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.config import ExtractConfig
-from prior.code_shards import ShardRecord, file_hash, smallest_type, write_shard
-from prior.codes import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
+from prior.manifest import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
+from prior.shards import ShardRecord, file_hash, smallest_type, write_shard
+from vqvae2.common.accelerate import processes
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord, read_json, write_json
-from vqvae2.common.machine import processes
-from vqvae2.common.provenance import versions
+from vqvae2.common.files import read_json, write_json
+from vqvae2.common.runs import RunRecord, versions
 from vqvae2.data import to_images
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.augmentation import ORIGINAL, known_views, view_change
@@ -58,7 +58,9 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     training = read_training(config.vqvae)
     if training:
         _refuse_other_split(config, training)
-    found = find_parts(images if images is not None else config.data, model.config.image, config.shard_size)
+    found = find_parts(
+        images if images is not None else config.data, model.config.image, config.shard_size
+    )
     run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
     finished = is_complete(output_dir)
@@ -79,7 +81,9 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     sizes = [part.num_items for part in mine]
     known = [size for size in sizes if size is not None]
     total = sum(known) if len(known) == len(sizes) else None
-    with tqdm(total=total, desc="extracting", unit="image", disable=not state.is_main_process) as bar:
+    with tqdm(
+        total=total, desc="extracting", unit="image", disable=not state.is_main_process
+    ) as bar:
         for part in mine:
             if all(_is_kept(part.path(output_dir, split)) for split in part.splits):
                 bar.update(part.num_items or 0)
@@ -94,14 +98,18 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
 def _refuse_other_split(config: ExtractConfig, training: Mapping[str, Any]) -> None:
     """The images that the autoencoder's training held out must be held out here: the priors are validated on them."""
     path, validation_path = training["data"]["path"], training["data"].get("validation_path")
-    if same_place(path, config.data.path) and not same_place(validation_path, config.data.validation_path):
+    if same_place(path, config.data.path) and not same_place(
+        validation_path, config.data.validation_path
+    ):
         raise UserError(
             f"--data.validation-path is {config.data.validation_path!r}, but {config.vqvae} was trained with {validation_path!r}: "
             f"give the same, or images that trained the autoencoder would validate the priors."
         )
 
 
-def _warning_of_other_images(config: ExtractConfig, training: Mapping[str, Any], found: Parts) -> str:
+def _warning_of_other_images(
+    config: ExtractConfig, training: Mapping[str, Any], found: Parts
+) -> str:
     """A sentence where it is not certain that the same images are held out as in the training, or nothing."""
     if training.get("image_names_hash") == found.facts["image_names_hash"]:
         return ""
@@ -135,7 +143,9 @@ def _is_kept(path: Path) -> bool:
 class _Rows:
     """The rows of one shard as they come; encoded whenever there are enough for the lanes."""
 
-    def __init__(self, encode: Callable[[Tensor], list[Tensor]], codebook_sizes: Sequence[int]) -> None:
+    def __init__(
+        self, encode: Callable[[Tensor], list[Tensor]], codebook_sizes: Sequence[int]
+    ) -> None:
         self.encode, self.kinds = encode, [smallest_type(size) for size in codebook_sizes]
         self.ids: list[str] = []
         self.views: list[str] = []
@@ -153,13 +163,24 @@ class _Rows:
 
     def flush(self) -> None:
         if self.waiting:
-            for kept, codes, kind in zip(self.codes, self.encode(torch.from_numpy(np.stack(self.waiting))), self.kinds, strict=True):
+            for kept, codes, kind in zip(
+                self.codes,
+                self.encode(torch.from_numpy(np.stack(self.waiting))),
+                self.kinds,
+                strict=True,
+            ):
                 kept.append(codes.numpy().astype(kind))
             self.waiting = []
 
 
 def _write_part(
-    part: Part, config: ExtractConfig, model: VQVAE2, encode: Callable[[Tensor], list[Tensor]], bar: tqdm, *, class_names: tuple[str, ...] | None
+    part: Part,
+    config: ExtractConfig,
+    model: VQVAE2,
+    encode: Callable[[Tensor], list[Tensor]],
+    bar: tqdm,
+    *,
+    class_names: tuple[str, ...] | None,
 ) -> None:
     """Encode the images of a part and write its shards, each whole or not at all."""
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images are not changed
@@ -168,7 +189,12 @@ def _write_part(
     skipped: dict[str, list[tuple[str, str]]] = {split: [] for split in part.splits}
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
     labelled = bool(class_names)
-    for item, pixels, error in read_items(part.items(), choices.__getitem__, skip=config.data.on_error == "skip", num_threads=os.cpu_count() or 1):
+    for item, pixels, error in read_items(
+        part.items(),
+        choices.__getitem__,
+        skip=config.data.on_error == "skip",
+        num_threads=os.cpu_count() or 1,
+    ):
         if error is not None:
             skipped[item.split].append((error.name, error.reason))
         for view, image in zip(views[item.split], pixels, strict=False):
@@ -178,11 +204,23 @@ def _write_part(
     for split, found in reversed(rows.items()):
         found.flush()
         grids = [height * width for height, width in model.config.grids]
-        codes = [np.concatenate(level) if level else np.zeros((0, number), kind) for level, number, kind in zip(found.codes, grids, found.kinds, strict=True)]
+        codes = [
+            np.concatenate(level) if level else np.zeros((0, number), kind)
+            for level, number, kind in zip(found.codes, grids, found.kinds, strict=True)
+        ]
         path = part.path(Path(config.output_dir), split)
         labels = _labels_of(found, path) if labelled else None
         facts = {"skipped": json.dumps(skipped[split])}
-        write_shard(path, ids=found.ids, codes=codes, codebook_sizes=sizes, labels=labels, views=found.views, facts=facts, note=_note_path(path))
+        write_shard(
+            path,
+            ids=found.ids,
+            codes=codes,
+            codebook_sizes=sizes,
+            labels=labels,
+            views=found.views,
+            facts=facts,
+            note=_note_path(path),
+        )
 
 
 def _choice(view: str, model: VQVAE2) -> Choice | None:
@@ -191,7 +229,9 @@ def _choice(view: str, model: VQVAE2) -> Choice | None:
 
 def _labels_of(rows: _Rows, path: Path) -> np.ndarray:
     if None in rows.labels:
-        raise UserError(f"{path}: {rows.ids[rows.labels.index(None)]} has no label, but others have one: give every image a label, or none.")
+        raise UserError(
+            f"{path}: {rows.ids[rows.labels.index(None)]} has no label, but others have one: give every image a label, or none."
+        )
     return np.array(rows.labels, np.int32)
 
 
@@ -206,7 +246,10 @@ def _read_note(shard: Path) -> ShardRecord:
 
 def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts) -> None:
     """Write the manifest, which says that everything is there, and tell the user."""
-    paths = {split: [part.path(output_dir, split) for part in found.parts if split in part.splits] for split in SPLITS}
+    paths = {
+        split: [part.path(output_dir, split) for part in found.parts if split in part.splits]
+        for split in SPLITS
+    }
     all_paths = [path for split in SPLITS for path in paths[split]]
     class_names = found.class_names if found.class_names is not None else _classes_met(all_paths)
     grids, sizes = model.config.grids, model.config.codebook_size_per_level
@@ -227,20 +270,37 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         versions=versions(),
     )
     if not manifest.num_train:
-        raise UserError(f"{found.source}: none of the training images can be read: check data.path.")
-    skipped = [(name, reason) for path in all_paths for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])]
+        raise UserError(
+            f"{found.source}: none of the training images can be read: check data.path."
+        )
+    skipped = [
+        (name, reason)
+        for path in all_paths
+        for name, reason in json.loads(pq.read_schema(path).metadata[b"skipped"])
+    ]
     list_skipped(output_dir, skipped)
     write_manifest(output_dir, manifest)
     for path in all_paths:
         _note_path(path).unlink(missing_ok=True)
     said = report_skipped(output_dir)
-    print(f"{output_dir}: codes of {manifest.num_train} training rows and {manifest.num_validation} held out. {said}".strip())
+    print(
+        f"{output_dir}: codes of {manifest.num_train} training rows and {manifest.num_validation} held out. {said}".strip()
+    )
 
 
 def _classes_met(paths: Sequence[Path]) -> tuple[str, ...]:
     """The classes of a stream, which has numbers only: from 0 to the highest that occurs."""
-    labels = [pq.read_table(path, columns=["label"])["label"] for path in paths if "label" in pq.read_schema(path).names]
-    return tuple(map(str, range(1 + max((max(column.to_pylist(), default=-1) for column in labels), default=-1))))
+    labels = [
+        pq.read_table(path, columns=["label"])["label"]
+        for path in paths
+        if "label" in pq.read_schema(path).names
+    ]
+    return tuple(
+        map(
+            str,
+            range(1 + max((max(column.to_pylist(), default=-1) for column in labels), default=-1)),
+        )
+    )
 
 
 def _agree_on_labels(path: Path, model: VQVAE2, *, labelled: bool) -> None:
@@ -254,11 +314,24 @@ def _agree_on_labels(path: Path, model: VQVAE2, *, labelled: bool) -> None:
     if has_labels == labelled:
         return
     if file.metadata.num_rows:
-        raise UserError(f"{path}: its images have {'' if has_labels else 'no '}labels, but others are different: give every image a label, or none.")
+        raise UserError(
+            f"{path}: its images have {'' if has_labels else 'no '}labels, but others are different: give every image a label, or none."
+        )
     sizes = model.config.codebook_size_per_level
-    codes = [np.zeros((0, height * width), smallest_type(size)) for (height, width), size in zip(model.config.grids, sizes, strict=True)]
+    codes = [
+        np.zeros((0, height * width), smallest_type(size))
+        for (height, width), size in zip(model.config.grids, sizes, strict=True)
+    ]
     facts = {"skipped": file.schema_arrow.metadata[b"skipped"].decode()}
-    write_shard(path, ids=[], codes=codes, codebook_sizes=sizes, labels=np.zeros(0, np.int32) if labelled else None, facts=facts, note=_note_path(path))
+    write_shard(
+        path,
+        ids=[],
+        codes=codes,
+        codebook_sizes=sizes,
+        labels=np.zeros(0, np.int32) if labelled else None,
+        facts=facts,
+        note=_note_path(path),
+    )
 
 
 @torch.inference_mode()
@@ -274,12 +347,25 @@ def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[T
 def _count_changes(model: VQVAE2, part: Part) -> str:
     """How many codes of some images are others in bf16."""
     items = islice(part.items(), 4 * LANES)
-    pixels = [row.pixels[0] for row in read_items(items, lambda split: [None], skip=True, num_threads=os.cpu_count() or 1) if row.pixels]
+    pixels = [
+        row.pixels[0]
+        for row in read_items(
+            items, lambda split: [None], skip=True, num_threads=os.cpu_count() or 1
+        )
+        if row.pixels
+    ]
     changed, total = [0] * model.config.num_levels, [0] * model.config.num_levels
     for first in range(0, len(pixels), LANES):
         batch = torch.from_numpy(np.stack(pixels[first : first + LANES]))
-        for level, (exact, rounded) in enumerate(zip(encode_lanes(model, batch), encode_lanes(model, batch, bf16=True), strict=True)):
+        for level, (exact, rounded) in enumerate(
+            zip(encode_lanes(model, batch), encode_lanes(model, batch, bf16=True), strict=True)
+        ):
             changed[level] += int((exact != rounded).sum())
             total[level] += exact.numel()
-    shares = ", ".join(f"{c / max(t, 1):.2%} of level {level}" for level, (c, t) in enumerate(zip(changed, total, strict=True)))
-    return f"bf16 changes these shares of the codes of {len(pixels)} images, against fp32: {shares}."
+    shares = ", ".join(
+        f"{c / max(t, 1):.2%} of level {level}"
+        for level, (c, t) in enumerate(zip(changed, total, strict=True))
+    )
+    return (
+        f"bf16 changes these shares of the codes of {len(pixels)} images, against fp32: {shares}."
+    )

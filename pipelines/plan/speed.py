@@ -44,4 +44,10 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 def hours(seconds: float) -> str:
     """A duration in hours, or minutes if it is short."""
     number = seconds / 3600
-    return f"{number:,.0f} h" if number >= 10 else f"{number:.1f} h" if number >= 1 else f"{60 * number:.1f} min"
+    return (
+        f"{number:,.0f} h"
+        if number >= 10
+        else f"{number:.1f} h"
+        if number >= 1
+        else f"{60 * number:.1f} min"
+    )

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vqvae2.common.config import TrainingConfig
-from vqvae2.common.training import LossFunction
+from vqvae2.common.fit import LossFunction
 from vqvae2.config import VQVAE2Config
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
@@ -72,10 +72,18 @@ def trace(stage: Stage, rows: int, precision: str) -> Cost:
         model.to_empty(device="cpu").train()
         loss_fn = stage.make_loss(model)
         for module in model.modules():
-            if isinstance(module, Quantizer):  # how a codebook learns without gradients saves nothing for later, and asks for values
+            if isinstance(
+                module, Quantizer
+            ):  # how a codebook learns without gradients saves nothing for later, and asks for values
                 module.eval()
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops, LiveMemory(model) as live:
-            with saved_for_backward(model) as saved, torch.autocast("cpu", AUTOCAST_TYPES[precision], enabled=precision != "no"):
+        with (
+            FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops,
+            LiveMemory(model) as live,
+        ):
+            with (
+                saved_for_backward(model) as saved,
+                torch.autocast("cpu", AUTOCAST_TYPES[precision], enabled=precision != "no"),
+            ):
                 loss, _ = loss_fn(model, stage.batch(rows, torch.device("cpu")))
             loss.backward()
     parameters = list(model.parameters())
@@ -133,7 +141,9 @@ def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__:
     return sdpa_flop_count(q, k, v)
 
 
-def _attention_backward_flops(gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(
+    gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any
+) -> int:
     return sdpa_backward_flop_count(gradient, q, k, v)
 
 
@@ -175,7 +185,9 @@ def no_memory() -> Iterator[None]:
 
     forget()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):  # for the meta tensors that a model is made of, before `to_empty`
+        with FakeTensorMode(
+            allow_non_fake_inputs=True
+        ):  # for the meta tensors that a model is made of, before `to_empty`
             yield
     finally:
         forget()

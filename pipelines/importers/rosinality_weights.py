@@ -42,18 +42,28 @@ def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
     config = _read_config(checkpoint, theirs, size)
     model = VQVAE2(config)
     expected = model.state_dict()
-    ours = {name: torch.ones_like(tensor) for name, tensor in expected.items() if name.endswith(("num_updates", "num_forwards"))}  # the codebooks have begun
+    ours = {
+        name: torch.ones_like(tensor)
+        for name, tensor in expected.items()
+        if name.endswith(("num_updates", "num_forwards"))
+    }  # the codebooks have begun
     for name, tensor in theirs.items():
         our_name = _rename(name)
         if our_name not in expected:
-            raise UserError(f"{checkpoint} holds {name!r}, which no model of rosinality/vq-vae-2-pytorch with these layers has: it is not imported.")
+            raise UserError(
+                f"{checkpoint} holds {name!r}, which no model of rosinality/vq-vae-2-pytorch with these layers has: it is not imported."
+            )
         if our_name.endswith((".codebook", ".sums")):
             tensor = tensor.T  # theirs are (D, K)  # noqa: PLW2901
         if tensor.shape != expected[our_name].shape:
-            raise UserError(f"{checkpoint}: {name!r} has shape {tuple(tensor.shape)}, but {tuple(expected[our_name].shape)} fits the other layers.")
+            raise UserError(
+                f"{checkpoint}: {name!r} has shape {tuple(tensor.shape)}, but {tuple(expected[our_name].shape)} fits the other layers."
+            )
         ours[our_name] = tensor
     for name in sorted(expected.keys() - ours.keys()):
-        raise UserError(f"{checkpoint} lacks what we call {name!r}: it is no whole stage-1 checkpoint.")
+        raise UserError(
+            f"{checkpoint} lacks what we call {name!r}: it is no whole stage-1 checkpoint."
+        )
     model.load_state_dict(ours)
     return model.eval()
 
@@ -65,9 +75,17 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
         raise UserError(f"{checkpoint} does not exist: check the path.") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason}): give the .pt file of stage 1.") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{checkpoint} is not a state dict of tensors: give the .pt file of stage 1 (vqvae_*.pt), not of a prior.")
+        raise UserError(
+            f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason}): give the .pt file of stage 1."
+        ) from None
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise UserError(
+            f"{checkpoint} is not a state dict of tensors: give the .pt file of stage 1 (vqvae_*.pt), not of a prior."
+        )
     return state
 
 
@@ -76,16 +94,27 @@ def _read_config(checkpoint: Path, state: dict[str, Tensor], size: tuple[int, ..
     try:
         kernel = state["enc_b.blocks.4.weight"].shape[-1]
         strided = 2 if kernel == 3 else 0
-        hidden, channels = state["enc_b.blocks.4.weight"].shape[0], state["enc_b.blocks.0.weight"].shape[1]
+        hidden, channels = (
+            state["enc_b.blocks.4.weight"].shape[0],
+            state["enc_b.blocks.0.weight"].shape[1],
+        )
         embeds = [state["quantize_t.embed"], state["quantize_b.embed"]]
-        blocks = [name for name in state if re.fullmatch(r"enc_b\.blocks\.\d+\.conv\.1\.weight", name)]
+        blocks = [
+            name for name in state if re.fullmatch(r"enc_b\.blocks\.\d+\.conv\.1\.weight", name)
+        ]
         residual = state[blocks[0]].shape[0] if blocks else 1
     except KeyError as error:
-        raise UserError(f"{checkpoint} lacks {error}: it is no stage-1 checkpoint of rosinality/vq-vae-2-pytorch.") from None
+        raise UserError(
+            f"{checkpoint} lacks {error}: it is no stage-1 checkpoint of rosinality/vq-vae-2-pytorch."
+        ) from None
     if not strided:
-        raise UserError(f"{checkpoint} has a bottom encoder that is not of stride 4: only that is known.")
+        raise UserError(
+            f"{checkpoint} has a bottom encoder that is not of stride 4: only that is known."
+        )
     return VQVAE2Config(
-        image=PreprocessingConfig(size=size, channels=channels),  # resized and cut in the centre, scaled to [-1, 1]: as theirs
+        image=PreprocessingConfig(
+            size=size, channels=channels
+        ),  # resized and cut in the centre, scaled to [-1, 1]: as theirs
         strides=(2, 4),
         codebook_sizes=tuple(embed.shape[1] for embed in embeds),
         code_dims=tuple(embed.shape[0] for embed in embeds),

@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 
 from pipelines.config import InspectConfig
-from vqvae2.common.files import RunRecord, write_json, write_text
-from vqvae2.common.machine import processes
+from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
+from vqvae2.common.accelerate import processes
+from vqvae2.common.files import write_json, write_text
 from vqvae2.common.pictures import save_picture, sheet, to_pil
+from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.data.shards import find_stream
 from vqvae2.data.streams import held_out_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
-from vqvae2.usage import carriers, level_name, perplexity, usage, verdict
 
 SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 10
 
@@ -34,7 +35,9 @@ def inspect_command(config: InspectConfig) -> None:
     state = processes()
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
     output_dir = Path(config.output_dir or Path(config.vqvae) / "report")
-    run = RunRecord("inspect", config, "inspect_config.yaml", facts={"encoder_hash": model.content_hash()})
+    run = RunRecord(
+        "inspect", config, "inspect_config.yaml", facts={"encoder_hash": model.content_hash()}
+    )
     if config.output_dir is not None:
         run.check(output_dir)
     _, validation_path = trained_with(config.vqvae, config.data.path)
@@ -43,7 +46,11 @@ def inspect_command(config: InspectConfig) -> None:
         images, which = held_out_images(find_stream(data), data, model.config.image), "held-out"
     else:
         splits = load_images(data, model.config.image, show_progress=state.is_main_process)
-        images, which = (splits.validation, "held-out") if len(splits.validation) > 1 else (splits.train, "training")
+        images, which = (
+            (splits.validation, "held-out")
+            if len(splits.validation) > 1
+            else (splits.train, "training")
+        )
     found = inspect(model, images, state.device, show_progress=state.is_main_process)
     if not state.is_main_process:
         return
@@ -56,8 +63,14 @@ def inspect_command(config: InspectConfig) -> None:
     run.write(output_dir)
     for file_name, picture in pictures.items():
         save_picture(picture, output_dir / file_name)
-    write_json(output_dir / "figures.json", {"images": len(images), "split": which, **figures, "verdicts": verdicts})
-    write_text(output_dir / "index.html", make_page(config.vqvae, f"{len(images)} {which} images", figures, verdicts, pictures))
+    write_json(
+        output_dir / "figures.json",
+        {"images": len(images), "split": which, **figures, "verdicts": verdicts},
+    )
+    write_text(
+        output_dir / "index.html",
+        make_page(config.vqvae, f"{len(images)} {which} images", figures, verdicts, pictures),
+    )
     print(to_text(f"{config.vqvae}, {len(images)} {which} images", figures, verdicts))
     print(f"\n{output_dir / 'index.html'} shows the pictures.")
 
@@ -69,7 +82,9 @@ def make_figures(names: Sequence[str], found: Inspection) -> Figures:
     """Tables of numbers: title -> row -> column -> value."""
     split = found.split
     return {
-        "Reconstruction": {"all levels": {"MSE": split.kept, "PSNR (dB)": found.psnr, "SSIM": found.ssim}},
+        "Reconstruction": {
+            "all levels": {"MSE": split.kept, "PSNR (dB)": found.psnr, "SSIM": found.ssim}
+        },
         "Codebooks": {
             name: {
                 "codes": len(counts),
@@ -80,7 +95,12 @@ def make_figures(names: Sequence[str], found: Inspection) -> Figures:
             for name, counts in zip(names, found.counts, strict=True)
         },
         "Information split: MSE with a level's codes ...": {
-            name: {"kept": split.kept, "shuffled": split.shuffled[level], "most frequent": split.neutral[level], "alone kept": split.alone[level]}
+            name: {
+                "kept": split.kept,
+                "shuffled": split.shuffled[level],
+                "most frequent": split.neutral[level],
+                "alone kept": split.alone[level],
+            }
             for level, name in enumerate(names)
         },
     }
@@ -97,12 +117,20 @@ def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
                 f"(model.strides) or their codebook_sizes smaller, so that this level is needed."
             )
         else:
-            said.append(f"{name}: is needed: another image's codes there multiply the error by {ratio:.1f}.")
+            said.append(
+                f"{name}: is needed: another image's codes there multiply the error by {ratio:.1f}."
+            )
     return said
 
 
 @torch.no_grad()
-def draw_levels(model: VQVAE2, images: ImageDataset, found: Inspection, names: Sequence[str], device: torch.device) -> Image.Image:
+def draw_levels(
+    model: VQVAE2,
+    images: ImageDataset,
+    found: Inspection,
+    names: Sequence[str],
+    device: torch.device,
+) -> Image.Image:
     """What each level says alone, all of them together, and the original (the paper's figure 3)."""
     number = min(SHOWN_IMAGES, len(images))
     indices = [i * len(images) // number for i in range(number)]
@@ -111,16 +139,27 @@ def draw_levels(model: VQVAE2, images: ImageDataset, found: Inspection, names: S
     rows = []
     for level in levels:
         rows.append(to_pil(decode_level(model, codes, found.neutral_codes, level)))
-    rows += [to_pil(model.decode_codes(codes)), to_pil(to_images(images.__getitems__(indices)["images"]))]
-    return sheet(rows, [*(f"{name} only" for name in names), "both" if len(names) == 2 else "all", "original"])
+    rows += [
+        to_pil(model.decode_codes(codes)),
+        to_pil(to_images(images.__getitems__(indices)["images"])),
+    ]
+    return sheet(
+        rows,
+        [*(f"{name} only" for name in names), "both" if len(names) == 2 else "all", "original"],
+    )
 
 
 def draw_codes(images: ImageDataset, found: Inspection, level: int) -> Image.Image:
     """Patches that the most and the least used codes stand for, a row per code with its number and share."""
     counts = found.counts[level]
     order = [int(code) for code in counts.argsort(descending=True, stable=True) if counts[code] > 0]
-    chosen = order if len(order) <= 2 * SHOWN_CODES else [*order[:SHOWN_CODES], *order[-SHOWN_CODES:]]
-    rows = [to_pil(code_patches(images, found.codes[level], code, number=SHOWN_PATCHES)) for code in chosen]
+    chosen = (
+        order if len(order) <= 2 * SHOWN_CODES else [*order[:SHOWN_CODES], *order[-SHOWN_CODES:]]
+    )
+    rows = [
+        to_pil(code_patches(images, found.codes[level], code, number=SHOWN_PATCHES))
+        for code in chosen
+    ]
     return sheet(rows, [f"code {code}: {counts[code] / counts.sum():.3%}" for code in chosen])
 
 
@@ -128,29 +167,56 @@ def to_text(title: str, figures: Figures, verdicts: Sequence[str]) -> str:
     """The tables for a terminal."""
     lines = [title]
     for table, rows in figures.items():
-        lines += ["", table, f"  {'':12}" + "".join(f"{column:>24}" for column in next(iter(rows.values())))]
-        lines += [f"  {row:12}" + "".join(f"{_number(value):>24}" for value in values.values()) for row, values in rows.items()]
+        lines += [
+            "",
+            table,
+            f"  {'':12}" + "".join(f"{column:>24}" for column in next(iter(rows.values()))),
+        ]
+        lines += [
+            f"  {row:12}" + "".join(f"{_number(value):>24}" for value in values.values())
+            for row, values in rows.items()
+        ]
     return "\n".join([*lines, "", *verdicts])
 
 
-def make_page(title: str, subtitle: str, figures: Figures, verdicts: Sequence[str], pictures: dict[str, Image.Image]) -> str:
+def make_page(
+    title: str,
+    subtitle: str,
+    figures: Figures,
+    verdicts: Sequence[str],
+    pictures: dict[str, Image.Image],
+) -> str:
     """One HTML file with the pictures in it."""
-    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}; errors are over pixels in [-1, 1]</p>"]
-    parts.append("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts) + "</ul>")
+    parts = [
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}; errors are over pixels in [-1, 1]</p>"
+    ]
+    parts.append(
+        "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts) + "</ul>"
+    )
     for table, rows in figures.items():
         head = "".join(f"<th>{html.escape(column)}</th>" for column in next(iter(rows.values())))
         body = "".join(
-            f"<tr><th>{html.escape(row)}</th>" + "".join(f"<td>{_number(value)}</td>" for value in values.values()) + "</tr>" for row, values in rows.items()
+            f"<tr><th>{html.escape(row)}</th>"
+            + "".join(f"<td>{_number(value)}</td>" for value in values.values())
+            + "</tr>"
+            for row, values in rows.items()
         )
         parts.append(f"<h2>{html.escape(table)}</h2><table><tr><th></th>{head}</tr>{body}</table>")
     of_codes = "What codes stand for: most and least used, {}"
-    captions = {name: of_codes.format(name.removeprefix("codes_").removesuffix(".png").replace("_", " ")) for name in pictures}
-    captions["levels.png"] = "What each level says alone (coarser levels at their most frequent codes, finer ones left out), all together, and the original"
+    captions = {
+        name: of_codes.format(name.removeprefix("codes_").removesuffix(".png").replace("_", " "))
+        for name in pictures
+    }
+    captions["levels.png"] = (
+        "What each level says alone (coarser levels at their most frequent codes, finer ones left out), all together, and the original"
+    )
     for name, picture in pictures.items():
         file = io.BytesIO()
         picture.save(file, "PNG")
         data = base64.b64encode(file.getvalue()).decode()
-        parts.append(f'<h2>{html.escape(captions[name])}</h2><img alt="{html.escape(captions[name])}" src="data:image/png;base64,{data}">')
+        parts.append(
+            f'<h2>{html.escape(captions[name])}</h2><img alt="{html.escape(captions[name])}" src="data:image/png;base64,{data}">'
+        )
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
         "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}img{max-width:100%}"

@@ -25,7 +25,14 @@ class StaticPrior(Prior):
         self._static_steps: dict[Any, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {}
 
     @abstractmethod
-    def start_static(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, *, dtype: torch.dtype = torch.float32) -> Any:
+    def start_static(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
         """What `start` gives, for steps of fixed shapes: no tensor of it is ever replaced by another."""
 
     @abstractmethod
@@ -36,14 +43,27 @@ class StaticPrior(Prior):
     def step_static(self, state: Any, position: Tensor, previous: Tensor) -> Tensor:
         """Logits `(B, K)` at a position `(1,)`, given the code before it `(B,)` (K at the first), and `state` moved on in place."""
 
-    def make_stepper(self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype) -> Stepper:
+    def make_stepper(
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Stepper:
         """See `Prior.make_stepper`. On CUDA: one compiled step, kept for the next batch of this size."""
         if self.device.type != "cuda":
             return super().make_stepper(batch_size, condition, labels, dtype)
-        return self.make_static_stepper(batch_size, condition, labels, dtype, partial(torch.compile, mode="reduce-overhead"))
+        return self.make_static_stepper(
+            batch_size, condition, labels, dtype, partial(torch.compile, mode="reduce-overhead")
+        )
 
     def make_static_stepper(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None, dtype: torch.dtype, compile_step: Callable[[Callable], Callable]
+        self,
+        batch_size: int,
+        condition: Sequence[Tensor],
+        labels: Tensor | None,
+        dtype: torch.dtype,
+        compile_step: Callable[[Callable], Callable],
     ) -> Stepper:
         """A stepper made of `step_static`, after `compile_step`."""
         key = (batch_size, dtype, self.device)
@@ -56,7 +76,9 @@ class StaticPrior(Prior):
         before_all = torch.full((batch_size,), self.config.codebook_sizes[-1], device=self.device)
 
         def step(position: int, previous: Tensor | None) -> Tensor:
-            logits = compiled(positions[position : position + 1], before_all if previous is None else previous)
+            logits = compiled(
+                positions[position : position + 1], before_all if previous is None else previous
+            )
             return logits.clone()  # the graph writes its next result to the same place
 
         return step

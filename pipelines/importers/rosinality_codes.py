@@ -19,20 +19,40 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pipelines.config import ImportCodesConfig
-from prior.code_shards import ShardRecord, write_shard
-from prior.codes import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_manifest
+from prior.manifest import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_manifest
+from prior.shards import ShardRecord, write_shard
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import RunRecord
-from vqvae2.common.provenance import versions
+from vqvae2.common.runs import RunRecord, versions
 from vqvae2.data import is_held_out
 from vqvae2.model import VQVAE2
 
 RECORD_NAME = "import_config.yaml"
 OPCODES = frozenset(
-    {"PROTO", "FRAME", "MARK", "STOP", "GLOBAL", "STACK_GLOBAL", "MEMOIZE", "BINPUT", "BINGET", "REDUCE", "NEWOBJ", "BUILD"}
+    {
+        "PROTO",
+        "FRAME",
+        "MARK",
+        "STOP",
+        "GLOBAL",
+        "STACK_GLOBAL",
+        "MEMOIZE",
+        "BINPUT",
+        "BINGET",
+        "REDUCE",
+        "NEWOBJ",
+        "BUILD",
+    }
     | {"NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-    | {"BININT", "BININT1", "BININT2", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"}
+    | {
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "SHORT_BINBYTES",
+        "BINBYTES",
+    }
 )
 """What pickling such a row emits in protocols 3 and 4, the usual ones. Others may take memory without end before a single object is made."""
 LONGEST_VALUE = 1 << 26  # bytes of a row: grids of 2000 x 2000
@@ -55,40 +75,64 @@ def import_codes(config: ImportCodesConfig) -> None:
     """
     output_dir, path = Path(config.output_dir), Path(config.lmdb)
     model = VQVAE2.from_pretrained(config.vqvae)
-    run = RunRecord("import-codes", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
+    run = RunRecord(
+        "import-codes", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()}
+    )
     run.check(output_dir)
-    if is_complete(output_dir) and not path.exists():  # it may be removed when it has been taken over
+    if (
+        is_complete(output_dir) and not path.exists()
+    ):  # it may be removed when it has been taken over
         print(f"{output_dir}: all codes are imported already.")
         return
     with open_rows(path) as rows:
-        names = [_check(rows[i], f"{path}: row {i}", model, config.vqvae).name for i in tqdm(range(len(rows)), desc="checking", unit="row")]
+        names = [
+            _check(rows[i], f"{path}: row {i}", model, config.vqvae).name
+            for i in tqdm(range(len(rows)), desc="checking", unit="row")
+        ]
         folders = [PurePosixPath(name).parent.name for name in names]
         class_names = tuple(sorted(set(folders))) if len(set(folders)) > 1 else ()
         held_out = [is_held_out(name, config.validation_fraction) for name in names]
         ids = _unique(names)
-        digest = hashlib.sha256("".join(f"{name} {out}\n" for name, out in zip(ids, held_out, strict=True)).encode())
+        digest = hashlib.sha256(
+            "".join(f"{name} {out}\n" for name, out in zip(ids, held_out, strict=True)).encode()
+        )
         if all(held_out):
-            raise UserError(f"{path}: all {len(names)} rows are held out: lower validation_fraction.")
+            raise UserError(
+                f"{path}: all {len(names)} rows are held out: lower validation_fraction."
+            )
         run = replace(run, facts={**run.facts, "rows_hash": digest.hexdigest()})
         run.check(output_dir)
         if is_complete(output_dir):
             print(f"{output_dir}: all codes are imported already.")
             return
-        for left in (output_dir / MANIFEST_NAME, *output_dir.glob("*/*.parquet")):  # of an earlier, unfinished import
+        for left in (
+            output_dir / MANIFEST_NAME,
+            *output_dir.glob("*/*.parquet"),
+        ):  # of an earlier, unfinished import
             left.unlink(missing_ok=True)
         run.write(output_dir)
         records: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
         for split in SPLITS:
-            chosen = [number for number, out in enumerate(held_out) if out == (split == "validation")]
-            for first in tqdm(range(0, len(chosen), config.shard_size), desc=f"importing {split}", unit="shard"):
+            chosen = [
+                number for number, out in enumerate(held_out) if out == (split == "validation")
+            ]
+            for first in tqdm(
+                range(0, len(chosen), config.shard_size), desc=f"importing {split}", unit="shard"
+            ):
                 part = chosen[first : first + config.shard_size]
                 read = [rows[number].codes for number in part]
                 record = write_shard(
                     output_dir / split / f"{len(records[split]):05d}.parquet",
                     ids=[ids[number] for number in part],
-                    codes=[np.stack([codes[level].reshape(-1) for codes in read]) for level in range(2)],
+                    codes=[
+                        np.stack([codes[level].reshape(-1) for codes in read]) for level in range(2)
+                    ],
                     codebook_sizes=model.config.codebook_size_per_level,
-                    labels=np.array([class_names.index(folders[number]) for number in part], np.int32) if class_names else None,
+                    labels=np.array(
+                        [class_names.index(folders[number]) for number in part], np.int32
+                    )
+                    if class_names
+                    else None,
                 )
                 records[split].append(record)
     manifest = Manifest(
@@ -104,8 +148,14 @@ def import_codes(config: ImportCodesConfig) -> None:
         versions=versions(),
     )
     write_manifest(output_dir, manifest)
-    classes = f"{len(class_names)} classes ({', '.join(class_names[:12])}{', ...' * (len(class_names) > 12)})" if class_names else "no classes"
-    print(f"{output_dir}: {manifest.num_train} training rows, {manifest.num_validation} held out, {classes}.")
+    classes = (
+        f"{len(class_names)} classes ({', '.join(class_names[:12])}{', ...' * (len(class_names) > 12)})"
+        if class_names
+        else "no classes"
+    )
+    print(
+        f"{output_dir}: {manifest.num_train} training rows, {manifest.num_validation} held out, {classes}."
+    )
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -131,7 +181,9 @@ def _check(row: Row, where: str, model: VQVAE2, vqvae: str) -> Row:
         )
     for codes, size in zip(row.codes, sizes, strict=True):
         if not 0 <= codes.min() <= codes.max() < size:
-            raise UserError(f"{where} has codes from {codes.min()} to {codes.max()}, but {vqvae} has {size}: give the autoencoder that made the codes.")
+            raise UserError(
+                f"{where} has codes from {codes.min()} to {codes.max()}, but {vqvae} has {size}: give the autoencoder that made the codes."
+            )
     return row
 
 
@@ -142,7 +194,9 @@ class Rows:
         self.path, self.transaction = path, transaction
         length = transaction.get(b"length")
         if length is None or not length.isdigit() or not int(length) or len(length) > 18:
-            raise UserError(f"{path} has no number of rows under the key 'length': it is no code file of rosinality/vq-vae-2-pytorch, or an unfinished one.")
+            raise UserError(
+                f"{path} has no number of rows under the key 'length': it is no code file of rosinality/vq-vae-2-pytorch, or an unfinished one."
+            )
         self.length = int(length)
 
     def __len__(self) -> int:
@@ -151,7 +205,9 @@ class Rows:
     def __getitem__(self, number: int) -> Row:
         value = self.transaction.get(str(number).encode())
         if value is None:
-            raise UserError(f"{self.path} says that it has {self.length} rows, but row {number} is not there: extract the codes there again.")
+            raise UserError(
+                f"{self.path} says that it has {self.length} rows, but row {number} is not there: extract the codes there again."
+            )
         return read_row(value, f"{self.path}: row {number}")
 
 
@@ -165,16 +221,23 @@ def open_rows(path: Path) -> Iterator[Rows]:
     try:
         import lmdb
     except ImportError:
-        raise UserError("the package lmdb is not installed, which reads such files: pip install lmdb.") from None
+        raise UserError(
+            "the package lmdb is not installed, which reads such files: pip install lmdb."
+        ) from None
     file = path / "data.mdb" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file} does not exist: give the LMDB file, or its folder.")
     try:
         environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False)
     except lmdb.Error as error:
-        raise UserError(f"{path} cannot be read as LMDB ({error}): give the file that rosinality/vq-vae-2-pytorch extracted.") from None
+        raise UserError(
+            f"{path} cannot be read as LMDB ({error}): give the file that rosinality/vq-vae-2-pytorch extracted."
+        ) from None
     with environment:
-        if file.stat().st_size < (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]:
+        if (
+            file.stat().st_size
+            < (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        ):
             raise UserError(f"{path} is cut off: it is shorter than it says; copy it again.")
         try:
             with environment.begin() as transaction:
@@ -204,7 +267,9 @@ def read_row(value: bytes, where: str) -> Row:
         return Row((_to_array(row.top), _to_array(row.bottom)), name)
     except Exception as error:  # a broken pickle raises anything
         reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
-        raise UserError(f"{where} is no pickled CodeRow of int64 arrays and a file name ({reason}): it is not imported.") from None
+        raise UserError(
+            f"{where} is no pickled CodeRow of int64 arrays and a file name ({reason}): it is not imported."
+        ) from None
 
 
 def _to_array(described: Any) -> np.ndarray:
@@ -212,11 +277,15 @@ def _to_array(described: Any) -> np.ndarray:
     if not isinstance(described, _Array) or described.state is None:
         raise ValueError(f"an array was expected, not {type(described).__name__}")
     _, shape, kind, in_columns, data = described.state
-    plain = isinstance(shape, tuple) and all(type(side) is int and 0 < side < 1 << 16 for side in shape)
+    plain = isinstance(shape, tuple) and all(
+        type(side) is int and 0 < side < 1 << 16 for side in shape
+    )
     if not plain or len(shape) != 2:
         raise ValueError(f"an array has the shape {shape!r:.80}")
     if not isinstance(kind, _Type) or kind.code != "i8" or kind.order not in ("<", "="):
-        raise ValueError(f"an array is of type {f'{kind.order}{kind.code}' if isinstance(kind, _Type) else kind!r:.80}, not <i8 (int64)")
+        raise ValueError(
+            f"an array is of type {f'{kind.order}{kind.code}' if isinstance(kind, _Type) else kind!r:.80}, not <i8 (int64)"
+        )
     if type(data) is not bytes or len(data) != 8 * shape[0] * shape[1]:
         raise ValueError("an array has more or fewer bytes than its shape says")
     return np.frombuffer(data, "<i8").reshape(shape, order="F" if in_columns else "C")

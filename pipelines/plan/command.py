@@ -1,4 +1,4 @@
-"""`vqvae2 plan`: what the trainings of a recipe need, found by running one step of each on tensors without memory (`pipelines.tracing`)."""
+"""`vqvae2 plan`: what the trainings of a recipe need, found by running one step of each on tensors without memory (`pipelines.plan.memory`)."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from pipelines.cli import load_recipe, recipe_section
 from pipelines.config import PlanConfig
-from pipelines.plan_data import plan_data
-from pipelines.speed import hours, matrix_product_rate, timed
-from pipelines.tracing import AUTOCAST_TYPES, Cost, Stage, trace
-from prior.codes import Manifest
+from pipelines.plan.data import plan_data
+from pipelines.plan.memory import AUTOCAST_TYPES, Cost, Stage, trace
+from pipelines.plan.speed import hours, matrix_product_rate, timed
 from prior.config import PriorConfig, TrainPriorConfig
+from prior.manifest import Manifest
 from prior.registry import make_prior
 from prior.training import make_loss as make_prior_loss
 from prior.training import prior_config
+from vqvae2.common.accelerate import native_bf16, processes, use_cpu
 from vqvae2.common.config import TrainingConfig, check, from_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import native_bf16, processes, use_cpu
-from vqvae2.common.training import LossFunction, update_average
+from vqvae2.common.fit import LossFunction, update_average
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import make_adversarial_term
@@ -96,7 +96,11 @@ class Estimate:
 
     def fits(self, rows: int) -> bool:
         """Whether a step with so many rows at once fits the device, or nobody knows how much it has."""
-        return self.device.memory is None or sum(self.memory_with(rows).values()) * OVERHEAD[self.device.kind] <= self.device.memory
+        return (
+            self.device.memory is None
+            or sum(self.memory_with(rows).values()) * OVERHEAD[self.device.kind]
+            <= self.device.memory
+        )
 
     @property
     def flops_per_step(self) -> int:
@@ -113,8 +117,16 @@ def plan(config: PlanConfig) -> None:
         "images_per_second", config.images_per_second, f"one number, or one for each of the {len(stages)} trainings",
     )  # fmt: skip
     rates = config.images_per_second * (len(stages) // max(1, len(config.images_per_second)))
-    memory = f"{device.memory / GIBIBYTE:.1f} GiB memory" if device.memory else "unknown memory (--memory-gibibytes says how much)"
-    kind = device.kind if config.num_devices == 1 else f"{config.num_devices} devices of kind {device.kind}, each"
+    memory = (
+        f"{device.memory / GIBIBYTE:.1f} GiB memory"
+        if device.memory
+        else "unknown memory (--memory-gibibytes says how much)"
+    )
+    kind = (
+        device.kind
+        if config.num_devices == 1
+        else f"{config.num_devices} devices of kind {device.kind}, each"
+    )
     print(f"{config.recipe} on {kind} with {memory}")
     for i, stage in enumerate(stages):
         estimate = estimate_stage(stage, device, config.num_devices)
@@ -123,7 +135,9 @@ def plan(config: PlanConfig) -> None:
             print(f"  {line}")
     print("\ndata, between the trainings")
     autoencoder, *priors = stages
-    for line in plan_data(autoencoder, priors, config, device.torch_device if device.present else None):
+    for line in plan_data(
+        autoencoder, priors, config, device.torch_device if device.present else None
+    ):
         print(f"  {line}")
 
 
@@ -137,10 +151,18 @@ def find_device(config: PlanConfig) -> Device:
     kind = config.device if config.device != "auto" else "cpu" if use_cpu() else "cuda"
     present = kind == "cpu" or torch.cuda.is_available()
     if not present and config.memory_gibibytes is None:
-        raise UserError("device is 'cuda', but this machine has none: say how much memory it has, for example --memory-gibibytes 80.")
+        raise UserError(
+            "device is 'cuda', but this machine has none: say how much memory it has, for example --memory-gibibytes 80."
+        )
     if not present and config.measure:
-        raise UserError("measure is True, but this machine has no CUDA device to measure on: leave --measure out.")
-    return Device(kind, int(config.memory_gibibytes * GIBIBYTE) if config.memory_gibibytes else _memory_of(kind), present)
+        raise UserError(
+            "measure is True, but this machine has no CUDA device to measure on: leave --measure out."
+        )
+    return Device(
+        kind,
+        int(config.memory_gibibytes * GIBIBYTE) if config.memory_gibibytes else _memory_of(kind),
+        present,
+    )
 
 
 def _memory_of(kind: str) -> int | None:
@@ -162,13 +184,22 @@ def stages_of(config: PlanConfig) -> list[Stage]:
         UserError: no such recipe, an impossible setting, or priors of levels that the autoencoder does not have.
     """
     recipe, where = load_recipe(config.recipe), f"recipe {config.recipe}"
-    train = from_dict(TrainVQVAEConfig, recipe_section(recipe, "train"), where, missing=tyro.MISSING)
+    train = from_dict(
+        TrainVQVAEConfig, recipe_section(recipe, "train"), where, missing=tyro.MISSING
+    )
     num_levels = train.model.num_levels
     for name in recipe:
         if name.startswith("prior_") and int(name.removeprefix("prior_")) >= num_levels:
-            raise UserError(f"{where}: there is a section {name}, but the autoencoder has {num_levels} levels: its last one is prior_{num_levels - 1}.")
+            raise UserError(
+                f"{where}: there is a section {name}, but the autoencoder has {num_levels} levels: its last one is prior_{num_levels - 1}."
+            )
     priors = [
-        from_dict(TrainPriorConfig, {**recipe_section(recipe, "train-prior", str(level)), "level": str(level)}, where, missing=tyro.MISSING)
+        from_dict(
+            TrainPriorConfig,
+            {**recipe_section(recipe, "train-prior", str(level)), "level": str(level)},
+            where,
+            missing=tyro.MISSING,
+        )
         for level in range(num_levels)
     ]
     return [_autoencoder(train), *(_prior(prior, train, config.num_classes) for prior in priors)]
@@ -180,14 +211,26 @@ def _autoencoder(config: TrainVQVAEConfig) -> Stage:
 
     def make_model() -> nn.Module:
         model = VQVAE2(config.model)
-        return AdversarialPair(model, config.discriminator) if config.discriminator.weight else model
+        return (
+            AdversarialPair(model, config.discriminator) if config.discriminator.weight else model
+        )
 
     def make_loss(model: Any) -> LossFunction:
-        term = make_adversarial_term(config.discriminator, model.autoencoder.last_layer, start=0) if config.discriminator.weight else None
-        return make_vqvae_loss(config.reconstruction_loss, config.model.codebook_size_per_level, adversarial=term)
+        term = (
+            make_adversarial_term(config.discriminator, model.autoencoder.last_layer, start=0)
+            if config.discriminator.weight
+            else None
+        )
+        return make_vqvae_loss(
+            config.reconstruction_loss, config.model.codebook_size_per_level, adversarial=term
+        )
 
     def batch(rows: int, device: torch.device) -> dict[str, Tensor]:
-        return {"images": torch.randint(256, (rows, image.channels, height, width), dtype=torch.uint8, device=device)}
+        return {
+            "images": torch.randint(
+                256, (rows, image.channels, height, width), dtype=torch.uint8, device=device
+            )
+        }
 
     grids = ", ".join(f"{h} x {w}" for h, w in config.model.grids)
     title = f"autoencoder of images of {height} x {width} pixels and {image.channels} channels, code grids {grids}"
@@ -208,8 +251,14 @@ def _prior(config: TrainPriorConfig, train: TrainVQVAEConfig, num_classes: int) 
 
     def batch(rows: int, device: torch.device) -> dict[str, Any]:
         grids = zip(facts.grids, facts.codebook_sizes, strict=True)
-        drawn: dict[str, Any] = {"codes": [torch.randint(size, (rows, *grid), device=device) for grid, size in grids]}
-        return drawn | {"labels": torch.randint(num_classes, (rows,), device=device)} if facts.num_classes else drawn
+        drawn: dict[str, Any] = {
+            "codes": [torch.randint(size, (rows, *grid), device=device) for grid, size in grids]
+        }
+        return (
+            drawn | {"labels": torch.randint(num_classes, (rows,), device=device)}
+            if facts.num_classes
+            else drawn
+        )
 
     height, width = facts.grids[-1]
     classes = f"{facts.num_classes or 'no'} classes"
@@ -233,7 +282,9 @@ def estimate_stage(stage: Stage, device: Device, num_devices: int = 1) -> Estima
     precision = device.precision(config)
     two, three = (trace(stage, rows, precision) for rows in (2, 3))
     per_row = replace(two, **{name: getattr(three, name) - getattr(two, name) for name in PER_ROW})
-    fixed = replace(two, **{name: getattr(two, name) - 2 * getattr(per_row, name) for name in PER_ROW})
+    fixed = replace(
+        two, **{name: getattr(two, name) - 2 * getattr(per_row, name) for name in PER_ROW}
+    )
     return Estimate(stage, device, fixed, per_row, config.batch_size // parts)
 
 
@@ -248,16 +299,24 @@ def report(estimate: Estimate, config: PlanConfig, images_per_second: float | No
         f"parameters  {estimate.per_row.num_parameters / 1e6:,.2f} M",
         f"batch       {stage.config.batch_size} images per step{parts}, {'fp32' if precision == 'no' else precision} "
         f"({'--mixed-precision bf16 would about halve the activations' if precision == 'no' else 'weights in fp32'})",
-        f"memory      {_bytes(total)} = " + " + ".join(f"{name} {_bytes(size)}" for name, size in estimate.memory.items() if size),
+        f"memory      {_bytes(total)} = "
+        + " + ".join(f"{name} {_bytes(size)}" for name, size in estimate.memory.items() if size),
         f"            {advice(estimate, accumulation)}",
         f"compute     {estimate.flops_per_step / 1e12:,.3g} TFLOP per step, forward and backward",
     ]
-    return [*lines, *(f"time        {line}" for line in _time(estimate, config, images_per_second)), *(f"note        {note}" for note in stage.notes)]
+    return [
+        *lines,
+        *(f"time        {line}" for line in _time(estimate, config, images_per_second)),
+        *(f"note        {note}" for note in stage.notes),
+    ]
 
 
 def advice(estimate: Estimate, accumulation: int) -> str:
     """Whether it fits, and what to change if it does not."""
-    available, margin = estimate.device.memory, f"with a margin of {OVERHEAD[estimate.device.kind] - 1:.0%} for what lies between tensors"
+    available, margin = (
+        estimate.device.memory,
+        f"with a margin of {OVERHEAD[estimate.device.kind] - 1:.0%} for what lies between tensors",
+    )
     if available is None:
         return "nobody knows whether it fits: give --memory-gibibytes."
     if estimate.fits(estimate.rows):
@@ -277,16 +336,24 @@ def advice(estimate: Estimate, accumulation: int) -> str:
 def _time(estimate: Estimate, config: PlanConfig, images_per_second: float | None) -> list[str]:
     batch_size, num_steps = estimate.stage.config.batch_size, estimate.stage.config.num_steps
     if images_per_second is not None:
-        seconds, source = batch_size / images_per_second, f"at the given {images_per_second:g} images/s"
+        seconds, source = (
+            batch_size / images_per_second,
+            f"at the given {images_per_second:g} images/s",
+        )
     elif not estimate.device.present:
-        return ["unknown: this machine has no such device; --images-per-second makes hours of a rate that you know."]
+        return [
+            "unknown: this machine has no such device; --images-per-second makes hours of a rate that you know."
+        ]
     else:
         seconds, source = step_seconds(estimate, measure=config.measure)
         seconds /= config.num_devices
         source += f", times {config.num_devices} devices" * (config.num_devices > 1)
     images = config.num_images or 1_000_000
     if config.num_images:
-        epoch, all_steps = f"an epoch of {images:,} images", f"all {num_steps:,} steps, {num_steps * batch_size / images:,.3g} epochs"
+        epoch, all_steps = (
+            f"an epoch of {images:,} images",
+            f"all {num_steps:,} steps, {num_steps * batch_size / images:,.3g} epochs",
+        )
     else:
         epoch, all_steps = "1,000,000 images", f"all {num_steps:,} steps"
     return [
@@ -300,18 +367,30 @@ def step_seconds(estimate: Estimate, *, measure: bool) -> tuple[float, str]:
     device, stage = estimate.device, estimate.stage
     precision = device.precision(stage.config)
     rate = matrix_product_rate(device.torch_device, AUTOCAST_TYPES[precision])
-    bound = estimate.flops_per_step / rate, f"at least, at the speed of a matrix product measured here, {rate / 1e12:,.3g} TFLOP/s"
+    bound = (
+        estimate.flops_per_step / rate,
+        f"at least, at the speed of a matrix product measured here, {rate / 1e12:,.3g} TFLOP/s",
+    )
     if not measure:
         return bound
     one = estimate.per_row.flops / rate
     if one > PATIENCE or not estimate.fits(1):
-        return bound[0], f"{bound[1]} (a real step of a single image would take too long or does not fit, so none was timed)"
+        return (
+            bound[0],
+            f"{bound[1]} (a real step of a single image would take too long or does not fit, so none was timed)",
+        )
     rows = min(estimate.rows, max(1, int(1.0 / one)))
-    while rows > 1 and not estimate.fits(2 * rows):  # twice: a measurement is no reason to fill the machine
+    while rows > 1 and not estimate.fits(
+        2 * rows
+    ):  # twice: a measurement is no reason to fill the machine
         rows //= 2
     forward_and_backward, update = time_step(stage, rows, device.torch_device, precision)
     seconds = forward_and_backward * stage.config.batch_size / rows + update
-    extrapolated = "" if rows == stage.config.batch_size else f" with {rows} images, extrapolated to {stage.config.batch_size}"
+    extrapolated = (
+        ""
+        if rows == stage.config.batch_size
+        else f" with {rows} images, extrapolated to {stage.config.batch_size}"
+    )
     return seconds, f"at the rate of a real step timed here{extrapolated}"
 
 

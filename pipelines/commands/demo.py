@@ -8,9 +8,9 @@ from typing import Any
 
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import DemoConfig
-from prior.codes import read_manifest
+from prior.manifest import read_manifest
 from vqvae2.common.config import from_dict
-from vqvae2.common.files import RunRecord
+from vqvae2.common.runs import RunRecord
 
 
 def demo(config: DemoConfig) -> None:
@@ -29,10 +29,19 @@ def demo(config: DemoConfig) -> None:
         _run("train", config, data=data, output_dir=vqvae)
         _run("extract", config, vqvae=vqvae, data=data, output_dir=codes)
         for level, folder in enumerate(priors):
-            _run("train-prior", config, level=str(level), codes=codes, vqvae=vqvae, output_dir=folder)
+            _run(
+                "train-prior", config, level=str(level), codes=codes, vqvae=vqvae, output_dir=folder
+            )
         _run("assemble", config, vqvae=vqvae, priors=priors, output_dir=f"{root}/pipeline")
         if not (root / "reconstructions" / "reconstructions.png").exists():
-            _run("reconstruct", config, vqvae=vqvae, images=str(images), held_out=True, output_dir=f"{root}/reconstructions")
+            _run(
+                "reconstruct",
+                config,
+                vqvae=vqvae,
+                images=str(images),
+                held_out=True,
+                output_dir=f"{root}/reconstructions",
+            )
     if not (root / "samples" / "samples.png").exists():
         _run("sample", config, pipeline=f"{root}/pipeline", output_dir=f"{root}/samples")
     print(summary(root))
@@ -50,7 +59,10 @@ def _run(command: str, config: DemoConfig, **settings: Any) -> None:
 def best_validation(run: Path) -> dict[str, float]:
     """The held-out figures of the weights that a run folder holds."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    best = min((line for line in lines if "validation/loss" in line), key=lambda line: line["validation/loss"])
+    best = min(
+        (line for line in lines if "validation/loss" in line),
+        key=lambda line: line["validation/loss"],
+    )
     return {name.removeprefix("validation/"): value for name, value in best.items()}
 
 
@@ -68,7 +80,9 @@ def summary(root: Path) -> str:
         "",
         f"Held out: reconstruction MSE {stage_1['mse']:.4f} (pixels in [-1, 1])",
     ]
-    for level, (size, (height, width)) in enumerate(zip(manifest.codebook_sizes, manifest.grids, strict=True)):
+    for level, (size, (height, width)) in enumerate(
+        zip(manifest.codebook_sizes, manifest.grids, strict=True)
+    ):
         prior = best_validation(root / f"prior_{level}")
         name = ("top", "bottom")[level]
         lines.append(

@@ -10,24 +10,32 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines.codes import problems
+from pipelines.commands.codes import problems
+from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.pipeline import part_folders
-from prior.audit import Finding, audit, check_beats_frequencies, check_cached_equals_plain, check_condition_helps, dataset_rows, spread
+from prior.audit import (
+    Finding,
+    audit,
+    check_beats_frequencies,
+    check_cached_equals_plain,
+    check_condition_helps,
+    dataset_rows,
+    spread,
+)
 from prior.base import Prior
-from prior.codes import SPLITS, CodeDataset, Manifest, read_manifest, read_shard
+from prior.manifest import SPLITS, CodeDataset, Manifest, read_manifest, read_shard
 from prior.registry import load_prior
+from vqvae2.codebook_stats import level_name
+from vqvae2.common.accelerate import processes
 from vqvae2.common.config import from_dict, read_yaml
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import processes
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageSource, load_source
 from vqvae2.data.augmentation import ORIGINAL, view_change
 from vqvae2.data.sources import is_local
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
-from vqvae2.usage import level_name
 
 MOST_ROWS = 256  # real rows that a likelihood is measured on
 DIFFERENT = 0.01  # share of codes that may differ from those extracted on another machine: near a border between two codes the last bits decide
@@ -57,7 +65,9 @@ def doctor(config: DoctorConfig) -> int:
     for finding in examine(parts, images):
         number += 1
         failed += not finding.passed
-        print(f"{'pass' if finding.passed else 'FAIL'}  {finding.name}: {finding.message}", flush=True)
+        print(
+            f"{'pass' if finding.passed else 'FAIL'}  {finding.name}: {finding.message}", flush=True
+        )
     print(f"\n{failed} of {number} checks failed." if failed else f"\nAll {number} checks passed.")
     for sentence in not_checked(parts, images):
         print(f"Not checked: {sentence}")
@@ -74,10 +84,14 @@ def load_parts(config: DoctorConfig) -> Parts:
     priors: Sequence[str | Path] = config.priors
     if config.pipeline is not None:
         if vqvae is not None or priors:
-            raise UserError("--pipeline is given together with --vqvae or --priors: give one or the other.")
+            raise UserError(
+                "--pipeline is given together with --vqvae or --priors: give one or the other."
+            )
         vqvae, priors = part_folders(config.pipeline)
     if vqvae is None and not priors and config.codes is None:
-        raise UserError("nothing to check: give --pipeline DIR, or any of --vqvae DIR, --codes DIR and --priors DIR DIR ...; the more, the more is checked.")
+        raise UserError(
+            "nothing to check: give --pipeline DIR, or any of --vqvae DIR, --codes DIR and --priors DIR DIR ...; the more, the more is checked."
+        )
     device = processes().device
     codes = Path(config.codes) if config.codes is not None else None
     return Parts(
@@ -97,17 +111,27 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
     """
     path, validation_path = config.data.path, config.data.validation_path
     if path is not None and (parts.codes is None or parts.vqvae is None):
-        raise UserError("--data.path is given, but images are compared with codes: give --codes DIR and the autoencoder too.")
+        raise UserError(
+            "--data.path is given, but images are compared with codes: give --codes DIR and the autoencoder too."
+        )
     if path is None and validation_path is not None:
         raise UserError("--data.validation-path is given without --data.path: give both.")
     if parts.codes is None or parts.vqvae is None:
         return {}
-    data = ImagesConfig(path=path, validation_path=validation_path) if path is not None else _recorded_images(parts.codes)
+    data = (
+        ImagesConfig(path=path, validation_path=validation_path)
+        if path is not None
+        else _recorded_images(parts.codes)
+    )
     if data is None:
         return {}
     channels = parts.vqvae.config.image.channels
     train = load_source(data, channels)
-    held_out = load_source(replace(data, path=data.validation_path), channels) if data.validation_path is not None else train
+    held_out = (
+        load_source(replace(data, path=data.validation_path), channels)
+        if data.validation_path is not None
+        else train
+    )
     return {"train": train, "validation": held_out}
 
 
@@ -118,7 +142,11 @@ def _recorded_images(codes: Path) -> ImagesConfig | None:
     if recorded is None:
         return None
     data = from_dict(ImagesConfig, recorded, str(record))
-    return data if all(is_local(path) for path in (data.path, data.validation_path) if path is not None) else None
+    return (
+        data
+        if all(is_local(path) for path in (data.path, data.validation_path) if path is not None)
+        else None
+    )
 
 
 def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding]:
@@ -127,12 +155,19 @@ def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding
         yield check_parts(parts)
     if parts.vqvae is not None:
         for level, quantizer in enumerate(parts.vqvae.quantizers):
-            yield check_round_trip(cast(Quantizer, quantizer), level_name(level, parts.vqvae.config.num_levels))
+            yield check_round_trip(
+                cast(Quantizer, quantizer), level_name(level, parts.vqvae.config.num_levels)
+            )
     datasets: dict[str, CodeDataset] = {}
     if parts.codes is not None and parts.manifest is not None:
         finding, datasets = check_codes(parts.codes, parts.manifest)
         yield finding
-        if datasets and images and parts.vqvae is not None and parts.vqvae.config.grids == parts.manifest.grids:
+        if (
+            datasets
+            and images
+            and parts.vqvae is not None
+            and parts.vqvae.config.grids == parts.manifest.grids
+        ):
             yield check_extraction(parts.vqvae, parts.codes, parts.manifest, datasets, images)
     for prior in parts.priors:
         for finding in examine_prior(prior, parts.manifest, datasets):
@@ -149,18 +184,24 @@ def not_checked(parts: Parts, images: Mapping[str, ImageSource]) -> list[str]:
     if parts.vqvae is None:
         sentences.append("the autoencoder (give --pipeline, or --vqvae).")
     if parts.codes is not None and parts.vqvae is not None and not images:
-        sentences.append("whether images still get the codes that are stored (their record names no images that are there: give --data.path).")
+        sentences.append(
+            "whether images still get the codes that are stored (their record names no images that are there: give --data.path)."
+        )
     return sentences
 
 
-def examine_prior(prior: Prior, manifest: Manifest | None, datasets: Mapping[str, CodeDataset]) -> Iterator[Finding]:
+def examine_prior(
+    prior: Prior, manifest: Manifest | None, datasets: Mapping[str, CodeDataset]
+) -> Iterator[Finding]:
     """The structural checks, and with codes that fit the prior those of what it has learned: on held-out rows, if there are two."""
     yield from audit(prior)
     if manifest is None or not datasets or not _fits(prior, manifest):
         return
     held_out = datasets["validation"] if len(datasets["validation"]) > 1 else datasets["train"]
     rows = dataset_rows(prior, held_out, MOST_ROWS)
-    yield check_cached_equals_plain(prior, dataset_rows(prior, held_out, 2))._replace(name="cache on real codes")
+    yield check_cached_equals_plain(prior, dataset_rows(prior, held_out, 2))._replace(
+        name="cache on real codes"
+    )
     helps = check_condition_helps(prior, rows)
     if helps is not None:
         yield helps
@@ -171,30 +212,46 @@ def _fits(prior: Prior, manifest: Manifest) -> bool:
     """Whether the prior can read the codes at all."""
     config, number = prior.config, prior.config.level + 1
     same_classes = not config.num_classes or config.class_names == manifest.class_names
-    return config.grids == manifest.grids[:number] and config.codebook_sizes == manifest.codebook_sizes[:number] and same_classes
+    return (
+        config.grids == manifest.grids[:number]
+        and config.codebook_sizes == manifest.codebook_sizes[:number]
+        and same_classes
+    )
 
 
 def check_parts(parts: Parts) -> Finding:
     """Every part was made with the same encoder, for the same grids, codebooks and classes."""
     manifest, wrong = parts.manifest, []
     hashes = {"the autoencoder": parts.vqvae.content_hash()} if parts.vqvae is not None else {}
-    shapes = {"the autoencoder": (parts.vqvae.config.grids, parts.vqvae.config.codebook_size_per_level)} if parts.vqvae is not None else {}
+    shapes = (
+        {"the autoencoder": (parts.vqvae.config.grids, parts.vqvae.config.codebook_size_per_level)}
+        if parts.vqvae is not None
+        else {}
+    )
     classes = {}
     if manifest is not None:
-        hashes["the code dataset"], shapes["the code dataset"] = manifest.encoder_hash, (manifest.grids, manifest.codebook_sizes)
+        hashes["the code dataset"], shapes["the code dataset"] = (
+            manifest.encoder_hash,
+            (manifest.grids, manifest.codebook_sizes),
+        )
         classes["the code dataset"] = manifest.class_names
     for prior in parts.priors:
         name, config = f"the prior of level {prior.config.level}", prior.config
         hashes[name], shapes[name] = config.encoder_hash, (config.grids, config.codebook_sizes)
         if config.num_classes:
             classes[name] = config.class_names
-    datasets = {f"the prior of level {prior.config.level} was trained on": prior.config.codes_hash for prior in parts.priors}
+    datasets = {
+        f"the prior of level {prior.config.level} was trained on": prior.config.codes_hash
+        for prior in parts.priors
+    }
     if manifest is not None:
         datasets = {"the code dataset is": manifest.codes_hash, **datasets}
     first, encoder = next(iter(hashes.items()))
     for name, other in hashes.items():
         if other != encoder:
-            wrong.append(f"{name} belongs to the encoder {other[:12]}, but {first} to {encoder[:12]}")
+            wrong.append(
+                f"{name} belongs to the encoder {other[:12]}, but {first} to {encoder[:12]}"
+            )
     for name, other in datasets.items():
         known = next(iter(datasets))
         if other != datasets[known]:
@@ -203,16 +260,26 @@ def check_parts(parts: Parts) -> Finding:
         known_grids, known_sizes = shapes[first]
         number = min(len(grids), len(known_grids))
         if (grids[:number], sizes[:number]) != (known_grids[:number], known_sizes[:number]):
-            wrong.append(f"{name} has the grids {grids} of {sizes} codes, but {first} has {known_grids} of {known_sizes}")
+            wrong.append(
+                f"{name} has the grids {grids} of {sizes} codes, but {first} has {known_grids} of {known_sizes}"
+            )
     for name, names in classes.items():
         known = next(iter(classes))
         if names != classes[known]:
-            wrong.append(f"{name} has the classes {', '.join(names) or 'none'}, but {known} has {', '.join(classes[known]) or 'none'}")
+            wrong.append(
+                f"{name} has the classes {', '.join(names) or 'none'}, but {known} has {', '.join(classes[known]) or 'none'}"
+            )
     levels = [prior.config.level for prior in parts.priors]
     if len(set(levels)) < len(levels):
         wrong.append(f"the priors are of the levels {levels}, some of which come twice")
-    if parts.complete and parts.vqvae is not None and levels != list(range(parts.vqvae.config.num_levels)):
-        wrong.append(f"the priors are of the levels {levels}, but the pipeline needs {list(range(parts.vqvae.config.num_levels))}, the top first")
+    if (
+        parts.complete
+        and parts.vqvae is not None
+        and levels != list(range(parts.vqvae.config.num_levels))
+    ):
+        wrong.append(
+            f"the priors are of the levels {levels}, but the pipeline needs {list(range(parts.vqvae.config.num_levels))}, the top first"
+        )
     if wrong:
         what_to_do = "The codes of one part mean something else to another: extract with this autoencoder and train the priors on those codes."
         return Finding("parts", False, f"{'; '.join(wrong)}. {what_to_do}")
@@ -223,7 +290,9 @@ def check_parts(parts: Parts) -> Finding:
 def check_round_trip(quantizer: Quantizer, name: str) -> Finding:
     """Every code of a level, looked up and quantized again, comes back as itself, and with the same embedding."""
     size = int(getattr(quantizer, "codebook_size", 0)) or int(cast(Tensor, quantizer.levels).prod())
-    codes = torch.arange(size, device=next(iter(quantizer.buffers())).device)[None, :, None]  # (1, K, 1): one image of K codes
+    codes = torch.arange(size, device=next(iter(quantizer.buffers())).device)[
+        None, :, None
+    ]  # (1, K, 1): one image of K codes
     back = quantizer.eval()(quantizer.features_of(codes))
     changed = (back.codes != codes).flatten().nonzero().flatten().tolist()
     if changed:
@@ -236,8 +305,16 @@ def check_round_trip(quantizer: Quantizer, name: str) -> Finding:
         return Finding(f"round trip, {name}", False, f"{what}. {what_to_do}")
     if not torch.allclose(back.embeddings, quantizer.lookup(codes), atol=1e-4):
         what_to_do = "The decoder gets other vectors for codes than it was trained with: bring lookup in line with forward."
-        return Finding(f"round trip, {name}", False, f"looking up a code gives another embedding than quantizing does. {what_to_do}")
-    return Finding(f"round trip, {name}", True, f"all {size} codes, looked up and quantized again, come back as themselves.")
+        return Finding(
+            f"round trip, {name}",
+            False,
+            f"looking up a code gives another embedding than quantizing does. {what_to_do}",
+        )
+    return Finding(
+        f"round trip, {name}",
+        True,
+        f"all {size} codes, looked up and quantized again, come back as themselves.",
+    )
 
 
 def check_codes(folder: Path, manifest: Manifest) -> tuple[Finding, dict[str, CodeDataset]]:
@@ -248,13 +325,28 @@ def check_codes(folder: Path, manifest: Manifest) -> tuple[Finding, dict[str, Co
     except UserError as error:
         return Finding("codes", False, wrong[0] if wrong else str(error)), {}
     if wrong:
-        return Finding("codes", False, f"{wrong[0]}{f' And {len(wrong) - 1} more, see vqvae2 codes verify.' if wrong[1:] else ''}"), datasets
-    grids = ", ".join(f"{h} x {w} of {size}" for (h, w), size in zip(manifest.grids, manifest.codebook_sizes, strict=True))
+        return Finding(
+            "codes",
+            False,
+            f"{wrong[0]}{f' And {len(wrong) - 1} more, see vqvae2 codes verify.' if wrong[1:] else ''}",
+        ), datasets
+    grids = ", ".join(
+        f"{h} x {w} of {size}"
+        for (h, w), size in zip(manifest.grids, manifest.codebook_sizes, strict=True)
+    )
     numbers = f"{manifest.num_train} training rows and {manifest.num_validation} held out"
-    return Finding("codes", True, f"{numbers}, no image twice, all codes inside their codebooks ({grids})."), datasets
+    return Finding(
+        "codes", True, f"{numbers}, no image twice, all codes inside their codebooks ({grids})."
+    ), datasets
 
 
-def check_extraction(vqvae: VQVAE2, folder: Path, manifest: Manifest, datasets: Mapping[str, CodeDataset], images: Mapping[str, ImageSource]) -> Finding:
+def check_extraction(
+    vqvae: VQVAE2,
+    folder: Path,
+    manifest: Manifest,
+    datasets: Mapping[str, CodeDataset],
+    images: Mapping[str, ImageSource],
+) -> Finding:
     """Some images, found by their ids and encoded again, get the codes that are stored."""
     wrong, total, missing = [0] * vqvae.config.num_levels, [0] * vqvae.config.num_levels, 0
     first = ""
@@ -263,15 +355,24 @@ def check_extraction(vqvae: VQVAE2, folder: Path, manifest: Manifest, datasets: 
         found = {name: i for i, name in enumerate(images[split].ids)}
         if split == "train":
             found = {name: i for i, name in reversed(list(enumerate(images[split].ids)))}
-        pairs = [pair for shard in manifest.shards(split) for table in read_shard(folder, manifest, split, shard, ["id", "view"]) for pair in _pairs(table)]
+        pairs = [
+            pair
+            for shard in manifest.shards(split)
+            for table in read_shard(folder, manifest, split, shard, ["id", "view"])
+            for pair in _pairs(table)
+        ]
         rows = [row for row in spread(len(pairs), LANES // 2) if pairs[row][0] in found]
         missing += len(spread(len(pairs), LANES // 2)) - len(rows)
         if not rows:
             continue
-        pictures = ImageDataset(images[split], [found[pairs[row][0]] for row in rows], vqvae.config.image)
+        pictures = ImageDataset(
+            images[split], [found[pairs[row][0]] for row in rows], vqvae.config.image
+        )
         pixels = torch.stack([_view(pictures, i, pairs[row][1]) for i, row in enumerate(rows)])
         stored = dataset.__getitems__(rows)["codes"]
-        for level, (again, before) in enumerate(zip(encode_lanes(vqvae, pixels), stored, strict=True)):
+        for level, (again, before) in enumerate(
+            zip(encode_lanes(vqvae, pixels), stored, strict=True)
+        ):
             different = again != before.flatten(1)
             wrong[level] += int(different.sum())
             total[level] += different.numel()
@@ -279,7 +380,11 @@ def check_extraction(vqvae: VQVAE2, folder: Path, manifest: Manifest, datasets: 
                 first = f", the first of {split}/{pairs[rows[int(different.any(dim=1).nonzero()[0])]][0]}"
     if not max(total):
         what_to_do = "give the images that the codes were extracted from (--data.path)."
-        return Finding("extraction", False, f"none of the {missing} images asked for is among these images: {what_to_do}")
+        return Finding(
+            "extraction",
+            False,
+            f"none of the {missing} images asked for is among these images: {what_to_do}",
+        )
     names = [level_name(level, vqvae.config.num_levels) for level in range(vqvae.config.num_levels)]
     said = ", ".join(f"{w} of {t} {name}" for w, t, name in zip(wrong, total, names, strict=True))
     if any(w > DIFFERENT * t for w, t in zip(wrong, total, strict=True)):
@@ -287,7 +392,11 @@ def check_extraction(vqvae: VQVAE2, folder: Path, manifest: Manifest, datasets: 
         what_to_do = "The codes are of another autoencoder, other images or another preparation, or were changed: extract again, and train the priors on them."
         return Finding("extraction", False, f"{what}. {what_to_do}")
     rest = f" ({missing} images are not there any more)" if missing else ""
-    return Finding("extraction", True, f"images encoded again get their stored codes: {said} codes differ{rest}.")
+    return Finding(
+        "extraction",
+        True,
+        f"images encoded again get their stored codes: {said} codes differ{rest}.",
+    )
 
 
 def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:
@@ -297,4 +406,8 @@ def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:
 
 def _view(pictures: ImageDataset, index: int, view: str) -> Tensor:
     """A picture as extraction saw it, `(C, H, W)`."""
-    return pictures.pixels(index) if view == ORIGINAL else pictures.changed(index, partial(view_change, view, pictures.config))
+    return (
+        pictures.pixels(index)
+        if view == ORIGINAL
+        else pictures.changed(index, partial(view_change, view, pictures.config))
+    )

@@ -1,7 +1,6 @@
 """The one training loop: any model, any loss, on one process or many, exactly resumable."""
 
 import copy
-import json
 import math
 import signal
 import time
@@ -20,14 +19,13 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.config import TrainingConfig
-from vqvae2.common.curves import run_curves
-from vqvae2.common.errors import Stopped, UserError
-from vqvae2.common.files import remove_folder, write_text
+from vqvae2.common.errors import Stopped
+from vqvae2.common.files import remove_folder
 from vqvae2.common.loading import Loader
+from vqvae2.common.metrics import Describe, Metrics
 from vqvae2.common.pictures import save_picture
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
-Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
 Evaluate = Callable[[Any], Mapping[str, float]]
 Draw = Callable[[Any], Image.Image]
 ParameterGroups = Sequence[Mapping[str, Any]]
@@ -83,7 +81,9 @@ def fit(
     _seed_processes(config.seed, accelerator.process_index)
 
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
-    averaged = copy.deepcopy(model).to(accelerator.device).eval() if config.weight_ema_decay else None
+    averaged = (
+        copy.deepcopy(model).to(accelerator.device).eval() if config.weight_ema_decay else None
+    )
     if config.compile:
         model.compile()  # in place: names of weights stay as they are
     groups = parameter_groups or [{"params": list(model.parameters())}]
@@ -92,7 +92,7 @@ def fit(
     kept = plain if averaged is None else averaged
 
     # All state that must survive: weights, optimizer, gradient scaler and random numbers (Accelerate's own), and this.
-    metrics = _Metrics(output_dir, accelerator, config, describe or _scalars)
+    metrics = Metrics(output_dir, accelerator, config, describe or _scalars)
     progress = _Progress(averaged, metrics)
     accelerator.register_for_checkpointing(progress)
     checkpoints = _Checkpoints(output_dir / "checkpoints", accelerator, config.keep_checkpoints)
@@ -101,7 +101,13 @@ def fit(
         return
     metrics.begin(progress.step)
     batches = loader.start_at(progress.step * config.gradient_accumulation_steps)
-    bar = tqdm(total=config.num_steps, initial=progress.step, desc=output_dir.name, unit="step", disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=config.num_steps,
+        initial=progress.step,
+        desc=output_dir.name,
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
 
     with _signals() as received, bar:
         while progress.step < config.num_steps:
@@ -117,7 +123,9 @@ def fit(
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 metrics.waited += time.perf_counter() - asked
                 final = part == config.gradient_accumulation_steps - 1
-                with nullcontext() if final else accelerator.no_sync(net):  # all-reduce the gradients once per update
+                with (
+                    nullcontext() if final else accelerator.no_sync(net)
+                ):  # all-reduce the gradients once per update
                     with accelerator.autocast():
                         loss, figures = loss_fn(net, batch)
                     accelerator.backward(loss / config.gradient_accumulation_steps)
@@ -143,7 +151,11 @@ def fit(
                 more = "".join(f", {name} {means[name]:.0f}" for name in shown)
                 speed = f"{means['images_per_second']:.0f} images/s, {means['data_wait_share']:.0%} of the time waiting for data"
                 bar.set_postfix_str(f"loss {means['loss']:.4f}{more}, {speed}")
-            stop = bool(received) if accelerator.num_processes == 1 else report and _any_process(accelerator, bool(received))
+            stop = (
+                bool(received)
+                if accelerator.num_processes == 1
+                else report and _any_process(accelerator, bool(received))
+            )
 
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
@@ -152,33 +164,50 @@ def fit(
                 metrics.write(step, {f"validation/{name}": value for name, value in found.items()})
                 if accelerator.is_main_process:
                     metrics.draw_curves()
-                    bar.write(f"step {step}: held out " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+                    bar.write(
+                        f"step {step}: held out "
+                        + ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+                    )
                 if "loss" not in found or found["loss"] < progress.best:
                     progress.best = found.get("loss", progress.best)
                     if accelerator.is_main_process:
                         kept.save_pretrained(output_dir)
-            if draw is not None and config.picture_every and (last or step % config.picture_every == 0) and accelerator.is_main_process:
+            if (
+                draw is not None
+                and config.picture_every
+                and (last or step % config.picture_every == 0)
+                and accelerator.is_main_process
+            ):
                 kept.eval()
                 picture = draw(kept)
                 save_picture(picture, output_dir / "images" / f"step_{step:08d}.png")
                 metrics.write_picture(step, picture)
 
             # Save the state.
-            if last and accelerator.is_main_process and (evaluate is None or not (output_dir / WEIGHTS_NAME).exists()):
+            if (
+                last
+                and accelerator.is_main_process
+                and (evaluate is None or not (output_dir / WEIGHTS_NAME).exists())
+            ):
                 kept.save_pretrained(output_dir)
             if save or stop:
                 metrics.check_finite(step)
                 checkpoints.save(step)
             if stop and not last:
                 number = received[0] if received else signal.SIGTERM
-                raise Stopped(f"{output_dir}: stopped at step {step} of {config.num_steps}, state saved; the same command continues.", number)
+                raise Stopped(
+                    f"{output_dir}: stopped at step {step} of {config.num_steps}, state saved; the same command continues.",
+                    number,
+                )
             metrics.started += time.perf_counter() - pause
     metrics.close()
 
 
 def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     """Whether the run in this folder has made all its steps and left its model."""
-    return (output_dir / WEIGHTS_NAME).exists() and (output_dir / "checkpoints" / step_name(config.num_steps)).exists()
+    return (output_dir / WEIGHTS_NAME).exists() and (
+        output_dir / "checkpoints" / step_name(config.num_steps)
+    ).exists()
 
 
 def step_name(step: int) -> str:
@@ -202,14 +231,35 @@ def _scalars(step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, flo
     return {name: total.item() / count for name, total in sums.items() if total.ndim == 0}
 
 
-def _make_optimizer(groups: ParameterGroups, device: torch.device, config: TrainingConfig) -> torch.optim.Optimizer:
+def _make_optimizer(
+    groups: ParameterGroups, device: torch.device, config: TrainingConfig
+) -> torch.optim.Optimizer:
     """Matrices and kernels decay, vectors do not."""
     split = []
     for group in groups:
         learned = [p for p in group["params"] if p.requires_grad]
-        split.append({"rate": 1.0, **group, "params": [p for p in learned if p.ndim >= 2], "weight_decay": config.weight_decay})
-        split.append({"rate": 1.0, **group, "params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0})
-    return torch.optim.AdamW(split, lr=config.learning_rate, betas=config.adam_betas, fused=device.type in ("cpu", "cuda"))
+        split.append(
+            {
+                "rate": 1.0,
+                **group,
+                "params": [p for p in learned if p.ndim >= 2],
+                "weight_decay": config.weight_decay,
+            }
+        )
+        split.append(
+            {
+                "rate": 1.0,
+                **group,
+                "params": [p for p in learned if p.ndim < 2],
+                "weight_decay": 0.0,
+            }
+        )
+    return torch.optim.AdamW(
+        split,
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        fused=device.type in ("cpu", "cuda"),
+    )
 
 
 def _seed_processes(seed: int, process_index: int) -> None:
@@ -224,18 +274,28 @@ def _evaluate(evaluate: Evaluate, model: Any, accelerator: Accelerator) -> Mappi
 
 
 def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item())
+    return bool(
+        accelerator.reduce(
+            torch.tensor(float(flag), device=accelerator.device), reduction="sum"
+        ).item()
+    )
 
 
 class _Progress:
     """What Accelerate does not know of: the step, the best held-out loss so far, the averaged weights, figures not yet reported."""
 
-    def __init__(self, averaged: nn.Module | None, metrics: "_Metrics") -> None:
+    def __init__(self, averaged: nn.Module | None, metrics: "Metrics") -> None:
         self.step, self.best, self.averaged, self.metrics = 0, math.inf, averaged, metrics
 
     def state_dict(self) -> dict[str, Any]:
         averaged = self.averaged.state_dict() if self.averaged is not None else {}
-        return {"step": self.step, "best": self.best, "averaged": averaged, "sums": self.metrics.sums, "count": self.metrics.count}
+        return {
+            "step": self.step,
+            "best": self.best,
+            "averaged": averaged,
+            "sums": self.metrics.sums,
+            "count": self.metrics.count,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.best, self.metrics.count = state["step"], state["best"], state["count"]
@@ -259,90 +319,15 @@ class _Checkpoints:
 
     def save(self, step: int) -> None:
         aside, target = self.folder / f".{step_name(step)}.partial", self.folder / step_name(step)
-        self.accelerator.save_state(str(aside))  # on every process: each has random numbers of its own
+        self.accelerator.save_state(
+            str(aside)
+        )  # on every process: each has random numbers of its own
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and not target.exists():
             aside.rename(target)
             for old in self._all()[: -self.keep]:
                 remove_folder(old)
         self.accelerator.wait_for_everyone()
-
-
-class _Metrics:
-    """metrics.jsonl and the tracker, written by the main process; means over all steps and processes since the last line."""
-
-    def __init__(self, output_dir: Path, accelerator: Accelerator, config: TrainingConfig, describe: Describe) -> None:
-        self.path, self.accelerator, self.config, self.describe = output_dir / "metrics.jsonl", accelerator, config, describe
-        self.name = output_dir.name
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0  # of updates' parts in the sums
-        self.timed = 0  # of those, the ones that this process's clock has seen
-        self.waited = 0.0  # seconds that the loop stood still for the next batch
-
-    def begin(self, step: int) -> None:
-        """Start the clock and the tracker; drop lines of steps that a killed run made after its last checkpoint, to be made again."""
-        if self.config.tracker:
-            self.accelerator.init_trackers(self.name)
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            write_text(self.path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.started = time.perf_counter()
-
-    def add(self, figures: Mapping[str, Tensor]) -> None:
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
-        self.timed += 1
-
-    def share(self) -> None:
-        """Give every process the mean of the sums: the state that is saved is the main process's."""
-        if self.sums and self.accelerator.num_processes > 1:
-            self.sums = self.accelerator.reduce(self.sums, reduction="mean")
-
-    def check_finite(self, step: int) -> None:
-        """Stop before weights that are lost are validated or saved: a loss that was not finite at any step stays so in the sum.
-
-        Raises:
-            UserError: on every process alike.
-        """
-        self.share()
-        if self.sums and not math.isfinite(loss := self.sums["loss"].item()):
-            raise UserError(
-                f"{self.path.parent}: the loss is {loss} at step {step}. The last checkpoint and the best model are intact; "
-                f"try a lower learning_rate or --mixed-precision no, in a new --output-dir."
-            )
-
-    def write_means(self, step: int, rate: float) -> dict[str, float]:
-        means = self.describe(step, self.sums, self.count)
-        steps = self.timed / self.config.gradient_accumulation_steps
-        elapsed = time.perf_counter() - self.started
-        means |= {"images_per_second": steps * self.config.batch_size / elapsed, "data_wait_share": self.waited / elapsed}
-        self.write(step, {"images": step * self.config.batch_size, "learning_rate": rate, **means})
-        self.sums, self.count, self.timed, self.waited, self.started = {}, 0, 0, 0.0, time.perf_counter()
-        return means
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self.config.tracker:
-            self.accelerator.log(dict(figures), step=step)
-
-    def draw_curves(self) -> None:
-        """curves.png: training and held-out figures over the steps."""
-        picture = run_curves(self.path)
-        if picture is not None:
-            save_picture(picture, self.path.parent / "curves.png")
-
-    def write_picture(self, step: int, picture: Image.Image) -> None:
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"picture": np.asarray(picture)[None]}, step=step, **layout)
-
-    def close(self) -> None:
-        if self.config.tracker:
-            self.accelerator.end_training()
 
 
 @contextmanager
@@ -356,7 +341,9 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
 
     try:
-        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)
+        }
     except ValueError:  # not in the main thread: whoever runs the thread handles signals
         yield received
         return

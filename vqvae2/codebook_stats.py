@@ -25,7 +25,11 @@ def carriers(counts: Tensor, share: float = 0.95) -> int:
 
 def level_name(level: int, num_levels: int) -> str:
     """top, bottom, or the number of a level between them."""
-    return {0: "top", num_levels - 1: "bottom"}.get(level, f"level {level}") if num_levels > 1 else "codebook"
+    return (
+        {0: "top", num_levels - 1: "bottom"}.get(level, f"level {level}")
+        if num_levels > 1
+        else "codebook"
+    )
 
 
 def verdict(name: str, counts: Tensor) -> tuple[bool, str]:
@@ -35,7 +39,10 @@ def verdict(name: str, counts: Tensor) -> tuple[bool, str]:
     if perplexity(counts) >= COLLAPSED * size:
         return True, f"{found}: in use."
     if counts.sum() < 10 * size:
-        return False, f"{found}, of which there are only {int(counts.sum())}: too few to judge; use more images or a smaller codebook_sizes."
+        return (
+            False,
+            f"{found}, of which there are only {int(counts.sum())}: too few to judge; use more images or a smaller codebook_sizes.",
+        )
     return False, (
         f"{found}: it has collapsed; lower learning_rate, raise model.quantizer.revival_threshold (and keep start_from_data on), "
         f"or take a smaller codebook_sizes."

@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
@@ -22,7 +26,9 @@ def native_bf16() -> bool:
     """Whether this machine computes in bfloat16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    capabilities: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older versions of torch cannot tell
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -70,10 +76,14 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if native_bf16() else "no"
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' on this machine.")
+        raise UserError(
+            "mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' on this machine."
+        )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier training of this Python process ran in another precision
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")  # its successor is not in all versions of torch that we run on
+    warnings.filterwarnings(
+        "ignore", message=".*broadcast_buffers.*deprecated"
+    )  # its successor is not in all versions of torch that we run on
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision=precision,
@@ -81,10 +91,15 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         project_dir=str(output_dir),
         # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide it if they were not, and it
         # makes a forward on one rank alone wait for the others for ever.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     if config.tracker and not accelerator.log_with:  # Accelerate passes over what is not installed
-        raise UserError(f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave --tracker out.")
+        raise UserError(
+            f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave --tracker out."
+        )
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(

@@ -42,7 +42,12 @@ class ShardRecord:
     """Of the values in order, whatever the file's compression: whether these are the same codes of the same images."""
 
     def __post_init__(self) -> None:
-        check(self.name.endswith(".parquet") and not set(self.name) & set("/\\\0"), "name", self.name, "a file name that ends with .parquet")
+        check(
+            self.name.endswith(".parquet") and not set(self.name) & set("/\\\0"),
+            "name",
+            self.name,
+            "a file name that ends with .parquet",
+        )
         check(self.rows >= 0, "rows", self.rows, "0 or more")
 
 
@@ -56,11 +61,15 @@ def smallest_type(codebook_size: int) -> np.dtype:
     return np.min_scalar_type(codebook_size - 1)
 
 
-def shard_schema(codes_per_level: Sequence[int], codebook_sizes: Sequence[int], *, labelled: bool) -> pa.Schema:
+def shard_schema(
+    codes_per_level: Sequence[int], codebook_sizes: Sequence[int], *, labelled: bool
+) -> pa.Schema:
     """The columns of a shard, for `h*w` and K of every level."""
     fields = [pa.field("id", pa.string()), pa.field("view", pa.string())]
     for level, (number, size) in enumerate(zip(codes_per_level, codebook_sizes, strict=True)):
-        fields.append(pa.field(column_name(level), pa.list_(pa.from_numpy_dtype(smallest_type(size)), number)))
+        fields.append(
+            pa.field(column_name(level), pa.list_(pa.from_numpy_dtype(smallest_type(size)), number))
+        )
     return pa.schema(fields + [pa.field("label", pa.int32())] * labelled)
 
 
@@ -89,23 +98,47 @@ def write_shard(
     Raises:
         UserError: a code is not in [0, K).
     """
-    schema = shard_schema([level.shape[1] for level in codes], codebook_sizes, labelled=labels is not None)
-    columns = [pa.array(ids, pa.string()), pa.array(views if views is not None else [ORIGINAL] * len(ids), pa.string())]
+    schema = shard_schema(
+        [level.shape[1] for level in codes], codebook_sizes, labelled=labels is not None
+    )
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.array(views if views is not None else [ORIGINAL] * len(ids), pa.string()),
+    ]
     for level, (values, size) in enumerate(zip(codes, codebook_sizes, strict=True)):
         low, high = int(values.min(initial=0)), int(values.max(initial=0))
-        check(0 <= low <= high < size, column_name(level), (low, high), f"codes from 0 to {size - 1}")
+        check(
+            0 <= low <= high < size, column_name(level), (low, high), f"codes from 0 to {size - 1}"
+        )
         flat = pa.array(values.astype(smallest_type(size)).reshape(-1))
-        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(column_name(level)).type))
+        columns.append(
+            pa.FixedSizeListArray.from_arrays(flat, type=schema.field(column_name(level)).type)
+        )
     columns += [pa.array(labels, pa.int32())] if labels is not None else []
     table = pa.Table.from_arrays(columns, schema=schema).replace_schema_metadata(dict(facts or {}))
-    packed = ["view", "label", *(f"{column_name(level)}.list.element" for level in range(len(codes)))]
+    packed = [
+        "view",
+        "label",
+        *(f"{column_name(level)}.list.element" for level in range(len(codes))),
+    ]
     rows = max(1, ROW_GROUP_CODES // sum(level.shape[1] for level in codes))
-    options = {"use_dictionary": packed, "dictionary_pagesize_limit": DICTIONARY_BYTES, "write_statistics": False}
+    options = {
+        "use_dictionary": packed,
+        "dictionary_pagesize_limit": DICTIONARY_BYTES,
+        "write_statistics": False,
+    }
     with whole_file(path) as aside:
         with pq.ParquetWriter(aside, table.schema, compression="zstd", **options) as writer:
-            if len(table):  # a row group without rows is an error to `datasets`; no row group is none
+            if len(
+                table
+            ):  # a row group without rows is an error to `datasets`; no row group is none
                 writer.write_table(table, row_group_size=rows)
-        record = ShardRecord(name=path.name, rows=len(ids), sha256=file_hash(aside), content_hash=content_hash([table]))
+        record = ShardRecord(
+            name=path.name,
+            rows=len(ids),
+            sha256=file_hash(aside),
+            content_hash=content_hash([table]),
+        )
         if note is not None:
             write_json(note, to_dict(record))
     return record
@@ -148,10 +181,14 @@ def check_file(path: Path, record: ShardRecord) -> None:
         raise UserError(f"{path} is not there, but the manifest speaks of it: {what_to_do}.")
     found = file_hash(path)
     if found != record.sha256:
-        raise UserError(f"{path} was changed: its SHA-256 is {found[:12]}, but the manifest says {record.sha256[:12]}: {what_to_do}.")
+        raise UserError(
+            f"{path} was changed: its SHA-256 is {found[:12]}, but the manifest says {record.sha256[:12]}: {what_to_do}."
+        )
 
 
-def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def row_groups(
+    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
     """The rows of a shard, a part that fits into memory at a time.
 
     Raises:
@@ -160,19 +197,31 @@ def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
     try:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(schema):
-                found, due = (", ".join(f"{f.name}: {f.type}" for f in s) for s in (file.schema_arrow, schema))
-                raise UserError(f"{path} has the columns {found}, but {due} are due: remove it and run vqvae2 extract again.")
+                found, due = (
+                    ", ".join(f"{f.name}: {f.type}" for f in s) for s in (file.schema_arrow, schema)
+                )
+                raise UserError(
+                    f"{path} has the columns {found}, but {due} are due: remove it and run vqvae2 extract again."
+                )
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number, columns=columns)
                 if any(column.null_count or flat_null_count(column) for column in table.columns):
-                    raise UserError(f"{path} misses values: remove it and run vqvae2 extract again.")
+                    raise UserError(
+                        f"{path} misses values: remove it and run vqvae2 extract again."
+                    )
                 yield table
     except UserError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path} is broken ({error}): remove it and run vqvae2 extract again.") from None
+        raise UserError(
+            f"{path} is broken ({error}): remove it and run vqvae2 extract again."
+        ) from None
 
 
 def flat_null_count(column: pa.ChunkedArray) -> int:
     """How many numbers inside a column's lists are missing."""
-    return sum(chunk.flatten().null_count for chunk in column.chunks) if pa.types.is_fixed_size_list(column.type) else 0
+    return (
+        sum(chunk.flatten().null_count for chunk in column.chunks)
+        if pa.types.is_fixed_size_list(column.type)
+        else 0
+    )

@@ -28,10 +28,15 @@ class PackedLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.dtype, self.packed = dtype, weight.device.type == "cpu" and weight.dtype == torch.float32 and can_pack(dtype)
+        self.dtype, self.packed = (
+            dtype,
+            weight.device.type == "cpu" and weight.dtype == torch.float32 and can_pack(dtype),
+        )
         self.cast = self.packed or (weight.device.type == "cuda" and dtype != torch.float32)
         if self.packed:
             self.weight = _pack(self.weight, rows, dtype)
@@ -51,7 +56,9 @@ def pack_linears(module: nn.Module, rows: int, dtype: torch.dtype = torch.float3
     if isinstance(module, nn.Linear):
         return PackedLinear(module.weight, module.bias, rows, dtype)
     clone = copy.copy(module)
-    clone._modules = {name: child and pack_linears(child, rows, dtype) for name, child in module._modules.items()}
+    clone._modules = {
+        name: child and pack_linears(child, rows, dtype) for name, child in module._modules.items()
+    }
     return clone
 
 
@@ -59,7 +66,9 @@ def pack_linears(module: nn.Module, rows: int, dtype: torch.dtype = torch.float3
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether packed products exist here and are right."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((3, 24), (40, 24), (40,)))
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((3, 24), (40, 24), (40,))
+    )
     try:
         found = _multiply(x.to(dtype), _pack(weight, 3, dtype), bias.to(dtype)).float()
     except (AttributeError, RuntimeError, NotImplementedError):

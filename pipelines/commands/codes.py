@@ -13,14 +13,22 @@ from einops import rearrange
 from tqdm.auto import tqdm
 
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
-from pipelines.drawing import in_rows, refuse_other_encoder
-from prior.code_shards import ORIGINAL, ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
-from prior.codes import SPLITS, Manifest, check_range, read_manifest, read_rows, read_shard
+from pipelines.pictures import in_rows, refuse_other_encoder
+from prior.manifest import SPLITS, Manifest, check_range, read_manifest, read_rows, read_shard
+from prior.shards import (
+    ORIGINAL,
+    ShardRecord,
+    check_file,
+    column_name,
+    content_hash,
+    flat_values,
+    row_groups,
+)
+from vqvae2.codebook_stats import level_name, perplexity, usage
+from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import processes
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.model import VQVAE2
-from vqvae2.usage import level_name, perplexity, usage
 
 SHOWN_CLASSES = 12  # of more classes, so many are named
 DECODED_AT_ONCE = 32
@@ -35,10 +43,20 @@ def info(config: CodesInfoConfig) -> None:
     folder = Path(config.codes)
     manifest = read_manifest(folder)
     counts = [torch.zeros(size, dtype=torch.int64) for size in manifest.codebook_sizes]
-    for split, shard in tqdm(_shards(manifest), desc="counting codes", unit="shard", delay=3, leave=False):
-        for table in read_shard(folder, manifest, split, shard, [column_name(level) for level in range(manifest.num_levels)]):
+    for split, shard in tqdm(
+        _shards(manifest), desc="counting codes", unit="shard", delay=3, leave=False
+    ):
+        for table in read_shard(
+            folder,
+            manifest,
+            split,
+            shard,
+            [column_name(level) for level in range(manifest.num_levels)],
+        ):
             for level, size in enumerate(manifest.codebook_sizes):
-                counts[level] += torch.from_numpy(np.bincount(flat_values(table[column_name(level)]), minlength=size))
+                counts[level] += torch.from_numpy(
+                    np.bincount(flat_values(table[column_name(level)]), minlength=size)
+                )
     print("\n".join(describe(folder, manifest, counts)))
 
 
@@ -57,10 +75,18 @@ def describe(folder: Path, manifest: Manifest, counts: list[torch.Tensor]) -> li
         f"  written   {', '.join(f'{name} {version}' for name, version in manifest.versions.items()) or 'by unknown versions'}",
         f"  on disk   {taken / max(rows, 1):,.1f} bytes per row in {len(_shards(manifest))} shard(s)",
     ]
-    for level, ((height, width), size, found) in enumerate(zip(manifest.grids, manifest.codebook_sizes, counts, strict=True)):
+    for level, ((height, width), size, found) in enumerate(
+        zip(manifest.grids, manifest.codebook_sizes, counts, strict=True)
+    ):
         used = f"{int((found > 0).sum())} used ({usage(found):.0%})"
-        entropy = f"{math.log2(perplexity(found)):.2f} of {math.log2(size):.2f} bits by frequency alone" if rows else "no row"
-        lines.append(f"  {column_name(level):<9} {level_name(level, manifest.num_levels)}, {height} x {width} of {size} codes: {used}, {entropy}")
+        entropy = (
+            f"{math.log2(perplexity(found)):.2f} of {math.log2(size):.2f} bits by frequency alone"
+            if rows
+            else "no row"
+        )
+        lines.append(
+            f"  {column_name(level):<9} {level_name(level, manifest.num_levels)}, {height} x {width} of {size} codes: {used}, {entropy}"
+        )
     return lines
 
 
@@ -79,13 +105,26 @@ def view(config: CodesViewConfig) -> None:
     pictures = []
     for first in range(0, len(table), DECODED_AT_ONCE):
         part = table.slice(first, DECODED_AT_ONCE)
-        levels = [torch.from_numpy(flat_values(part[column_name(level)]).astype(np.int64)) for level in range(manifest.num_levels)]
-        grids = [rearrange(codes, "(b h w) -> b h w", h=h, w=w).to(processes().device) for codes, (h, w) in zip(levels, manifest.grids, strict=True)]
+        levels = [
+            torch.from_numpy(flat_values(part[column_name(level)]).astype(np.int64))
+            for level in range(manifest.num_levels)
+        ]
+        grids = [
+            rearrange(codes, "(b h w) -> b h w", h=h, w=w).to(processes().device)
+            for codes, (h, w) in zip(levels, manifest.grids, strict=True)
+        ]
         pictures += to_pil(model.decode_codes(grids))
     save_picture(sheet(in_rows(pictures, 8)), Path(config.output_path))
     for number, row in zip(config.rows, table.to_pylist(), strict=True):
-        said = [f"{config.split} row {number}: {row['id']}", *[row["view"]] * (row["view"] != ORIGINAL)]
-        print(", ".join([*said, *([manifest.class_names[row["label"]]] if manifest.class_names else [])]))
+        said = [
+            f"{config.split} row {number}: {row['id']}",
+            *[row["view"]] * (row["view"] != ORIGINAL),
+        ]
+        print(
+            ", ".join(
+                [*said, *([manifest.class_names[row["label"]]] if manifest.class_names else [])]
+            )
+        )
     print(f"{config.output_path}: {len(pictures)} decoded rows, in reading order.")
 
 
@@ -105,7 +144,9 @@ def verify(config: CodesVerifyConfig) -> int:
         print(f"\n{number} problem(s).")
         return 1
     rows = manifest.num_train + manifest.num_validation
-    print(f"{folder}: all {rows} rows in {len(_shards(manifest))} shard(s) are what the manifest says ({manifest.codes_hash[:12]}), none twice.")
+    print(
+        f"{folder}: all {rows} rows in {len(_shards(manifest))} shard(s) are what the manifest says ({manifest.codes_hash[:12]}), none twice."
+    )
     return 0
 
 
@@ -117,7 +158,9 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             if path.name not in names:
                 yield f"{path} is not in the manifest, but would be read with it elsewhere: remove it."
         keys: dict[Path, np.ndarray] = {}
-        for shard in tqdm(manifest.shards(split), desc=f"verifying {split}", unit="shard", delay=3, leave=False):
+        for shard in tqdm(
+            manifest.shards(split), desc=f"verifying {split}", unit="shard", delay=3, leave=False
+        ):
             path = folder / split / shard.name
             try:
                 check_file(path, shard)
@@ -129,14 +172,18 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield from _repeats(keys)
 
 
-def _problems_of(path: Path, manifest: Manifest, shard: ShardRecord, tables: list[pa.Table]) -> Iterator[str]:
+def _problems_of(
+    path: Path, manifest: Manifest, shard: ShardRecord, tables: list[pa.Table]
+) -> Iterator[str]:
     """What is wrong with the rows of a shard whose bytes are those that were recorded."""
     rows, found = sum(map(len, tables)), content_hash(tables)
     if rows != shard.rows:
         yield f"{path} holds {rows} rows, but the manifest says {shard.rows}: extract again."
     if found != shard.content_hash:
         yield f"{path} holds rows of the content hash {found[:12]}, but the manifest says {shard.content_hash[:12]}: extract again."
-    views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views  # held-out images are not changed
+    views = (
+        (ORIGINAL,) if path.parent.name == "validation" else manifest.views
+    )  # held-out images are not changed
     counts = Counter(view for table in tables for view in table["view"].to_pylist())
     if set(counts) - set(views) or len({counts[view] for view in views}) > 1:
         yield f"{path} holds {dict(counts)} rows of views, but as many of each of {', '.join(views)} are due: extract again."
@@ -151,7 +198,10 @@ def _problems_of(path: Path, manifest: Manifest, shard: ShardRecord, tables: lis
 def _keys(table: pa.Table) -> np.ndarray:
     """16 bytes for each row's id and view, the same only for the same."""
     pairs = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
-    digests = b"".join(hashlib.blake2b(f"{len(name)} {name} {view}".encode(), digest_size=16).digest() for name, view in pairs)
+    digests = b"".join(
+        hashlib.blake2b(f"{len(name)} {name} {view}".encode(), digest_size=16).digest()
+        for name, view in pairs
+    )
     return np.frombuffer(digests, np.dtype("V16"))
 
 

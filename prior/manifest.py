@@ -2,7 +2,7 @@
 
     manifest.json   train/00000.parquet ...   validation/00000.parquet ...
 
-A row is a view of an image; `prior.code_shards` says what a shard holds.
+A row is a view of an image; `prior.shards` says what a shard holds.
 """
 
 import hashlib
@@ -22,7 +22,15 @@ from einops import rearrange
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from prior.code_shards import ORIGINAL, ShardRecord, check_file, column_name, flat_values, row_groups, shard_schema
+from prior.shards import (
+    ORIGINAL,
+    ShardRecord,
+    check_file,
+    column_name,
+    flat_values,
+    row_groups,
+    shard_schema,
+)
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, whole_file, write_json
@@ -30,7 +38,11 @@ from vqvae2.common.files import read_json, whole_file, write_json
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
 MEMORY_BYTES = 2 << 30  # a split of codes up to this size is held in memory, by every process
-NOT_CONTENT = ("source", "versions", "codes_hash")  # keys of the manifest that say where the codes come from, not what they are
+NOT_CONTENT = (
+    "source",
+    "versions",
+    "codes_hash",
+)  # keys of the manifest that say where the codes come from, not what they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +75,24 @@ class Manifest:
     """Content hash of all of this (but for source, versions and the files' bytes) and of all rows. Priors remember it."""
 
     def __post_init__(self) -> None:
-        check(len(self.grids) == len(self.codebook_sizes) >= 1, "grids", self.grids, "one (h, w) per level")
+        check(
+            len(self.grids) == len(self.codebook_sizes) >= 1,
+            "grids",
+            self.grids,
+            "one (h, w) per level",
+        )
         check(
             all(len(grid) == 2 and 1 <= min(grid) <= max(grid) <= 4096 for grid in self.grids),
             "grids",
             self.grids,
             "(h, w) from 1 to 4096 per level",
         )
-        check(all(1 <= size <= 1 << 24 for size in self.codebook_sizes), "codebook_sizes", self.codebook_sizes, "from 1 to 2^24")
+        check(
+            all(1 <= size <= 1 << 24 for size in self.codebook_sizes),
+            "codebook_sizes",
+            self.codebook_sizes,
+            "from 1 to 2^24",
+        )
         check(isinstance(self.versions, dict), "versions", self.versions, "a mapping")
         for split in SPLITS:
             names = [shard.name for shard in self.shards(split)]
@@ -104,7 +126,11 @@ class Manifest:
     @property
     def schema(self) -> pa.Schema:
         """The columns of every shard."""
-        return shard_schema([math.prod(grid) for grid in self.grids], self.codebook_sizes, labelled=bool(self.class_names))
+        return shard_schema(
+            [math.prod(grid) for grid in self.grids],
+            self.codebook_sizes,
+            labelled=bool(self.class_names),
+        )
 
     def content_hash(self) -> str:
         """What `codes_hash` must be."""
@@ -129,7 +155,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} does not exist: make the code dataset with vqvae2 extract.")
     path = folder / MANIFEST_NAME
     if not path.exists():
-        raise UserError(f"{folder} has no {MANIFEST_NAME}: it is no finished code dataset; run vqvae2 extract (again).")
+        raise UserError(
+            f"{folder} has no {MANIFEST_NAME}: it is no finished code dataset; run vqvae2 extract (again)."
+        )
     manifest = from_dict(Manifest, read_json(path), str(path))
     if manifest.codes_hash != manifest.content_hash():
         raise UserError(
@@ -148,7 +176,11 @@ def is_complete(folder: Path) -> bool:
     if not (folder / MANIFEST_NAME).exists():
         return False
     manifest = read_manifest(folder)
-    return all((folder / split / shard.name).exists() for split in SPLITS for shard in manifest.shards(split))
+    return all(
+        (folder / split / shard.name).exists()
+        for split in SPLITS
+        for shard in manifest.shards(split)
+    )
 
 
 def parse_level(level: str, num_levels: int) -> int:
@@ -157,8 +189,15 @@ def parse_level(level: str, num_levels: int) -> int:
     Raises:
         UserError: no such level.
     """
-    number = {"top": 0, "bottom": num_levels - 1}.get(level, int(level) if level.isdecimal() else -1)
-    check(0 <= number < num_levels, "level", level, f"top, bottom, or a number from 0 to {num_levels - 1}")
+    number = {"top": 0, "bottom": num_levels - 1}.get(
+        level, int(level) if level.isdecimal() else -1
+    )
+    check(
+        0 <= number < num_levels,
+        "level",
+        level,
+        f"top, bottom, or a number from 0 to {num_levels - 1}",
+    )
     return number
 
 
@@ -177,7 +216,15 @@ class CodeDataset(Dataset):
         UserError: a shard is missing, broken or another than the manifest says, or holds codes outside of the codebook.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, *, num_levels: int | None = None, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: str,
+        *,
+        num_levels: int | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
         self.manifest = manifest
         self.num_levels = num_levels or manifest.num_levels
         names = column_names(manifest, self.num_levels)
@@ -197,7 +244,12 @@ class CodeDataset(Dataset):
         chosen = np.asarray(indices, np.int64)
         grids = zip(self.codes, self.manifest.grids, strict=False)
         batch: dict[str, Any] = {
-            "codes": [torch.from_numpy(rearrange(codes[chosen].astype(np.int64), "b (h w) -> b h w", h=height)) for codes, (height, _) in grids]
+            "codes": [
+                torch.from_numpy(
+                    rearrange(codes[chosen].astype(np.int64), "b (h w) -> b h w", h=height)
+                )
+                for codes, (height, _) in grids
+            ]
         }
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
@@ -207,8 +259,13 @@ class CodeDataset(Dataset):
         """How often each code of a level occurs: `(K,)`."""
         if level not in self._counts:
             size = self.manifest.codebook_sizes[level]
-            parts = [self.codes[level][first : first + 4096] for first in range(0, len(self), 4096)]  # a few rows at a time: counting takes int64
-            self._counts[level] = sum((np.bincount(part.reshape(-1), minlength=size) for part in parts), start=np.zeros(size, np.int64))
+            parts = [
+                self.codes[level][first : first + 4096] for first in range(0, len(self), 4096)
+            ]  # a few rows at a time: counting takes int64
+            self._counts[level] = sum(
+                (np.bincount(part.reshape(-1), minlength=size) for part in parts),
+                start=np.zeros(size, np.int64),
+            )
         return self._counts[level]
 
     def unigram_bits(self, level: int) -> float:
@@ -219,7 +276,9 @@ class CodeDataset(Dataset):
 
 def column_names(manifest: Manifest, num_levels: int) -> list[str]:
     """The columns that a prior of the last of these levels reads."""
-    return [column_name(level) for level in range(num_levels)] + ["label"] * bool(manifest.class_names)
+    return [column_name(level) for level in range(num_levels)] + ["label"] * bool(
+        manifest.class_names
+    )
 
 
 def shape_and_type(manifest: Manifest, split: str, column: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -241,7 +300,13 @@ def _num_bytes(manifest: Manifest, split: str, columns: Sequence[str]) -> int:
     return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in described)
 
 
-def decode_to_disk(folder: Path, manifest: Manifest, split: str, columns: Sequence[str], cache_dir: Path | None = None) -> dict[str, np.ndarray]:
+def decode_to_disk(
+    folder: Path,
+    manifest: Manifest,
+    split: str,
+    columns: Sequence[str],
+    cache_dir: Path | None = None,
+) -> dict[str, np.ndarray]:
     """These columns of a split as arrays that are mapped from files; a file that is not there yet is made, whole or not at all.
 
     The files bear the dataset's content hash, so they are never those of other codes. They may be removed when nothing trains on them.
@@ -255,17 +320,25 @@ def decode_to_disk(folder: Path, manifest: Manifest, split: str, columns: Sequen
     if missing:
         target.mkdir(parents=True, exist_ok=True)
         needed, free = _num_bytes(manifest, split, missing), shutil.disk_usage(target).free
-        if needed > free:  # running out of space while writing to a mapped file would kill the process
-            raise UserError(f"{target} needs {needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB: set another codes_cache.")
+        if (
+            needed > free
+        ):  # running out of space while writing to a mapped file would kill the process
+            raise UserError(
+                f"{target} needs {needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB: set another codes_cache."
+            )
         with ExitStack() as stack:
             arrays = {}
             for name in missing:
                 shape, kind = shape_and_type(manifest, split, name)
-                arrays[name] = np.lib.format.open_memmap(stack.enter_context(whole_file(paths[name])), mode="w+", dtype=kind, shape=shape)
+                arrays[name] = np.lib.format.open_memmap(
+                    stack.enter_context(whole_file(paths[name])), mode="w+", dtype=kind, shape=shape
+                )
             decode(folder, manifest, split, arrays)
             for array in arrays.values():
                 array.flush()
-    return {name: _map(path, *shape_and_type(manifest, split, name)) for name, path in paths.items()}
+    return {
+        name: _map(path, *shape_and_type(manifest, split, name)) for name, path in paths.items()
+    }
 
 
 def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
@@ -274,7 +347,9 @@ def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path} is broken ({error}): remove it, and it is made again.") from None
     if array.shape != shape or array.dtype != kind:
-        raise UserError(f"{path} is broken (it holds {array.shape} {array.dtype}, not {shape} {np.dtype(kind)}): remove it, and it is made again.")
+        raise UserError(
+            f"{path} is broken (it holds {array.shape} {array.dtype}, not {shape} {np.dtype(kind)}): remove it, and it is made again."
+        )
     return np.asarray(array)  # without the class memmap, which is slower to index
 
 
@@ -285,14 +360,20 @@ def decode(folder: Path, manifest: Manifest, split: str, columns: Mapping[str, n
         UserError: see `read_shard`.
     """
     first = 0
-    for shard in tqdm(manifest.shards(split), desc=f"reading {split} codes", unit="shard", delay=3, leave=False):
+    for shard in tqdm(
+        manifest.shards(split), desc=f"reading {split} codes", unit="shard", delay=3, leave=False
+    ):
         for table in read_shard(folder, manifest, split, shard, list(columns)):
             for name, array in columns.items():
-                array[first : first + len(table)] = flat_values(table[name]).reshape(len(table), *array.shape[1:])
+                array[first : first + len(table)] = flat_values(table[name]).reshape(
+                    len(table), *array.shape[1:]
+                )
             first += len(table)
 
 
-def read_shard(folder: Path, manifest: Manifest, split: str, shard: ShardRecord, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read_shard(
+    folder: Path, manifest: Manifest, split: str, shard: ShardRecord, columns: Sequence[str]
+) -> Iterator[pa.Table]:
     """These columns of a shard, a part that fits into memory at a time, checked as they come.
 
     Raises:
@@ -307,7 +388,9 @@ def read_shard(folder: Path, manifest: Manifest, split: str, shard: ShardRecord,
                 check_range(path, manifest, name, table[name])
             yield table
     if rows != shard.rows:
-        raise UserError(f"{path} holds {rows} rows, but the manifest says {shard.rows}: remove it and run vqvae2 extract again.")
+        raise UserError(
+            f"{path} holds {rows} rows, but the manifest says {shard.rows}: remove it and run vqvae2 extract again."
+        )
 
 
 def read_rows(folder: Path, manifest: Manifest, split: str, rows: Sequence[int]) -> pa.Table:
@@ -318,13 +401,17 @@ def read_rows(folder: Path, manifest: Manifest, split: str, rows: Sequence[int])
     """
     number = sum(shard.rows for shard in manifest.shards(split))
     for row in rows:
-        check(0 <= row < number, "rows", row, f"from 0 to {number - 1}, the rows of {folder / split}")
+        check(
+            0 <= row < number, "rows", row, f"from 0 to {number - 1}, the rows of {folder / split}"
+        )
     found: dict[int, pa.Table] = {}
     first = 0
     for shard in manifest.shards(split):
         here = sorted({row for row in rows if first <= row < first + shard.rows})
         if here:
-            table = pa.concat_tables(read_shard(folder, manifest, split, shard, manifest.schema.names))
+            table = pa.concat_tables(
+                read_shard(folder, manifest, split, shard, manifest.schema.names)
+            )
             found |= {row: table.slice(row - first, 1) for row in here}
         first += shard.rows
     return pa.concat_tables([manifest.schema.empty_table(), *(found[row] for row in rows)])
@@ -345,4 +432,6 @@ def check_range(path: Path, manifest: Manifest, column: str, numbers: pa.Chunked
         return
     values = flat_values(numbers)
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
-        raise UserError(f"{path}: {column} reaches from {values.min()} to {values.max()}, but there are {of}: remove the file and run vqvae2 extract again.")
+        raise UserError(
+            f"{path}: {column} reaches from {values.min()} to {values.max()}, but there are {of}: remove the file and run vqvae2 extract again."
+        )

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
+from pipelines.commands.extract import LANES, encode_lanes
 from pipelines.config import PlanConfig
-from pipelines.extract import LANES, encode_lanes
-from pipelines.speed import hours, matrix_product_rate, memory_rate, timed
-from pipelines.tracing import Stage, encode_flops
-from prior.code_shards import smallest_type
+from pipelines.plan.memory import Stage, encode_flops
+from pipelines.plan.speed import hours, matrix_product_rate, memory_rate, timed
+from prior.shards import smallest_type
 from vqvae2.config import VQVAE2Config
 from vqvae2.model import VQVAE2
 
 SAMPLING_LANES = 16  # images that `vqvae2 sample` draws at once, unless told otherwise
 
 
-def plan_data(autoencoder: Stage, priors: Sequence[Stage], config: PlanConfig, device: torch.device | None) -> list[str]:
+def plan_data(
+    autoencoder: Stage, priors: Sequence[Stage], config: PlanConfig, device: torch.device | None
+) -> list[str]:
     """What is said about the data of a recipe.
 
     Args:
@@ -26,7 +28,10 @@ def plan_data(autoencoder: Stage, priors: Sequence[Stage], config: PlanConfig, d
     """
     model: VQVAE2Config = autoencoder.config.model  # type: ignore[attr-defined]
     number = config.num_images or 1_000_000
-    lines = [f"{name:<16}{size * number / 2**30:,.2f} GiB for {number:,} images ({size:,.0f} bytes each)" for name, size in stored_bytes(model).items()]
+    lines = [
+        f"{name:<16}{size * number / 2**30:,.2f} GiB for {number:,} images ({size:,.0f} bytes each)"
+        for name, size in stored_bytes(model).items()
+    ]
     flops = encode_flops(model)
     lines.append(f"{'extraction':<16}{flops / 1e9:,.3g} GFLOP per image")
     if device is None:
@@ -34,12 +39,19 @@ def plan_data(autoencoder: Stage, priors: Sequence[Stage], config: PlanConfig, d
     if config.measure:
         rate, source = encode_rate(model, device), "at the encoder's rate, timed here"
     else:
-        rate, source = matrix_product_rate(device, torch.float32) / flops, "at least, at the speed of a matrix product measured here"
-    lines.append(f"{'':<16}{hours(number / rate / config.num_devices)} on {config.num_devices} device(s), {source}: {rate:,.4g} images/s each, fp32")
+        rate, source = (
+            matrix_product_rate(device, torch.float32) / flops,
+            "at least, at the speed of a matrix product measured here",
+        )
+    lines.append(
+        f"{'':<16}{hours(number / rate / config.num_devices)} on {config.num_devices} device(s), {source}: {rate:,.4g} images/s each, fp32"
+    )
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in stage.make_model().parameters()) for stage in priors]
     seconds = sampling_seconds(model, sizes, memory_rate(device))
-    lines.append(f"{'sampling':<16}{seconds:,.3g} s per image at least (fp32, {SAMPLING_LANES} at a time), {hours(seconds * 50_000)} for 50,000")
+    lines.append(
+        f"{'sampling':<16}{seconds:,.3g} s per image at least (fp32, {SAMPLING_LANES} at a time), {hours(seconds * 50_000)} for 50,000"
+    )
     return lines
 
 
@@ -52,11 +64,16 @@ def stored_bytes(config: VQVAE2Config) -> dict[str, float]:
     """
     height, width = config.image.height_width
     value = 1 if config.image.value_range == (0, 255) else 4
-    levels = [(math.prod(grid), size) for grid, size in zip(config.grids, config.codebook_size_per_level, strict=True)]
+    levels = [
+        (math.prod(grid), size)
+        for grid, size in zip(config.grids, config.codebook_size_per_level, strict=True)
+    ]
     return {
         "prepared": config.image.channels * height * width * value,
         "codes": sum(positions * math.ceil(math.log2(size)) for positions, size in levels) / 8,
-        "codes in memory": sum(positions * smallest_type(size).itemsize for positions, size in levels),
+        "codes in memory": sum(
+            positions * smallest_type(size).itemsize for positions, size in levels
+        ),
     }
 
 
@@ -79,5 +96,8 @@ def sampling_seconds(config: VQVAE2Config, num_parameters: Sequence[int], rate: 
         num_parameters: of each level's prior.
         rate: bytes per second that the device reads.
     """
-    reads = [math.prod(grid) * number * 4 for grid, number in zip(config.grids, num_parameters, strict=True)]
+    reads = [
+        math.prod(grid) * number * 4
+        for grid, number in zip(config.grids, num_parameters, strict=True)
+    ]
     return sum(reads) / rate / SAMPLING_LANES

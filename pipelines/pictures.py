@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 from prior.base import Prior
-from prior.codes import CodeDataset, Manifest, parse_level, read_manifest
 from prior.config import TrainPriorConfig
+from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.sampling import image_seeds
+from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
-from vqvae2.common.machine import processes
+from vqvae2.common.fit import Draw
 from vqvae2.common.pictures import sheet, to_pil
-from vqvae2.common.training import Draw
 from vqvae2.data import ImageDataset, to_images
 from vqvae2.model import VQVAE2
 
@@ -28,7 +28,9 @@ def make_reconstruction_drawer(images: ImageDataset, device: torch.device) -> Dr
 
 
 @torch.no_grad()
-def reconstruction_sheet(model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int) -> Image.Image:
+def reconstruction_sheet(
+    model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int
+) -> Image.Image:
     """Originals above, reconstructions below; evenly spread over the set, in rows of eight."""
     shown = min(num_images, len(images))
     indices = [i * len(images) // shown for i in range(shown)]
@@ -82,7 +84,9 @@ def refuse_other_encoder(vqvae: str, model: VQVAE2, codes: Path, manifest: Manif
         )
 
 
-def sample_sheet(images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
+def sample_sheet(
+    images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]
+) -> Image.Image:
     """Samples in one row per class with its name; without classes in rows of eight."""
     if not class_names:
         return sheet(in_rows(images, 8))

@@ -1,0 +1,22 @@
+"""`vqvae2 assemble`: one folder of an autoencoder and its priors."""
+
+from pathlib import Path
+
+from pipelines.commands.sample import load_pipeline
+from pipelines.config import AssembleConfig
+from pipelines.pipeline import INDEX_NAME
+from vqvae2.common.accelerate import processes
+from vqvae2.common.files import check_empty
+
+
+def assemble(config: AssembleConfig) -> None:
+    """Write the pipeline folder."""
+    output_dir = Path(config.output_dir)
+    if output_dir.is_file() or not (output_dir / INDEX_NAME).exists():
+        check_empty(output_dir, "pipeline")
+    pipeline = load_pipeline(config, None)
+    if processes().is_main_process:
+        pipeline.save_pretrained(output_dir)
+        print(
+            f"{output_dir}: the pipeline, for vqvae2 sample --pipeline and VQVAE2Pipeline.from_pretrained."
+        )
