@@ -41,7 +41,7 @@ COMMANDS: dict[
 ] = {  # subcommand -> its configuration, and where its function is
     "demo": (DemoConfig, "pipelines.commands.demo:demo"),
     "plan": (PlanConfig, "pipelines.plan.command:plan"),
-    "prepare": (PrepareConfig, "vqvae2.prepare:prepare_command"),
+    "prepare": (PrepareConfig, "vqvae2.data.prepared:prepare_command"),
     "train": (TrainVQVAEConfig, "pipelines.commands.train:train"),
     "extract": (ExtractConfig, "pipelines.commands.extract:extract"),
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands.train_prior:train_prior"),

@@ -259,5 +259,5 @@ def test_names_hash_tells_other_images_apart(tmp_path: Path, photos: Path) -> No
         write_images(tmp_path / "same", 60),
         write_images(tmp_path / "more", 61),
     )
-    hashes = [load(folder).names_hash() for folder in (few, same, more)]
+    hashes = [load(folder).facts()["image_names_hash"] for folder in (few, same, more)]
     assert hashes[0] == hashes[1] != hashes[2]

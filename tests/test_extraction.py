@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pipelines.cli import parse
-from pipelines.commands import train
+from pipelines.commands.train import train
 from pipelines.commands.extract import encode_lanes, extract
 from prior.manifest import CodeDataset, read_manifest
 from prior.shards import smallest_type
@@ -295,7 +295,7 @@ def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(
             "--output-dir",
             tmp_path / f"codes_{number}",
         )
-        assert ("may have trained it" in capsys.readouterr().out) is warned
+        assert ("may have trained it" in capsys.readouterr().err) is warned
     command(
         *extract_command(
             run, photos / "bag" / "..", tmp_path / "no", "--data.validation-path", apart

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, command, kill_when, two_processes, write_images
-from tests.test_sources import load, numbered_tars, spoil
+from tests.test_sources import items_of, load, numbered_tars, spoil
 from vqvae2.common.errors import UserError
-from vqvae2.config import PreprocessingConfig
+from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageSplits
+from vqvae2.data.augmentation import no_change
 
 IMAGE = PreprocessingConfig(size=(24, 32), channels=3, validation_fraction=0.2)
 FLAGS = ["--image.size", "24", "32", "--image.validation-fraction", "0.2", "--shard-size", "16"]
@@ -37,7 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_prepared_images_are_those_of_the_source(photos: Path, tmp_path: Path) -> None:
     command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
     assert_same(load(tmp_path / "x", IMAGE), load(photos, IMAGE))
-    assert load(tmp_path / "x", IMAGE).train.is_prepared
+    assert load(tmp_path / "x", IMAGE).train.prepared
     smaller = load(
         tmp_path / "x", replace(IMAGE, size=(16,))
     )  # prepared once more, for random crops
@@ -114,8 +115,17 @@ def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
         tmp_path / "x",
         *flags,
     )
-    streamed, whole = load(tmp_path / "x", image), load(tars, image)
-    assert_same(streamed, replace(whole, class_names=tuple(map(str, range(60)))))
+    prepared = load(tmp_path / "x", image)
+    assert prepared.class_names == tuple(map(str, range(60)))
+    for split, images in prepared.items():
+        items = [
+            item for item in items_of(ImagesConfig(path=str(tars)), image) if item.split == split
+        ]
+        batch = images.__getitems__(range(len(images)))
+        assert images.ids == [item.id for item in items]
+        assert batch["labels"].tolist() == [item.label for item in items]
+        pixels = np.stack([item.pixels(no_change) for item in items])
+        assert np.array_equal(batch["images"], pixels)
     np.save(
         tmp_path / "depth.npy",
         np.random.default_rng(0).normal(size=(20, 28, 28)).astype(np.float32),

@@ -1,8 +1,9 @@
 """Train stage 1 from a configuration: images in, a model folder out."""
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +20,16 @@ from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, fit, is_finished
-from vqvae2.common.loading import Loader, ShuffledLoader
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.config import TrainVQVAEConfig
-from vqvae2.data import AugmentedImages, ImageDataset, lies_in, load_images, to_images
-from vqvae2.data.arrays import PythonImages
-from vqvae2.data.shards import find_stream
-from vqvae2.data.skipping import list_met, list_skipped, report_skipped
-from vqvae2.data.streams import StreamedImages, held_out_images, stream_facts
+from vqvae2.data import ImageDataset, PythonImages, open_training_images, to_images
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import AdversarialTerm, Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
 
+logger = logging.getLogger(__name__)
 RECORD_NAME = "train_config.yaml"
 MakeDraw = Callable[[ImageDataset, torch.device], Draw]
 
@@ -72,18 +70,29 @@ def train(
         if config.perceptual.weight
         else None
     )
-    if lies_in(config.output_dir, config.data.path):
+    source = Path(config.data.path).expanduser()
+    if source.is_dir() and output_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"{output_dir} lies in {config.data.path}, so the run's own pictures would be trained on: choose another --output-dir."
         )
-    data = _open_data(config, accelerator, images)
+    data = open_training_images(
+        config.data,
+        config.model.image,
+        config.batch_size // config.gradient_accumulation_steps,
+        images=images,
+        on_skipped=partial(_skip, output_dir, accelerator.process_index),
+        show_progress=accelerator.is_main_process,
+        seed=config.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
     run = replace(run, facts=data.facts)
     run.check(output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.write(output_dir)
     if accelerator.is_main_process:
-        list_skipped(output_dir, data.skipped)
+        list_skipped(output_dir, [(error.name, error.reason) for error in data.skipped])
     accelerator.print(
         f"{data.summary}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
         f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
@@ -140,79 +149,13 @@ def train(
         parameter_groups=pair.parameter_groups(config.discriminator) if pair is not None else None,
     )
     accelerator.wait_for_everyone()
-    skipped = report_skipped(output_dir)
-    if skipped:
-        accelerator.print(skipped)
+    report_skipped(output_dir)
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What a training sees: an endless loader, held-out images, images to draw, and what its record and its user are told."""
-
-    loader: Loader
-    validation: ImageDataset
-    shown: ImageDataset
-    facts: Mapping[str, str | None]
-    summary: str
-    skipped: Sequence[tuple[str, str]] = ()
-
-
-def _open_data(
-    config: TrainVQVAEConfig, accelerator: Accelerator, given: PythonImages | None
-) -> _Data:
-    """Images found, split, checked and shuffled as configured, or shards that are read as they come."""
-    place = {
-        "seed": config.seed,
-        "num_processes": accelerator.num_processes,
-        "process_index": accelerator.process_index,
-    }
-    batch_size = config.batch_size // config.gradient_accumulation_steps
-    if config.data.streaming and given is None:
-        shards = find_stream(config.data)
-        skipped: list[tuple[str, str]] = []
-        validation = held_out_images(
-            shards, config.data, config.model.image, on_skipped=lambda *met: skipped.append(met)
-        )
-        loader = StreamedImages(
-            shards,
-            config.data,
-            config.model.image,
-            batch_size,
-            held_out=config.data.validation_path is None,
-            on_skipped=partial(list_met, Path(config.output_dir), accelerator.process_index),
-            **place,
-        )
-        explicit = validation.source if config.data.validation_path is not None else None
-        summary = f"{len(shards)} shards, {len(validation)} images held out"
-        return _Data(
-            loader,
-            validation,
-            validation,
-            stream_facts(shards, explicit, config.model.image),
-            summary,
-            skipped,
-        )
-    source = given if given is not None else config.data
-    images = load_images(
-        source,
-        config.model.image,
-        num_workers=config.data.num_workers,
-        show_progress=accelerator.is_main_process,
-    )
-    changes = config.data.augmentation
-    training = (
-        AugmentedImages(images.train, changes, config.seed)
-        if changes.horizontal_flip or changes.crop != "off"
-        else images.train
-    )
-    return _Data(
-        ShuffledLoader(training, batch_size, num_workers=config.data.num_workers, **place),
-        images.validation,
-        images.validation if len(images.validation) else images.train,
-        {**images.facts(), "skipped_hash": images.skipped_hash()},
-        f"{len(images.train)} training images, {len(images.validation)} held out, {len(images.class_names) or 'no'} classes",
-        [(error.name, error.reason) for error in images.skipped],
-    )
+def _skip(output_dir: Path, process_index: int, name: str, reason: str) -> None:
+    """List an image that a stream could not read."""
+    logger.info("skipped %s: %s", name, reason)
+    list_skipped(output_dir, [(name, reason)], process_index)
 
 
 def _autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:

@@ -31,9 +31,8 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.config import from_dict, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
-from vqvae2.data import ImageDataset, ImageSource, load_source
+from vqvae2.data import ImageDataset, ImageTable, load_table
 from vqvae2.data.augmentation import ORIGINAL, view_change
-from vqvae2.data.sources import is_local
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
@@ -103,7 +102,7 @@ def load_parts(config: DoctorConfig) -> Parts:
     )
 
 
-def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
+def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageTable]:
     """The images of the code dataset, by split: those named, or those that its record names if they are still there; else none.
 
     Raises:
@@ -125,10 +124,10 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageSource]:
     )
     if data is None:
         return {}
-    channels = parts.vqvae.config.image.channels
-    train = load_source(data, channels)
+    image = parts.vqvae.config.image
+    train = load_table(data, image)
     held_out = (
-        load_source(replace(data, path=data.validation_path), channels)
+        load_table(replace(data, path=data.validation_path, validation_path=None), image)
         if data.validation_path is not None
         else train
     )
@@ -144,12 +143,16 @@ def _recorded_images(codes: Path) -> ImagesConfig | None:
     data = from_dict(ImagesConfig, recorded, str(record))
     return (
         data
-        if all(is_local(path) for path in (data.path, data.validation_path) if path is not None)
+        if all(
+            Path(path).expanduser().exists()
+            for path in (data.path, data.validation_path)
+            if path is not None
+        )
         else None
     )
 
 
-def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding]:
+def examine(parts: Parts, images: Mapping[str, ImageTable]) -> Iterator[Finding]:
     """All checks that these parts allow, the cheap and basic ones first."""
     if (parts.vqvae is not None) + (parts.manifest is not None) + len(parts.priors) > 1:
         yield check_parts(parts)
@@ -174,7 +177,7 @@ def examine(parts: Parts, images: Mapping[str, ImageSource]) -> Iterator[Finding
             yield finding._replace(name=f"prior of level {prior.config.level}, {finding.name}")
 
 
-def not_checked(parts: Parts, images: Mapping[str, ImageSource]) -> list[str]:
+def not_checked(parts: Parts, images: Mapping[str, ImageTable]) -> list[str]:
     """What was left out for want of a part, and how to have it checked."""
     sentences = []
     if not parts.priors:
@@ -345,7 +348,7 @@ def check_extraction(
     folder: Path,
     manifest: Manifest,
     datasets: Mapping[str, CodeDataset],
-    images: Mapping[str, ImageSource],
+    images: Mapping[str, ImageTable],
 ) -> Finding:
     """Some images, found by their ids and encoded again, get the codes that are stored."""
     wrong, total, missing = [0] * vqvae.config.num_levels, [0] * vqvae.config.num_levels, 0

@@ -16,9 +16,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.files import write_json, write_text
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.runs import RunRecord
-from vqvae2.data import ImageDataset, load_images, to_images
-from vqvae2.data.shards import find_stream
-from vqvae2.data.streams import held_out_images
+from vqvae2.data import ImageDataset, held_out_images, load_images, to_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
@@ -43,7 +41,7 @@ def inspect_command(config: InspectConfig) -> None:
     _, validation_path = trained_with(config.vqvae, config.data.path)
     data = replace(config.data, validation_path=config.data.validation_path or validation_path)
     if data.streaming:
-        images, which = held_out_images(find_stream(data), data, model.config.image), "held-out"
+        images, which = held_out_images(data, model.config.image), "held-out"
     else:
         splits = load_images(data, model.config.image, show_progress=state.is_main_process)
         images, which = (

@@ -11,7 +11,7 @@ from vqvae2.common.config import check
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
 from vqvae2.config import ImagesConfig
-from vqvae2.data import ImageDataset, load_images, load_source, to_images
+from vqvae2.data import ImageDataset, load_images, load_table, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
 
@@ -42,7 +42,7 @@ def reconstruct(config: ReconstructConfig) -> None:
             f"used with held-out images, but {config.images} has none",
         )
     else:
-        source = load_source(ImagesConfig(path=config.images), settings.channels)
+        source = load_table(ImagesConfig(path=config.images), settings)
         images = ImageDataset(source, range(len(source)), settings)
     number = min(config.num_images or len(images), len(images))
     images = ImageDataset(images.source, images.indices[:number], images.config)

@@ -1,5 +1,6 @@
 """Files appear whole or not at all: write beside the target, then rename. Run folders know what run they hold. Torch-free."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -81,3 +82,9 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,40 +1,39 @@
-"""Images from the sources that users have: files, lists, tables, arrays, tar shards; whole or as a stream; prepared, split, checked.
+"""Images from every source that users have: as a table of rows in any order, or a stream of shards.
 
-`preprocessing` turns a picture into pixels, `source` says what a source is, `sources` finds which kind a path names (`files`, `tables`,
-`arrays`, `tars`, `prepared`), `images` makes training and held-out datasets of it, `augmentation` changes them at random, `streams` reads
-what fits on no disk.
+`open_source` turns what a path names into either, and these into datasets; `splits` decides what is
+held out, what the classes are and which images a run belongs to; `decoding`, `preprocessing` and
+`augmentation` turn a file into pixels; `work_parts` are jobs that write shards, `prepared` is one.
 """
 
-from vqvae2.data.images import (
-    AugmentedImages,
-    BadImage,
-    ImageDataset,
-    ImageSplits,
-    is_held_out,
-    lies_in,
+from vqvae2.data.dataset import AugmentedImages, ImageDataset, ImageSplits, ImageTable
+from vqvae2.data.decoding import BadImage, picture_size, read_picture_file
+from vqvae2.data.open_source import (
+    PythonImages,
+    TrainingImages,
+    held_out_images,
     load_images,
-    load_source,
+    load_table,
+    open_source,
+    open_training_images,
 )
-from vqvae2.data.preprocessing import (
-    load_picture,
-    picture_size,
-    prepare,
-    read_picture_file,
-    to_images,
-)
-from vqvae2.data.source import ImageSource
+from vqvae2.data.preprocessing import load_picture, prepare, to_images
+from vqvae2.data.splits import is_held_out
 
 __all__ = [
     "AugmentedImages",
     "BadImage",
     "ImageDataset",
-    "ImageSource",
     "ImageSplits",
+    "ImageTable",
+    "PythonImages",
+    "TrainingImages",
+    "held_out_images",
     "is_held_out",
-    "lies_in",
     "load_images",
     "load_picture",
-    "load_source",
+    "load_table",
+    "open_source",
+    "open_training_images",
     "picture_size",
     "prepare",
     "read_picture_file",

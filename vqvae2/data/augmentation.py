@@ -1,23 +1,25 @@
-"""Random flips and crops, and the named views of extraction: which part of a picture, and whether mirrored."""
+"""Random flips and crops, and the named views of extraction: which window, and whether mirrored."""
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from vqvae2.common.errors import UserError
 from vqvae2.config import AugmentationConfig, PreprocessingConfig
-from vqvae2.data.preprocessing import Picture, Window, prepare
+from vqvae2.data.decoding import Picture
+from vqvae2.data.preprocessing import Window, prepare
 
 ORIGINAL = "original"
-CORNER_SHARE = 0.9  # side of a corner crop, as a share of the largest part of the right ratio
+CORNER_SIDE = 0.9  # side of a corner crop, as a share of the largest window of the right ratio
 CORNERS = {"top_left": (0, 0), "top_right": (1, 0), "bottom_left": (0, 1), "bottom_right": (1, 1)}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one picture: another part of it (None: as image.fit says), and mirroring."""
+    """What happens to one picture: another window (None: as image.fit says), and mirroring."""
 
     window: Window | None = None
     flip: bool = False
@@ -26,6 +28,15 @@ class Change:
         """The picture's pixels `(C, H, W)`, changed."""
         pixels = prepare(picture, config, self.window)
         return pixels[..., ::-1].copy() if self.flip else pixels
+
+
+Choice = Callable[[tuple[int, int]], Change]
+"""Chooses the change of a picture of (width, height)."""
+
+
+def no_change(size: tuple[int, int]) -> Change:
+    """The choice that leaves a picture as it is."""
+    return Change()
 
 
 def random_change(
@@ -37,42 +48,40 @@ def random_change(
     epoch: int,
     name: str,
 ) -> Change:
-    """The change of the picture of this name and (width, height) in this epoch: always the same, whoever asks."""
+    """The change of the picture of this name and (width, height) in this epoch: always the same."""
     key = hashlib.sha256(f"{seed} {epoch} {name}".encode()).digest()
-    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16])))
-    flip = bool(config.horizontal_flip and draw.random() < 0.5)
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16])))
+    flip = bool(config.horizontal_flip and generator.random() < 0.5)
     if config.crop == "off":
         return Change(flip=flip)
-    across, down, share, turn = draw.random(4).tolist()
+    across, down, share, shape = generator.random(4).tolist()
     height, width = image.height_width
     if config.crop == "random":
-        return Change(_part(size, width / height, 1.0, across, down), flip)
+        return Change(_window(size, width / height, 1.0, across, down), flip)
+
+    # random_resized: a ratio from 3/4 to 4/3 of the image's, as likely narrow as wide, and an area.
+    ratio = width / height * math.exp(math.log(3 / 4) + shape * math.log(16 / 9))
     low, high = config.crop_area
-    ratio = math.exp(
-        math.log(3 / 4) + turn * math.log(16 / 9)
-    )  # 3/4 to 4/3, as likely narrow as wide
     area = (low + share * (high - low)) * size[0] * size[1]
-    largest = _part(size, width / height * ratio, 1.0, 0, 0)
-    side = min(1.0, math.sqrt(area / ((largest[2] - largest[0]) * (largest[3] - largest[1]))))
-    return Change(_part(size, width / height * ratio, side, across, down), flip)
+    left, top, right, bottom = _window(size, ratio, 1.0, 0, 0)
+    side = min(1.0, math.sqrt(area / ((right - left) * (bottom - top))))
+    return Change(_window(size, ratio, side, across, down), flip)
 
 
 def view_change(view: str, image: PreprocessingConfig, size: tuple[int, int]) -> Change:
-    """The change that a view of extraction stands for: original, flip, a corner (top_left, ...), or flip_ and a corner.
+    """The change of a view: original, flip, a corner (top_left, ...), or flip_ and a corner.
 
     Raises:
         UserError: no such view.
     """
-    flip = view == "flip" or view.startswith("flip_")
-    part = view.removeprefix("flip").removeprefix("_") or ORIGINAL
-    if part == ORIGINAL:
+    if view not in known_views():
+        raise UserError(f"unknown view {view!r}: choose among {', '.join(known_views())}.")
+    corner = view.removeprefix("flip").removeprefix("_")
+    flip = view.startswith("flip")
+    if corner not in CORNERS:
         return Change(flip=flip)
-    if part not in CORNERS:
-        raise UserError(
-            f"views has {view!r}, but known are {', '.join(known_views())}: choose among them."
-        )
     height, width = image.height_width
-    return Change(_part(size, width / height, CORNER_SHARE, *CORNERS[part]), flip)
+    return Change(_window(size, width / height, CORNER_SIDE, *CORNERS[corner]), flip)
 
 
 def known_views() -> list[str]:
@@ -80,8 +89,9 @@ def known_views() -> list[str]:
     return [ORIGINAL, "flip", *CORNERS, *(f"flip_{corner}" for corner in CORNERS)]
 
 
-def _part(size: tuple[int, int], ratio: float, side: float, across: float, down: float) -> Window:
-    """A part of a picture of (width, height): of width/height `ratio`, `side` times as large as the largest, placed by two numbers in [0, 1]."""
+def _window(size: tuple[int, int], ratio: float, side: float, across: float, down: float) -> Window:
+    """A window of width/height `ratio` in a picture of (width, height), `side` times as large as
+    the largest, placed by two numbers in [0, 1]."""
     width = min(size[0], size[1] * ratio) * side
     height = min(width / ratio, size[1])  # not a rounding error higher than the picture
     left, top = (size[0] - width) * across, (size[1] - height) * down

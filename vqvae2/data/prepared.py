@@ -1,28 +1,60 @@
-"""Folders that `vqvae2 prepare` wrote: pixels in their final size in Parquet shards, read at the speed of memory.
+"""`vqvae2 prepare`: images decoded and resized once, then read at the speed of memory.
 
     prepared.json   train/00000.parquet ...   validation/00000.parquet ...
 
-A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or float32 in [-1, 1]) and `label` where there are classes.
+A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or float32 in [-1, 1])
+and `label` where there are classes.
 """
 
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from vqvae2.common.config import from_dict
+from vqvae2.common.accelerate import processes
+from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json
-from vqvae2.config import PreprocessingConfig
-from vqvae2.data.preprocessing import Picture, first_line
-from vqvae2.data.source import ImageSource, Prepared, SourcePair, row_checksum
+from vqvae2.common.files import file_hash, read_json, whole_file, write_json
+from vqvae2.common.runs import RunRecord
+from vqvae2.common.skipped import list_skipped, report_skipped
+from vqvae2.config import PrepareConfig, PreprocessingConfig
+from vqvae2.data.augmentation import no_change
+from vqvae2.data.dataset import ImageTable, PreparedPictures
+from vqvae2.data.decoding import first_line
+from vqvae2.data.open_source import PREPARED, UNFINISHED, Sources
+from vqvae2.data.splits import SPLITS
+from vqvae2.data.work_parts import (
+    Part,
+    Parts,
+    ReadItem,
+    find_parts,
+    note_path,
+    reopen,
+    skipped_images,
+    write_parts,
+)
 
-MANIFEST_NAME = "prepared.json"
-RECORD_NAME = "prepare_config.yaml"
+logger = logging.getLogger(__name__)
+ROW_GROUP = 256  # rows that are written, and held in memory, at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedShard:
+    """What the manifest says of a shard."""
+
+    name: str
+    """Its path in the folder: train/00000.parquet."""
+    rows: int
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +66,7 @@ class PreparedManifest:
     image: PreprocessingConfig
     """How they were prepared."""
     class_names: tuple[str, ...]
-    """Names of the classes that labels count, or empty."""
+    """Names of the classes that labels number, or empty."""
     has_labels: bool
     """Whether the rows have labels."""
     num_train: int
@@ -43,124 +75,205 @@ class PreparedManifest:
     """Rows in validation/."""
     num_skipped: int
     """Images that could not be read; skipped.jsonl lists them."""
+    shards: tuple[PreparedShard, ...] = ()
+    """All shards. (Folders of earlier versions do not list them.)"""
 
 
-def shard_place(path: Path) -> str | None:
-    """Which shard a file is, such as "train/00000", as it says itself; None if it is absent or broken."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return (pq.read_metadata(path).metadata or {}).get(b"place", b"").decode()
-    except (OSError, ValueError, pa.ArrowException):
-        return None
+# Reading
 
 
-def open_prepared(folder: Path) -> SourcePair:
+def open_prepared(folder: Path) -> Sources:
     """The prepared images of a folder, split as they were when they were prepared.
 
     Raises:
         UserError: a broken manifest, or missing or broken shards.
     """
-    manifest = from_dict(
-        PreparedManifest, read_json(folder / MANIFEST_NAME), str(folder / MANIFEST_NAME)
-    )
+    manifest = _read_manifest(folder)
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file() or path.stat().st_size != shard.num_bytes:
+            raise UserError(f"{path} is missing or was changed: run vqvae2 prepare again.")
     train = _open_split(folder, manifest, "train", manifest.num_train)
-    return train, _open_split(folder, manifest, "validation", manifest.num_validation)
+    return Sources(train, _open_split(folder, manifest, "validation", manifest.num_validation))
 
 
-def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: int) -> ImageSource:
+def _read_manifest(folder: Path) -> PreparedManifest:
+    return from_dict(PreparedManifest, read_json(folder / PREPARED), str(folder / PREPARED))
+
+
+def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: int) -> ImageTable:
     import datasets
 
-    what_to_do = "run vqvae2 prepare again"
-    files = sorted((folder / split).glob("*.parquet"))
-    for path in files:
-        if shard_place(path) != f"{split}/{path.stem}":
+    # Rows, ids and labels; an empty split has no shard to open.
+    image, files = manifest.image, sorted((folder / split).glob("*.parquet"))
+    length = image.channels * image.height_width[0] * image.height_width[1]
+    ids: list[str] = []
+    labels: list[int] = []
+    rows = np.zeros((0, image.channels, *image.height_width), np.uint8)
+    if number:
+        try:
+            names = list(map(str, files))
+            table = datasets.load_dataset("parquet", data_files=names, split="train")
+            ids, labels = list(table["id"]), list(table["label"])
+            rows = table.select_columns(["pixels"]).with_format("arrow")  # numpy's widens to int64
+            length = table.features["pixels"].length
+        except Exception as error:  # `datasets` raises many kinds
             raise UserError(
-                f"{path} cannot be read, or is not the shard that its name says: {what_to_do}."
-            )
-    channels, (height, width) = manifest.image.channels, manifest.image.height_width
-    if not number:
-        return _empty(f"{folder / split}", manifest)
-    try:
-        table = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
-        ids, labels = list(table["id"]), list(table["label"]) if manifest.has_labels else None
-        rows = table.select_columns(["pixels"]).with_format(
-            "arrow"
-        )  # the numpy format widens to int64
-        length = table.features["pixels"].length
-    except Exception as error:  # `datasets` raises many kinds
+                f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): "
+                f"run vqvae2 prepare again."
+            ) from None
+
+    # They are what the manifest says.
+    expected = image.channels * image.height_width[0] * image.height_width[1]
+    classes = set(range(len(manifest.class_names))) if manifest.has_labels else {None}
+    if (len(ids), length) != (number, expected) or not set(labels) <= classes:
         raise UserError(
-            f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): {what_to_do}."
-        ) from None
-    if len(ids) != number or length != channels * height * width:
-        raise UserError(
-            f"{folder / split} holds {len(ids)} images of {length} values, but {MANIFEST_NAME} says {number} of {channels} x {height} x {width}: {what_to_do}."
+            f"{folder / split} does not hold the {number} images of {expected} values and the "
+            f"labels that {PREPARED} names: run vqvae2 prepare again."
         )
-    if labels is not None and not all(
-        label is not None and 0 <= label < len(manifest.class_names) for label in labels
-    ):
-        raise UserError(
-            f"{folder / split} holds labels that are none of the {len(manifest.class_names)} classes of {MANIFEST_NAME}: {what_to_do}."
-        )
-    pixels = partial(_read_pixels, rows, (manifest.image.channels, *manifest.image.height_width))
-    name = str(folder) if split == "train" else str(folder / split)
-    read, mark = (
-        partial(_read_picture, pixels, manifest.image.value_range),
-        partial(_checksum, pixels),
-    )
-    return ImageSource(
-        name,
+    pictures = PreparedPictures(image, rows)
+    return ImageTable(
+        str(folder) if split == "train" else str(folder / split),
         ids,
-        read,
-        mark,
-        labels,
+        pictures.read,
+        pictures.mark,
+        labels if manifest.has_labels else None,
         manifest.class_names,
-        Prepared(manifest.image, pixels),
-        files=files,
+        files,
+        pictures,
     )
 
 
-def _empty(name: str, manifest: PreparedManifest) -> ImageSource:
-    """Nothing was held out, or none of it could be read: then nothing of the rest is held out either."""
-    empty = np.zeros((0, manifest.image.channels, *manifest.image.height_width), np.uint8)
-    labels: list[int] | None = [] if manifest.has_labels else None
-    return ImageSource(
-        name,
-        [],
-        empty.__getitem__,
-        partial(row_checksum, empty),
-        labels,
-        manifest.class_names,
-        Prepared(manifest.image, partial(_take, empty)),
+# Writing
+
+
+def prepare_command(config: PrepareConfig) -> None:
+    """Write the prepared images; continue, or do nothing if they are finished.
+
+    Raises:
+        UserError: bad images, or an output folder that holds another run.
+    """
+    # The run that the folder holds is this one; a finished folder is looked through again.
+    output_dir, state = Path(config.output_dir), processes()
+    found = find_parts(config.data, config.image, config.shard_size)
+    run = RunRecord("prepare", config, UNFINISHED, facts=found.facts)
+    run.check(output_dir)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.write(output_dir)
+        if (output_dir / PREPARED).exists():
+            shards = _read_manifest(output_dir).shards
+            reopen(output_dir / PREPARED, {output_dir / s.name: asdict(s) for s in shards})
+    state.wait_for_everyone()
+
+    # Shards, then the manifest.
+    began = time.perf_counter()
+    write_parts(
+        found,
+        output_dir,
+        partial(_write_part, output_dir, config.image),
+        {split: [no_change] for split in SPLITS},
+        state,
+        description="preparing",
+        skip=config.data.on_error == "skip",
+        num_threads=config.num_threads,
     )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(output_dir, config, found, time.perf_counter() - began)
+    state.wait_for_everyone()
 
 
-def _take(rows: np.ndarray, indices: Sequence[int]) -> np.ndarray:
-    return rows[list(indices)]
+def _write_part(
+    output_dir: Path, image: PreprocessingConfig, part: Part, rows: Iterator[ReadItem]
+) -> Iterator[int]:
+    """Write a part's shards, each whole or not at all, and yield how many images were added."""
+    height, width = image.height_width
+    kind = pa.uint8() if image.value_range == (0, 255) else pa.float32()
+    pixels = pa.list_(kind, image.channels * height * width)
+    schema = pa.schema({"id": pa.string(), "label": pa.int64(), "pixels": pixels})
+    skipped: dict[str, list[tuple[str, str]]] = {split: [] for split in part.splits}
+    waiting: dict[str, list[ReadItem]] = {split: [] for split in part.splits}
+    with ExitStack() as stack:
+        # A file per split, beside its place until it is whole.
+        writers: dict[str, pq.ParquetWriter] = {}
+        for split in reversed(part.splits):
+            aside = stack.enter_context(_noted_file(part.path(output_dir, split)))
+            options = {"compression": "zstd", "compression_level": 1}
+            writer = pq.ParquetWriter(aside, schema, use_dictionary=["id", "label"], **options)
+            writers[split] = stack.enter_context(writer)
+
+        # Rows, a few at a time.
+        for row in rows:
+            split = row.item.split
+            if row.error is not None:
+                skipped[split].append((row.error.name, row.error.reason))
+                continue
+            waiting[split].append(row)
+            if len(waiting[split]) == ROW_GROUP:
+                _write_rows(writers[split], waiting[split])
+                waiting[split] = []
+                yield ROW_GROUP
+        for split, rest in waiting.items():
+            _write_rows(writers[split], rest)
+            writers[split].add_key_value_metadata({"skipped": json.dumps(skipped[split])})
+            yield len(rest)
 
 
-def _read_pixels(rows: Any, shape: tuple[int, int, int], indices: Sequence[int]) -> np.ndarray:
-    return (
-        rows[list(indices)]["pixels"]
-        .combine_chunks()
-        .flatten()
-        .to_numpy(zero_copy_only=False)
-        .reshape(-1, *shape)
-        .copy()
+def _write_rows(writer: pq.ParquetWriter, rows: list[ReadItem]) -> None:
+    if not rows:
+        return
+    pixels = np.stack([row.pixels[0] for row in rows]).reshape(len(rows), -1)
+    columns: Mapping[str, object] = {
+        "id": [row.item.id for row in rows],
+        "label": [row.item.label for row in rows],
+        "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1]),
+    }
+    writer.write_table(pa.table(columns, schema=writer.schema))
+
+
+@contextmanager
+def _noted_file(path: Path) -> Iterator[Path]:
+    """A file that is written aside, and noted before it appears."""
+    with whole_file(path) as aside:
+        yield aside
+        shard = PreparedShard(
+            name=f"{path.parent.name}/{path.name}",
+            rows=pq.read_metadata(aside).num_rows,
+            num_bytes=aside.stat().st_size,
+            sha256=file_hash(aside),
+        )
+        write_json(note_path(path), to_dict(shard))
+
+
+def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: float) -> None:
+    """Write the manifest, which says that all shards are there."""
+    shards: list[PreparedShard] = []
+    paths = [path for split in SPLITS for path in found.paths(output_dir, split)]
+    for path in paths:
+        shards.append(from_dict(PreparedShard, read_json(note_path(path)), str(note_path(path))))
+    numbers = dict.fromkeys(SPLITS, 0)
+    for shard in shards:
+        numbers[shard.name.split("/")[0]] += shard.rows
+    if not numbers["train"]:
+        raise UserError(
+            f"{config.data.path}: none of the training images can be read: check data.path."
+        )
+    skipped = skipped_images(paths)
+    list_skipped(output_dir, skipped)
+    manifest = PreparedManifest(
+        source=config.data.path,
+        image=config.image,
+        class_names=found.classes(paths),
+        has_labels=found.labelled,
+        num_train=numbers["train"],
+        num_validation=numbers["validation"],
+        num_skipped=len(skipped),
+        shards=tuple(shards),
     )
-
-
-def _read_picture(pixels: Any, value_range: tuple[float, float], index: int) -> Picture:
-    """As an array that can be prepared once more, in another size or another part of it."""
-    values = np.moveaxis(pixels([index])[0], 0, -1)
-    low, high = value_range
-    return (
-        values
-        if values.dtype == np.uint8
-        else ((values + 1) / 2 * (high - low) + low).clip(low, high)
-    )
-
-
-def _checksum(pixels: Any, index: int) -> int:
-    return zlib.crc32(pixels([index]).tobytes())
+    write_json(output_dir / PREPARED, to_dict(manifest))
+    for path in paths:
+        note_path(path).unlink()
+    number, size = sum(numbers.values()), sum(shard.num_bytes for shard in shards) / 2**20
+    logger.info("%s: %d images in %.1f MiB, %.0f s.", output_dir, number, size, seconds)
+    report_skipped(output_dir)

@@ -1,0 +1,186 @@
+"""What is held out, what the classes are, which images a run belongs to: each decided here alone.
+
+- Held out is what the user names, else the source's own split, else images chosen by a hash of
+  their names: the same in every stage, also when images are added.
+- Every image has a label, or none has.
+- A run belongs to its images' names, labels and splits, and to marks of some of their contents.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqvae2.common.errors import UserError
+from vqvae2.common.runs import SAMPLE_NAME
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation")
+SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+NUM_MARKS = 128  # images whose contents tell a source from another with the same names
+
+
+def split_of(word: str) -> str | None:
+    """The split that a folder's or file's name stands for: train, validation or test."""
+    for split, words in SPLIT_WORDS.items():
+        if word.lower() in words:
+            return split
+    return None
+
+
+def pick_splits(names: Collection[str], source: str) -> tuple[str, str | None]:
+    """The names of the training and of the held-out split: validation is preferred to test."""
+    by_split: dict[str, str] = {}
+    for name in names:
+        by_split.setdefault(split_of(name) or name, name)
+    train = by_split.get("train", next(iter(names)))
+    held_out = by_split.get("validation", by_split.get("test"))
+    held_out = None if held_out == train else held_out
+    unused = sorted(set(names) - {train, held_out})
+    if unused:
+        chosen = "nothing is held out" if held_out is None else f"{held_out!r} is held out"
+        logger.info("%s: %s; not used: %s.", source, chosen, ", ".join(unused))
+    return train, held_out
+
+
+def split_files(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Files by split: their folder, or the first word of their name, may say which; else train."""
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        first_word = path.name.replace("_", "-").replace(".", "-").split("-")[0]
+        split = split_of(path.parent.name) or split_of(first_word) or "train"
+        by_split.setdefault(split, []).append(path)
+    return by_split
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether the image of this name is held out: a hash decides, whatever the other images are."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+
+
+def choose_held_out(names: Sequence[str], files: Sequence[Path], fraction: float) -> list[bool]:
+    """Whether each image is held out. All names (links) of a file go where its first goes."""
+    chosen = [is_held_out(name, fraction) for name in names]
+    if fraction and len(files) == len(names):
+        first: dict[object, int] = {}
+        chosen = [chosen[first.setdefault(_file(path), i)] for i, path in enumerate(files)]
+    return chosen
+
+
+def drop_held_out_files(train: Sequence[Path], held_out: Sequence[Path], source: str) -> list[int]:
+    """The indices of the training images whose files are not held out under another name.
+
+    Raises:
+        UserError: many are, which is a mistake rather than a link.
+    """
+    known = {_file(path) for path in held_out}
+    kept = [i for i, path in enumerate(train) if _file(path) not in known]
+    dropped = len(train) - len(kept)
+    if dropped > len(train) // 10:
+        refuse_shared_files(train, held_out, source)
+    if dropped:
+        logger.info("%s: %d links to held-out images are not trained on.", source, dropped)
+    return kept
+
+
+def refuse_shared_files(train: Iterable[Path], held_out: Iterable[Path], source: str) -> None:
+    """No file is trained on and held out, whatever names it (a link, another spelling).
+
+    Raises:
+        UserError: naming one that would be.
+    """
+    known = {_file(path) for path in train}
+    for path in held_out:
+        if _file(path) in known:
+            raise UserError(
+                f"{path} is held out, but is among the training images of {source} too and would "
+                f"be trained on: keep them apart (look for links)."
+            )
+
+
+def _file(path: Path) -> object:
+    """The same for all names of a file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return str(path)
+    return status.st_dev, status.st_ino
+
+
+def number_classes(
+    values: Sequence[Any], source: str, names: Sequence[str] | None = None
+) -> tuple[list[int], tuple[str, ...]]:
+    """Labels as numbers from 0 on, and the classes' names.
+
+    Args:
+        values: class names, or numbers; all of one kind.
+        names: what the numbers mean; without it the sorted values are the classes.
+
+    Raises:
+        UserError: a value is missing, of another kind, or not the number of a class.
+    """
+    kinds = {"empty" if value == "" else type(value).__name__ for value in values}
+    valid = kinds in ({"int"}, {"str"})
+    if names is not None:
+        valid = kinds == {"int"} and 0 <= min(values) <= max(values) < len(names)
+    if not valid and values:
+        raise UserError(
+            f"{source} does not give every row a class (found {', '.join(sorted(kinds))}): "
+            f"fill it in, or remove it."
+        )
+    if names is not None:
+        return list(values), tuple(names)
+    known = sorted(set(values))
+    number = {value: i for i, value in enumerate(known)}
+    return [number[value] for value in values], tuple(map(str, known))
+
+
+def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
+    """Every image has a label, or none has.
+
+    Raises:
+        UserError: this one differs from the first.
+    """
+    if has_label != labelled:
+        this, first = ("a label", "none") if has_label else ("no label", "one")
+        raise UserError(
+            f"{image} has {this}, but the first has {first}: label all images, or none."
+        )
+
+
+def refuse_repeated(ids: Sequence[str], source: str) -> None:
+    """Every image needs a name of its own.
+
+    Raises:
+        UserError: naming one that occurs twice.
+    """
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise UserError(
+                f"{source} names {name!r} more than once: give each image its own name."
+            )
+        seen.add(name)
+
+
+def image_facts(lines: Iterable[str], marks: Iterable[object]) -> dict[str, str]:
+    """What a run that continues must find again: its images' names, and marks of some contents.
+
+    A mark is cheap and tells an image from another of the same name: a file's length, a checksum.
+    """
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode())
+    return {"image_names_hash": digest.hexdigest(), SAMPLE_NAME: " ".join(map(str, marks))}
+
+
+def marked(number: int) -> range:
+    """Which of this many images are marked: some from all over the source."""
+    return range(0, number, max(1, number // NUM_MARKS))

@@ -1,0 +1,259 @@
+"""Jobs that read every image once and write shards of them: preparation and extraction.
+
+Which images are in which part, and in which order, depends on the data alone: not on the number of
+processes, nor on what was done before. A shard is done when a note beside it names its bytes.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from accelerate.state import PartialState
+from tqdm.auto import tqdm
+
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import file_hash, read_json, write_json
+from vqvae2.common.threads import ordered
+from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.data.augmentation import Choice, no_change
+from vqvae2.data.dataset import ImageDataset, ImageSplits, ImageTable
+from vqvae2.data.decoding import BadImage
+from vqvae2.data.open_source import PythonImages, open_source, split_table, stream_facts
+from vqvae2.data.splits import SPLITS, check_labelled, is_held_out
+from vqvae2.data.stream import ImageStream
+
+
+class Item(NamedTuple):
+    """An image of a part."""
+
+    split: str
+    id: str
+    label: int | None
+    pixels: Callable[[Choice], np.ndarray]
+    """Reads it: `(C, H, W)`, changed as chosen for its size. Raises BadImage."""
+
+
+class ReadItem(NamedTuple):
+    """An image that was read, or why it could not be."""
+
+    item: Item
+    pixels: list[np.ndarray]
+    error: BadImage | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fixed part of the images, of one split or (a shard of a stream) of both."""
+
+    number: int
+    splits: tuple[str, ...]
+    items: Callable[[], Iterator[Item]]
+    num_items: int | None
+    """How many images, where that is known before they are read."""
+
+    def path(self, output_dir: Path, split: str) -> Path:
+        """Where the shard of this part and split is written."""
+        return output_dir / split / f"{self.number:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All images in parts, in order."""
+
+    parts: tuple[Part, ...]
+    source: str
+    facts: Mapping[str, str]
+    """What a run that continues must find again."""
+    labelled: bool
+    class_names: tuple[str, ...] | None
+    """None for a stream, whose classes are the numbers that occur."""
+
+    def paths(self, output_dir: Path, split: str) -> list[Path]:
+        """The shards of a split, in order."""
+        return [part.path(output_dir, split) for part in self.parts if split in part.splits]
+
+    def classes(self, shards: Iterable[Path]) -> tuple[str, ...]:
+        """The classes' names; of a stream, the numbers from 0 to the highest in these shards."""
+        if self.class_names is not None:
+            return self.class_names
+        highest = -1
+        for path in shards:
+            if self.labelled:
+                labels = pq.read_table(path, columns=["label"])["label"].to_pylist()
+                highest = max([highest, *labels])
+        return tuple(map(str, range(highest + 1)))
+
+
+def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, size: int) -> Parts:
+    """Cut each split of a table into parts of `size` images; of a stream every shard is a part.
+
+    Raises:
+        UserError: see `open_source`.
+    """
+    sources = open_source(data, config)
+    train, held_out = sources
+    parts: list[Part] = []
+    if isinstance(train, ImageTable):
+        splits = ImageSplits(*split_table(sources, config))
+        for split, images in splits.items():
+            parts += _cut(split, images, size)
+        labelled = train.labels is not None
+        return Parts(tuple(parts), train.name, splits.facts(), labelled, train.class_names)
+
+    # A stream: without a held-out set, each shard holds images of both splits.
+    both = held_out is None and config.validation_fraction > 0
+    parts += _shards(train, SPLITS if both else SPLITS[:1], config)
+    labelled = train.labelled()
+    if isinstance(held_out, ImageStream):
+        parts += _shards(held_out, SPLITS[1:], config)
+        check_labelled(held_out.labelled(), labelled, held_out.name)
+    elif held_out is not None:
+        images = ImageDataset(held_out, range(len(held_out)), config, cached=False)
+        parts += _cut("validation", images, size)
+        check_labelled(held_out.labels is not None, labelled, held_out.name)
+    return Parts(tuple(parts), train.name, stream_facts(sources, config), labelled, None)
+
+
+def _shards(
+    stream: ImageStream, splits: tuple[str, ...], config: PreprocessingConfig
+) -> list[Part]:
+    numbers = range(len(stream))
+    return [Part(i, splits, partial(_rows, stream, i, splits, config), None) for i in numbers]
+
+
+def _rows(
+    stream: ImageStream, number: int, splits: tuple[str, ...], config: PreprocessingConfig
+) -> Iterator[Item]:
+    for row in stream.rows(number):
+        held_out = len(splits) > 1 and is_held_out(row.id, config.validation_fraction)
+        yield Item(splits[held_out], row.id, row.label, partial(stream.decode, row, config))
+
+
+def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
+    parts = []
+    for number, first in enumerate(range(0, len(images), size)):
+        rows = range(first, min(first + size, len(images)))
+        parts.append(Part(number, (split,), partial(_range, split, images, rows), len(rows)))
+    return parts
+
+
+def _range(split: str, images: ImageDataset, rows: range) -> Iterator[Item]:
+    table = images.source
+    for row in rows:
+        index = images.indices[row]
+        label = table.labels[index] if table.labels is not None else None
+        yield Item(split, table.ids[index], label, partial(_pixels, images, row))
+
+
+def _pixels(images: ImageDataset, row: int, choice: Choice) -> np.ndarray:
+    changed = images.pixels(row) if choice is no_change else images.changed(row, choice)
+    return changed.numpy()
+
+
+def read_items(
+    items: Iterable[Item],
+    choices: Mapping[str, Sequence[Choice]],
+    *,
+    skip: bool,
+    num_threads: int = 0,
+) -> Iterator[ReadItem]:
+    """The items in order, decoded ahead on several threads (0: one per core).
+
+    Args:
+        choices: split -> the changes that each image is wanted in.
+        skip: whether a broken image is passed on with its error.
+
+    Raises:
+        BadImage: a broken one, unless they are skipped.
+    """
+
+    def read(item: Item) -> ReadItem:
+        try:
+            return ReadItem(item, [item.pixels(choice) for choice in choices[item.split]], None)
+        except BadImage as error:
+            if not skip:
+                raise
+            return ReadItem(item, [], error)
+
+    return ordered(read, items, num_threads=num_threads or os.cpu_count() or 1)
+
+
+def write_parts(
+    found: Parts,
+    output_dir: Path,
+    write: Callable[[Part, Iterator[ReadItem]], Iterator[int]],
+    choices: Mapping[str, Sequence[Choice]],
+    state: PartialState,
+    *,
+    description: str,
+    skip: bool,
+    num_threads: int = 0,
+) -> None:
+    """Write the shards that are not done; each process takes its share of the parts.
+
+    Args:
+        write: writes the shards of a part, with their notes, from its images as they are read;
+            yields how many images were added.
+
+    Raises:
+        UserError: a broken image, or some images with labels and some without.
+    """
+    parts = found.parts[state.process_index :: state.num_processes]
+    sizes = [part.num_items for part in parts]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    disable = not state.is_main_process
+    with tqdm(desc=description, total=total, unit="image", disable=disable) as bar:
+        for part in parts:
+            if all(is_done(part.path(output_dir, split)) for split in part.splits):
+                bar.update(part.num_items or 0)
+                continue
+            rows = read_items(part.items(), choices, skip=skip, num_threads=num_threads)
+            for number in write(part, _checked(rows, found.labelled)):
+                bar.update(number)
+
+
+def _checked(rows: Iterator[ReadItem], labelled: bool) -> Iterator[ReadItem]:
+    for row in rows:
+        if row.error is None:
+            check_labelled(row.item.label is not None, labelled, row.item.id)
+        yield row
+
+
+# Resume
+
+
+def note_path(shard: Path) -> Path:
+    """Where what the manifest will say of a shard waits until all shards are there."""
+    return shard.with_name(f".{shard.stem}.json")
+
+
+def is_done(shard: Path) -> bool:
+    """Whether a shard is there, and is the file that was noted when it was written."""
+    if not (shard.exists() and note_path(shard).exists()):
+        return False
+    try:
+        return file_hash(shard) == read_json(note_path(shard)).get("sha256")
+    except UserError:  # a broken note
+        return False
+
+
+def reopen(manifest: Path, notes: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Make a finished folder an unfinished one: what its manifest says of shards becomes notes."""
+    for shard, note in notes.items():
+        write_json(note_path(shard), dict(note))
+    manifest.unlink()
+
+
+def skipped_images(shards: Iterable[Path]) -> list[tuple[str, str]]:
+    """Names and reasons of the images that were skipped while these shards were written."""
+    pairs = []
+    for path in shards:
+        metadata = pq.read_metadata(path).metadata or {}
+        pairs += [(name, reason) for name, reason in json.loads(metadata.get(b"skipped", b"[]"))]
+    return pairs
