@@ -41,7 +41,7 @@ from vqvae2.data import (
     to_images,
 )
 from vqvae2.data.augmentation import known_views, no_change, random_change, view_change
-from vqvae2.data.open_source import expand, expand_ranges
+from vqvae2.data.open_source import expand_ranges
 from vqvae2.data.stream import ImageStream, StreamedImages
 from vqvae2.data.work_parts import Item, find_parts, read_items
 
@@ -445,7 +445,8 @@ def test_no_picture_vanishes(
         write_images(tmp_path / "three" / part, 5)
     load(tmp_path / "three")
     assert "'val' is held out; not used: test" in caplog.text
-    assert expand(f"{sources['tars']}/*{{0..1}}*.tar") == expand(f"{sources['tars']}/*.tar")
+    twice = shards_at(f"{sources['tars']}/*{{0..1}}*.tar").urls
+    assert twice == shards_at(f"{sources['tars']}/*.tar").urls
     frames = [Image.new("L", (8, 8), shade) for shade in (0, 99)]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     tifffile.imwrite(tmp_path / "x.tif", np.zeros((5, 16, 16), np.uint8), photometric="minisblack")
@@ -702,10 +703,11 @@ def stream(
 ) -> StreamedImages:
     names = ("num_processes", "process_index", "on_skipped")
     place = {name: options.pop(name) for name in names if name in options}
-    place.setdefault("on_skipped", lambda name, reason: None)
+    on_skipped = place.pop("on_skipped", lambda name, reason: None)
     data = DataConfig(path=str(path), streaming=True, **options)  # type: ignore[arg-type]
     source = open_source(data, config).train
-    return StreamedImages(source, data, config, batch_size, held_out=True, **place)  # type: ignore[arg-type]
+    share = config.validation_fraction
+    return StreamedImages(source, data, config, batch_size, share, on_skipped, **place)  # type: ignore[arg-type]
 
 
 def numbered_tars(folder: Path, shards: int, rows: int, *, labelled: bool = True) -> Path:

@@ -5,17 +5,17 @@ held out, what the classes are and which images a run belongs to; `decoding`, `p
 `augmentation` turn a file into pixels; `work_parts` are jobs that write shards, `prepared` is one.
 """
 
-from vqvae2.data.dataset import AugmentedImages, ImageDataset, ImageSplits, ImageTable
-from vqvae2.data.decoding import BadImage, picture_size, read_picture_file
-from vqvae2.data.open_source import (
-    PythonImages,
+from vqvae2.data.dataset import (
+    AugmentedImages,
+    ImageDataset,
+    ImageSplits,
     TrainingImages,
     held_out_images,
     load_images,
-    load_table,
-    open_source,
     open_training_images,
 )
+from vqvae2.data.decoding import BadImage, picture_size, read_picture_file
+from vqvae2.data.open_source import ImageTable, PythonImages, load_table, open_source
 from vqvae2.data.preprocessing import load_picture, prepare, to_images
 from vqvae2.data.splits import is_held_out
 

@@ -1,13 +1,12 @@
-"""Images at hand in any order: a table of named pictures, and datasets of their pixels over it."""
+"""Images as training reads them: datasets of pixels over a table, or batches from a stream."""
 
 import hashlib
+import json
 import os
-import re
-import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,101 +17,25 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.loading import Loader, ShuffledLoader
 from vqvae2.common.threads import ordered
-from vqvae2.config import AugmentationConfig, PreprocessingConfig
+from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
+from vqvae2.data import splits
 from vqvae2.data.augmentation import Choice, no_change, random_change
-from vqvae2.data.decoding import BadImage, Picture, picture_size
+from vqvae2.data.decoding import BadImage, picture_size
+from vqvae2.data.open_source import (
+    ImageTable,
+    PreparedPictures,
+    PythonImages,
+    Sources,
+    open_source,
+    refuse_stream,
+)
 from vqvae2.data.preprocessing import BYTES
-from vqvae2.data.splits import image_facts, marked
+from vqvae2.data.stream import ImageStream, StreamedImages, StreamRow
 
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
-
-
-@dataclass(frozen=True)
-class PreparedPictures:
-    """Pixels in their final form, uint8 or float32 in [-1, 1]: an array `(N, C, H, W)`, or the
-    Arrow-formatted column `pixels` of a `datasets` table."""
-
-    config: PreprocessingConfig
-    rows: Any
-
-    def pixels(self, indices: Sequence[int]) -> np.ndarray:
-        """The pixels `(B, C, H, W)` of these rows."""
-        if isinstance(self.rows, np.ndarray):
-            return self.rows[list(indices)]
-        column = self.rows[list(indices)]["pixels"].combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(-1, self.config.channels, *self.config.height_width).copy()
-
-    def read(self, index: int) -> Picture:
-        """As an array that can be prepared once more, in another size."""
-        values = np.moveaxis(self.pixels([index])[0], 0, -1)
-        low, high = self.config.value_range
-        is_bytes = values.dtype == np.uint8
-        return values if is_bytes else ((values + 1) / 2 * (high - low) + low).clip(low, high)
-
-    def mark(self, index: int) -> int:
-        """A checksum of the values."""
-        return zlib.crc32(self.pixels([index]).tobytes())
-
-
-@dataclass(frozen=True)
-class ImageTable:
-    """Named pictures, each with a label or none, in an order of their own."""
-
-    name: str
-    ids: Sequence[str]
-    """A name for each picture: it decides the split and goes into the code dataset."""
-    read: Callable[[int], Picture]
-    """One picture; what it raises for a broken one is reported with the picture's name."""
-    mark: Callable[[int], int]
-    """Something cheap that tells a picture from another of the same name."""
-    labels: Sequence[int] | None = None
-    class_names: tuple[str, ...] = ()
-    files: Sequence[Path] = ()
-    """The files behind it, where they are known: one for each picture, or shards of many."""
-    prepared: PreparedPictures | None = None
-
-    def __post_init__(self) -> None:
-        strange = re.search("[^\n]*[\ud800-\udfff][^\n]*", "\n".join(self.ids))
-        if strange:
-            raise UserError(
-                f"{self.name} holds a name that is not UTF-8 ({strange[0]!r}): rename that image."
-            )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def choose(self, indices: Sequence[int]) -> "ImageTable":
-        """These rows alone."""
-        return replace(
-            self,
-            ids=[self.ids[i] for i in indices],
-            read=partial(_of_chosen, self.read, indices),
-            mark=partial(_of_chosen, self.mark, indices),
-            labels=None if self.labels is None else [self.labels[i] for i in indices],
-            files=[self.files[i] for i in indices] if len(self.files) == len(self) else self.files,
-        )
-
-    def with_classes_of(self, train: "ImageTable") -> "ImageTable":
-        """This table with its labels numbered as in the training images.
-
-        Raises:
-            UserError: it has other classes, or none where the training images have some.
-        """
-        if train.labels is None:
-            return replace(self, labels=None, class_names=())
-        if self.labels is None or not set(self.class_names) <= set(train.class_names):
-            raise UserError(
-                f"{self.name} has the classes {list(self.class_names)}, but {train.name} has "
-                f"{list(train.class_names)}: held-out images need the training images' classes."
-            )
-        labels = [train.class_names.index(self.class_names[label]) for label in self.labels]
-        return replace(self, labels=labels, class_names=train.class_names)
-
-
-def _of_chosen(function: Callable[[int], Any], indices: Sequence[int], index: int) -> Any:
-    return function(indices[index])
+MAX_HELD_OUT = 1024  # images of a stream that are held out by name
 
 
 class ImageDataset(Dataset):
@@ -298,7 +221,7 @@ class AugmentedImages(Dataset):
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """One source, split into what trains and what is held out (perhaps empty)."""
+    """A table, split into what trains and what is held out (perhaps nothing)."""
 
     train: ImageDataset
     validation: ImageDataset
@@ -317,11 +240,11 @@ class ImageSplits:
             for i in sorted([*dataset.indices, *dataset.left_out]):
                 label = labels[i] if labels is not None else None
                 lines.append(f"{split} {dataset.source.ids[i]} {label}\n")
-        tables = {id(table): table for table in (self.train.source, self.validation.source)}
-        marks = []
+        tables = {id(dataset.source): dataset.source for _, dataset in self.items()}
+        marks: list[int] = []
         for table in tables.values():
-            marks += [table.mark(i) for i in marked(len(table))]
-        return image_facts(lines, marks)
+            marks += map(table.mark, splits.marked(len(table)))
+        return splits.image_facts(lines, marks)
 
     def skipped_hash(self) -> str | None:
         """A hash of which images are skipped, if there are any."""
@@ -332,3 +255,201 @@ class ImageSplits:
         """The splits by name."""
         yield "train", self.train
         yield "validation", self.validation
+
+
+def split_table(sources: Sources, config: PreprocessingConfig) -> ImageSplits:
+    """The training and the held-out images of a table, not decoded yet.
+
+    Raises:
+        UserError: the source is a stream, or no training image is left.
+    """
+    train, held_out = sources
+    refuse_stream(train)
+    assert isinstance(train, ImageTable)
+    if held_out is None:
+        chosen = splits.choose_held_out(train.ids, train.files, config.validation_fraction)
+        rows = [i for i, is_chosen in enumerate(chosen) if not is_chosen]
+        held_out, held_out_rows = train, [i for i, is_chosen in enumerate(chosen) if is_chosen]
+    else:
+        if isinstance(held_out, ImageStream):
+            held_out = _stack(held_out, held_out.all_rows(), config, skip=False)[0].source
+        rows, held_out_rows = list(range(len(train))), list(range(len(held_out)))
+        if train.is_of_files and held_out.is_of_files:
+            rows = splits.drop_held_out_files(train.files, held_out.files, train.name)
+    if not rows:
+        what_to_do = "add images or lower image.validation_fraction"
+        raise UserError(f"{train.name}: all {len(train)} images are held out: {what_to_do}.")
+    return ImageSplits(
+        ImageDataset(train, rows, config, cached=False),
+        ImageDataset(held_out, held_out_rows, config, cached=False),
+    )
+
+
+def load_images(
+    data: ImagesConfig | PythonImages,
+    config: PreprocessingConfig,
+    *,
+    num_workers: int = 0,
+    show_progress: bool = True,
+    check: bool = True,
+) -> ImageSplits:
+    """Find, split and check the images that the configuration names, or take them from Python.
+
+    Args:
+        check: decode all images now; without it a broken one is found when it is read, and
+            nothing is kept in memory.
+
+    Raises:
+        UserError: no images, a broken image, held-out images among the training images, or other
+            classes; or the source is a stream.
+    """
+    found = split_table(open_source(data, config), config)
+    if not check:
+        return found
+    skip = isinstance(data, ImagesConfig) and data.on_error == "skip"
+    kept: list[ImageDataset] = []
+    skipped: list[BadImage] = []
+    for _, split in found.items():
+        images = ImageDataset(split.source, split.indices, config, shared=num_workers > 0)
+        broken = images.check(skip=skip, show_progress=show_progress)
+        kept.append(images.without(broken) if broken else images)
+        skipped += broken.values()
+    if not len(kept[0]):
+        name, reason = found.train.source.name, skipped[0].reason
+        raise UserError(f"{name}: no training image can be read ({reason}): check data.path.")
+    return ImageSplits(kept[0], kept[1], tuple(skipped))
+
+
+def held_out_images(
+    data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool = True
+) -> ImageDataset:
+    """The held-out images of a table or stream, at hand; of a stream at most `MAX_HELD_OUT`.
+
+    Raises:
+        UserError: see `load_images`.
+    """
+    sources = open_source(data, config)
+    if isinstance(sources.train, ImageStream):
+        return _held_out_of_stream(sources, data, config)[0]
+    return load_images(data, config, show_progress=show_progress).validation
+
+
+def _held_out_of_stream(
+    sources: Sources, data: ImagesConfig, config: PreprocessingConfig
+) -> tuple[ImageDataset, list[BadImage]]:
+    """The stream's explicit held-out set, or its first images that are held out by name."""
+    train, held_out = sources
+    assert isinstance(train, ImageStream)
+    skip = data.on_error == "skip"
+    if isinstance(held_out, ImageTable):
+        images = ImageDataset(held_out, range(len(held_out)), config)
+        broken = images.check(skip=skip)
+        return images.without(broken) if broken else images, list(broken.values())
+    if held_out is not None:
+        return _stack(held_out, held_out.all_rows(), config, skip=skip)
+    rows: Iterable[StreamRow] = ()  # where nothing is held out, nothing need be read
+    share = config.validation_fraction
+    if share:
+        rows = (row for row in train.all_rows() if splits.is_held_out(row.id, share))
+    return _stack(train, rows, config, skip=skip)
+
+
+def _stack(
+    stream: ImageStream, rows: Iterable[StreamRow], config: PreprocessingConfig, *, skip: bool
+) -> tuple[ImageDataset, list[BadImage]]:
+    """The first rows of a stream in memory, and those that could not be read."""
+    ids: list[str] = []
+    pixels: list[np.ndarray] = []
+    skipped: list[BadImage] = []
+    for row in islice(rows, MAX_HELD_OUT):
+        try:
+            pixels.append(stream.decode(row, config, no_change))
+            ids.append(row.id)
+        except BadImage as error:
+            if not skip:
+                raise
+            skipped.append(error)
+    empty = np.zeros((0, config.channels, *config.height_width), np.uint8)
+    pictures = PreparedPictures(config, np.stack(pixels) if pixels else empty)
+    table = ImageTable(stream.name, ids, pictures.read, pictures.mark, prepared=pictures)
+    return ImageDataset(table, range(len(ids)), config), skipped
+
+
+def stream_facts(sources: Sources, config: PreprocessingConfig) -> dict[str, str]:
+    """What a run on a stream is bound to: its shards, and what is held out."""
+    train, held_out = sources
+    assert isinstance(train, ImageStream)
+    content: list[Any] = [config.validation_fraction]
+    marks: list[object] = [*train.marks()]
+    if isinstance(held_out, ImageTable):
+        content = list(held_out.ids)
+        marks += map(held_out.mark, splits.marked(len(held_out)))
+    elif held_out is not None:
+        content = held_out.shard_names()
+        marks += held_out.marks()
+    line = json.dumps([train.shard_names(), held_out is None, content])
+    return splits.image_facts([line], marks)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """What a training of the autoencoder sees."""
+
+    loader: Loader
+    """Batches without end."""
+    validation: ImageDataset
+    shown: ImageDataset
+    """Images to draw reconstructions of: held-out ones, if there are any."""
+    facts: Mapping[str, str | None]
+    """What the run is bound to."""
+    summary: str
+    skipped: Sequence[BadImage]
+
+
+def open_training_images(
+    data: DataConfig,
+    config: PreprocessingConfig,
+    batch_size: int,
+    *,
+    images: PythonImages | None = None,
+    on_skipped: Callable[[str, str], None],
+    show_progress: bool = True,
+    **place: int,
+) -> TrainingImages:
+    """Images found, split, checked and shuffled; or shards that are read as they come.
+
+    Args:
+        images: see `load_images`; instead of what `data.path` names.
+        on_skipped: see `StreamedImages`.
+        place: `seed`, `num_processes` and `process_index`.
+
+    Raises:
+        UserError: see `open_source` and `load_images`.
+    """
+    # A stream, in an order of its own.
+    sources = open_source(data, config) if images is None else None
+    if sources is not None and isinstance(sources.train, ImageStream):
+        validation, skipped = _held_out_of_stream(sources, data, config)
+        share = config.validation_fraction if sources.held_out is None else 0.0
+        stream = sources.train
+        loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
+        summary = f"{len(stream)} shards, {len(validation)} images held out"
+        facts = stream_facts(sources, config)
+        return TrainingImages(loader, validation, validation, facts, summary, skipped)
+
+    # A table, shuffled anew in every epoch.
+    workers = data.num_workers
+    source = data if images is None else images
+    found = load_images(source, config, num_workers=workers, show_progress=show_progress)
+    train: Any = found.train
+    if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
+        train = AugmentedImages(found.train, data.augmentation, place["seed"])
+    classes = f"{len(found.class_names) or 'no'} classes"
+    return TrainingImages(
+        ShuffledLoader(train, batch_size, num_workers=workers, **place),
+        found.validation,
+        found.validation if len(found.validation) else found.train,
+        {**found.facts(), "skipped_hash": found.skipped_hash()},
+        f"{len(found.train)} training images, {len(found.validation)} held out, {classes}",
+        found.skipped,
+    )

@@ -27,9 +27,8 @@ from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data.augmentation import no_change
-from vqvae2.data.dataset import ImageTable, PreparedPictures
 from vqvae2.data.decoding import first_line
-from vqvae2.data.open_source import PREPARED, UNFINISHED, Sources
+from vqvae2.data.open_source import PREPARED, UNFINISHED, ImageTable, PreparedPictures, Sources
 from vqvae2.data.splits import SPLITS
 from vqvae2.data.work_parts import (
     Part,

@@ -24,29 +24,24 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-NUM_MARKS = 128  # images whose contents tell a source from another with the same names
+NUM_MARKS = 128
 
 
 def split_of(word: str) -> str | None:
     """The split that a folder's or file's name stands for: train, validation or test."""
-    for split, words in SPLIT_WORDS.items():
-        if word.lower() in words:
-            return split
-    return None
+    return next((split for split, words in SPLIT_WORDS.items() if word.lower() in words), None)
 
 
 def pick_splits(names: Collection[str], source: str) -> tuple[str, str | None]:
     """The names of the training and of the held-out split: validation is preferred to test."""
-    by_split: dict[str, str] = {}
-    for name in names:
-        by_split.setdefault(split_of(name) or name, name)
+    by_split = {split_of(name) or name: name for name in reversed(list(names))}
     train = by_split.get("train", next(iter(names)))
     held_out = by_split.get("validation", by_split.get("test"))
     held_out = None if held_out == train else held_out
     unused = sorted(set(names) - {train, held_out})
     if unused:
-        chosen = "nothing is held out" if held_out is None else f"{held_out!r} is held out"
-        logger.info("%s: %s; not used: %s.", source, chosen, ", ".join(unused))
+        chosen = "nothing" if held_out is None else repr(held_out)
+        logger.info("%s: %s is held out; not used: %s.", source, chosen, ", ".join(unused))
     return train, held_out
 
 
@@ -54,8 +49,8 @@ def split_files(files: Iterable[Path]) -> dict[str, list[Path]]:
     """Files by split: their folder, or the first word of their name, may say which; else train."""
     by_split: dict[str, list[Path]] = {}
     for path in files:
-        first_word = path.name.replace("_", "-").replace(".", "-").split("-")[0]
-        split = split_of(path.parent.name) or split_of(first_word) or "train"
+        word = path.name.replace("_", "-").replace(".", "-").split("-")[0]
+        split = split_of(path.parent.name) or split_of(word) or "train"
         by_split.setdefault(split, []).append(path)
     return by_split
 
@@ -82,11 +77,11 @@ def drop_held_out_files(train: Sequence[Path], held_out: Sequence[Path], source:
     """
     known = {_file(path) for path in held_out}
     kept = [i for i, path in enumerate(train) if _file(path) not in known]
-    dropped = len(train) - len(kept)
-    if dropped > len(train) // 10:
+    if len(train) - len(kept) > len(train) // 10:
         refuse_shared_files(train, held_out, source)
-    if dropped:
-        logger.info("%s: %d links to held-out images are not trained on.", source, dropped)
+    if len(kept) < len(train):
+        number = len(train) - len(kept)
+        logger.info("%s: %d links to held-out images are not trained on.", source, number)
     return kept
 
 
@@ -97,12 +92,10 @@ def refuse_shared_files(train: Iterable[Path], held_out: Iterable[Path], source:
         UserError: naming one that would be.
     """
     known = {_file(path) for path in train}
-    for path in held_out:
-        if _file(path) in known:
-            raise UserError(
-                f"{path} is held out, but is among the training images of {source} too and would "
-                f"be trained on: keep them apart (look for links)."
-            )
+    shared = next((path for path in held_out if _file(path) in known), None)
+    if shared is not None:
+        where = f"is among the training images of {source} too, and would be trained on"
+        raise UserError(f"{shared} is held out, but {where}: keep them apart (look for links).")
 
 
 def _file(path: Path) -> object:
@@ -127,19 +120,16 @@ def number_classes(
         UserError: a value is missing, of another kind, or not the number of a class.
     """
     kinds = {"empty" if value == "" else type(value).__name__ for value in values}
-    valid = kinds in ({"int"}, {"str"})
-    if names is not None:
+    valid = kinds in ({"int"}, {"str"}, set())
+    if valid and values and names is not None:
         valid = kinds == {"int"} and 0 <= min(values) <= max(values) < len(names)
-    if not valid and values:
-        raise UserError(
-            f"{source} does not give every row a class (found {', '.join(sorted(kinds))}): "
-            f"fill it in, or remove it."
-        )
+    if not valid:
+        found = ", ".join(sorted(kinds))
+        raise UserError(f"{source} does not give every row a class (found {found}): fill it in.")
     if names is not None:
         return list(values), tuple(names)
-    known = sorted(set(values))
-    number = {value: i for i, value in enumerate(known)}
-    return [number[value] for value in values], tuple(map(str, known))
+    known = {value: number for number, value in enumerate(sorted(set(values)))}
+    return [known[value] for value in values], tuple(map(str, known))
 
 
 def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
@@ -164,9 +154,7 @@ def refuse_repeated(ids: Sequence[str], source: str) -> None:
     seen: set[str] = set()
     for name in ids:
         if name in seen:
-            raise UserError(
-                f"{source} names {name!r} more than once: give each image its own name."
-            )
+            raise UserError(f"{source} names {name!r} more than once: give each its own name.")
         seen.add(name)
 
 
@@ -175,9 +163,7 @@ def image_facts(lines: Iterable[str], marks: Iterable[object]) -> dict[str, str]
 
     A mark is cheap and tells an image from another of the same name: a file's length, a checksum.
     """
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode())
+    digest = hashlib.sha256("".join(lines).encode())
     return {"image_names_hash": digest.hexdigest(), SAMPLE_NAME: " ".join(map(str, marks))}
 
 

@@ -61,6 +61,11 @@ class ImageStream:
         return len(self.urls)
 
     @property
+    def is_of_files(self) -> bool:
+        """Whether each picture is a file of its own: never."""
+        return False
+
+    @property
     def files(self) -> list[Path]:
         """Those on this machine."""
         paths = [url.removeprefix("file://") for url in self.urls]
@@ -97,7 +102,7 @@ class ImageStream:
         """Whether the first rows have labels; then all must."""
         return any(row.label is not None for row in islice(self.all_rows(), 64))
 
-    def lines(self) -> list[str]:
+    def shard_names(self) -> list[str]:
         """The shards' names, which tell these images from others."""
         return [PurePosixPath(url).name for url in self.urls]
 
@@ -149,34 +154,29 @@ def _opened(url: str) -> Iterator[BinaryIO]:
 
 
 def find_columns(
-    features: Mapping[str, Any], source: str, data: ImagesConfig
+    features: Mapping[str, Any],
+    source: str,
+    data: ImagesConfig,
+    names: Sequence[str] = IMAGE_COLUMNS,
 ) -> tuple[str, str | None]:
-    """The columns of pictures and of classes: those named in `data`, else by type or name.
+    """The columns of pictures and of classes: those set in `data`, else by type or name.
 
     Raises:
         UserError: there is no such column, or none of pictures.
     """
     import datasets
 
+    columns = f"{source} has the columns {list(features)}"
     for option, column in (("image", data.image_column), ("label", data.label_column)):
         if column is not None and column not in features:
-            raise UserError(
-                f"{source} has the columns {list(features)}, but no {column!r}: "
-                f"correct --data.{option}-column."
-            )
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    images += [name for name in IMAGE_COLUMNS if name in features]
-    image = data.image_column or next(iter(images), None)
-    if image is None:
-        raise UserError(
-            f"{source} has the columns {list(features)}, but none of images: "
-            f"name it 'image', or set --data.image-column."
-        )
-    classes = [name for name in ("label",) if name in features]
-    for name, kind in features.items():
-        if isinstance(kind, datasets.ClassLabel) and name != "split":
-            classes.append(name)
-    return image, data.label_column or next(iter(classes), None)
+            raise UserError(f"{columns}, but no {column!r}: correct --data.{option}-column.")
+    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    pictures += [name for name in names if name in features]
+    if data.image_column is None and not pictures:
+        raise UserError(f"{columns}, but none of images: set --data.image-column.")
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    classes = ["label"] if "label" in features else [name for name in classes if name != "split"]
+    return data.image_column or pictures[0], data.label_column or next(iter(classes), None)
 
 
 def _parquet_rows(
@@ -372,7 +372,7 @@ class StreamedImages:
 
     Args:
         batch_size: rows per batch over all processes.
-        held_out: whether images held out by the configured share of names are left out.
+        held_out_share: the share of images that is held out by name, and left out here.
         on_skipped: called once with (name, reason) of each skipped image. Another of the batch
             takes its place, so that all processes have as many rows.
 
@@ -386,16 +386,15 @@ class StreamedImages:
         data: DataConfig,
         config: PreprocessingConfig,
         batch_size: int,
-        *,
-        held_out: bool,
+        held_out_share: float,
         on_skipped: Callable[[str, str], None],
+        *,
         seed: int = 0,
         num_processes: int = 1,
         process_index: int = 0,
     ) -> None:
         self.stream, self.data, self.config, self.seed = stream, data, config, seed
-        self.held_out_share = config.validation_fraction if held_out else 0.0
-        self.on_skipped = on_skipped
+        self.held_out_share, self.on_skipped = held_out_share, on_skipped
         most = min(batch_size, len(stream))
         self.num_lanes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
         self.rows_per_lane = batch_size // self.num_lanes

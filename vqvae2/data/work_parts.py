@@ -22,9 +22,9 @@ from vqvae2.common.files import file_hash, read_json, write_json
 from vqvae2.common.threads import ordered
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Choice, no_change
-from vqvae2.data.dataset import ImageDataset, ImageSplits, ImageTable
+from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
 from vqvae2.data.decoding import BadImage
-from vqvae2.data.open_source import PythonImages, open_source, split_table, stream_facts
+from vqvae2.data.open_source import ImageTable, PythonImages, open_source
 from vqvae2.data.splits import SPLITS, check_labelled, is_held_out
 from vqvae2.data.stream import ImageStream
 
@@ -100,7 +100,7 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
     train, held_out = sources
     parts: list[Part] = []
     if isinstance(train, ImageTable):
-        splits = ImageSplits(*split_table(sources, config))
+        splits = split_table(sources, config)
         for split, images in splits.items():
             parts += _cut(split, images, size)
         labelled = train.labels is not None
