@@ -1,8 +1,9 @@
-"""Run docs/understanding.md: its code from top to bottom, its figures into docs/figures/, and the same page as a notebook.
+"""Run docs/understanding.md: its code top to bottom, its figures, and the page as a notebook.
 
-    python docs/build.py                # needs pip install -e ".[docs]"; with a finished runs/demo its model is used, else one trained on the spot
+    python docs/build.py                # needs pip install -e ".[docs]"
 
-Run it in the checkout's root. `--notebook-only` runs nothing and writes the notebook.
+Run it in the checkout's root. It uses the model of a finished runs/demo, or trains a tiny one.
+`--notebook-only` runs nothing and writes the notebook.
 """
 
 import argparse
@@ -25,12 +26,11 @@ def run(page: str, figures: Path) -> None:
     """Run the page's code in one namespace, with its assertions; figures go into a folder."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     os.environ["VQVAE2_FIGURES"] = str(figures)
-    os.environ.setdefault(
-        "SOURCE_DATE_EPOCH", "0"
-    )  # no date in the figures: the same drawing gives the same file
+    # The same drawing gives the same file: no date in the figures, and no random names.
+    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "understanding"  # nor random names
+    plt.rcParams["svg.hashsalt"] = "understanding"
     namespace: dict[str, object] = {"__name__": "understanding"}
     for match in BLOCK.finditer(page):
         line = page[: match.start(1)].count("\n")  # so that an error names the page's own line
@@ -41,28 +41,22 @@ def run(page: str, figures: Path) -> None:
 def notebook(page: str) -> str:
     """The page as a notebook (nbformat 4.5): text and code cells in turns."""
     cells: list[dict[str, object]] = []
-    for i, part in enumerate(BLOCK.split(page)):  # text and code in turns
-        text = part.strip("\n")
-        if not text:
+    for i, content in enumerate(BLOCK.split(page)):
+        lines = content.strip("\n").splitlines(keepends=True)
+        if not lines:
             continue
-        common = {"id": f"cell-{i:03d}", "metadata": {}, "source": text.splitlines(keepends=True)}
-        cells.append(
-            {"cell_type": "code", "execution_count": None, "outputs": [], **common}
-            if i % 2
-            else {"cell_type": "markdown", **common}
-        )
-    kernel = {
+        cell: dict[str, object] = {"id": f"cell-{i:03d}", "metadata": {}, "source": lines}
+        if i % 2:
+            cell = {"cell_type": "code", "execution_count": None, "outputs": [], **cell}
+        else:
+            cell = {"cell_type": "markdown", **cell}
+        cells.append(cell)
+    metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    return (
-        json.dumps(
-            {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5},
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n"
-    )
+    document = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def main() -> None:

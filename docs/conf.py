@@ -1,4 +1,4 @@
-"""How Sphinx makes the site of these pages: `sphinx-build -W --keep-going -b html docs build/site`."""
+"""How Sphinx builds the site: `sphinx-build -W --keep-going -b html docs build/site`."""
 
 import re
 import sys
@@ -18,17 +18,14 @@ project = "vqvae2"
 copyright = "the vqvae2 authors, Apache-2.0"  # noqa: A001
 html_title = "vqvae2"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["**.ipynb"]  # a notebook is a page's text once more
-suppress_warnings = (
-    [] if (HERE / "understanding.md").exists() else ["toc.not_readable"]
-)  # the guide is a text of its own
+exclude_patterns = ["**.ipynb"]  # the notebook repeats a page
 
-# Pages: Markdown with $formulas$ and terms with their meaning below.
+# Pages: Markdown with $formulas$ and definition lists.
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 
-# API: what is between single backticks is code; members in the order in which they are written.
+# API: single backticks are code; members in the order of the source.
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -48,51 +45,62 @@ html_show_sphinx = False
 
 log = logging.getLogger(__name__)
 TO_CODE = re.compile(r"\[`?([^\]`]+)`?\]\(\.\./([\w/]+)\.py\)")
+MODULES = re.compile(r"^% modules ([\w.]+):(.*)$", re.MULTILINE)
 
 
 def complete(app: Any, page: str, source: list[str]) -> None:
-    """The page `configuration` ends with every flag of every command; a link to a file of the code leads to where the API reference speaks of it."""
+    """Fill in what is generated: all flags, all modules, and links from code files to the API."""
     if page == "configuration":
         source[0] += all_commands()
+    source[0] = MODULES.sub(lambda line: sections(line[1], line[2].split()), source[0])
     source[0] = TO_CODE.sub(
         lambda link: f"{{py:mod}}`{link[1]} <{link[2].replace('/', '.')}>`", source[0]
     )
 
 
+def sections(package: str, first: list[str]) -> str:
+    """A section for every module of a package: those named first, then the others by name."""
+    folder = HERE.parent / package.replace(".", "/")
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    missing = set(first) - set(names)
+    if missing:
+        log.warning("%s has no module %s", package, ", ".join(sorted(missing)))
+    text = ""
+    for name in dict.fromkeys([*first, *names]):
+        module = f"{package}.{name}"
+        text += f"\n## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+    return text
+
+
 def clean_docstring(
     app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Docstrings are prose with formulas in it; make it reStructuredText that says the same."""
+    """Docstrings are prose with formulas in it; make them valid reStructuredText."""
     lines[:] = as_rst(lines)
     if what in ("attribute", "data", "property"):
-        lines[:0] = [
-            "..",
-            "",
-        ]  # an empty comment; else Napoleon takes what stands before a colon in the first line for a type
+        # An empty comment first, or Napoleon takes words before a colon for a type.
+        lines[:0] = ["..", ""]
 
 
 def draw_formula(translator: Any, node: Any) -> None:
-    """A formula as MathML, which browsers draw by themselves: no script, nothing from the network."""
+    """A formula as MathML, which browsers draw without any script."""
     block = node.tagname == "math_block"
-    tex = node.astext()
-    html = convert(
-        tex.replace(r"\arg", r"\operatorname{arg}"), display="block" if block else "inline"
-    )
-    html = html.replace(
-        "<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>'
-    )  # else the bar before a power hangs lower than the other
+    tex = node.astext().replace(r"\arg", r"\operatorname{arg}")
+    html = convert(tex, display="block" if block else "inline")
+    # Without this the bar before a power hangs lower than the other.
+    html = html.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
     if "\\" in html:
-        log.warning("the formula %r holds a command that is not known", tex, location=node)
-    translator.body.append(
-        f'<div class="math">{html}</div>' if block else f'<span class="math">{html}</span>'
-    )
+        log.warning("unknown command in the formula %r", tex, location=node)
+    if block:
+        translator.body.append(f'<div class="math">{html}</div>')
+    else:
+        translator.body.append(f'<span class="math">{html}</span>')
     raise nodes.SkipNode
 
 
 def setup(app: Any) -> None:
-    """What Sphinx calls."""
+    """Called by Sphinx."""
     app.connect("source-read", complete)
-    app.connect(
-        "autodoc-process-docstring", clean_docstring, priority=400
-    )  # before Napoleon reads the sections
+    # Before Napoleon (priority 500) reads the sections.
+    app.connect("autodoc-process-docstring", clean_docstring, priority=400)
     app.add_html_math_renderer("mathml", (draw_formula, None), (draw_formula, None))

@@ -1,4 +1,4 @@
-"""Docstrings as reStructuredText: they are written as prose, in which |z|^2 is a length and e_k a code."""
+"""Docstrings as reStructuredText: they are prose, in which |z|^2 is a length and e_k a code."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ SECTION = re.compile(r"(Args|Returns|Raises|Yields|Example):$")
 
 
 def as_rst(lines: Sequence[str]) -> list[str]:
-    """The lines with what reStructuredText would take for markup escaped, and indented blocks (formulas, file trees) kept as they stand."""
+    """The lines with accidental markup escaped and indented blocks (formulas, trees) literal."""
     result: list[str] = []
     literal = section = False
     for line in lines:
@@ -25,7 +25,7 @@ def as_rst(lines: Sequence[str]) -> list[str]:
 
 
 def escape(line: str) -> str:
-    """A line of prose; what is between backticks stays, and so do *stressed* words."""
+    """A line of prose with its markup escaped, except for `code` and *stressed* words."""
     return re.sub(
         r"(`+[^`]*`+|(?<!\S)\*\w+\*(?!\w))|([*|\\])|(?<=\w)(_)(?!\w)",
         lambda m: m[1] or "\\" + (m[2] or m[3]),

@@ -1,4 +1,4 @@
-"""The configuration reference: every flag of every command, from the dataclasses and the docstrings below their fields."""
+"""The configuration reference: every flag, from the dataclasses and the docstrings of fields."""
 
 import ast
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pipelines.cli import COMMANDS
+from pipelines.cli import COMMANDS, flag_groups
 
 NAMES = {int: "whole number", float: "number", str: "text", bool: "yes or no"}
 
@@ -20,116 +20,112 @@ class Flag(typing.NamedTuple):
     """What the command line takes for one field."""
 
     name: str
-    """With its dashes; of a value that stands alone its name in capitals."""
+    """With its dashes."""
     type: str
     default: str
     meaning: str
     may_change: bool
-    """Whether a run that continues may set it anew."""
+    """Whether a continued run may set another value."""
 
 
 class Group(typing.NamedTuple):
     """The flags of one dataclass."""
 
     prefix: str
-    """What their names begin with: "model.quantizer." or nothing."""
+    """What their names begin with, such as "model.quantizer.", or nothing."""
     meaning: str
     flags: list[Flag]
+    recipe_only: list[Flag]
+    """Settings without a flag, under their names in a recipe."""
 
 
 def all_commands() -> str:
     """A section per command, in Markdown."""
-    return "\n".join(line for command in COMMANDS for line in describe(command)) + "\n"
+    lines = [line for command in COMMANDS for line in describe(command)]
+    return "\n".join(lines) + "\n"
 
 
 def describe(command: str) -> Iterator[str]:
-    """The section of one command."""
-    lesson = inspect.cleandoc(COMMANDS[command][0].__doc__ or "")
-    text, _, example = lesson.partition("Example: ")
-    yield from ["", f"## vqvae2 {command}", "", text.strip(), ""]
+    """The lines of a command's section."""
+    text, example = help_and_example(COMMANDS[command][0])
+    yield from ["", f"## vqvae2 {command}", "", text, ""]
     if example:
-        yield from ["```bash", example.strip(), "```", ""]
+        yield from ["```bash", example, "```", ""]
     for group in groups(COMMANDS[command][0]):
         if group.prefix:
-            yield from [
-                f"### vqvae2 {command}: {group.prefix}*".replace("*", "\\*"),
-                "",
-                group.meaning,
-                "",
-            ]
+            yield from [f"### vqvae2 {command}: {group.prefix}\\*", "", group.meaning, ""]
         for flag in group.flags:
-            kind = "" if flag.type in ("flag", "") else f" *{flag.type}*"
-            yield from [
-                f"`{flag.name}`{kind} — {flag.default}{' ↻' if flag.may_change else ''}",
-                f": {_markdown(flag.meaning)}",
-                "",
-            ]
+            yield from _describe_flag(flag)
+        for flag in group.recipe_only:
+            yield from _describe_flag(flag._replace(default=f"{flag.default}, in recipes only"))
 
 
-def groups(config: type, prefix: str = "", meaning: str = "") -> Iterator[Group]:
+def _describe_flag(flag: Flag) -> list[str]:
+    arrow = " ↻" if flag.may_change else ""
+    title = f"`{flag.name}` *{flag.type}* — {flag.default}{arrow}"
+    return [title, f": {_markdown(flag.meaning)}", ""]
+
+
+def help_and_example(config: type) -> tuple[str, str]:
+    """A command's docstring, and the example that it ends with, or nothing."""
+    text, _, example = inspect.cleandoc(config.__doc__ or "").partition("Example: ")
+    return text.strip(), " ".join(example.replace("\\\n", " ").split())
+
+
+def groups(config: type) -> Iterator[Group]:
     """The flags of a command's dataclass, then those of the dataclasses in it."""
-    nested, flags = [], []
-    hints, plain = typing.get_type_hints(config, include_extras=True), typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(plain[field.name]):
-            nested.append((plain[field.name], f"{prefix}{field.name.replace('_', '-')}."))
-            continue
-        positional = hints[field.name] != plain[field.name]
-        name = field.name.upper() if positional else f"--{prefix}{field.name.replace('_', '-')}"
-        if plain[field.name] is bool:
-            name += f", --{prefix}no-{field.name.replace('_', '-')}"
-        said = docstrings(config)[field.name]
-        flags.append(
-            Flag(
-                name,
-                type_name(plain[field.name]),
-                default_name(field),
-                said,
-                bool(field.metadata.get("may_change")),
-            )
-        )
-    yield Group(prefix, meaning, flags)
-    for inner, name in nested:
-        yield from groups(inner, name, _markdown(inspect.cleandoc(inner.__doc__ or "")))
+    for prefix, cls, fields in flag_groups(config):
+        flags, recipe_only = [], []
+        for field in dataclasses.fields(cls):
+            if field in fields:
+                flags.append(_flag(cls, field, f"--{prefix}{field.name}".replace("_", "-")))
+            elif field.metadata.get("recipe_only") and field.default is not dataclasses.MISSING:
+                recipe_only.append(_flag(cls, field, field.name))
+        meaning = _markdown(inspect.cleandoc(cls.__doc__ or "")) if prefix else ""
+        yield Group(prefix, meaning, flags, recipe_only)
+
+
+def _flag(config: type, field: dataclasses.Field, name: str) -> Flag:
+    hint = typing.get_type_hints(config)[field.name]
+    if hint is bool and name.startswith("--"):
+        start, dot, end = name.rpartition(".")
+        name += f", {start}.no-{end}" if dot else f", --no-{name.removeprefix('--')}"
+    return Flag(
+        name,
+        type_name(hint),
+        default_name(field),
+        docstrings(config)[field.name],
+        bool(field.metadata.get("may_change")),
+    )
 
 
 @cache
 def docstrings(config: type) -> dict[str, str]:
-    """What stands below each field, in the class or, where it says nothing, in those that it extends."""
+    """The docstring below each field, from the class itself or else from those it extends."""
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(tree, ast.ClassDef)
         for field, below in zip(tree.body, tree.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)):
+                continue
+            if isinstance(below.value, ast.Constant):
                 found[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
     return found
 
 
 def type_name(hint: Any) -> str:
-    """A type as one says it."""
+    """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in arguments if a is not type(None))
     if origin is Literal:
-        return (
-            ", ".join(map(str, arguments[:-1])) + f" or {arguments[-1]}"
-            if len(arguments) > 1
-            else str(arguments[0])
-        )
+        *others, last = map(str, arguments)
+        return f"{', '.join(others)} or {last}" if others else last
     if origin is tuple:
-        kind = (
-            "words"
-            if arguments[0] is str
-            else "numbers"
-            if arguments[0] is float
-            else "whole numbers"
-        )
-        return f"one or more {kind}" if arguments[-1] is Ellipsis else f"{len(arguments)} {kind}"
+        words = {str: "words", float: "numbers"}.get(arguments[0], "whole numbers")
+        number = "one or more" if arguments[-1] is Ellipsis else len(arguments)
+        return f"{number} {words}"
     return NAMES[hint]
 
 
@@ -146,6 +142,6 @@ def default_name(field: dataclasses.Field) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Prose as Markdown: characters that would be markup stand for themselves, and flags are set as code."""
+    """Prose as Markdown: characters that would be markup are escaped, flags are set as code."""
     text = re.sub(r"(?<![\w`])(--[a-z][\w.-]*\w)", r"`\1`", text)
     return re.sub(r"(`[^`]*`)|([*_|$<>{}\[\]])", lambda m: m[1] or "\\" + m[2], text)

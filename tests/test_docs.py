@@ -1,4 +1,7 @@
-"""The documentation: its Python runs, and the configuration reference leaves nothing out. (Building the site is a step of its own in .ci/run.)"""
+"""The documentation: its Python runs, its flags exist, and the reference leaves nothing out.
+
+Building the site is a step of its own in .ci/run.
+"""
 
 import re
 from pathlib import Path
@@ -7,45 +10,46 @@ import pytest
 
 from docs.docstrings import as_rst
 from docs.flags import all_commands, describe, docstrings, groups
-from pipelines.cli import COMMANDS, _flags
+from pipelines.cli import COMMANDS, flag_names
 from tests.conftest import ROOT, command
 from vqvae2 import quantizers
 from vqvae2.config import TrainVQVAEConfig
 
 DOCS = ROOT / "docs"
-OF_OTHERS = {"--cpu", "--num_processes", "--signal"}  # flags of launchers
+PAGES = [*DOCS.glob("*.md"), *DOCS.glob("api/*.md"), *ROOT.glob("*.md")]
+OTHERS_FLAGS = {"--cpu", "--num_processes", "--signal", "--version"}  # launchers', and vqvae2's own
 
 
 def run_python_of(page: str) -> int:
-    """Run the page's Python blocks in order, in one namespace; how many there are."""
+    """Run the page's Python blocks in order, in one namespace; return how many there are."""
     text = (DOCS / page).read_text()
     blocks = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
     namespace: dict[str, object] = {}
     for block in blocks:
-        above = "\n" * (
-            text[: block.start()].count("\n") + 1
-        )  # so that an error names the page's own line
+        # Empty lines above, so that an error names the page's own line.
+        above = "\n" * (text[: block.start()].count("\n") + 1)
         exec(compile(above + block[1], str(DOCS / page), "exec"), namespace)
     return len(blocks)
 
 
-def test_the_file_formats_page_reads_what_the_commands_write(
-    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def in_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory in which runs/x has every stage."""
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(run.parent)
-    command(
-        "prepare",
-        "--data.path",
-        photos,
-        "--image.size",
-        16,
-        "--image.channels",
-        1,
-        "--output-dir",
-        "prepared",
-    )
+
+
+@pytest.mark.usefixtures("in_run")
+def test_the_file_formats_page_reads_what_the_commands_write(photos: Path) -> None:
+    image = ("--image.size", 16, "--image.channels", 1)
+    command("prepare", "--data.path", photos, *image, "--output-dir", "prepared")
     assert run_python_of("file-formats.md") >= 5
+
+
+@pytest.mark.usefixtures("in_run")
+@pytest.mark.parametrize("page", ["getting-started.md", "sampling.md", "codes.md"])
+def test_the_guides_python_runs(page: str) -> None:
+    assert run_python_of(page) >= 1
 
 
 def test_the_extending_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +64,8 @@ def test_the_reference_names_every_flag_with_its_meaning(name: str) -> None:
     text = "\n".join(describe(name))
     flags = [flag for group in groups(config) for flag in group.flags]
     named = {part for flag in flags for part in flag.name.split(", ")}
-    for flag in _flags(config):
-        positional = flag.removeprefix("--").replace("-", "_").upper()
-        assert flag in named or positional in named, flag
+    in_the_introduction = {"--config", "--quiet", "--verbose", "--help"}
+    assert set(flag_names(name)) - in_the_introduction == named
     for flag in flags:
         assert f"`{flag.name}`" in text
         assert all((flag.meaning, flag.type, flag.default)), flag.name
@@ -70,59 +73,66 @@ def test_the_reference_names_every_flag_with_its_meaning(name: str) -> None:
 
 
 def test_the_reference_takes_meanings_and_defaults_from_the_nearest_class() -> None:
-    assert docstrings(TrainVQVAEConfig)["seed"].startswith(
-        "Seed of the initial weights"
-    )  # of the class that it extends
-    (rate,) = [
-        flag for flag in next(groups(TrainVQVAEConfig)).flags if flag.name == "--learning-rate"
-    ]
-    assert (
-        rate.default
-        == f"default `{TrainVQVAEConfig.__dataclass_fields__['learning_rate'].default}`"
-    )
+    inherited = docstrings(TrainVQVAEConfig)["seed"]
+    assert inherited.startswith("Seed of the initial weights")
+    flags = {flag.name: flag for flag in next(groups(TrainVQVAEConfig)).flags}
+    default = TrainVQVAEConfig.__dataclass_fields__["learning_rate"].default
+    assert flags["--learning-rate"].default == f"default `{default}`"
     assert all(f"## vqvae2 {name}\n" in all_commands() for name in COMMANDS)
 
 
 def test_docstrings_become_restructured_text_that_says_the_same() -> None:
-    lines = [
-        "argmin |z - e_k|^2, names_, *so*, B*h*w and `a * b`",
-        "",
-        "    a <- 2 * b",
-        "",
-        "Args:",
-        "    x: |z| * 2",
-        "after",
-    ]
-    assert as_rst(lines) == [
-        r"argmin \|z - e_k\|^2, names\_, *so*, B\*h\*w and `a * b`", "", "::", "", "    a <- 2 * b", "", "Args:", r"    x: \|z\| \* 2", "after",
-    ]  # fmt: skip
+    written = r"""
+argmin |z - e_k|^2, names_, *so*, B*h*w and `a * b`
+
+    a <- 2 * b
+
+Args:
+    x: |z| * 2
+after"""
+    expected = r"""
+argmin \|z - e_k\|^2, names\_, *so*, B\*h\*w and `a * b`
+
+::
+
+    a <- 2 * b
+
+Args:
+    x: \|z\| \* 2
+after"""
+    assert as_rst(written.splitlines()) == expected.splitlines()
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
-    pages = [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")]
-    links = [
-        (page, link)
-        for page in pages
-        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
-    ]
+    links = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+            links.append((page, target))
     assert len(links) > 10
-    for page, link in links:
-        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for page, target in links:
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_the_pages_name_flags_that_exist() -> None:
-    flags = {
-        name: {*_flags(config), "--config", "--help"} for name, (config, _) in COMMANDS.items()
-    }
-    known = set().union(*flags.values())
-    for page in DOCS.glob("*.md"):
+    flags = {name: set(flag_names(name)) for name in COMMANDS}
+    every_flag = OTHERS_FLAGS.union(*flags.values())
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # it names flags of the past
+            continue
         text = page.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^vqvae2 (.*?)(?:  #.*)?$", text, re.MULTILINE):
-            name = next(
-                " ".join(line.split()[:n]) for n in (2, 1) if " ".join(line.split()[:n]) in COMMANDS
-            )
-            assert set(re.findall(r"(?<=\s)--[\w.-]+", line)) <= flags[name], (
-                f"{page.name}: vqvae2 {line}"
-            )
-        for span in re.findall(r"`(--[a-z][\w.-]*)[^`]*`", text):
-            assert span in known | OF_OTHERS, f"{page.name}: {span}"
+        for line in re.findall(r"^ *vqvae2 (.*?)(?:  #.*)?$", text, re.MULTILINE):
+            words = line.split()
+            name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+            used = set(re.findall(r"(?<=\s)--[\w.-]+", line))
+            assert used <= flags[name], f"{page.name}: vqvae2 {line}"
+        for flag in re.findall(r"`(--[a-z][\w.-]*)[^`]*`", text):
+            # `--image.*` stands for all flags that begin so.
+            named = [known for known in every_flag if known.startswith(flag)]
+            assert flag in named or (flag.endswith(".") and named), f"{page.name}: {flag}"
+
+
+def test_the_pages_are_wrapped_at_100_columns() -> None:
+    for page in PAGES:
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            unbreakable = line.lstrip().startswith(("|", "![")) or "](" in line
+            assert len(line) <= 100 or unbreakable, f"{page.name}:{number}"

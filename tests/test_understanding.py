@@ -1,4 +1,4 @@
-"""The guide: all of its code runs and its assertions hold; its figures and its notebook are those of the page."""
+"""The guide: all of its code runs, its assertions hold, and figures and notebook are the page's."""
 
 import json
 import re
