@@ -16,7 +16,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import whole_file, write_json
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data.parts import SPLITS, Part, ReadItem, find_parts, read_items
 from vqvae2.data.prepared import MANIFEST_NAME, RECORD_NAME, PreparedManifest, shard_place
@@ -155,7 +155,7 @@ def _finish(
         )
     has_labels = bool(with_label)
     manifest = PreparedManifest(
-        source=config.data.path,
+        source=last_names(config.data.path),
         image=config.image,
         class_names=tuple(map(str, range(highest + 1)))
         if class_names is None and has_labels

@@ -23,7 +23,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
-from vqvae2.common.runs import RunRecord, versions
+from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.data import to_images
 from vqvae2.data.arrays import PythonImages
 from vqvae2.data.augmentation import ORIGINAL, known_views, view_change
@@ -266,7 +266,7 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         train=records["train"],
         validation=records["validation"],
         views=config.views,
-        source=found.source,
+        source=last_names(found.source),
         versions=versions(),
     )
     if not manifest.num_train:
