@@ -19,8 +19,7 @@ from accelerate.utils import (
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
 
-PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other: one may have far more to write or to check."""
+PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more to do
 
 
 def native_bf16() -> bool:
@@ -69,8 +68,8 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     """The Accelerate object for one training, in the precision that the configuration asks for.
 
     Raises:
-        UserError: fp16 without CUDA, a tracker that is not installed, or a batch that does not
-            split evenly.
+        UserError: fp16 without CUDA, a tracker that is not installed, or a batch that is no
+            multiple of the number of processes and accumulation steps.
     """
     keep_freed_memory()
 
@@ -84,8 +83,8 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         AcceleratorState._reset_state()
 
     # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide
-    # it if they were not, and would make a forward on one rank alone wait forever.
-    # The successor of the deprecated option is not in all versions of torch that we run on.
+    # it if they were not, and make a forward on one rank alone wait forever. (Its option is
+    # deprecated, but its successor is not in all versions of torch that we run on.)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
     accelerator = Accelerator(
         cpu=use_cpu(),

@@ -98,6 +98,7 @@ def fit(
     if state.step >= config.num_steps:
         return
     metrics.begin(state.step)
+    weights = output_dir / WEIGHTS_NAME
     num_parts = config.gradient_accumulation_steps
     batches = loader.start_at(state.step * num_parts)
     progress = {"total": config.num_steps, "initial": state.step, "unit": "step"}
@@ -145,7 +146,7 @@ def fit(
                 texts.append(f"{means['data_wait_share']:.0%} of the time waiting for data")
                 bar.set_postfix_str(", ".join(texts))
 
-            # Stop where every process does; asking the others costs an exchange.
+            # Stop at a step at which every process does; asking the others costs an exchange.
             stop = bool(received)
             if accelerator.num_processes > 1:
                 stop = report and _any_process(accelerator, stop)
@@ -172,9 +173,8 @@ def fit(
                 save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
                 metrics.write_picture(step, picture)
 
-            # Without a best model, the last one is kept. Save the state, so that the run can go on.
-            is_without_best = evaluate is None or not (output_dir / WEIGHTS_NAME).exists()
-            if last and accelerator.is_main_process and is_without_best:
+            # Save the last weights if there are no best ones, and the state to continue from.
+            if last and accelerator.is_main_process and not (evaluate and weights.exists()):
                 result.save_pretrained(output_dir)
             if save or stop:
                 metrics.check_finite(step)

@@ -6,12 +6,14 @@ So a resumed run sees the rows that it would have seen without the interruption.
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,6 +27,7 @@ class Loader(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class ShuffledLoader:
     """Batches of a map-style dataset, shuffled anew in every epoch.
 
@@ -40,29 +43,22 @@ class ShuffledLoader:
         batch_size: rows per batch over all processes.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.num_processes, self.process_index = num_processes, process_index
-        self.num_workers = num_workers
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+    dataset: Any
+    batch_size: int
+    _: KW_ONLY
+    seed: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+    num_workers: int = 0
 
     def start_at(self, index: int) -> Iterator[Any]:
         """The batches of this process from the `index`-th on, without end."""
-        gives_batches = hasattr(self.dataset, "__getitems__")
+        makes_batches = hasattr(self.dataset, "__getitems__")
         loader = DataLoader(
             self.dataset,
             batch_sampler=map(self.indices, count(index)),
             num_workers=self.num_workers,
-            collate_fn=_as_it_is if gives_batches else default_collate,
+            collate_fn=_as_it_is if makes_batches else default_collate,
             generator=torch.Generator(),  # not the global one, which resuming restores
             pin_memory=torch.cuda.is_available(),
         )
@@ -70,24 +66,21 @@ class ShuffledLoader:
 
     def indices(self, index: int) -> list[int]:
         """The rows of this process in the `index`-th batch."""
-        size = len(self.dataset)  # type: ignore[arg-type]
+        size = len(self.dataset)
         step = size if getattr(self.dataset, "endless", False) else 0
         share = self.batch_size // self.num_processes
         first = index * self.batch_size + self.process_index * share
         rows = []
         for position in range(first, first + share):
             epoch, place = divmod(position, size)
-            rows.append(int(self._order(epoch)[place]) + epoch * step)
+            rows.append(int(_permutation(size, self.seed, epoch)[place]) + epoch * step)
         return rows
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The permutation `(N,)` of an epoch."""
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            size = len(self.dataset)  # type: ignore[arg-type]
-            self._permutation = torch.randperm(size, generator=generator).numpy()
-            self._epoch = epoch
-        return self._permutation
+
+@lru_cache(maxsize=1)  # batch after batch is of the same epoch
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).numpy()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -111,12 +111,8 @@ class RunRecord:
 
         # The same command, facts and settings, as far as the record has them.
         old, settings = read_record(path), _resolve(to_dict(self.config), folder)
-        if old.get("command") != self.command:
-            raise UserError(
-                f"{folder} holds a run of {old.get('command')!r}, not of {self.command!r}: "
-                f"choose another --output-dir."
-            )
-        facts = {key: value for key, value in self.facts.items() if key in old}
+        facts = {"command": self.command, **self.facts}
+        facts = {key: value for key, value in facts.items() if key in old}
         marks = str(facts.pop(SAMPLE_NAME, "")).split()
         changed = [(key, old[key], value) for key, value in facts.items() if old[key] != value]
         for key, before, after in changed + differences(type(self.config), old, settings):
