@@ -57,8 +57,7 @@ def test_worker_processes_change_nothing() -> None:
 
 
 def test_work_on_threads_keeps_its_order_and_never_runs_far_ahead() -> None:
-    taken: list[int] = []
-    results = ordered(lambda i: -i, map(lambda i: taken.append(i) or i, range(1000)), num_threads=2)
-    assert [next(results) for _ in range(10)] == [-i for i in range(10)]
-    assert len(taken) < 50
-    assert list(results) == [-i for i in range(10, 1000)]
+    numbers = iter(range(1000))
+    results = ordered(lambda number: -number, numbers, num_threads=2)
+    assert [next(results) for _ in range(10)] == [-number for number in range(10)]
+    assert next(numbers) < 50
