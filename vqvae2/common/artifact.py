@@ -67,28 +67,20 @@ class Artifact(ModelHubMixin):
         """Load a local folder, or a Hub repository (`namespace/name`), for evaluation on the CPU.
 
         Raises:
-            UserError: see `read_config` and `load_weights`.
+            UserError: the configuration is missing or broken, has a wrong key, or is of another
+                kind of model; or see `load_weights`.
         """
         folder = local_folder(name, revision=revision)
-        model = cls(cls.read_config(folder))
+        data = read_json(folder / CONFIG_NAME)
+        kind = data.pop("architecture", None)
+        if kind != cls.__name__:
+            raise UserError(
+                f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected: "
+                f"check which folder goes where."
+            )
+        model = cls(from_dict(cls.config_class, data, str(folder / CONFIG_NAME)))
         load_weights(model, folder)  # type: ignore[arg-type]
         return model.eval()  # type: ignore[attr-defined]
-
-    @classmethod
-    def read_config(cls, folder: Path) -> Any:
-        """The configuration of the model in a local folder, without its weights.
-
-        Raises:
-            UserError: the file is missing or broken, of another kind of model, or has a wrong key.
-        """
-        data = read_json(folder / CONFIG_NAME)
-        architecture = data.pop("architecture", None)
-        if architecture != cls.__name__:
-            raise UserError(
-                f"{folder} holds a model of kind {architecture!r}, but {cls.__name__!r} was "
-                f"expected: check which folder goes where."
-            )
-        return from_dict(cls.config_class, data, str(folder / CONFIG_NAME))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -125,8 +125,8 @@ class RunRecord:
         pairs = list(zip_longest(marks, str(old.get(SAMPLE_NAME, "")).split())) if marks else []
         if sum(new != before for new, before in pairs) > len(pairs) / 2:
             raise UserError(
-                f"{folder} holds a run on other images of the same names (most of {SAMPLE_NAME} "
-                f"differs): restore those, or choose another --output-dir."
+                f"{folder} holds a run on other images, though they have the same names (most of "
+                f"{SAMPLE_NAME} differs): restore those, or choose another --output-dir."
             )
 
     def write(self, folder: Path) -> None:
