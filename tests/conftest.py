@@ -136,5 +136,5 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy_of_run(run: Path, tmp_path: Path) -> Path:
-    """The same, to change."""
-    return shutil.copytree(run, tmp_path / "x")
+    """The same, to change; as far from the photos, to which its records hold relative paths."""
+    return shutil.copytree(run, tmp_path / "runs" / "x")

@@ -62,6 +62,15 @@ def test_a_path_is_stored_without_the_folders_above_the_run(
     assert (read["path"], read["labels"]) == (normal, ["/m/0", "x"])
 
 
+def test_a_run_can_be_moved_alone_in_the_home_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record(path=str(tmp_path / "photos")).write(tmp_path / "x" / "run")
+    moved = (tmp_path / "x" / "run").rename(tmp_path / "run")
+    assert read_record(moved / "record.yaml")["path"] == str(tmp_path / "photos")
+
+
 def test_a_run_and_its_images_can_be_moved_together(tmp_path: Path) -> None:
     record(path=str(tmp_path / "x" / "photos")).write(tmp_path / "x" / "run")
     (tmp_path / "x").rename(tmp_path / "y")

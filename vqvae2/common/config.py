@@ -34,7 +34,7 @@ def recipe_only(default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a model is trained: what the one training loop, `vqvae2.common.fit.fit`, needs to know."""
+    """How a model is trained: what the training loop, `vqvae2.common.fit.fit`, needs to know."""
 
     num_steps: int = may_change(10_000)
     """Optimizer steps. A finished run continues when this is raised."""

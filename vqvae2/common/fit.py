@@ -269,6 +269,7 @@ class _TrainingState:
         checkpoints = sorted(self.folder.glob("step_*"))
         if checkpoints:
             self.accelerator.load_state(str(checkpoints[-1]))
+            logger.debug("%s: continuing after step %d", self.folder.parent, self.step)
 
     def save(self, keep: int) -> None:
         """Write a checkpoint aside, rename it, and remove all but the last `keep`."""
@@ -280,6 +281,7 @@ class _TrainingState:
             aside.rename(target)
             for old in sorted(self.folder.glob("step_*"))[:-keep]:
                 remove_folder(old)
+            logger.debug("%s: state saved", target)
         self.accelerator.wait_for_everyone()
 
 

@@ -1,8 +1,9 @@
 """What a run folder says of the run that it holds: command, settings, facts, versions. Torch-free.
 
 Records are published with their models, so they hold no absolute path of the machine that made
-them: `write` stores one relative to the record's folder (`$RUN/../photos`), and `read_record`
-resolves it. Relative paths, URLs and Hub ids stay as they were given.
+them: `write` stores it as `~/photos` in the home directory, elsewhere relative to the record's
+folder (`$RUN/../photos`), and `read_record` resolves it. Relative paths, URLs and Hub ids stay as
+they were given.
 """
 
 import os
@@ -64,12 +65,12 @@ def _resolve(value: Any, folder: Path) -> Any:
 
 
 def _hide_folders(value: Any, folder: Path) -> Any:
-    """The inverse of `_resolve`. A record outside of the home directory has `~/...` for inside."""
-    home, folder = os.path.expanduser("~"), folder.absolute()
+    """The inverse of `_resolve`."""
+    home = os.path.expanduser("~")
 
     def hide(path: str) -> str:
         path = os.path.abspath(os.path.expanduser(path))
-        if Path(path).is_relative_to(home) and not folder.is_relative_to(home):
+        if Path(path).is_relative_to(home):
             return f"~/{os.path.relpath(path, home)}"
         return RUN + os.path.relpath(path, folder)
 
