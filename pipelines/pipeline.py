@@ -53,7 +53,7 @@ def part_folders(name: str | Path, *, revision: str | None = None) -> tuple[Path
 def training_record(folder: str | Path) -> dict[str, Any]:
     """What a part's run folder says of how it was made: command, settings, versions, hashes of what it was trained on. Nothing where it says nothing."""
     records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
-    return next((last_names(read_record(path)) for path in records if path.is_file()), {})
+    return next((read_record(path) for path in records if path.is_file()), {})
 
 
 class VQVAE2Pipeline:
@@ -141,7 +141,7 @@ class VQVAE2Pipeline:
             **self.content_hashes(),
             "versions": versions(),
             "command_line": command_line(),
-            "trainings": self.trainings,
+            "trainings": last_names(self.trainings),
         }
         write_json(folder / INDEX_NAME, index)
 

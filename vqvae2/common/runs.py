@@ -52,39 +52,31 @@ def last_names(value: Any) -> Any:
 
 def read_record(path: Path) -> dict[str, Any]:
     """A run record, with its paths as they are on this machine; see `read_yaml` for errors."""
-    return _resolve(read_yaml(path), path.parent)
+    return _change_paths(read_yaml(path), _resolve, path.parent)
 
 
-def _resolve(value: Any, folder: Path) -> Any:
-    def resolve(path: str) -> str:
-        if path.startswith(RUN):
-            path = os.path.join(os.path.abspath(folder), path.removeprefix(RUN))
-        return os.path.normpath(os.path.expanduser(path))
-
-    return _change_paths(value, resolve)
+def _resolve(path: str, folder: Path) -> str:
+    if path.startswith(RUN):
+        path = os.path.join(os.path.abspath(folder), path.removeprefix(RUN))
+    return os.path.normpath(os.path.expanduser(path))
 
 
-def _hide_folders(value: Any, folder: Path) -> Any:
+def _hide_folders(path: str, folder: Path) -> str:
     """The inverse of `_resolve`."""
-    home = os.path.expanduser("~")
-
-    def hide(path: str) -> str:
-        path = os.path.abspath(os.path.expanduser(path))
-        if Path(path).is_relative_to(home):
-            return f"~/{os.path.relpath(path, home)}"
-        return RUN + os.path.relpath(path, folder)
-
-    return _change_paths(value, hide)
+    home, path = os.path.expanduser("~"), os.path.abspath(os.path.expanduser(path))
+    if Path(path).is_relative_to(home):
+        return f"~/{os.path.relpath(path, home)}"
+    return RUN + os.path.relpath(path, folder)
 
 
-def _change_paths(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply a function to all absolute paths in nested values."""
+def _change_paths(value: Any, change: Callable[..., str], *place: Path) -> Any:
+    """Apply a function (of a path and its place) to all absolute paths in nested values."""
     if isinstance(value, Mapping):
-        return {key: _change_paths(item, change) for key, item in value.items()}
+        return {key: _change_paths(item, change, *place) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_change_paths(item, change) for item in value]
+        return [_change_paths(item, change, *place) for item in value]
     if isinstance(value, str) and (match := ABSOLUTE.fullmatch(value)):
-        return (match[1] or "") + change(match[2])
+        return (match[1] or "") + change(match[2], *place)
     return value
 
 
@@ -111,7 +103,8 @@ class RunRecord:
             return
 
         # The same command, facts and settings, as far as the record has them.
-        old, settings = read_record(path), _resolve(to_dict(self.config), folder)
+        old = read_record(path)
+        settings = _change_paths(to_dict(self.config), _resolve, folder)
         facts = {"command": self.command, **self.facts}
         facts = {key: value for key, value in facts.items() if key in old}
         marks = str(facts.pop(SAMPLE_NAME, "")).split()
@@ -134,5 +127,5 @@ class RunRecord:
         """Write the record, with the command line and the versions that run it."""
         made_by = {"command_line": command_line(), "versions": versions(), **self.notes}
         record = {"command": self.command, **self.facts, **to_dict(self.config), **made_by}
-        text = yaml.safe_dump(_hide_folders(record, folder), sort_keys=False)
+        text = yaml.safe_dump(_change_paths(record, _hide_folders, folder), sort_keys=False)
         write_text(folder / self.file_name, text)
