@@ -14,11 +14,10 @@ from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds
 from vqvae2.common.artifact import content_hash, local_folder
-from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
-from vqvae2.common.runs import command_line, versions
+from vqvae2.common.runs import command_line, last_names, read_record, versions
 from vqvae2.model import VQVAE2
 
 INDEX_NAME = "model_index.json"
@@ -54,7 +53,7 @@ def part_folders(name: str | Path, *, revision: str | None = None) -> tuple[Path
 def training_record(folder: str | Path) -> dict[str, Any]:
     """What a part's run folder says of how it was made: command, settings, versions, hashes of what it was trained on. Nothing where it says nothing."""
     records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
-    return next((read_yaml(path) for path in records if path.is_file()), {})
+    return next((read_record(path) for path in records if path.is_file()), {})
 
 
 class VQVAE2Pipeline:
@@ -142,7 +141,7 @@ class VQVAE2Pipeline:
             **self.content_hashes(),
             "versions": versions(),
             "command_line": command_line(),
-            "trainings": self.trainings,
+            "trainings": last_names(self.trainings),
         }
         write_json(folder / INDEX_NAME, index)
 

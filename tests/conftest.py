@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from subprocess import CompletedProcess
 from unittest import mock
 
 import pyarrow as pa
@@ -33,10 +34,10 @@ PARQUET = Path(str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
 
 def vqvae2(
     *arguments: object, check: bool = True, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+) -> CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    program = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    result = subprocess.run(program, capture_output=True, text=True, cwd=cwd, check=False)
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -48,32 +49,25 @@ def command(*arguments: object, code: int = 0) -> None:
         assert main(words) == code
 
 
-def two_processes(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def two_processes(*arguments: object, cwd: Path | None = None) -> CompletedProcess[str]:
     """Run a Python file on two processes of this machine that talk over gloo."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *map(str, arguments),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = [*launcher, "--nproc_per_node", "2", *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        program, capture_output=True, text=True, cwd=cwd, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr
     return result
 
 
-def kill_when(condition, *arguments: object, number: int = signal.SIGKILL) -> int:  # type: ignore[no-untyped-def]
-    """Start the command line, send it a signal as soon as the condition holds, and return its exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def kill_when(
+    condition: Callable[[], bool], *arguments: object, number: int = signal.SIGKILL
+) -> int:
+    """Start the command line, send a signal once the condition holds, and return the exit code."""
+    program = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(program, stdout=silent, stderr=silent)
     while process.poll() is None and not condition():
         time.sleep(0.001)
     process.send_signal(number)
@@ -92,12 +86,12 @@ def write_images(folder: Path, number: int, *, num_classes: int = 3) -> Path:
 
 
 def edit_manifest(codes: Path, **changes: object) -> None:
-    """Give a code dataset another meaning, as if it had been extracted so: its own hash is made anew."""
+    """Change what a code dataset's manifest says, with a hash as if it had been extracted so."""
     write_manifest(codes, dataclasses.replace(read_manifest(codes), **changes))  # type: ignore[arg-type]
 
 
 def record_shard(path: Path, schema: pa.Schema) -> ShardRecord:
-    """What a manifest would say of a shard that is there."""
+    """The record in a manifest of a shard as it is."""
     tables = list(row_groups(path, schema)) or [schema.empty_table()]
     return ShardRecord(
         name=path.name,
@@ -108,22 +102,15 @@ def record_shard(path: Path, schema: pa.Schema) -> ShardRecord:
 
 
 def edit_shard(path: Path, change: Callable[[dict[str, list]], object]) -> None:
-    """Change a shard's rows, given as columns of lists, and its record in the manifest, as if it had been extracted so."""
-    folder, split = path.parent.parent, path.parent.name
-    manifest, table = read_manifest(folder), pq.read_table(path)
+    """Change a shard's rows, given as columns of lists, and its record in the manifest."""
+    codes, split = path.parent.parent, path.parent.name
+    manifest, table = read_manifest(codes), pq.read_table(path)
     columns = table.to_pydict()
     change(columns)
     pq.write_table(pa.table(columns, schema=table.schema), path)
     new = record_shard(path, manifest.schema)
-    write_manifest(
-        folder,
-        dataclasses.replace(
-            manifest,
-            **{
-                split: tuple(new if old.name == new.name else old for old in manifest.shards(split))
-            },
-        ),
-    )
+    records = tuple(new if old.name == new.name else old for old in manifest.shards(split))
+    edit_manifest(codes, **{split: records})
 
 
 @pytest.fixture(scope="session")
@@ -134,38 +121,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder runs/x with every stage of the tiny recipe, made by the staged commands. Tests must not change it."""
+    """A folder runs/x with every stage of the tiny recipe. Tests must not change it."""
     x = tmp_path_factory.mktemp("run") / "runs" / "x"
-    command("train", "--config", "tiny", "--data.path", photos, "--output-dir", x / "vqvae")
-    command("extract", "--vqvae", x / "vqvae", "--data.path", photos, "--output-dir", x / "codes")
-    for level, name in enumerate(("top", "bottom")):
-        command(
-            "train-prior",
-            "--config",
-            "tiny",
-            "--codes",
-            x / "codes",
-            "--level",
-            name,
-            "--vqvae",
-            x / "vqvae",
-            "--output-dir",
-            x / f"prior_{level}",
-        )
-    command(
-        "assemble",
-        "--vqvae",
-        x / "vqvae",
-        "--priors",
-        x / "prior_0",
-        x / "prior_1",
-        "--output-dir",
-        x / "pipeline",
-    )
+    vqvae, codes, priors = x / "vqvae", x / "codes", (x / "prior_0", x / "prior_1")
+    tiny = ("--config", "tiny")
+    command("train", *tiny, "--data.path", photos, "--output-dir", vqvae)
+    command("extract", "--vqvae", vqvae, "--data.path", photos, "--output-dir", codes)
+    for name, prior in zip(("top", "bottom"), priors, strict=True):
+        parts = ("--codes", codes, "--vqvae", vqvae, "--output-dir", prior)
+        command("train-prior", *tiny, "--level", name, *parts)
+    command("assemble", "--vqvae", vqvae, "--priors", *priors, "--output-dir", x / "pipeline")
     return x
 
 
 @pytest.fixture
 def copy_of_run(run: Path, tmp_path: Path) -> Path:
-    """The same, to change."""
-    return shutil.copytree(run, tmp_path / "x")
+    """The same, to change; as far from the photos, to which its records hold relative paths."""
+    return shutil.copytree(run, tmp_path / "runs" / "x")

@@ -152,11 +152,8 @@ def test_a_stranger_can_retrace_a_pipeline(run: Path, photos: Path, tmp_path: Pa
         assert {"python", "torch", "vqvae2", "pyarrow"} < index["versions"].keys()
         trainings = index["trainings"]
         assert list(trainings) == ["vqvae", "prior_0", "prior_1"]
-        assert (
-            trainings["vqvae"]["data"]["path"]
-            == str(photos)
-            == trainings["prior_1"]["codes_source"]
-        )
+        assert trainings["vqvae"]["data"]["path"] == "photos"
+        assert trainings["prior_1"]["codes_source"] == "photos"
         assert all("torch" in record["versions"] for record in trainings.values())
         assert all("--output-dir" in record["command_line"] for record in trainings.values())
         assert trainings["prior_1"]["codes_hash"] == manifest.codes_hash
@@ -207,7 +204,7 @@ def test_what_a_dataset_holds_is_said(
     command("codes", "info", run / "codes")
     said = capsys.readouterr().out
     for words in (
-        str(photos),
+        photos.name,
         f"{manifest.num_train} to train on, {manifest.num_validation} held out",
         "3 (bag, coat, dress)",
         manifest.codes_hash,

@@ -1,4 +1,7 @@
-"""Trains a small autoencoder in float64 with `fit`, on as many processes as it was started on. Run by test_two_processes.py."""
+"""Trains a small autoencoder in float64 with `fit`, on as many processes as started it.
+
+Run by test_two_processes.py.
+"""
 
 import sys
 from pathlib import Path
@@ -17,16 +20,11 @@ from vqvae2.losses import make_adversarial_term, make_loss
 
 
 class Images(Dataset):
-    """Forty float64 images."""
+    """Forty images `(1, 16, 16)` of noise in [-1, 1]."""
 
-    def __init__(self) -> None:
-        self.images = (
-            torch.rand(
-                40, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-            )
-            * 2
-            - 1
-        )
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.rand(40, 1, 16, 16, generator=generator, dtype=dtype) * 2 - 1
 
     def __len__(self) -> int:
         return len(self.images)
@@ -35,70 +33,42 @@ class Images(Dataset):
         return {"images": self.images[indices]}
 
 
-def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) -> None:
+def small_model(quantizer: str = "ema") -> VQVAE2:
+    """An autoencoder of two levels for these images, the same each time."""
     torch.manual_seed(0)
-    image = PreprocessingConfig(size=(16,), channels=1)
-    small = {
-        "codebook_sizes": (16, 32),
-        "code_dims": (8,),
-        "hidden_channels": 16,
-        "residual_channels": 8,
-        "num_residual_blocks": 1,
-    }
-    adversary, quantizer = (
-        quantizer == "adversary",
-        "ema" if quantizer == "adversary" else quantizer,
-    )
     config = VQVAE2Config(
-        image=image, quantizer=QuantizerConfig(kind=quantizer, fsq_levels=(4, 3)), **small
+        image=PreprocessingConfig(size=(16,), channels=1),
+        quantizer=QuantizerConfig(kind=quantizer, fsq_levels=(4, 3)),
+        codebook_sizes=(16, 32),
+        code_dims=(8,),
+        hidden_channels=16,
+        residual_channels=8,
+        num_residual_blocks=1,
     )
-    model = VQVAE2(
-        config
-    ).double()  # built before the process group is: whether to talk must be decided later
-    training = TrainingConfig(
-        num_steps=20,
-        batch_size=8,
-        gradient_accumulation_steps=parts,
-        mixed_precision="no",
-        warmup_steps=2,
-        checkpoint_every=20,
-        log_every=1,
-        validate_every=5,
-    )
+    return VQVAE2(config)
+
+
+def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) -> None:
+    # The model is built before the process group: whether to communicate is decided later.
+    adversary = quantizer == "adversary"
+    model = small_model("ema" if adversary else quantizer).double()
+    steps = {"num_steps": 20, "warmup_steps": 2, "checkpoint_every": 20, "validate_every": 5}
+    sizes = {"batch_size": 8, "gradient_accumulation_steps": parts}
+    training = TrainingConfig(mixed_precision="no", log_every=1, **steps, **sizes)
     accelerator = make_accelerator(training, output_dir)
     assert accelerator.num_processes == expected_processes, accelerator.num_processes
-    loader = ShuffledLoader(
-        Images(),
-        training.batch_size // parts,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-    )
+
+    # With an adversary, a pair of networks is trained, each with its own settings.
+    trained, term, groups = model, None, None
     if adversary:
         settings = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
-        pair = AdversarialPair(model, settings).double()
-        loss_fn = make_loss(
-            "mse",
-            config.codebook_size_per_level,
-            adversarial=make_adversarial_term(settings, model.last_layer, start=5),
-        )
-        fit(
-            accelerator,
-            pair,
-            loss_fn,
-            loader,
-            training,
-            output_dir,
-            parameter_groups=pair.parameter_groups(settings),
-        )
-    else:
-        fit(
-            accelerator,
-            model,
-            make_loss("mse", config.codebook_size_per_level),
-            loader,
-            training,
-            output_dir,
-        )
+        trained = AdversarialPair(model, settings).double()
+        term = make_adversarial_term(settings, model.last_layer, start=5)
+        groups = trained.parameter_groups(settings)
+    loss_fn = make_loss("mse", model.config.codebook_size_per_level, adversarial=term)
+    place = {"num_processes": expected_processes, "process_index": accelerator.process_index}
+    loader = ShuffledLoader(Images(torch.float64), training.batch_size // parts, **place)
+    fit(accelerator, trained, loss_fn, loader, training, output_dir, parameter_groups=groups)
     torch.save(model.state_dict(), output_dir / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
 

@@ -17,10 +17,9 @@ from tqdm.auto import tqdm
 from vqvae2.codebook_stats import level_name, perplexity, usage, verdict
 from vqvae2.common.accelerate import make_accelerator
 from vqvae2.common.artifact import load_weights, local_folder
-from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, fit, is_finished
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import ImageDataset, PythonImages, open_training_images, to_images
@@ -165,7 +164,7 @@ def _autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
 def read_training(vqvae: str) -> dict[str, Any]:
     """What a model folder says of its training; nothing where it has no record (of the Hub, or imported)."""
     path = Path(vqvae).expanduser() / RECORD_NAME
-    record = read_yaml(path) if path.exists() else {}
+    record = read_record(path) if path.exists() else {}
     data = record.get("data")
     if record and not (
         isinstance(data, dict)

@@ -28,8 +28,9 @@ from prior.manifest import SPLITS, CodeDataset, Manifest, read_manifest, read_sh
 from prior.registry import load_prior
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import processes
-from vqvae2.common.config import from_dict, read_yaml
+from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.runs import read_record
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageTable, load_table
 from vqvae2.data.augmentation import ORIGINAL, view_change
@@ -137,7 +138,7 @@ def find_images(config: DoctorConfig, parts: Parts) -> dict[str, ImageTable]:
 def _recorded_images(codes: Path) -> ImagesConfig | None:
     """Where the record of an extraction says that the images are, if they are still there."""
     record = codes / RECORD_NAME
-    recorded = read_yaml(record).get("data") if record.exists() else None
+    recorded = read_record(record).get("data") if record.exists() else None
     if recorded is None:
         return None
     data = from_dict(ImagesConfig, recorded, str(record))

@@ -25,7 +25,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
-from vqvae2.common.runs import RunRecord, versions
+from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.data import PythonImages, to_images
 from vqvae2.data.augmentation import ORIGINAL, Choice, known_views, no_change, view_change
@@ -237,7 +237,7 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         train=tuple(records["train"]),
         validation=tuple(records["validation"]),
         views=config.views,
-        source=found.source,
+        source=last_names(found.source),
         versions=versions(),
     )
     if not manifest.num_train:

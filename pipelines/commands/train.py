@@ -1,9 +1,8 @@
 """`vqvae2 train`: stage 1, with pictures of reconstructions."""
 
-from vqvae2.data import PythonImages
-
 from pipelines.pictures import make_reconstruction_drawer
 from vqvae2.config import TrainVQVAEConfig
+from vqvae2.data import PythonImages
 from vqvae2.training import train as train_alone
 
 

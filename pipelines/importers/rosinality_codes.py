@@ -23,7 +23,7 @@ from prior.manifest import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_m
 from prior.shards import ShardRecord, write_shard
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.runs import RunRecord, versions
+from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.data import is_held_out
 from vqvae2.model import VQVAE2
 
@@ -144,7 +144,7 @@ def import_codes(config: ImportCodesConfig) -> None:
         preprocessing=to_dict(model.config.image),
         train=tuple(records["train"]),
         validation=tuple(records["validation"]),
-        source=config.lmdb,
+        source=last_names(config.lmdb),
         versions=versions(),
     )
     write_manifest(output_dir, manifest)

@@ -1,4 +1,4 @@
-"""The floor that every package stands on: configuration, files, artifacts, loading order, the one training loop, pictures.
+"""The floor that every package stands on: configuration, files, models, the one training loop.
 
 Nothing here knows what a codebook or a prior is.
 """

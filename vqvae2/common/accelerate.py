@@ -1,6 +1,7 @@
 """What this machine can do, and the Accelerate object that a training runs on."""
 
 import ctypes
+import logging
 import sys
 import warnings
 from datetime import timedelta
@@ -18,25 +19,23 @@ from accelerate.utils import (
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
 
-PATIENCE = timedelta(hours=6)
-"""How long processes wait for one another: one may have many shards more to write, or many images to look at. A process that dies ends all at once."""
+PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more to do
 
 
 def native_bf16() -> bool:
-    """Whether this machine computes in bfloat16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
+    """Whether this machine computes in bfloat16 in hardware (emulated, it is slower than fp32)."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # older versions of torch cannot tell
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # absent from older torch
+    capabilities: dict[str, bool] = get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the system after every use.
 
-    A training step on the CPU frees and takes the same large buffers again; mapping them anew each time costs page faults worth up to
-    half of the step. Elsewhere than on Linux with glibc nothing happens.
+    A training step on the CPU frees and takes the same large buffers again; mapping them anew
+    costs page faults worth up to half of the step. Only Linux with glibc is affected.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -52,15 +51,15 @@ def processes() -> PartialState:
     return PartialState(cpu=use_cpu(), timeout=PATIENCE)
 
 
-def say(sentence: str) -> None:
-    """Print, on the first process only."""
-    processes().print(sentence)
+def say(sentence: str) -> None:  # to be removed: log instead
+    logging.getLogger(__name__).info(sentence)
 
 
 def use_cpu() -> bool:
-    """Whether to compute on the CPU: told so (ACCELERATE_USE_CPU), or no CUDA there. Accelerate must know, or it starts no process group.
+    """Whether to compute on the CPU: by ACCELERATE_USE_CPU, or because there is no CUDA.
 
-    Other accelerators are passed over: on some of them, float64, in which figures are summed and codes drawn, does not exist.
+    Other accelerators are not used: some lack float64, in which figures are summed and codes
+    sampled. Accelerate must know, or it starts no process group.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
@@ -69,41 +68,44 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     """The Accelerate object for one training, in the precision that the configuration asks for.
 
     Raises:
-        UserError: fp16 without CUDA, a tracker that is not installed, or a batch that does not split evenly.
+        UserError: fp16 without CUDA, a tracker that is not installed, or a batch that is no
+            multiple of the number of processes and accumulation steps.
     """
     keep_freed_memory()
+
+    # Precision. An earlier training of this Python process may have run in another one.
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if native_bf16() else "no"
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError(
-            "mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' on this machine."
-        )
+        raise UserError("mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' here.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # an earlier training of this Python process ran in another precision
-    warnings.filterwarnings(
-        "ignore", message=".*broadcast_buffers.*deprecated"
-    )  # its successor is not in all versions of torch that we run on
+        AcceleratorState._reset_state()
+
+    # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide
+    # it if they were not, and make a forward on one rank alone wait forever. (Its option is
+    # deprecated, but its successor is not in all versions of torch that we run on.)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision=precision,
         log_with=config.tracker,
         project_dir=str(output_dir),
-        # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide it if they were not, and it
-        # makes a forward on one rank alone wait for the others for ever.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    if config.tracker and not accelerator.log_with:  # Accelerate passes over what is not installed
+
+    # Accelerate ignores a tracker that is not installed.
+    tracker = config.tracker
+    if tracker and not accelerator.log_with:
+        raise UserError(f"tracker {tracker!r} is not installed: pip install it, or omit --tracker.")
+    pieces = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % pieces:
         raise UserError(
-            f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave --tracker out."
-        )
-    parts = accelerator.num_processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        raise UserError(
-            f"batch_size is {config.batch_size}, but must be divisible by {accelerator.num_processes} processes x "
-            f"{config.gradient_accumulation_steps} accumulation steps = {parts}: choose a multiple."
+            f"batch_size is {config.batch_size}, but must be divisible by {pieces} "
+            f"({accelerator.num_processes} processes x {config.gradient_accumulation_steps} "
+            f"accumulation steps)."
         )
     return accelerator

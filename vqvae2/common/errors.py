@@ -2,14 +2,14 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend: one sentence that names the file or key, what was expected and what to do.
+    """Something the user can fix: one sentence that names the file or key, and what to do.
 
-    The command line prints the sentence and exits with code 2; from Python it is an ordinary `ValueError`.
+    The command line prints the sentence and exits with code 2; in Python it is a `ValueError`.
     """
 
 
 class Stopped(Exception):
-    """A clean stop asked for by SIGTERM or Ctrl-C, after the state was saved. `signal_number` gives the exit code."""
+    """A clean stop by SIGTERM or Ctrl-C, the state saved. `signal_number` gives the exit code."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: write beside the target, then rename. Run folders know what run they hold. Torch-free."""
+"""Files appear whole or not at all: write beside the target, then rename. Torch-free."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from vqvae2.common.errors import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the place of `path` only when the block ends without an error."""
+    """Yield a path beside `path` to write to; it replaces `path` if the block raises no error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -23,11 +23,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        if (
-            error.errno is not None and error.filename is None
-        ):  # a full disk, as libraries report it: say where
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
+        if error.errno is None or error.filename is not None:
+            raise
+        # Libraries report a full disk without saying where.
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -44,11 +43,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
-
-    Raises:
-        UserError: the file is absent, is not JSON, or is not a mapping.
-    """
+    """The mapping in a JSON file, or a `UserError` if it is absent, broken or no mapping."""
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
@@ -62,12 +57,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_empty(folder: Path, expected: str) -> None:
-    """Refuse a folder with something in it.
+def looks_like_path(name: str) -> bool:
+    """Whether a name is no Hub id: those are `namespace/name`, with no local folder `namespace`."""
+    if name.startswith((".", "~", "/")) or "\\" in name or name.count("/") != 1:
+        return True
+    return Path(name.split("/", maxsplit=1)[0]).exists()
 
-    Raises:
-        UserError: naming the folder and what it could have held.
-    """
+
+def check_empty(folder: Path, expected: str) -> None:
+    """Raise a `UserError` if there is something in a folder, naming what it could have held."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but --output-dir must be a folder: choose another.")
     if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):

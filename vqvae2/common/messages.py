@@ -1,12 +1,14 @@
-"""How messages reach a person: every module logs, and the command line shows it. Torch-free.
+"""How messages and progress bars reach a person: every module logs, a program shows it. Torch-free.
 
-A module says `logger = logging.getLogger(__name__)` and `logger.info(...)`. Nothing is printed, no
-process group asked for, until a program (the command line, a notebook) installs a handler.
+A module has `logger = logging.getLogger(__name__)` and calls `logger.info(...)`. Nothing is shown
+until a program (the command line, a notebook) calls `show_messages`, and then by the first of
+several processes only.
 """
 
 import logging
 import os
 import sys
+from typing import Any
 
 PACKAGES = ("vqvae2", "prior", "pipelines")
 
@@ -15,25 +17,42 @@ class BarHandler(logging.Handler):
     """Shows messages between progress bars instead of through them; warnings go to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
+        """Write one message, if this is the first process."""
         from tqdm import tqdm
 
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return f"warning: {text}" if record.levelno == logging.WARNING else text
+        if not is_first_process():
+            return
+        text, is_warning = self.format(record), record.levelno >= logging.WARNING
+        if is_warning:
+            text = f"{record.levelname.lower()}: {text}"
+        tqdm.write(text, file=sys.stderr if is_warning else sys.stdout)
 
 
 def show_messages(level: int = logging.INFO) -> None:
-    """Show what our packages log from this level on; of several processes, only the first speaks."""
+    """Show what our packages log from this level on.
+
+    logging.WARNING (--quiet) also hides progress bars, logging.DEBUG (--verbose) adds module names.
+    """
     handler = BarHandler()
-    handler.setFormatter(_Formatter())
-    silent = os.environ.get("RANK", "0") != "0"  # set by every launcher
+    if level <= logging.DEBUG:
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(logging.CRITICAL if silent else level)
+        logger.setLevel(level)
+    if level > logging.INFO:
+        os.environ["TQDM_DISABLE"] = "1"  # for the bars of libraries
+
+
+def progress_bar(*arguments: Any, **options: Any) -> Any:
+    """tqdm's bar, shown by the first process only, and not after a quiet `show_messages`."""
+    from tqdm.auto import tqdm
+
+    if not is_first_process() or logging.getLogger(PACKAGES[0]).level > logging.INFO:
+        options["disable"] = True
+    return tqdm(*arguments, **options)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of several processes (launchers set RANK), or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,11 +1,20 @@
-"""What a run folder says of the run that it holds: command, settings, facts, versions. Torch-free."""
+"""What a run folder says of the run that it holds: command, settings, facts, versions. Torch-free.
 
+Records are published with their models, so they hold no absolute path of the machine that made
+them: `write` stores it as `~/photos` in the home directory, elsewhere relative to the record's
+folder (`$RUN/../photos`), and `read_record` resolves it. Relative paths, URLs and Hub ids stay as
+they were given.
+"""
+
+import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +25,10 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import check_empty, write_text
 
 PACKAGES = ("vqvae2", "torch", "accelerate", "numpy", "pyarrow")
+SAMPLE_NAME = "image_sample"
+"""The fact that holds marks of some images, such as their files' lengths, separated by spaces."""
+RUN = "$RUN/"
+ABSOLUTE = re.compile(r"(file://)?((?:\$RUN/|/|~).*)")
 
 
 def versions() -> dict[str, str]:
@@ -24,68 +37,95 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that this process was started with, as a shell takes it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that started this process, as a shell takes it, with `last_names`."""
+    words = []
+    for word in sys.argv:
+        flag, sign, value = word.partition("=")
+        words.append(flag + sign + last_names(value) if word.startswith("--") else last_names(word))
+    return shlex.join(words)
 
 
-SAMPLE_NAME = "image_sample"
-"""The fact that holds marks of some images, such as the lengths of their files, with spaces between."""
+def last_names(value: Any) -> Any:
+    """A value for where paths cannot be resolved: each absolute one reduced to its last name."""
+    return _change_paths(value, lambda path: Path(path).name)
 
 
-def _mostly_same(one: str, other: str) -> bool:
-    """Whether two samples are of the same images; a few broken ones may have been mended meanwhile."""
-    marks, others = one.split(), other.split()
-    return len(marks) == len(others) and 2 * sum(
-        a != b for a, b in zip(marks, others, strict=True)
-    ) <= len(marks)
+def read_record(path: Path) -> dict[str, Any]:
+    """A run record, with its paths as they are on this machine; see `read_yaml` for errors."""
+    return _change_paths(read_yaml(path), _resolve, path.parent)
+
+
+def _resolve(path: str, folder: Path) -> str:
+    if path.startswith(RUN):
+        path = os.path.join(os.path.abspath(folder), path.removeprefix(RUN))
+    return os.path.normpath(os.path.expanduser(path))
+
+
+def _hide_folders(path: str, folder: Path) -> str:
+    """The inverse of `_resolve`."""
+    home, path = os.path.expanduser("~"), os.path.abspath(os.path.expanduser(path))
+    if Path(path).is_relative_to(home):
+        return f"~/{os.path.relpath(path, home)}"
+    return RUN + os.path.relpath(path, folder)
+
+
+def _change_paths(value: Any, change: Callable[..., str], *place: Path) -> Any:
+    """Apply a function (of a path and its place) to all absolute paths in nested values."""
+    if isinstance(value, Mapping):
+        return {key: _change_paths(item, change, *place) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_change_paths(item, change, *place) for item in value]
+    if isinstance(value, str) and (match := ABSOLUTE.fullmatch(value)):
+        return (match[1] or "") + change(match[2], *place)
+    return value
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says of the run that it holds: the command, facts that it rests on, and its whole configuration (YAML)."""
+    """A run's command, the facts that it rests on, and its whole configuration (YAML)."""
 
     command: str
     config: Any
     file_name: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What else is written down for people, and may be other when the run is continued."""
+    """What else is written down for people, and may differ when the run is continued."""
 
     def check(self, folder: Path) -> None:
-        """Refuse a folder that holds another command's run, a run with other settings or facts, or files of no run at all.
+        """Refuse a folder that holds another run, or files of no run at all.
 
         Raises:
-            UserError: naming the key and both values, or the folder.
+            UserError: naming the folder, or the key and both values.
         """
-        if not (folder / self.file_name).exists():
+        path = folder / self.file_name
+        if not path.exists():
             check_empty(folder, f"run of {self.command!r}")
             return
-        old = read_yaml(folder / self.file_name)
-        if old.get("command") != self.command:
-            raise UserError(
-                f"{folder} holds a run of {old.get('command')!r}, not of {self.command!r}: choose another --output-dir."
-            )
-        changed = [
-            (key, old[key], value)
-            for key, value in self.facts.items()
-            if key != SAMPLE_NAME and key in old and old[key] != value
-        ]
-        for key, before, after in changed + differences(
-            type(self.config), old, to_dict(self.config)
-        ):
+
+        # The same command, facts and settings, as far as the record has them.
+        old = read_record(path)
+        settings = _change_paths(to_dict(self.config), _resolve, folder)
+        facts = {"command": self.command, **self.facts}
+        facts = {key: value for key, value in facts.items() if key in old}
+        marks = str(facts.pop(SAMPLE_NAME, "")).split()
+        changed = [(key, old[key], value) for key, value in facts.items() if old[key] != value]
+        for key, before, after in changed + differences(type(self.config), old, settings):
             raise UserError(
                 f"{folder} holds a run with {key} = {before!r}, but this command says {after!r}: "
-                f"repeat the run's own settings to continue it, or choose another --output-dir."
+                f"repeat the run's settings to continue it, or choose another --output-dir."
             )
-        samples = [str(facts[SAMPLE_NAME]) for facts in (old, self.facts) if SAMPLE_NAME in facts]
-        if len(samples) == 2 and not _mostly_same(*samples):
+
+        # The same images, by the marks of most: a few may have been repaired meanwhile.
+        pairs = list(zip_longest(marks, str(old.get(SAMPLE_NAME, "")).split())) if marks else []
+        if sum(new != before for new, before in pairs) > len(pairs) / 2:
             raise UserError(
-                f"{folder} holds a run on other images than these, though they have the same names (most of {SAMPLE_NAME} differs): "
-                f"restore those, or choose another --output-dir."
+                f"{folder} holds a run on other images, though they have the same names (most of "
+                f"{SAMPLE_NAME} differs): restore those, or choose another --output-dir."
             )
 
     def write(self, folder: Path) -> None:
-        """Write the record, with the command line and the versions that run it (for the main process)."""
-        retraced = {"command_line": command_line(), "versions": versions(), **self.notes}
-        record = {"command": self.command, **self.facts, **to_dict(self.config), **retraced}
-        write_text(folder / self.file_name, yaml.safe_dump(record, sort_keys=False))
+        """Write the record, with the command line and the versions that run it."""
+        made_by = {"command_line": command_line(), "versions": versions(), **self.notes}
+        record = {"command": self.command, **self.facts, **to_dict(self.config), **made_by}
+        text = yaml.safe_dump(_change_paths(record, _hide_folders, folder), sort_keys=False)
+        write_text(folder / self.file_name, text)

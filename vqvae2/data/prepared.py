@@ -23,7 +23,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data.augmentation import no_change
@@ -261,7 +261,7 @@ def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: floa
     skipped = skipped_images(paths)
     list_skipped(output_dir, skipped)
     manifest = PreparedManifest(
-        source=config.data.path,
+        source=last_names(config.data.path),
         image=config.image,
         class_names=found.classes(paths),
         has_labels=found.labelled,
