@@ -78,7 +78,7 @@ def test_layers_are_those_of_the_widely_used_implementation() -> None:
 
 def test_wrong_images_are_refused_with_both_numbers() -> None:
     model = small((2, 4))
-    with pytest.raises(UserError, match=r"30 x 48 .* divisible by 8"):
+    with pytest.raises(UserError, match=r"30 x 48.*divisible by 8"):
         model(torch.zeros(1, 2, 30, 48))
     with pytest.raises(UserError, match=r"3 channels.* 2"):
         model(torch.zeros(1, 3, 32, 48))

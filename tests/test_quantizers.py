@@ -6,15 +6,13 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from vqvae2.config import QuantizerConfig
+from vqvae2.nearest import argmax, k_means, nearest
 from vqvae2.quantizers import (
     CosineQuantizer,
     EMAQuantizer,
     FSQuantizer,
     GradientQuantizer,
-    _argmax,
-    k_means,
     make_quantizer,
-    nearest,
     rotation,
 )
 
@@ -318,4 +316,4 @@ def test_argmax_in_blocks_is_argmax_also_among_equals(columns: int) -> None:
         torch.randint(0, 3, (300, columns)).float(),
         torch.zeros(5, columns),
     ):
-        assert torch.equal(_argmax(scores), scores.argmax(dim=1))
+        assert torch.equal(argmax(scores), scores.argmax(dim=1))
