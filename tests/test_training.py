@@ -372,7 +372,7 @@ def test_a_moved_run_continues(photos: Path, tmp_path: Path) -> None:
 
 def test_a_collapse_is_warned_about_while_it_happens(photos: Path, tmp_path: Path) -> None:
     said = vqvae2(*train_command(photos, tmp_path / "x", "--num-steps", 240, "--log-every", 40, "--model.quantizer.no-start-from-data",
-                                 "--model.quantizer.revival-threshold", 0, "--model.codebook-sizes", 256)).stdout  # fmt: skip
+                                 "--model.quantizer.revival-threshold", 0, "--model.codebook-sizes", 256)).stderr  # fmt: skip
     warnings = [line for line in said.splitlines() if "warning: top:" in line]
     assert warnings
     assert "model.quantizer.revival_threshold" in warnings[0]

@@ -1,8 +1,12 @@
 """How a codebook is used: figures from counts `(K,)`, and what they mean in words."""
 
+import logging
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 COLLAPSED = 0.1  # a perplexity below this times K is called a collapse
 
 
@@ -41,3 +45,28 @@ def verdict(name: str, counts: Tensor) -> tuple[bool, str]:
         return False, f"{use}, but {too_few}: use more images or smaller codebook_sizes."
     advice = "lower learning_rate, raise model.quantizer.revival_threshold, or lower codebook_sizes"
     return False, f"{use}: it has collapsed; {advice}."
+
+
+class CodebookWatch:
+    """Turns the sums of a window of steps into figures, and warns while a codebook collapses."""
+
+    PATIENCE = 200  # steps before the first warning, and between two of the same level
+
+    def __init__(self, num_levels: int) -> None:
+        self.names = [level_name(level, num_levels) for level in range(num_levels)]
+        self.quiet_until = [self.PATIENCE] * num_levels
+
+    def __call__(self, step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+        """Means of `count` scalars; perplexity and usage of each level l from `assignments_l`."""
+        figures = {}
+        for name, value in sums.items():
+            if not name.startswith("assignments_"):
+                figures[name] = value.item() / count
+                continue
+            level = int(name.removeprefix("assignments_"))
+            figures |= {f"perplexity_{level}": perplexity(value), f"usage_{level}": usage(value)}
+            healthy, sentence = verdict(self.names[level], value)
+            if not healthy and step >= self.quiet_until[level]:
+                logger.warning("%s (step %d)", sentence, step)
+                self.quiet_until[level] = step + self.PATIENCE
+        return figures
