@@ -16,7 +16,7 @@ from vqvae2.inspection import code_patches, inspect, ssim
 
 def test_the_page_and_the_figures(run: Path, photos: Path, tmp_path: Path) -> None:
     said = vqvae2(
-        "inspect", run / "vqvae", "--data.path", photos, "--output-dir", tmp_path / "report"
+        "inspect", "--vqvae", run / "vqvae", "--data.path", photos, "--output-dir", tmp_path / "report"
     ).stdout
     found = {path.name for path in (tmp_path / "report").iterdir()}
     assert found == {
