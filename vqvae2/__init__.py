@@ -21,7 +21,7 @@ _IN_QUANTIZERS = ["Quantized", "Quantizer", "EMAQuantizer", "CosineQuantizer", "
 _LAZY = dict.fromkeys(_IN_MODEL, "vqvae2.model")
 _LAZY |= dict.fromkeys([*_IN_QUANTIZERS, "GradientQuantizer"], "vqvae2.quantizers")
 __all__ = ["PreprocessingConfig", "QuantizerConfig", "TrainVQVAEConfig", "VQVAE2Config"]
-__all__ += [*_LAZY]
+__all__ += [*_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
