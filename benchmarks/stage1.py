@@ -1,8 +1,9 @@
-"""Stage 1 against a textbook version and against libraries, side by side in one run: what a training step, extraction and the quantizer cost.
+"""What a training step, extraction and the quantizer cost, beside a textbook version and libraries.
 
-    python benchmarks/stage1.py            # pip install -e ".[benchmark]" for the libraries; without them their rows are left out
+    python benchmarks/stage1.py
 
-All run with the same threads and the same allocator settings, in turns; figures are medians. GFLOP counts 2 per multiply-accumulate.
+Libraries that are not installed (pip install -e ".[benchmark]") are left out. All run in turns with
+the same threads and allocator settings; figures are medians. GFLOP counts 2 per multiply-add.
 """
 
 import argparse
@@ -102,21 +103,21 @@ def textbook_extraction(shape: tuple[int, ...]) -> Work:
 
 
 def quantizers(codebook_size: int, features: Tensor) -> dict[str, Work]:
-    """A training-mode forward of each quantizer, and the matrix product that any search by products needs."""
+    """A training-mode forward of each quantizer, and the matrix product that a search needs."""
+    # Ours and the textbook's.
     dim = features.shape[1]
     works: dict[str, Work] = {}
-    ours, textbook = (
-        EMAQuantizer(codebook_size, dim, QuantizerConfig(start_from_data=False)).train(),
-        OneHotQuantizer(codebook_size, dim).train(),
-    )
+    ours = EMAQuantizer(codebook_size, dim, QuantizerConfig(start_from_data=False)).train()
+    textbook = OneHotQuantizer(codebook_size, dim).train()
     works["textbook"] = lambda: textbook(features.contiguous())
     works["ours"] = lambda: ours(features)
+
+    # The libraries', where they are installed.
+    options = {"decay": 0.99, "accept_image_fmap": True, "rotation_trick": False}
     try:
         from vector_quantize_pytorch import VectorQuantize
 
-        library = VectorQuantize(
-            dim, codebook_size, decay=0.99, accept_image_fmap=True, rotation_trick=False
-        ).train()
+        library = VectorQuantize(dim, codebook_size, **options).train()
         works["vector-quantize-pytorch"] = lambda: library(features)
     except ImportError:
         pass
@@ -127,12 +128,16 @@ def quantizers(codebook_size: int, features: Tensor) -> dict[str, Work]:
         works["diffusers (no EMA)"] = lambda: without_ema(features)
     except ImportError:
         pass
+
+    # The product alone.
     vectors, codebook = torch.randn(4096, dim), torch.randn(dim, codebook_size)
     buffer = torch.empty(4096, codebook_size)
-    repeats = features.numel() // dim // 4096
-    works["matrix product alone"] = lambda: [
-        torch.mm(vectors, codebook, out=buffer) for _ in range(repeats)
-    ]
+
+    def product() -> None:
+        for _ in range(features.numel() // dim // 4096):
+            torch.mm(vectors, codebook, out=buffer)
+
+    works["matrix product alone"] = product
     return works
 
 
@@ -146,12 +151,8 @@ def _extra_memory(codebook_size: int, name: str, result: "multiprocessing.Queue[
 
 
 def _peak_mebibytes() -> float:
-    (line,) = (
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return int(line.split()[1]) / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def extra_memory(codebook_size: int, name: str) -> float:
@@ -170,6 +171,55 @@ def peak(dtype: torch.dtype, rounds: int) -> float:
     return 2 * 4096**3 / in_turns({"mm": lambda: a @ b}, rounds)["mm"] / 1e9
 
 
+def training_table(rounds: int, peaks: dict[str, float]) -> None:
+    """A training step."""
+    for name, shape in SHAPES.items():
+        with FlopCounterMode(display=False) as counter:
+            our_step(shape, bf16=False)()
+        gflop = counter.get_total_flops() / 1e9
+        works: dict[str, Work] = {}
+        for kind, make in (("textbook", textbook_step), ("ours", our_step)):
+            works[f"{kind} fp32"] = make(shape, bf16=False)
+            works[f"{kind} bf16"] = make(shape, bf16=True)
+        seconds = in_turns(works, rounds)
+        print(f"\ntraining step, {name} ({gflop:.1f} GFLOP)")
+        for work, value in seconds.items():
+            speed = f"{value * 1e3:8.0f} ms {shape[0] / value:8.1f} images/s"
+            ratio = f"{seconds['textbook fp32'] / value:5.2f}x textbook fp32"
+            share = f"{gflop / value / peaks[work.split()[-1]]:4.0%} of its peak"
+            print(f"  {work:16} {speed}   {ratio}   {gflop / value:5.0f} GFLOP/s, {share}")
+
+
+def extraction_table(rounds: int) -> None:
+    """Images to codes."""
+    for name, shape in SHAPES.items():
+        ours, fast = our_extraction(shape, bf16=False), our_extraction(shape, bf16=True)
+        works = {"textbook fp32": textbook_extraction(shape), "ours fp32": ours, "ours bf16": fast}
+        seconds = in_turns(works, 2 * rounds)
+        print(f"\nextraction, {name}")
+        for work, value in seconds.items():
+            speed = f"{value * 1e3:8.0f} ms {shape[0] / value:8.1f} images/s"
+            print(f"  {work:16} {speed}   {seconds['textbook fp32'] / value:5.2f}x textbook fp32")
+        changed = [(a != b).float().mean().item() for a, b in zip(ours(), fast(), strict=True)]
+        levels = f"{changed[0]:.1%} of the top codes and {changed[1]:.1%} of the bottom codes"
+        print(f"  bf16 changes {levels} (untrained weights)")
+
+
+def quantizer_table(codebook_size: int, rounds: int) -> None:
+    """The quantizer alone."""
+    features = torch.randn(8, 64, 64, 64).contiguous(memory_format=torch.channels_last)
+    seconds = in_turns(quantizers(codebook_size, features), rounds)
+    what = f"32,768 vectors of dimension 64, K = {codebook_size}, training-mode forward"
+    print(f"\nquantizer alone, {what}")
+    for work, value in seconds.items():
+        ratio = f"{seconds['textbook'] / value:5.2f}x textbook"
+        product = f"{value / seconds['matrix product alone']:5.2f} of the product"
+        memory = ""
+        if work != "matrix product alone":
+            memory = f"{extra_memory(codebook_size, work):6.0f} MiB more"
+        print(f"  {work:24} {value * 1e3:8.1f} ms   {ratio}   {product}   {memory}")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -179,61 +229,12 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     keep_freed_memory()
     peaks = {"fp32": peak(torch.float32, rounds), "bf16": peak(torch.bfloat16, rounds)}
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; matrix product: {peaks['fp32']:.0f} GFLOP/s fp32, {peaks['bf16']:.0f} bf16"
-    )
-
-    for name, shape in SHAPES.items():
-        with FlopCounterMode(display=False) as counter:
-            our_step(shape, bf16=False)()
-        gflop = counter.get_total_flops() / 1e9
-        works = {
-            "textbook fp32": textbook_step(shape, bf16=False),
-            "textbook bf16": textbook_step(shape, bf16=True),
-        }
-        works |= {"ours fp32": our_step(shape, bf16=False), "ours bf16": our_step(shape, bf16=True)}
-        seconds = in_turns(works, rounds)
-        print(f"\ntraining step, {name} ({gflop:.1f} GFLOP)")
-        for work, value in seconds.items():
-            share = gflop / value / peaks[work.split()[-1]]
-            print(
-                f"  {work:16} {value * 1e3:8.0f} ms {shape[0] / value:8.1f} images/s   {seconds['textbook fp32'] / value:5.2f}x textbook fp32   "
-                f"{gflop / value:5.0f} GFLOP/s, {share:4.0%} of its peak"
-            )
-
-    for name, shape in SHAPES.items():
-        ours, fast = our_extraction(shape, bf16=False), our_extraction(shape, bf16=True)
-        seconds = in_turns(
-            {"textbook fp32": textbook_extraction(shape), "ours fp32": ours, "ours bf16": fast},
-            2 * rounds,
-        )
-        print(f"\nextraction, {name}")
-        for work, value in seconds.items():
-            print(
-                f"  {work:16} {value * 1e3:8.0f} ms {shape[0] / value:8.1f} images/s   {seconds['textbook fp32'] / value:5.2f}x textbook fp32"
-            )
-        changed = [(a != b).float().mean().item() for a, b in zip(ours(), fast(), strict=True)]
-        print(
-            f"  bf16 changes {changed[0]:.1%} of the top codes and {changed[1]:.1%} of the bottom codes (untrained weights)"
-        )
-
-    features = torch.randn(8, 64, 64, 64).contiguous(memory_format=torch.channels_last)
-    for codebook_size in (512, 8192):
-        works = quantizers(codebook_size, features)
-        seconds = in_turns(works, rounds if codebook_size == 512 else 2)
-        print(
-            f"\nquantizer alone, 32,768 vectors of dimension 64, K = {codebook_size}, training-mode forward"
-        )
-        for work, value in seconds.items():
-            memory = (
-                f"{extra_memory(codebook_size, work):6.0f} MiB more"
-                if work != "matrix product alone"
-                else ""
-            )
-            product = value / seconds["matrix product alone"]
-            print(
-                f"  {work:24} {value * 1e3:8.1f} ms   {seconds['textbook'] / value:5.2f}x textbook   {product:5.2f} of the product   {memory}"
-            )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"matrix product: {peaks['fp32']:.0f} GFLOP/s fp32, {peaks['bf16']:.0f} bf16")
+    training_table(rounds, peaks)
+    extraction_table(rounds)
+    quantizer_table(512, rounds)
+    quantizer_table(8192, 2)
 
 
 if __name__ == "__main__":

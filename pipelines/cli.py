@@ -42,7 +42,7 @@ COMMANDS: dict[
     "demo": (DemoConfig, "pipelines.commands.demo:demo"),
     "plan": (PlanConfig, "pipelines.plan.command:plan"),
     "prepare": (PrepareConfig, "vqvae2.data.prepared:prepare_command"),
-    "train": (TrainVQVAEConfig, "pipelines.commands.train:train"),
+    "train": (TrainVQVAEConfig, "vqvae2.training:train"),
     "extract": (ExtractConfig, "pipelines.commands.extract:extract"),
     "train-prior": (TrainPriorCommandConfig, "pipelines.commands.train_prior:train_prior"),
     "codes info": (CodesInfoConfig, "pipelines.commands.codes:info"),

@@ -117,12 +117,12 @@ class ReconstructConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what an autoencoder has learned: use of the codebooks, what each level carries, quality of held-out reconstructions.
+    """Show what an autoencoder has learned: its codebooks, each level's share, its quality.
 
-    Example: vqvae2 inspect runs/photos/vqvae --data.path photos
+    Example: vqvae2 inspect --vqvae runs/photos/vqvae --data.path photos
     """
 
-    vqvae: tyro.conf.Positional[str] = may_change()
+    vqvae: str = may_change()
     """The trained autoencoder: a folder, or a Hub id."""
     data: ImagesConfig
     """Images to inspect it with: the held-out ones among them, or all if none are held out."""

@@ -14,33 +14,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw
 from vqvae2.common.pictures import sheet, to_pil
-from vqvae2.data import ImageDataset, to_images
 from vqvae2.model import VQVAE2
-
-
-def make_reconstruction_drawer(images: ImageDataset, device: torch.device) -> Draw:
-    """Draws the first images of a set above their reconstructions."""
-
-    def draw(model: VQVAE2) -> Image.Image:
-        return reconstruction_sheet(model, images, device, num_images=16)
-
-    return draw
-
-
-@torch.no_grad()
-def reconstruction_sheet(
-    model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int
-) -> Image.Image:
-    """Originals above, reconstructions below; evenly spread over the set, in rows of eight."""
-    shown = min(num_images, len(images))
-    indices = [i * len(images) // shown for i in range(shown)]
-    originals = to_images(images.__getitems__(indices)["images"]).to(device)
-    above, below = to_pil(originals), to_pil(model(originals).reconstruction)
-    rows, names = [], []
-    for first in range(0, shown, 8):
-        rows += [above[first : first + 8], below[first : first + 8]]
-        names += ["original", "reconstruction"]
-    return sheet(rows, names)
 
 
 def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:

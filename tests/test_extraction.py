@@ -17,9 +17,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from pipelines.commands.train import train
 
 from pipelines.cli import parse
-from pipelines.commands.train import train
 from pipelines.commands.extract import encode_lanes, extract
 from prior.manifest import CodeDataset, read_manifest
 from prior.shards import smallest_type

@@ -1,49 +1,72 @@
-"""How a codebook is used: figures from counts, and what they mean in words."""
+"""How a codebook is used: figures from counts `(K,)`, and what they mean in words."""
+
+import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 COLLAPSED = 0.1  # a perplexity below this times K is called a collapse
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of code frequencies, from counts `(K,)`: between 1 (one code carries all) and K (all equal)."""
+    """exp of the entropy of the code frequencies: from 1 (one code is used) to K (all equally)."""
     share = counts.double() / counts.sum()
     return torch.special.entr(share).sum().exp().item()
 
 
 def usage(counts: Tensor) -> float:
-    """Share of the codes that occur at all, from counts `(K,)`."""
+    """Share of the codes that occur at all."""
     return (counts > 0).double().mean().item()
 
 
 def carriers(counts: Tensor, share: float = 0.95) -> int:
-    """How few codes carry this share of the assignments, from counts `(K,)`."""
+    """How few codes make up this share of the assignments."""
     ordered = counts.double().sort(descending=True).values.cumsum(dim=0)
     return int((ordered < share * ordered[-1]).sum()) + 1
 
 
 def level_name(level: int, num_levels: int) -> str:
-    """top, bottom, or the number of a level between them."""
-    return (
-        {0: "top", num_levels - 1: "bottom"}.get(level, f"level {level}")
-        if num_levels > 1
-        else "codebook"
-    )
+    """top, bottom, or the number of a level between them; codebook if there is one level."""
+    if num_levels == 1:
+        return "codebook"
+    return {0: "top", num_levels - 1: "bottom"}.get(level, f"level {level}")
 
 
 def verdict(name: str, counts: Tensor) -> tuple[bool, str]:
     """Whether a codebook is in use, and a sentence that says so or names the settings to change."""
-    size, number = len(counts), carriers(counts)
-    found = f"{name}: {number} of {size} codes carry 95 % of the assignments"
+    size, total = len(counts), int(counts.sum())
+    use = f"{name}: {carriers(counts)} of {size} codes carry 95 % of the assignments"
     if perplexity(counts) >= COLLAPSED * size:
-        return True, f"{found}: in use."
-    if counts.sum() < 10 * size:
-        return (
-            False,
-            f"{found}, of which there are only {int(counts.sum())}: too few to judge; use more images or a smaller codebook_sizes.",
-        )
-    return False, (
-        f"{found}: it has collapsed; lower learning_rate, raise model.quantizer.revival_threshold (and keep start_from_data on), "
-        f"or take a smaller codebook_sizes."
-    )
+        return True, f"{use}: in use."
+    if total < 10 * size:
+        too_few = f"there are only {total}, too few to judge"
+        return False, f"{use}, but {too_few}: use more images or smaller codebook_sizes."
+    advice = "lower learning_rate, raise model.quantizer.revival_threshold, or lower codebook_sizes"
+    return False, f"{use}: it has collapsed; {advice}."
+
+
+class CodebookWatch:
+    """Turns the sums of a window of steps into figures, and warns while a codebook collapses."""
+
+    PATIENCE = 200  # steps before the first warning, and between two of the same level
+
+    def __init__(self, num_levels: int) -> None:
+        self.names = [level_name(level, num_levels) for level in range(num_levels)]
+        self.quiet_until = [self.PATIENCE] * num_levels
+
+    def __call__(self, step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+        """Means of `count` scalars; perplexity and usage of each level l from `assignments_l`."""
+        figures = {}
+        for name, value in sums.items():
+            if not name.startswith("assignments_"):
+                figures[name] = value.item() / count
+                continue
+            level = int(name.removeprefix("assignments_"))
+            figures |= {f"perplexity_{level}": perplexity(value), f"usage_{level}": usage(value)}
+            healthy, sentence = verdict(self.names[level], value)
+            if not healthy and step >= self.quiet_until[level]:
+                logger.warning("%s (step %d)", sentence, step)
+                self.quiet_until[level] = step + self.PATIENCE
+        return figures

@@ -4,46 +4,38 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqvae2.common.config import TrainingConfig, check, may_change
+from vqvae2.common.config import TrainingConfig, check, check_at_least, may_change, recipe_only
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingConfig:
-    """How a file becomes an image. Part of the model: all stages prepare images, and hold out images, in the same way."""
+    """How a file becomes an image. Part of the model: all stages prepare images in the same way."""
 
     size: tuple[int, ...] = (64,)
     """Height and width in pixels, or one number for both."""
     channels: int = 3
-    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: picture files are converted to it. Arrays (.npy, TIFF) must have as many; grey ones may become RGB."""
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha: picture files are converted to it. Arrays
+    (.npy, TIFF) must have as many; grey ones may become RGB."""
     value_range: tuple[float, float] = (0.0, 255.0)
-    """Values that are black and white: (0, 255) for 8-bit pictures, (0, 65535) for 16 bits, the data's own range for floats."""
+    """Values of black and white: (0, 255) for 8-bit pictures, (0, 65535) for 16 bits, the data's
+    own range for floats."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """crop: resize until both sides cover the size, cut the centre. pad: shrink until it fits, centre on the background. stretch: resize exactly."""
+    """crop: resize until both sides cover the size and cut out the centre. pad: shrink until it
+    fits and centre it on the background. stretch: resize exactly."""
     background: str = "white"
-    """Colour behind padding and behind transparent pixels (a name or #rrggbb). Arrays are padded with their lowest value."""
+    """Colour behind padding and transparency, a name or #rrggbb (arrays: their lowest value)."""
     validation_fraction: float = 0.05
-    """Share of the images held out where the data brings no held-out set; an image's own name decides, so the split never moves."""
+    """Share of the images held out, if the data has no held-out set. An image's own name decides,
+    so the split never changes."""
 
     def __post_init__(self) -> None:
-        check(
-            len(self.size) in (1, 2) and all(s > 0 for s in self.size),
-            "size",
-            self.size,
-            "one positive number, or height and width",
-        )
-        check(self.channels >= 1, "channels", self.channels, "at least 1")
-        check(
-            self.value_range[0] < self.value_range[1],
-            "value_range",
-            self.value_range,
-            "two rising numbers",
-        )
-        check(
-            0 <= self.validation_fraction < 1,
-            "validation_fraction",
-            self.validation_fraction,
-            "in [0, 1)",
-        )
+        sides = len(self.size) in (1, 2) and min(self.size) > 0
+        check(sides, "size", self.size, "one positive number, or height and width")
+        check_at_least(self, 1, "channels")
+        rising = self.value_range[0] < self.value_range[1]
+        check(rising, "value_range", self.value_range, "two rising numbers")
+        fraction = self.validation_fraction
+        check(0 <= fraction < 1, "validation_fraction", fraction, "in [0, 1)")
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -56,109 +48,84 @@ class QuantizerConfig:
     """How features become codes, on every level."""
 
     kind: Literal["ema", "gradient", "cosine", "fsq"] = "ema"
-    """ema: each code is a running average of its features. gradient: codes learn by gradient descent. cosine: as ema, with features and codes
-    of length 1 (goes well with small code_dims, 8 to 32). fsq: no codebook to learn, each dimension is rounded to a few values."""
+    """ema: each code is a running average of its features. gradient: codes learn by gradient
+    descent. cosine: as ema, with features and codes of length 1 (suits small code_dims, 8 to 32).
+    fsq: no codebook to learn, each dimension is rounded to a few values."""
     estimator: Literal["straight_through", "rotation"] = "straight_through"
-    """How the decoder's gradient reaches the encoder: unchanged, or turned and scaled as the features were to become the code."""
-    beta: float = 0.25
+    """How the decoder's gradient reaches the encoder: unchanged, or rotated and scaled as the
+    features would be to become the code."""
+    beta: float = recipe_only(0.25)
     """Weight of the commitment loss, which the encoder pays: ||z - sg(e)||^2."""
     decay: float = 0.99
     """Decay of the running averages: of the codes (ema, cosine) and of how often each is used."""
     start_from_data: bool = True
-    """Start the codebook as a clustering (k-means) of the first features; otherwise from random numbers."""
+    """Start the codebook from clusters (k-means) of the first features, not from random numbers."""
     revival_threshold: float = 0.03
-    """A code is replaced by a current feature when its share of the assignments falls below this times 1/K; 0 turns it off."""
+    """Replace a code when its share of the assignments falls below this times 1/K; 0 is off."""
     fsq_levels: tuple[int, ...] = (8, 8, 8)
-    """fsq: values per dimension. Their product is the number of codes, their number the dimension of a code."""
-    search_megabytes: float = 64.0
+    """fsq: values per dimension. Their product is the number of codes, their count the dimension
+    of a code."""
+    search_megabytes: float = recipe_only(64.0)
     """Memory for the distances between features and codes that are compared at once."""
 
     def __post_init__(self) -> None:
-        check(self.beta >= 0, "beta", self.beta, "0 or more")
+        check_at_least(self, 0, "beta")
         check(0 < self.decay < 1, "decay", self.decay, "in (0, 1)")
-        check(
-            0 <= self.revival_threshold < 1,
-            "revival_threshold",
-            self.revival_threshold,
-            "in [0, 1)",
-        )
-        check(
-            len(self.fsq_levels) >= 1 and min(self.fsq_levels) >= 2,
-            "fsq_levels",
-            self.fsq_levels,
-            "numbers from 2 on",
-        )
+        threshold = self.revival_threshold
+        check(0 <= threshold < 1, "revival_threshold", threshold, "in [0, 1)")
+        levels = self.fsq_levels
+        check(min(levels, default=0) >= 2, "fsq_levels", levels, "numbers of at least 2")
         check(self.search_megabytes > 0, "search_megabytes", self.search_megabytes, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAE2Config:
-    """The autoencoder. Levels are listed coarse to fine everywhere: the first is the top, the last the bottom."""
+    """The autoencoder. Levels are listed coarse to fine: from the top to the bottom."""
 
     image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     """How files become images."""
     strides: tuple[int, ...] = (2, 4)
-    """Per level, how much coarser its grid is than the next finer one (for the bottom: than the image). Powers of two.
-    One number makes a VQ-VAE, two a VQ-VAE-2, three the paper's 1024-pixel model."""
+    """Per level, how much coarser its grid is than the next finer one (for the bottom: than the
+    image). Powers of two. One level is a VQ-VAE, two a VQ-VAE-2, three the paper's for 1024
+    pixels."""
     codebook_sizes: tuple[int, ...] = (512,)
-    """K, the number of codes: one number for all levels, or one per level (fsq: see its levels)."""
+    """K, the number of codes: one number for all levels, or one per level (not for fsq)."""
     code_dims: tuple[int, ...] = (64,)
-    """D, the dimension of a code: one number for all levels, or one per level (fsq: see its levels)."""
+    """D, the dimension of a code: one number for all levels, or one per level (not for fsq)."""
     hidden_channels: int = 128
     """E, the width of encoders and decoders."""
-    residual_channels: int = 32
+    residual_channels: int = recipe_only(32)
     """Width inside a residual block (the paper: 64)."""
-    num_residual_blocks: int = 2
+    num_residual_blocks: int = recipe_only(2)
     """Residual blocks per encoder and decoder."""
     level_dropout: float = 0.1
-    """Share of the training images that are decoded without the finer levels (from the top up to some level that is not the bottom).
-    Without it the bottom learns to do everything, and the coarser levels carry next to nothing."""
+    """Share of the training images decoded without the finer levels, from the top down to a random
+    level. Without it the bottom does everything, and the coarser levels carry next to nothing."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """How features become codes."""
 
     def __post_init__(self) -> None:
+        # Every level's numbers.
         check(len(self.strides) >= 1, "strides", self.strides, "one number per level")
         for stride in self.strides:
-            check(
-                stride >= 2 and stride & (stride - 1) == 0,
-                "strides",
-                self.strides,
-                "powers of two from 2 on",
-            )
-        for name in ("codebook_sizes", "code_dims"):
+            power = stride >= 2 and stride & (stride - 1) == 0
+            check(power, "strides", self.strides, "powers of two from 2 on")
+        for name, least in (("codebook_sizes", 2), ("code_dims", 1)):
             values = getattr(self, name)
-            check(
-                len(values) in (1, self.num_levels),
-                name,
-                values,
-                f"one number, or one for each of the {self.num_levels} levels",
-            )
-        check(min(self.codebook_sizes) >= 2, "codebook_sizes", self.codebook_sizes, "at least 2")
-        check(min(self.code_dims) >= 1, "code_dims", self.code_dims, "at least 1")
-        check(
-            self.hidden_channels >= 2 and self.hidden_channels % 2 == 0,
-            "hidden_channels",
-            self.hidden_channels,
-            "an even number",
-        )
-        check(
-            self.residual_channels >= 1, "residual_channels", self.residual_channels, "at least 1"
-        )
+            fits = len(values) in (1, self.num_levels)
+            check(fits, name, values, f"one number, or one for each of {self.num_levels} levels")
+            check(min(values) >= least, name, values, f"at least {least}")
+
+        # The network, and the images that it can take.
+        even = self.hidden_channels >= 2 and self.hidden_channels % 2 == 0
+        check(even, "hidden_channels", self.hidden_channels, "an even number")
+        check_at_least(self, 1, "residual_channels")
+        check_at_least(self, 0, "num_residual_blocks")
         check(0 <= self.level_dropout < 1, "level_dropout", self.level_dropout, "in [0, 1)")
-        check(
-            self.num_residual_blocks >= 0,
-            "num_residual_blocks",
-            self.num_residual_blocks,
-            "0 or more",
-        )
         stride = math.prod(self.strides)
+        allowed = f"divisible by {stride}, the product of the strides {self.strides}"
         for name, side in zip(("height", "width"), self.image.height_width, strict=True):
-            check(
-                side % stride == 0,
-                f"image.size ({name})",
-                side,
-                f"divisible by {stride}, the product of the strides {self.strides}",
-            )
+            check(side % stride == 0, f"image.size ({name})", side, allowed)
 
     @property
     def num_levels(self) -> int:
@@ -189,35 +156,36 @@ class VQVAE2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    """Where the images are. (A run is bound to the images' names, not to where they lie.)"""
+    """Where the images are. (A run is bound to the images' names, not to their place.)"""
 
     path: str = may_change()
-    """A folder (with or without class folders, or with train/ and validation/ in it), a list of files (.txt, .csv, .tsv or .jsonl with the
-    columns path and label), Parquet or Arrow files or a folder of them, WebDataset tar shards, a .npy or .npz stack, or a Hub dataset id.
-    Several files as a pattern: 'shards/*.tar', 'shards/{000..127}.tar'."""
+    """A folder (with or without class folders, or with train/ and validation/ in it), a list of
+    files (.txt, .csv, .tsv or .jsonl with the columns path and label), Parquet or Arrow files or a
+    folder of them, WebDataset tar shards, a .npy or .npz stack, or a Hub dataset id. Several files
+    as a pattern: 'shards/*.tar', 'shards/{000..127}.tar'."""
     validation_path: str | None = may_change(None)
     """An explicit held-out set, of the same kinds."""
     streaming: bool = False
-    """Read tar or Parquet shards from end to end, as they come: for data that fits on no disk. The path may then be a URL or a pattern of URLs
-    (https://, s3://, hf://, ...)."""
+    """Read tar or Parquet shards in order, without storing them: for data larger than your disk.
+    The path may then be a URL or a pattern of URLs (https://, s3://, hf://, ...)."""
     on_error: Literal["stop", "skip"] = may_change("stop")
-    """An image that cannot be read: stop and name it, or skip it, count it and list it in skipped.jsonl."""
+    """If an image cannot be read: stop and name it, or skip it and list it in skipped.jsonl."""
     image_column: str | None = None
-    """The column of images in a table or list, where it cannot be guessed."""
+    """The column of images in a table or list, if it cannot be guessed."""
     label_column: str | None = None
-    """The column of classes in a table or list, where it is not named label."""
+    """The column of classes in a table or list, if it is not named label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Random changes of the training images, a function of (seed, epoch, image) alone. Held-out images are never changed."""
+    """Random changes of the training images, a function of (seed, epoch, image) alone."""
 
     horizontal_flip: bool = False
     """Mirror every other image."""
     crop: Literal["off", "random", "random_resized"] = "off"
-    """off: as image.fit says. random: the largest part with the right sides' ratio, from a random place. random_resized: a part of random size
-    and ratio from a random place."""
-    crop_area: tuple[float, float] = (0.35, 1.0)
+    """off: as image.fit says. random: the largest area of the right proportions, at a random place.
+    random_resized: an area of random size, proportions and place."""
+    crop_area: tuple[float, float] = recipe_only((0.35, 1.0))
     """random_resized: smallest and largest share of the picture's area."""
 
     def __post_init__(self) -> None:
@@ -233,19 +201,20 @@ class DataConfig(ImagesConfig):
     """Processes (streaming: threads) that load batches beside each training process."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Random changes of the training images."""
-    shuffle_buffer: int = 1000
-    """Streaming: rows that are kept in memory to draw the next one from. (The order of the shards is shuffled too.)"""
+    shuffle_buffer: int = recipe_only(1000)
+    """Streaming: rows in memory, of which the next is taken at random. Shards are shuffled too."""
 
     def __post_init__(self) -> None:
-        check(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
-        check(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
+        check_at_least(self, 0, "num_workers")
+        check_at_least(self, 1, "shuffle_buffer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Decode and resize images once, into Parquet shards that training and extraction read at the speed of memory.
+    """Decode and resize images once, into Parquet shards that are read at the speed of memory.
 
-    The folder is used as any other source: vqvae2 train --data.path prepared. Random crops need a larger size here than in training.
+    Use the folder as any other source: vqvae2 train --data.path prepared. For random crops, make
+    the images larger here than in training.
 
     Example: vqvae2 prepare --data.path photos --image.size 128 --output-dir prepared
     """
@@ -253,7 +222,7 @@ class PrepareConfig:
     data: ImagesConfig
     """Where the images are."""
     image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
-    """How files become images: as --model.image of the training to come."""
+    """How files become images: as in the training to come."""
     output_dir: str = may_change()
     """Folder of the prepared images. The same command again continues a killed preparation."""
     shard_size: int = 4096
@@ -262,75 +231,63 @@ class PrepareConfig:
     """Threads that decode, for each process; 0 for one per core."""
 
     def __post_init__(self) -> None:
-        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
-        check(self.num_threads >= 0, "num_threads", self.num_threads, "0 (one per core) or more")
+        check_at_least(self, 1, "shard_size")
+        check_at_least(self, 0, "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualConfig:
-    """A loss that compares images as a network trained on photographs sees them. Nothing is ever downloaded."""
+    """A loss that compares images as a VGG that was trained on photographs sees them."""
 
     weight: float = 0.0
     """Its weight beside the reconstruction loss; 0 is off, 0.1 to 1 usual."""
-    network: str = "vgg"
-    """vgg: a VGG from the file in weights_file, nothing else needed. lpips: LPIPS with VGG-16 (pip install torchmetrics torchvision, or
-    lpips). timm/NAME: features of a timm model (pip install timm), for example timm/resnet18.a1_in1k."""
     weights_file: str | None = may_change(None)
-    """vgg: torchvision's weights (.pth or .safetensors), with or without LPIPS's lin0 to lin4 in it. timm: weights instead of those in the Hub's cache."""
+    """torchvision's VGG weights (.pth or .safetensors). With LPIPS's lin0 to lin4 in the same file
+    the distance is LPIPS."""
 
     def __post_init__(self) -> None:
-        check(self.weight >= 0, "weight", self.weight, "0 (off) or more")
-        known = self.network in ("vgg", "lpips") or (
-            self.network.startswith("timm/") and len(self.network) > len("timm/")
-        )
-        check(known, "network", self.network, "vgg, lpips or timm/NAME")
+        check_at_least(self, 0, "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """A network that learns to tell reconstructions from images, patch by patch, and that the autoencoder learns to fool (VQGAN): sharper
-    textures, at the price of exactness. With it the last weights are kept, not those with the lowest error."""
+    """A network that learns to tell reconstructions from images, patch by patch (VQGAN).
+
+    The autoencoder learns to fool it: sharper textures, at the price of exactness. With it the last
+    weights are kept, not those with the lowest error.
+    """
 
     weight: float = 0.0
-    """Weight of fooling it, relative to the pull of the reconstruction loss; 0 is off, 0.8 VQGAN's."""
+    """Weight of fooling it, relative to the reconstruction's pull; 0 is off, 0.8 VQGAN's."""
     start_step: int = 5000
-    """Step from which the autoencoder tries to fool it, at first a little. Let the reconstruction become good before; until then it only learns."""
-    learning_rate_factor: float = 0.2
+    """Step from which the autoencoder tries to fool it, a little at first. Let the reconstruction
+    become good before."""
+    learning_rate_factor: float = recipe_only(0.2)
     """Its learning rate, as a multiple of the autoencoder's."""
-    adam_betas: tuple[float, float] = (0.5, 0.9)
+    adam_betas: tuple[float, float] = recipe_only((0.5, 0.9))
     """Its AdamW decay rates."""
-    hidden_channels: int = 64
+    hidden_channels: int = recipe_only(64)
     """Width of its first layer; it doubles with each further one, up to eight times."""
     num_layers: int = 3
-    """Halvings of the image before a patch is judged: 3 makes patches of 70 pixels, 2 of 34, 1 of 16."""
+    """Halvings of the image before a patch is judged: 3 for patches of 70 pixels, 2 of 34."""
 
     def __post_init__(self) -> None:
-        check(self.weight >= 0, "weight", self.weight, "0 (off) or more")
-        check(self.start_step >= 1, "start_step", self.start_step, "at least 1")
-        check(
-            self.learning_rate_factor > 0,
-            "learning_rate_factor",
-            self.learning_rate_factor,
-            "above 0",
-        )
-        check(
-            self.hidden_channels >= 8 and self.hidden_channels % 8 == 0,
-            "hidden_channels",
-            self.hidden_channels,
-            "a multiple of 8",
-        )
-        check(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
+        check_at_least(self, 0, "weight")
+        check_at_least(self, 1, "start_step", "num_layers")
+        factor, hidden = self.learning_rate_factor, self.hidden_channels
+        check(factor > 0, "learning_rate_factor", factor, "above 0")
+        check(hidden >= 8 and hidden % 8 == 0, "hidden_channels", hidden, "a multiple of 8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVQVAEConfig(TrainingConfig):
     """Train the autoencoder (stage 1) on images.
 
-    Example: vqvae2 train --data.path photos --model.image.size 128 --output-dir runs/photos/vqvae
+    Example: vqvae2 train --data.path photos --image.size 128 --output-dir runs/photos/vqvae
     """
 
     output_dir: str = may_change()
-    """Folder of this run: model, metrics, pictures, checkpoints. The same command again continues it."""
+    """Folder of the run. The same command again continues it."""
     data: DataConfig
     """Where the images are."""
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
@@ -347,10 +304,6 @@ class TrainVQVAEConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         side, layers = min(self.model.image.height_width), self.discriminator.num_layers
-        judged = not self.discriminator.weight or side >= 3 * 2**layers
-        check(
-            judged,
-            "discriminator.num_layers",
-            layers,
-            f"so small that images of {side} pixels are left with 3 after as many halvings",
-        )
+        fits = not self.discriminator.weight or side >= 3 * 2**layers
+        allowed = f"so small that {layers} halvings of {side} pixels leave 3 or more"
+        check(fits, "discriminator.num_layers", layers, allowed)

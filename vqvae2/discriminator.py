@@ -1,4 +1,4 @@
-"""The patch discriminator of stage 1, and the pair that is trained when there is one (Esser et al. 2021, VQGAN, section 3.1)."""
+"""The patch discriminator, and the pair that is trained with it (Esser et al. 2021, VQGAN)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -17,24 +17,19 @@ from vqvae2.quantizers import Quantized
 class PatchDiscriminator(nn.Sequential):
     """One logit for each patch of an image, high for real ones (Isola et al. 2017, section 3.2).
 
-    Strided convolutions and LeakyReLU, as there; but group instead of batch normalisation, so that a verdict does not depend on what else
-    is in the batch, nor on how a batch is split over processes.
+    With group instead of batch normalisation, so that a logit depends neither on what else is in
+    the batch nor on how a batch is split over processes.
     """
 
     def __init__(self, in_channels: int, config: DiscriminatorConfig) -> None:
         base, halvings = config.hidden_channels, config.num_layers
         widths = [base * min(2**i, 8) for i in range(halvings + 1)]
-        layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, base, kernel_size=4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-        ]
+        first = nn.Conv2d(in_channels, base, kernel_size=4, stride=2, padding=1)
+        layers: list[nn.Module] = [first, nn.LeakyReLU(0.2)]
         for i, (before, after) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < halvings else 1
-            layers += [
-                nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(8, after),
-                nn.LeakyReLU(0.2),
-            ]
+            layer = nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=False)
+            layers += [layer, nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -48,7 +43,7 @@ class AdversarialOutput(NamedTuple):
     reconstruction: Tensor
     """`(B, C, H, W)`."""
     levels: tuple[Quantized, ...]
-    """What each level's quantizer said, coarse to fine."""
+    """What each level was quantized to, coarse to fine."""
     fooling: Tensor
     """Logits of the reconstruction; their gradient reaches the autoencoder alone."""
     fake: Tensor
@@ -60,10 +55,7 @@ class AdversarialOutput(NamedTuple):
 
 
 class AdversarialPair(nn.Module):
-    """An autoencoder and the discriminator that it trains against, as one module: one optimizer, one checkpoint, one wrapper for several processes.
-
-    What it leaves behind is the autoencoder.
-    """
+    """An autoencoder and its discriminator as one module to train; it saves the autoencoder."""
 
     num_forwards: Tensor
 
@@ -74,18 +66,15 @@ class AdversarialPair(nn.Module):
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
 
     def forward(self, images: Tensor) -> AdversarialOutput:
-        """Images `(B, C, H, W)` in [-1, 1] to reconstructions and verdicts."""
+        """Images `(B, C, H, W)` in [-1, 1] to reconstructions and logits."""
         before = self.num_forwards.clone()
         self.num_forwards += 1
         reconstruction, levels = self.autoencoder(images)
-        frozen = {
-            name: parameter.detach() for name, parameter in self.discriminator.named_parameters()
-        }
+        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         fooling = functional_call(self.discriminator, frozen, (reconstruction,))
-        fake, real = self.discriminator(
-            torch.cat([reconstruction.detach().to(images.dtype), images])
-        ).chunk(2)
-        fooling, fake, real = (logits.to(images.dtype) for logits in (fooling, fake, real))
+        both = torch.cat([reconstruction.detach().to(images.dtype), images])  # (2B, C, H, W)
+        fake, real = self.discriminator(both).to(images.dtype).chunk(2)
+        fooling = fooling.to(images.dtype)
         return AdversarialOutput(reconstruction, levels, fooling, fake, real, before)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -93,13 +82,10 @@ class AdversarialPair(nn.Module):
         self.autoencoder.compile(*args, **kwargs)
 
     def parameter_groups(self, config: DiscriminatorConfig) -> Sequence[Mapping[str, Any]]:
-        """The two groups of the optimizer: the discriminator has a learning rate and a momentum of its own."""
-        adversary = {
-            "params": list(self.discriminator.parameters()),
-            "rate": config.learning_rate_factor,
-            "betas": config.adam_betas,
-        }
-        return [{"params": list(self.autoencoder.parameters())}, adversary]
+        """The optimizer's groups: the discriminator has its own learning rate and momentum."""
+        own = {"rate": config.learning_rate_factor, "betas": config.adam_betas}
+        discriminator = {"params": list(self.discriminator.parameters()), **own}
+        return [{"params": list(self.autoencoder.parameters())}, discriminator]
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Save the autoencoder as a folder."""

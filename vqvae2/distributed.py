@@ -29,23 +29,22 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes in rank order, as one process would see the joint batch."""
     if world_size() == 1:
         return rows
-    parts = [
-        torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())
-    ]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    rows = rows.contiguous()
+    gathered = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(gathered, rows)
+    return torch.cat(gathered)
 
 
-def random_integers(draw: Tensor, number: int) -> Tensor:
-    """`number` non-negative random integers `(number,)` int64, a function of the counter `draw` `()` alone: equal on every process.
+def random_integers(counter: Tensor, number: int) -> Tensor:
+    """Random integers `(number,)` from 0 to 2^63 - 1, equal on every process.
 
-    They are a hash (the finaliser of SplitMix64, products wrap around), so no generator has a state to save or to ask for.
+    A hash of the counter `()` (SplitMix64's finaliser): no generator has a state to save.
     """
 
     def shifted(value: Tensor, bits: int) -> Tensor:
         return (value >> bits) & ((1 << (64 - bits)) - 1)
 
-    keys = draw * number + torch.arange(1, number + 1, device=draw.device)
+    keys = counter * number + torch.arange(1, number + 1, device=counter.device)
     keys = (keys ^ shifted(keys, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     keys = (keys ^ shifted(keys, 27)) * -7723592293110705685  # 0x94D049BB133111EB
     return (keys ^ shifted(keys, 31)) & (2**63 - 1)

@@ -1,21 +1,20 @@
-"""What a trained autoencoder has learned: how its codebooks are used, what each level carries, how well images come back."""
+"""What a trained autoencoder has learned: use of its codebooks, each level's share, quality."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.data import ImageDataset, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
-
-Change = Callable[[list[Tensor]], list[Tensor]]  # of a batch's codes
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Inspection:
     """The most frequent code of each position, `(h, w)` per level."""
     split: InformationSplit
     psnr: float
-    """Mean over the images of 10 log10(4 / MSE), in decibels: the peak-to-peak range of [-1, 1] is 2."""
+    """Mean over the images of 10 log10(4 / MSE), in decibels: [-1, 1] is 2 from end to end."""
     ssim: float
     """Mean structural similarity, at most 1."""
 
@@ -59,99 +58,108 @@ def inspect(
     show_progress: bool = True,
 ) -> Inspection:
     """Look at a model through a set of images, at least two of them."""
-    ranges = [
-        range(first, min(first + batch_size, len(images)))
-        for first in range(0, len(images), batch_size)
-    ]
-    parts: list[list[Tensor]] = []
-    for rows in tqdm(ranges, desc="encoding", disable=not show_progress, leave=False):
-        parts.append([level.codes.cpu() for level in model.encode(_load(images, rows, device))])
-    codes = [torch.cat(level) for level in zip(*parts, strict=True)]
-    sizes = model.config.codebook_size_per_level
-    counts = tuple(
-        torch.bincount(c.flatten(), minlength=k) for c, k in zip(codes, sizes, strict=True)
-    )
-    neutral = tuple(c.mode(dim=0).values for c in codes)
+    # Encode all images.
+    starts = range(0, len(images), batch_size)
+    batches = [range(start, min(start + batch_size, len(images))) for start in starts]
+    encoded: list[list[Tensor]] = []
+    for rows in tqdm(batches, desc="encoding", disable=not show_progress, leave=False):
+        levels = model.encode(_load(images, rows, device))
+        encoded.append([level.codes.cpu() for level in levels])
+    codes = tuple(torch.cat(level) for level in zip(*encoded, strict=True))  # (N, h, w) each
+    neutral = tuple(level.mode(dim=0).values for level in codes)
+    counts: list[Tensor] = []
+    for level_codes, size in zip(codes, model.config.codebook_size_per_level, strict=True):
+        counts.append(torch.bincount(level_codes.flatten(), minlength=size))
 
-    # Every way of taking levels away, as a change of a batch's codes; an image's stranger is the next image of the set.
-    levels = range(len(codes))
-    ways: dict[str, Change] = {"kept": lambda batch: batch}
-    for level in levels:
-        ways[f"neutral_{level}"] = partial(replace_levels, neutral=neutral, levels=[level])
-        ways[f"alone_{level}"] = partial(
-            replace_levels, neutral=neutral, levels=[other for other in levels if other != level]
-        )
-    errors = dict.fromkeys([*ways, *(f"shuffled_{level}" for level in levels)], 0.0)
+    # Decode them with some levels' codes taken away, and sum the errors of each such variant.
+    errors: dict[str, float] = {}
     signal, similarity = 0.0, 0.0
-    for rows in tqdm(ranges, desc="decoding", disable=not show_progress, leave=False):
+    for rows in tqdm(batches, desc="decoding", disable=not show_progress, leave=False):
         originals = _load(images, rows, device)
-        own = [c[rows.start : rows.stop].to(device) for c in codes]
-        strange = [c.roll(-1, dims=0)[rows.start : rows.stop].to(device) for c in codes]
-        variants = {name: change(own) for name, change in ways.items()}
-        variants |= {
-            f"shuffled_{level}": [strange[i] if i == level else own[i] for i in levels]
-            for level in levels
-        }
-        for name, variant in variants.items():
+        own = [level[rows.start : rows.stop].to(device) for level in codes]
+        strange = [level.roll(-1, dims=0)[rows.start : rows.stop].to(device) for level in codes]
+        for name, variant in _variants(own, strange, neutral).items():
             decoded = model.decode_codes(variant).clamp(-1, 1)
             per_image = (decoded - originals).square().mean(dim=(1, 2, 3))
-            errors[name] += per_image.sum().item()
+            errors[name] = errors.get(name, 0.0) + per_image.sum().item()
             if name == "kept":
                 signal += (10 * torch.log10(4 / per_image.clamp(min=1e-12))).sum().item()
                 similarity += ssim(decoded, originals).sum().item()
-    mean = {name: total / len(images) for name, total in errors.items()}
-    per_level = {
-        kind: tuple(mean[f"{kind}_{level}"] for level in levels)
-        for kind in ("shuffled", "neutral", "alone")
-    }
-    return Inspection(
-        counts,
-        tuple(codes),
-        neutral,
-        InformationSplit(kept=mean["kept"], **per_level),
-        signal / len(images),
-        similarity / len(images),
-    )
+
+    # Means over the images.
+    means = {name: total / len(images) for name, total in errors.items()}
+    kinds: list[tuple[float, ...]] = []
+    for kind in ("shuffled", "neutral", "alone"):
+        kinds.append(tuple(means[f"{kind}_{level}"] for level in range(len(codes))))
+    split, number = InformationSplit(means["kept"], *kinds), len(images)
+    return Inspection(tuple(counts), codes, neutral, split, signal / number, similarity / number)
+
+
+def _variants(
+    own: Sequence[Tensor], strange: Sequence[Tensor], neutral: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
+    """Every way of replacing levels' codes `(B, h, w)` by a stranger's or by neutral ones."""
+    variants = {"kept": list(own)}
+    for level in range(len(own)):
+        others = [*range(level), *range(level + 1, len(own))]
+        variants[f"shuffled_{level}"] = replace_levels(own, strange, [level])
+        variants[f"neutral_{level}"] = replace_levels(own, neutral, [level])
+        variants[f"alone_{level}"] = replace_levels(own, neutral, others)
+    return variants
 
 
 def replace_levels(
-    codes: Sequence[Tensor], neutral: Sequence[Tensor], levels: Sequence[int]
+    codes: Sequence[Tensor], replacements: Sequence[Tensor], levels: Sequence[int]
 ) -> list[Tensor]:
-    """Codes `(B, h, w)` of every level, with those of some levels replaced by neutral ones `(h, w)`."""
-    return [neutral[i].to(c.device).expand_as(c) if i in levels else c for i, c in enumerate(codes)]
+    """Codes `(B, h, w)` of every level, some levels' replaced; `(h, w)` replaces every image's."""
+    result = list(codes)
+    for level in levels:
+        result[level] = replacements[level].to(codes[level].device).expand_as(codes[level])
+    return result
 
 
 @torch.no_grad()
 def decode_level(
     model: VQVAE2, codes: Sequence[Tensor], neutral: Sequence[Tensor], level: int
 ) -> Tensor:
-    """Images `(B, C, H, W)` from one level alone: coarser levels at their most frequent codes, finer ones left out.
+    """Images `(B, C, H, W)` from one level's codes, all others at their most frequent ones.
 
-    A model that was trained with level dropout knows how to do without finer levels; any other gets their most frequent codes as well.
+    A model that was trained with level dropout can decode without finer levels: they are left out.
     """
     others = [other for other in range(len(codes)) if other != level]
-    embeddings = [
-        cast(Quantizer, model.quantizers[i]).lookup(c)
-        for i, c in enumerate(replace_levels(codes, neutral, others))
-    ]
-    if model.config.level_dropout:
-        embeddings = [e if i <= level else torch.zeros_like(e) for i, e in enumerate(embeddings)]
+    embeddings: list[Tensor] = []
+    for number, level_codes in enumerate(replace_levels(codes, neutral, others)):
+        found = cast(Quantizer, model.quantizers[number]).lookup(level_codes)
+        left_out = model.config.level_dropout and number > level
+        embeddings.append(torch.zeros_like(found) if left_out else found)
     return model.decode(embeddings)
 
 
-def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity `(B,)` of images `(B, C, H, W)` in [-1, 1] (Wang et al. 2004, equation 13), mean over pixels and channels.
+@torch.no_grad()
+def reconstruction_sheet(
+    model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int
+) -> Image.Image:
+    """Originals above their reconstructions, evenly spread over the set, in rows of eight."""
+    number = min(num_images, len(images))
+    indices = [i * len(images) // number for i in range(number)]
+    originals = _load(images, indices, device)
+    above, below = to_pil(originals), to_pil(model(originals).reconstruction)
+    rows: list[list[Image.Image]] = []
+    for first in range(0, number, 8):
+        rows += [above[first : first + 8], below[first : first + 8]]
+    return sheet(rows, ["original", "reconstruction"] * (len(rows) // 2))
 
-    A Gaussian window of 11 pixels and sigma 1.5 (smaller where the image is), K1 = 0.01, K2 = 0.03. The measure is meant for values from 0 to
-    the data range, so images are moved to [0, 2].
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity `(B,)` of images `(B, C, H, W)` in [-1, 1] (Wang 2004, equation 13).
+
+    A Gaussian window of at most 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03.
     """
-    images, others = (
-        images.double() + 1,
-        others.double() + 1,
-    )  # variances are small differences of large numbers
-    width = min(11, images.shape[-1], images.shape[-2])
+    # Values from 0, as the measure wants; float64, as variances are small differences.
+    a, b = images.double() + 1, others.double() + 1
+    width = min(11, *a.shape[2:])
     width -= 1 - width % 2
-    offsets = torch.arange(width, device=images.device, dtype=images.dtype) - width // 2
+    offsets = torch.arange(width, device=a.device, dtype=a.dtype) - width // 2
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
     window = window / window.sum()
 
@@ -160,46 +168,32 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
         flat = F.conv2d(F.conv2d(flat, window[None, None, :, None]), window[None, None, None, :])
         return rearrange(flat, "(b c) 1 h w -> b c h w", b=len(x))
 
+    # Means, variances and covariance under it.
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    a, b = blur(images), blur(others)
-    var_a, var_b, covariance = (
-        blur(images**2) - a**2,
-        blur(others**2) - b**2,
-        blur(images * others) - a * b,
-    )
-    similarity = (
-        (2 * a * b + c1) * (2 * covariance + c2) / ((a**2 + b**2 + c1) * (var_a + var_b + c2))
-    )
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a**2) - mean_a**2 + (blur(b**2) - mean_b**2)
+    covariance = blur(a * b) - mean_a * mean_b
+    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity = numerator / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
     return similarity.mean(dim=(1, 2, 3))
 
 
 def code_patches(images: ImageDataset, codes: Tensor, code: int, *, number: int) -> Tensor:
-    """What a code stands for: the cells of the first images that have it, with half a cell of their surroundings, `(n, C, 2s, 2s)` for stride s."""
-    found = (codes == code).nonzero()
-    _, first = torch.unique(
-        found[:, 0], return_inverse=True
-    )  # one cell per image, so that the patches differ
-    cells = (
-        found[[int((first == i).nonzero()[0]) for i in range(min(number, int(first.max()) + 1))]]
-        if len(found)
-        else found
-    )
-    patches = []
-    for image, row, column in cells.tolist():
+    """What a code stands for, `(n, C, 2s, 2s)` for stride s: cells with half a cell around them.
+
+    One cell of each of the first images that have the code, so that the patches differ.
+    """
+    patches: list[Tensor] = []
+    for image in (codes == code).flatten(1).any(dim=1).nonzero()[:number, 0].tolist():
+        row, column = (codes[image] == code).nonzero()[0].tolist()
         pixels = to_images(images.__getitems__([image])["images"])
-        stride_y, stride_x = pixels.shape[2] // codes.shape[1], pixels.shape[3] // codes.shape[2]
-        margin_y, margin_x = stride_y // 2, stride_x // 2
-        padded = F.pad(pixels, (margin_x, margin_x, margin_y, margin_y), mode="replicate")
-        patches.append(
-            padded[
-                0,
-                :,
-                row * stride_y : (row + 1) * stride_y + 2 * margin_y,
-                column * stride_x : (column + 1) * stride_x + 2 * margin_x,
-            ]
-        )
+        height, width = pixels.shape[2] // codes.shape[1], pixels.shape[3] // codes.shape[2]
+        y, x = height // 2, width // 2
+        padded = F.pad(pixels, (x, x, y, y), mode="replicate")
+        across = slice(column * width, (column + 1) * width + 2 * x)
+        patches.append(padded[0, :, row * height : (row + 1) * height + 2 * y, across])
     return torch.stack(patches) if patches else torch.empty(0)
 
 
-def _load(images: ImageDataset, rows: range, device: torch.device) -> Tensor:
+def _load(images: ImageDataset, rows: Sequence[int], device: torch.device) -> Tensor:
     return to_images(images.__getitems__(rows)["images"].to(device))

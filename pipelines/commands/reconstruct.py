@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from pipelines.config import ReconstructConfig
-from pipelines.pictures import reconstruction_sheet
 from vqvae2.common.accelerate import processes
 from vqvae2.common.config import check
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, load_images, load_table, to_images
+from vqvae2.inspection import reconstruction_sheet
 from vqvae2.model import VQVAE2
 from vqvae2.training import trained_with
 

@@ -37,43 +37,46 @@ class TrainingConfig:
     """How a model is trained: what the training loop, `vqvae2.common.fit.fit`, needs to know."""
 
     num_steps: int = may_change(10_000)
-    """Optimizer steps. A finished run continues when this is raised."""
+    """Optimizer steps. Raise it to continue a finished run."""
     batch_size: int = 64
     """Rows per optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1
-    """Split each batch into this many parts that are computed one after the other, to save memory."""
+    """Compute each batch in this many pieces, one after the other, to save memory."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly to its peak; a cosine takes it down to zero afterwards."""
+    """Steps over which the learning rate rises to its peak; a cosine then takes it down to zero."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices and convolution kernels only."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
+    adam_betas: tuple[float, float] = recipe_only((0.9, 0.99))
     """AdamW's decay rates of the first and second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm (a discriminator's by themselves); 0 turns clipping off."""
+    """Clip gradients to this norm (a discriminator's separately); 0 turns clipping off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the hardware computes in it natively, else fp32. fp16 needs CUDA."""
+    """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
     compile: bool = may_change(False)
-    """Compile the model (torch.compile): worth it on a GPU; on a CPU it costs minutes at the start for little."""
+    """Compile the model (torch.compile). Worth it on a GPU; slow to start and little faster on a
+    CPU."""
     weight_ema_decay: float = 0.999
-    """Decay of the running average of the weights that is validated and saved (it warms up with the steps); 0 turns it off."""
+    """Decay of the weights' running average, which is what is validated and saved; 0 turns it off.
+    It warms up with the steps."""
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     init_from: str | None = None
-    """Start from the weights of this model folder (fine-tuning). To continue a run, repeat its command instead."""
+    """Fine-tune: start from the weights of this model folder. (To continue a run, repeat its
+    command instead.)"""
     validate_every: int = 500
-    """Steps between validations on the held-out split; the best one's weights are what the run folder holds."""
+    """Steps between validations on held-out data. The output folder holds the best weights."""
     checkpoint_every: int = 500
     """Steps between saved training states, from which a killed run continues."""
-    keep_checkpoints: int = may_change(2)
+    keep_checkpoints: int = may_change(2, recipe_only=True)
     """How many of the latest training states are kept."""
     picture_every: int = may_change(500)
-    """Steps between pictures under images/; 0 for none."""
+    """Steps between pictures in images/; 0 for none."""
     log_every: int = may_change(20)
     """Steps between lines of metrics.jsonl."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = may_change(None)
-    """Also log to this tracker (must be installed)."""
+    """Also log to this tracker, which must be installed."""
 
     def __post_init__(self) -> None:
         positive = ("num_steps", "batch_size", "gradient_accumulation_steps", "validate_every")
