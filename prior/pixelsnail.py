@@ -6,7 +6,7 @@ Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prior.attention import Attention, KVCache, attend
-from prior.causal_conv import CausalConv, CausalConvStatic, CausalConvSteps, Conv3x3, tap_slots
+from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
-from prior.cuda_graphs import StaticPrior, hold_still
+from prior.base import Prior
+from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
-
-Steps = TypeVar("Steps", "GatedBlockSteps", "GatedBlockStatic")
-
 
 class GatedBlock(nn.Module):
     """x + a * sigmoid(b), where a and b come from two layers over x and may know a context.
@@ -183,14 +181,10 @@ class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
     def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.from_context = (
-            pack_linears(block.from_context, batch_size * width, dtype)
-            if block.from_context is not None
-            else None
-        )
-        self.first, self.second = (
-            CausalConvSteps(cast(CausalConv, layer), batch_size, width, dtype)
-            for layer in (block.first, block.second)
+        self.first = CausalConvSteps(cast(CausalConv, block.first), batch_size, width, dtype)
+        self.second = CausalConvSteps(cast(CausalConv, block.second), batch_size, width, dtype)
+        self.from_context = block.from_context and pack_linears(
+            block.from_context, batch_size * width, dtype
         )
 
     def start_row(self, context: Tensor | None) -> None:
@@ -198,83 +192,33 @@ class GatedBlockSteps:
         self.first.start_row()
         self.second.start_row(self.from_context(context) if self.from_context is not None else None)
 
-    def step(self, x: Tensor, column: int) -> Tensor:
-        """`(B, W)` to the same."""
-        self.first.put(F.elu(x), column)
-        self.second.put(F.elu(self.first.output(column)), column)
-        return x + F.glu(self.second.output(column))
+    def step(self, x: Tensor, places: Tensor) -> Tensor:
+        """`(B, W)` to the same; places as in `CausalConvSteps.output`."""
+        own = places[-1:]
+        self.first.put(F.elu(x), own)
+        self.second.put(F.elu(self.first.output(places)), own)
+        return x + F.glu(self.second.output(places))
 
 
 @dataclass
 class SamplingState:
     """What a PixelSNAIL keeps between positions."""
 
-    context: Tensor | None
-    """`(B, h, w, W)` or `(B, h, 1, W)`: what the class and the coarser codes say."""
-    places: Tensor
-    """`(B, T, 2)`."""
-    stem: CausalConvSteps
-    """Of the first layer."""
-    blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]]
-    """Of each block its residual blocks, its attention (packed), and the attention's keys and values."""
-    output: nn.Module
-    """From features to logits (packed)."""
-
-
-class GatedBlockStatic:
-    """A causal `GatedBlock` at one position, in fixed shapes."""
-
-    def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.from_context = (
-            pack_linears(block.from_context, batch_size, dtype)
-            if block.from_context is not None
-            else None
-        )
-        self.first, self.second = (
-            CausalConvStatic(cast(CausalConv, layer), batch_size, width, dtype)
-            for layer in (block.first, block.second)
-        )
-
-    def step(self, x: Tensor, slots: Tensor, context: Tensor | None) -> Tensor:
-        """`(B, W)` to the same; the places of the position's window are `tap_slots`', the context is `(B, W)`."""
-        self.first.put(F.elu(x), slots[-1:])
-        self.second.put(F.elu(self.first.output(slots)), slots[-1:])
-        gated = self.second.output(slots)
-        if self.from_context is not None:
-            gated = gated + self.from_context(context)
-        return x + F.glu(gated, dim=-1)
-
-
-@dataclass
-class StaticState:
-    """The same for steps of fixed shapes."""
-
     embedding: Tensor
-    """`(K + 1, W)`: the last one, zeros, stands before the first position."""
-    slots: Tensor
-    """`(T, taps)`, see `tap_slots`."""
+    """`(K + 1, W)`; the last row, zeros, stands before the first position."""
+    places: Tensor
+    """`(w, r + 1)`: see `CausalConvSteps.output`, for every column."""
     context: Tensor | None
-    """`(B, T, W)`."""
-    stem: CausalConvStatic
-    """Of the first layer."""
-    blocks: list[tuple[list[GatedBlockStatic], nn.Module | None, KVCache | None]]
-    """As in `SamplingState`."""
+    """`(B, h, w, W)` or `(B, 1, 1, W)`: the class and the coarser codes."""
+    stem: CausalConvSteps
+    """The first layer."""
+    blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]]
+    """Of each block its residual blocks, its attention (packed), and the attention's cache."""
     output: nn.Module
     """From features to logits (packed)."""
 
-    @property
-    def rings(self) -> list[Tensor]:
-        """The inputs that the convolutions keep."""
-        convs = [
-            conv
-            for residuals, _, _ in self.blocks
-            for residual in residuals
-            for conv in (residual.first, residual.second)
-        ]
-        return [conv.inputs for conv in (self.stem, *convs)]
 
-
-class PixelSNAIL(StaticPrior):
+class PixelSNAIL(Prior):
     """The PixelSNAIL prior of any level.
 
     The class and the coarser codes are told to the gates of all causal residual blocks. A position's own code enters nothing that it reads: the stem
@@ -283,6 +227,7 @@ class PixelSNAIL(StaticPrior):
 
     config_class = PixelSNAILPriorConfig
     config: PixelSNAILPriorConfig
+    fixed_shapes = True
     places: Tensor
 
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
@@ -356,166 +301,59 @@ class PixelSNAIL(StaticPrior):
         )
 
     def start(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> SamplingState:
-        """Run the condition network once, pack the weights, and take the caches."""
-        height, width = self.config.grids[-1]
-        context = self.context(batch_size, condition, labels)
+        """Run the condition network once, pack the weights, and take the buffers."""
+        width, reach = self.config.grids[-1][1], self.stem.reach
+        blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]] = []
+        for block in cast(Sequence[Block], self.blocks):
+            residuals = [
+                GatedBlockSteps(residual, batch_size, width, dtype)
+                for residual in cast(Sequence[GatedBlock], block.residuals)
+            ]
+            attention = block.attention and pack_linears(block.attention, batch_size, dtype)
+            blocks.append((residuals, attention, KVCache(self.config.num_positions)))
         return SamplingState(
-            context=None if context is None else context.expand(-1, height, -1, -1),
-            places=self.places.expand(batch_size, -1, -1),
+            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
+            places=torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1).contiguous(),
+            context=self.context(batch_size, condition, labels),
             stem=CausalConvSteps(self.stem, batch_size, width, dtype),
-            blocks=self._start_blocks(GatedBlockSteps, batch_size, dtype),
+            blocks=blocks,
             output=pack_linears(self.output, batch_size, dtype),
         )
 
-    def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
-        """Logits `(B, K)` of one position; see `Prior.step`."""
+    def start_row(
+        self, state: SamplingState, position: int | Tensor, previous: Tensor
+    ) -> None:
+        """See `Prior.start_row`: all that comes from the rows above and the context."""
         width = self.config.grids[-1][1]
-        row, column = divmod(position, width)
-        if previous is None:
-            before = torch.zeros_like(state.stem.inputs[0])
-        else:
-            before = self.embedding(previous)
-            state.stem.put(before, (column - 1) % width)
-        if column == 0:
-            self._start_row(state, row)
-        x = state.stem.output(column)
-        for residuals, attention, cache in state.blocks:
-            for residual in residuals:
-                x = residual.step(x, column)
-            if attention is not None:
-                x = attention(
-                    x[:, None],
-                    before[:, None],
-                    state.places[:, position : position + 1],
-                    cache,
-                    position,
-                )[:, 0]
-        return state.output(x)
-
-    def _start_blocks(
-        self,
-        steps: Callable[[GatedBlock, int, int, torch.dtype], Steps],
-        batch_size: int,
-        dtype: torch.dtype,
-    ) -> list[tuple[list[Steps], nn.Module | None, KVCache | None]]:
-        """Of each block its residual blocks as `steps`, its attention and the attention's cache."""
-        width, attention = self.config.grids[-1][1], self.attention()
-        blocks: list[tuple[list[Steps], nn.Module | None, KVCache | None]] = []
-        for block in cast(Sequence[Block], self.blocks):
-            residuals = [
-                steps(residual, batch_size, width, dtype)
-                for residual in cast(Sequence[GatedBlock], block.residuals)
-            ]
-            cache = (
-                KVCache(
-                    batch_size,
-                    attention.num_heads,
-                    self.config.num_positions,
-                    attention.head_dim,
-                    self.embedding.weight,
-                )
-                if attention
-                else None
-            )
-            blocks.append(
-                (
-                    residuals,
-                    pack_linears(block.attention, batch_size, dtype)
-                    if block.attention is not None
-                    else None,
-                    cache,
-                )
-            )
-        return blocks
-
-    def _start_row(self, state: SamplingState, row: int) -> None:
-        context = None if state.context is None else state.context[:, row]
+        state.stem.put(F.embedding(previous, state.embedding), state.places[-1, -1:])
         state.stem.start_row()
+        context = state.context
+        if context is not None:
+            context = at(context, position // width % context.shape[1])[:, 0]
         for residuals, _, _ in state.blocks:
             for residual in residuals:
                 residual.start_row(context)
 
-    def start_static(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> StaticState:
-        """See `StaticPrior.start_static`."""
+    def step(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> Tensor:
+        """Logits `(B, K)` of one position; see `Prior.step`."""
         width = self.config.grids[-1][1]
-        context = self._flat_context(batch_size, condition, labels)
-        state = StaticState(
-            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
-            slots=tap_slots(self.config.grids[-1], self.config.network.kernel_size).to(self.device),
-            context=None if context is None else context.clone(),
-            stem=CausalConvStatic(self.stem, batch_size, width, dtype),
-            blocks=self._start_blocks(GatedBlockStatic, batch_size, dtype),
-            output=pack_linears(self.output, batch_size, dtype),
-        )
-        hold_still(
-            state.embedding,
-            state.slots,
-            *state.rings,
-            *([] if state.context is None else [state.context]),
-        )
-        hold_still(
-            *(
-                buffer
-                for _, _, cache in state.blocks
-                if cache is not None
-                for buffer in (cache.keys, cache.values)
-            )
-        )
-        return state
-
-    def restart(
-        self, state: StaticState, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> None:
-        """See `StaticPrior.restart`. What the caches hold of later positions is not attended to; above the first row there is nothing."""
-        if state.context is not None:
-            state.context.copy_(
-                cast(Tensor, self._flat_context(len(state.context), condition, labels))
-            )
-        for ring in state.rings:
-            ring.zero_()
-
-    def step_static(self, state: StaticState, position: Tensor, previous: Tensor) -> Tensor:
-        """See `StaticPrior.step_static`."""
-        before = F.embedding(previous, state.embedding)
-        slots = state.slots.index_select(0, position)[0]
-        # Before the first position comes the last: zeros where zeros are.
-        state.stem.put(
-            before, state.slots.index_select(0, (position - 1) % len(state.slots))[0, -1:]
-        )
-        x = state.stem.output(slots[:-1])
-        context = None if state.context is None else state.context.index_select(1, position)[:, 0]
-        place = self.places.index_select(1, position).expand(len(x), -1, -1)
+        if isinstance(position, int) and position % width == 0:
+            self.start_row(state, position, previous)
+        before = F.embedding(previous, state.embedding)  # (B, W)
+        places = at(state.places, position % width, dim=0)[0]
+        place_before = at(state.places, (position - 1) % width, dim=0)[0, -1:]
+        # At the start of a row this is the last column, which is not read before it is overwritten.
+        state.stem.put(before, place_before)
+        x = state.stem.output(places)
+        coordinates = at(self.places, position).expand(len(x), -1, -1)
         for residuals, attention, cache in state.blocks:
             for residual in residuals:
-                x = residual.step(x, slots, context)
+                x = residual.step(x, places)
             if attention is not None:
-                x = attention(x[:, None], before[:, None], place, cache, position)[:, 0]
+                x = attention(x[:, None], before[:, None], coordinates, cache, position)[:, 0]
         return state.output(x)
-
-    def _flat_context(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> Tensor | None:
-        """`context` at all positions, `(B, T, W)`."""
-        context = self.context(batch_size, condition, labels)
-        return (
-            None
-            if context is None
-            else context.expand(-1, *self.config.grids[-1], -1).flatten(1, 2)
-        )
 
 
 def _initialise(prior: PixelSNAIL) -> None:
