@@ -108,7 +108,9 @@ class KVCache:
         query meets all keys, under a mask.
         """
         if self.keys is None or self.values is None:
-            self.keys, self.values = (x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (k, v))
+            self.keys, self.values = (
+                x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (k, v)
+            )
         if isinstance(position, Tensor):
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)

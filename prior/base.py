@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from prior.attention import Attention
 from prior.config import PriorConfig
-from prior.cuda_graphs import RecordedSteps, Stepper, graphed_stepper
-from prior.sampling import Known, SamplingConfig, draw, guide, uniforms
+from prior.cuda_graphs import Stepper, graphed_stepper
+from prior.sampling import Known, SamplingConfig, check_inputs, draw, guide, uniforms
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.errors import UserError
 
@@ -32,15 +32,11 @@ class Prior(Artifact, nn.Module, ABC):
     fixed_shapes: ClassVar[bool] = False
     """Whether `step` takes tensors for positions too, so that a CUDA graph can hold it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.recorded: dict[Any, RecordedSteps] = {}
-
     @abstractmethod
     def forward(
         self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
     ) -> Tensor:
-        """Logits `(B, K, h, w)`. A position's depend only on the codes before it, in raster order.
+        """Logits `(B, K, h, w)`, which at each position depend only on the codes before it.
 
         Args:
             codes: `(B, h, w)` int64.
@@ -52,10 +48,7 @@ class Prior(Artifact, nn.Module, ABC):
     def start(
         self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> Any:
-        """The state of sampling: caches, packed weights, and all that follows from the condition.
-
-        `dtype` is that of the products of packed weights, see `prior.packed_linear`.
-        """
+        """What sampling keeps between positions; `dtype` as in `prior.packed_linear`."""
 
     @abstractmethod
     def step(self, state: Any, position: Any, previous: Tensor) -> Tensor:
@@ -119,7 +112,7 @@ class Prior(Artifact, nn.Module, ABC):
             UserError: see `check_inputs`; or the logits are not finite.
         """
         sampling = sampling or SamplingConfig()
-        self.check_inputs(batch_size, condition, labels, sampling)
+        check_inputs(self.config, batch_size, condition, labels, sampling)
         if known is not None and bool(known.mask.all()):
             return known.codes
         numbers = uniforms(seeds, self.config.level, self.config.num_positions).to(self.device)
@@ -155,39 +148,6 @@ class Prior(Artifact, nn.Module, ABC):
     def sample_plain(self, *inputs: Any, **options: Any) -> Tensor:
         """`sample` without caches: what it must equal code for code."""
         return self.sample(*inputs, **options, plain=True)
-
-    def check_inputs(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        sampling: SamplingConfig,
-    ) -> None:
-        """Raise a `UserError` for a condition, labels or guidance that the prior was not made for."""
-        config, classes = self.config, self.config.num_classes
-        expected = [(batch_size, *grid) for grid in config.grids[:-1]]
-        shapes = [tuple(codes.shape) for codes in condition]
-        if shapes != expected:
-            raise UserError(
-                f"the condition has shapes {shapes}, but level {config.level} expects {expected}."
-            )
-        if (labels is None) != (classes == 0):
-            wanted = "labels" if classes else "no labels"
-            raise UserError(f"the prior has {classes} classes: give {wanted}.")
-        if labels is not None:
-            lowest, highest = int(labels.min()), int(labels.max())
-            allowed = classes if config.label_dropout else classes - 1
-            if lowest < 0 or highest > allowed:
-                raise UserError(
-                    f"labels range from {lowest} to {highest}, but must be from 0 to {allowed}."
-                )
-        if sampling.guided and not (classes and config.label_dropout):
-            lacking = "label dropout" if classes else "classes"
-            raise UserError(
-                f"guidance_scale is {sampling.guidance_scale}, but the prior of level "
-                f"{config.level} was trained without {lacking}: leave it at 1, or retrain with "
-                "--label-dropout 0.1."
-            )
 
     @property
     def device(self) -> torch.device:

@@ -99,7 +99,7 @@ class CausalConvSteps:
             (reach * padded * features, features, padded * features, 1),
         )
         sums = self.above(windows.flatten(2))  # (B, w, C')
-        self.from_above[:, reach : -reach] = sums if bias is None else sums + bias
+        self.from_above[:, reach:-reach] = sums if bias is None else sums + bias
 
     def put(self, features: Tensor, place: Tensor) -> None:
         """Keep the input `(B, C)` at a place `(1,)` of the current row."""

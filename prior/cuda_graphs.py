@@ -44,7 +44,8 @@ def graphed_stepper(
         record: compiles a function of tensors.
     """
     weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
-    recorded: RecordedSteps | None = prior.recorded.get(key)
+    kept: dict[Any, RecordedSteps] = vars(prior).setdefault("_recorded_steps", {})
+    recorded = kept.get(key)
     if recorded is None or recorded.weights != weights:
         # The first step makes the caches; from then on no tensor of the state moves.
         state = start()
@@ -54,7 +55,7 @@ def graphed_stepper(
             torch._dynamo.mark_static_address(tensor, guard=False)
         step, start_row = partial(prior.step, state), partial(prior.start_row, state)
         recorded = RecordedSteps(weights, state, record(step), record(start_row))
-        prior.recorded[key] = recorded
+        kept[key] = recorded
 
     # Caches of a fresh state do not exist yet. Old ones may stay: later positions are not read.
     fresh = state_tensors(start())

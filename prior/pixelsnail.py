@@ -1,12 +1,12 @@
-"""PixelSNAIL (Chen, Mishra, Rohaninejad, Abbeel 2018): causal convolutions with causal attention between them, as in the VQ-VAE-2 paper's priors.
+"""PixelSNAIL (Chen, Mishra, Rohaninejad, Abbeel 2018): causal convolutions and causal attention.
 
-Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions in raster order, W width, R residual channels, K codebook size.
+Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions in raster order,
+W width, R residual channels, K codebook size, k kernel size, r = k//2.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, repeat
@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prior.attention import Attention, KVCache, attend
+from prior.base import Prior
 from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
-from prior.base import Prior
 from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
 
-class GatedBlock(nn.Module):
-    """x + a * sigmoid(b), where a and b come from two layers over x and may know a context.
 
-    The residual block of PixelSNAIL; the gate, shifted by what is known beforehand, is that of van den Oord et al. 2016 (equation 4) without the tanh.
+class GatedBlock(nn.Module):
+    """x + a * sigmoid(b), where a and b come from two layers over x, and from a context.
+
+    The residual block of PixelSNAIL; the gate is that of van den Oord et al. 2016 (equation 4)
+    without the tanh.
 
     Args:
-        layer: makes a layer from its numbers of input and output features: causal or ordinary convolutions, or linear layers (1x1).
+        layer: makes a layer from its numbers of input and output features.
         context: features of what shifts a and b, or 0 for none.
         beside: features of a second input, or 0 for none.
     """
@@ -50,7 +52,7 @@ class GatedBlock(nn.Module):
     def forward(
         self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None
     ) -> Tensor:
-        """`(..., width)` to the same shape; context and beside have the leading dimensions of x, or 1."""
+        """`(..., width)` to the same; leading dimensions of context and beside may be 1."""
         hidden = self.first(F.elu(x))
         if self.from_beside is not None and beside is not None:
             hidden = hidden + self.from_beside(F.elu(beside))
@@ -61,25 +63,22 @@ class GatedBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Each position reads all positions up to itself: the attention block of PixelSNAIL.
+    """The attention block of PixelSNAIL: each position reads all positions up to itself.
 
-    Keys and values come from the code just before a position, its features and its place; queries from the latter two. None of these knows the
-    position's own code, so it may attend to itself: then it sees every code before it, also those that no stack of convolutions reaches (the first
-    position of a row does not see the end of the row above).
+    Keys and values come from the code just before a position, its features and its coordinates,
+    queries from the latter two. None of these contains the position's own code, so it may attend to
+    itself, and sees every code before it, also those that no stack of convolutions reaches (the
+    first position of a row does not see the end of the row above).
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__()
         width, half, dropout = config.width, config.width // 2, config.dropout
         self.num_heads, self.dropout = config.num_heads, dropout
-        self.read_keys, self.to_keys_values = (
-            GatedBlock(2 * width + 2, width, nn.Linear, dropout),
-            nn.Linear(2 * width + 2, 2 * half),
-        )
-        self.read_queries, self.to_queries = (
-            GatedBlock(width + 2, width, nn.Linear, dropout),
-            nn.Linear(width + 2, half),
-        )
+        self.read_keys = GatedBlock(2 * width + 2, width, nn.Linear, dropout)
+        self.to_keys_values = nn.Linear(2 * width + 2, 2 * half)
+        self.read_queries = GatedBlock(width + 2, width, nn.Linear, dropout)
+        self.to_queries = nn.Linear(width + 2, half)
         self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
 
     def forward(
@@ -90,21 +89,20 @@ class CausalAttention(nn.Module):
         cache: KVCache | None = None,
         position: int | Tensor = 0,
     ) -> Tensor:
-        """`(B, T, W)` to the same, given the embeddings `(B, T, W)` of the codes just before and places `(B, T, 2)`.
+        """`(B, T, W)` to the same; with a cache, T = 1 and all are at `position`.
 
-        With a cache, T = 1 and all are at `position`, which may be a tensor (see `KVCache.attend`).
+        Args:
+            before: `(B, T, W)`, embeddings of the codes just before.
+            places: `(B, T, 2)`, coordinates.
         """
         placed = torch.cat([x, places], dim=-1)
         q = self._heads(self.to_queries(self.read_queries(placed)))
-        k, v = (
-            self._heads(part)
-            for part in self.to_keys_values(
-                self.read_keys(torch.cat([before, placed], dim=-1))
-            ).chunk(2, dim=-1)
-        )
-        attended = (
-            attend(q, k, v, causal=True) if cache is None else cache.attend(position, q, k, v)
-        )
+        keys_values = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
+        k, v = (self._heads(half) for half in keys_values.chunk(2, dim=-1))
+        if cache is None:
+            attended = attend(q, k, v, causal=True)
+        else:
+            attended = cache.attend(position, q, k, v)
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
 
@@ -114,62 +112,54 @@ class CausalAttention(nn.Module):
 
 
 class ConditionNetwork(nn.Module):
-    """Reads the codes of the coarser levels and lays what it read over the level's grid.
+    """Reads the codes of all coarser levels, and lays the result over the level's grid.
 
-    From coarse to fine: each coarser level's codes join what the levels before said, residual blocks read the joint grid (section 3.2 of the VQ-VAE-2
-    paper calls them the conditioning stack), and each position is repeated over the finer positions that it covers, told which of these it is.
+    From coarse to fine: a level's codes are added to what the levels before it gave, residual
+    blocks (the conditioning stack of the VQ-VAE-2 paper, section 3.2) read the sum, and each
+    position is repeated over the finer ones it covers, plus an offset for each of these.
     """
 
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
-        network = config.network
-        self.embeddings = nn.ModuleList(
-            nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1]
-        )
-        self.stacks = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    GatedBlock(network.width, network.residual_channels, Conv3x3, network.dropout)
-                    for _ in range(network.num_condition_blocks)
-                ),
+        network, width = config.network, config.network.width
+        self.embeddings = nn.ModuleList(nn.Embedding(k, width) for k in config.codebook_sizes[:-1])
+        self.stacks, self.offsets = nn.ModuleList(), nn.ParameterList()
+        for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True):
+            blocks = (
+                GatedBlock(width, network.residual_channels, Conv3x3, network.dropout)
+                for _ in range(network.num_condition_blocks)
             )
-            for _ in self.embeddings
-        )
-        self.offsets = nn.ParameterList(  # of a finer position within the coarser one
-            torch.zeros(fine[0] // coarse[0], fine[1] // coarse[1], network.width)
-            for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True)
-        )
+            self.stacks.append(nn.Sequential(*blocks))
+            up, across = fine[0] // coarse[0], fine[1] // coarse[1]
+            self.offsets.append(nn.Parameter(torch.zeros(up, across, width)))
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
-        """Coarser codes `(B, h', w')` each, and a context `(B, 1, 1, W)` that every position gets, to `(B, h, w, W)`."""
+        """Coarser codes `(B, h', w')` each, and a context `(B, 1, 1, W)`, to `(B, h, w, W)`."""
         x = context
-        for codes, embedding, stack, offsets in zip(
-            condition, self.embeddings, self.stacks, self.offsets, strict=True
-        ):
-            x = stack(x + embedding(codes))
+        networks = zip(condition, self.embeddings, self.stacks, self.offsets, strict=True)
+        for codes, embedding, stack, offsets in networks:
+            x = stack(x + embedding(codes))  # (B, h', w', W)
             up, across, _ = offsets.shape
-            x = repeat(
-                x, "b h w c -> b (h up) (w across) c", up=up, across=across
-            ) + offsets.repeat(*codes.shape[1:], 1)
+            x = repeat(x, "b h w c -> b (h up) (w across) c", up=up, across=across)
+            x = x + offsets.repeat(*codes.shape[1:], 1)
         return x
 
 
 class Block(nn.Module):
-    """Gated residual blocks of causal convolutions, which know the context, then one attention if the network has any."""
+    """Gated residual blocks of causal convolutions, then one attention if the network has any."""
 
     def __init__(self, config: PixelSNAILConfig, *, context: int) -> None:
         super().__init__()
         conv = partial(CausalConv, kernel_size=config.kernel_size)
+        width, hidden, dropout = config.width, config.residual_channels, config.dropout
         self.residuals = nn.ModuleList(
-            GatedBlock(
-                config.width, config.residual_channels, conv, config.dropout, context=context
-            )
+            GatedBlock(width, hidden, conv, dropout, context=context)
             for _ in range(config.num_residual_blocks)
         )
         self.attention = CausalAttention(config) if config.num_heads else None
 
     def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor | None) -> Tensor:
-        """`(B, h, w, W)` to the same; before `(B, T, W)` and places `(B, T, 2)` are the attention's, the context is `(B, h, w, W)` or `(B, 1, 1, W)`."""
+        """`(B, h, w, W)` to the same; the rest as in `GatedBlock` and `CausalAttention`."""
         for residual in self.residuals:
             x = residual(x, context=context)
         if self.attention is None:
@@ -183,14 +173,13 @@ class GatedBlockSteps:
     def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
         self.first = CausalConvSteps(cast(CausalConv, block.first), batch_size, width, dtype)
         self.second = CausalConvSteps(cast(CausalConv, block.second), batch_size, width, dtype)
-        self.from_context = block.from_context and pack_linears(
-            block.from_context, batch_size * width, dtype
-        )
+        rows = batch_size * width
+        self.from_context = block.from_context and pack_linears(block.from_context, rows, dtype)
 
     def start_row(self, context: Tensor | None) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
         self.first.start_row()
-        self.second.start_row(self.from_context(context) if self.from_context is not None else None)
+        self.second.start_row(self.from_context and self.from_context(context))
 
     def step(self, x: Tensor, places: Tensor) -> Tensor:
         """`(B, W)` to the same; places as in `CausalConvSteps.output`."""
@@ -200,29 +189,22 @@ class GatedBlockSteps:
         return x + F.glu(self.second.output(places))
 
 
-@dataclass
-class SamplingState:
+class SamplingState(NamedTuple):
     """What a PixelSNAIL keeps between positions."""
 
-    embedding: Tensor
-    """`(K + 1, W)`; the last row, zeros, stands before the first position."""
-    places: Tensor
-    """`(w, r + 1)`: see `CausalConvSteps.output`, for every column."""
-    context: Tensor | None
-    """`(B, h, w, W)` or `(B, 1, 1, W)`: the class and the coarser codes."""
+    embedding: Tensor  # (K + 1, W); the last, zeros, stands before the first position
+    places: Tensor  # (w, r + 1), for each column: see CausalConvSteps.output
+    context: Tensor | None  # (B, h, w, W) or (B, 1, 1, W): the class and the coarser codes
     stem: CausalConvSteps
-    """The first layer."""
     blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]]
-    """Of each block its residual blocks, its attention (packed), and the attention's cache."""
-    output: nn.Module
-    """From features to logits (packed)."""
+    output: nn.Module  # from features to logits (packed)
 
 
 class PixelSNAIL(Prior):
     """The PixelSNAIL prior of any level.
 
-    The class and the coarser codes are told to the gates of all causal residual blocks. A position's own code enters nothing that it reads: the stem
-    leaves it out, and attention gets the code before.
+    The class and the coarser codes shift the gates of all causal residual blocks. No position reads
+    its own code: the stem leaves it out, and attention gets the code before.
     """
 
     config_class = PixelSNAILPriorConfig
@@ -233,36 +215,33 @@ class PixelSNAIL(Prior):
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
         self.config = config
-        network = config.network
-        width = network.width
+        network, classes = config.network, config.num_classes
+        width, hidden = network.width, network.residual_channels
+
+        # What positions read: codes, the class (the last entry means no label), coarser codes.
         self.codebook_size = config.codebook_sizes[-1]
         self.embedding = nn.Embedding(self.codebook_size, width)
-        # The last entry stands for a hidden label.
-        self.labels = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.condition = ConditionNetwork(config) if config.level else None
+        context = width if classes or config.level else 0
+
+        # The causal network and its head.
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
-        has_context = bool(config.num_classes or config.level)
         self.blocks = nn.ModuleList(
-            Block(network, context=width * has_context) for _ in range(network.num_blocks)
+            Block(network, context=context) for _ in range(network.num_blocks)
         )
-        self.output = nn.Sequential(
-            *(
-                GatedBlock(width, network.residual_channels, nn.Linear, network.dropout)
-                for _ in range(network.num_output_blocks)
-            ),
-            nn.ELU(),
-            nn.Linear(width, self.codebook_size),
+        head = (
+            GatedBlock(width, hidden, nn.Linear, network.dropout)
+            for _ in range(network.num_output_blocks)
         )
+        self.output = nn.Sequential(*head, nn.ELU(), nn.Linear(width, self.codebook_size))
+
+        # Coordinates from -1 to 1, for attention.
         rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
-        self.register_buffer(
-            "places",
-            rearrange(
-                torch.stack(torch.meshgrid(rows, columns, indexing="ij")), "c h w -> 1 (h w) c"
-            ),
-            persistent=False,
-        )
+        self.register_buffer("places", torch.cartesian_prod(rows, columns)[None], persistent=False)
+
         _initialise(self)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster here
 
     def forward(
         self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
@@ -271,9 +250,7 @@ class PixelSNAIL(Prior):
         context = self.context(len(codes), condition, labels)
         places = self.places.expand(len(codes), -1, -1)
         embedded = self.embedding(codes)
-        before = F.pad(
-            embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)
-        )  # position t reads the code at t - 1
+        before = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0))  # position t reads code t - 1
         x = self.stem(embedded)
         for block in self.blocks:
             x = block(x, before, places, context)
@@ -282,23 +259,18 @@ class PixelSNAIL(Prior):
     def context(
         self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
     ) -> Tensor | None:
-        """What every position is told: the class, and what the coarser codes say. `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
+        """The class and the coarser codes: `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
         context = self.labels(labels)[:, None, None] if self.labels is not None else None
         if self.condition is None:
             return context
-        return self.condition(
-            condition,
-            self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width)
-            if context is None
-            else context,
-        )
+        if context is None:
+            context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
+        return self.condition(condition, context)
 
     def attention(self) -> Attention | None:
         """See `Prior.attention`."""
         heads = self.config.network.num_heads
-        return (
-            Attention(heads, self.config.network.width // 2 // heads, window=0) if heads else None
-        )
+        return Attention(heads, self.config.network.width // 2 // heads, 0) if heads else None
 
     def start(
         self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
@@ -308,30 +280,29 @@ class PixelSNAIL(Prior):
         blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]] = []
         for block in cast(Sequence[Block], self.blocks):
             residuals = [
-                GatedBlockSteps(residual, batch_size, width, dtype)
-                for residual in cast(Sequence[GatedBlock], block.residuals)
+                GatedBlockSteps(cast(GatedBlock, residual), batch_size, width, dtype)
+                for residual in block.residuals
             ]
             attention = block.attention and pack_linears(block.attention, batch_size, dtype)
             blocks.append((residuals, attention, KVCache(self.config.num_positions)))
+        places = torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1)
         return SamplingState(
             embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
-            places=torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1).contiguous(),
+            places=places.contiguous(),
             context=self.context(batch_size, condition, labels),
             stem=CausalConvSteps(self.stem, batch_size, width, dtype),
             blocks=blocks,
             output=pack_linears(self.output, batch_size, dtype),
         )
 
-    def start_row(
-        self, state: SamplingState, position: int | Tensor, previous: Tensor
-    ) -> None:
-        """See `Prior.start_row`: all that comes from the rows above and the context."""
-        width = self.config.grids[-1][1]
+    def start_row(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> None:
+        """Compute what the rows above and the context give to a whole row; see `Prior.start_row`."""
         state.stem.put(F.embedding(previous, state.embedding), state.places[-1, -1:])
         state.stem.start_row()
         context = state.context
         if context is not None:
-            context = at(context, position // width % context.shape[1])[:, 0]
+            row = position // self.config.grids[-1][1] % context.shape[1]
+            context = at(context, row)[:, 0]  # (B, w, W) or (B, 1, W)
         for residuals, _, _ in state.blocks:
             for residual in residuals:
                 residual.start_row(context)
@@ -341,13 +312,15 @@ class PixelSNAIL(Prior):
         width = self.config.grids[-1][1]
         if isinstance(position, int) and position % width == 0:
             self.start_row(state, position, previous)
+
+        # The stem reads the code before. At the start of a row that belongs to the row above and is
+        # read already; its place here, the last one, is overwritten before it is read.
         before = F.embedding(previous, state.embedding)  # (B, W)
+        state.stem.put(before, at(state.places, (position - 1) % width, dim=0)[0, -1:])
         places = at(state.places, position % width, dim=0)[0]
-        place_before = at(state.places, (position - 1) % width, dim=0)[0, -1:]
-        # At the start of a row this is the last column, which is not read before it is overwritten.
-        state.stem.put(before, place_before)
-        x = state.stem.output(places)
-        coordinates = at(self.places, position).expand(len(x), -1, -1)
+        x = state.stem.output(places)  # (B, W)
+
+        coordinates = at(self.places, position).expand(len(x), -1, -1)  # (B, 1, 2)
         for residuals, attention, cache in state.blocks:
             for residual in residuals:
                 x = residual.step(x, places)
@@ -357,13 +330,13 @@ class PixelSNAIL(Prior):
 
 
 def _initialise(prior: PixelSNAIL) -> None:
-    """Layers that keep the variance of their input, second layers of residual blocks that start small, and a head that says almost nothing yet."""
-    depth = sum(isinstance(module, GatedBlock) for module in prior.modules())
+    """Layers keep the variance of their input, residual branches and logits start small."""
+    gated = [module for module in prior.modules() if isinstance(module, GatedBlock)]
     for module in prior.modules():
-        if isinstance(module, CausalConv):  # its two sets of taps are one sum
+        if isinstance(module, CausalConv):  # its two convolutions are one sum
             fan_in = module.above.weight[0].numel() + module.left.weight[0].numel()
-            for taps in (module.above, module.left):
-                nn.init.normal_(taps.weight, std=fan_in**-0.5)
+            for conv in (module.above, module.left):
+                nn.init.normal_(conv.weight, std=fan_in**-0.5)
             nn.init.zeros_(cast(Tensor, module.above.bias))
         elif isinstance(module, Conv3x3 | nn.Linear):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -373,8 +346,7 @@ def _initialise(prior: PixelSNAIL) -> None:
             for offsets in module.offsets:
                 nn.init.normal_(offsets, std=0.02)
     with torch.no_grad():
-        for module in prior.modules():
-            if isinstance(module, GatedBlock):
-                for parameter in module.second.parameters():
-                    parameter.mul_(depth**-0.5)
+        for block in gated:
+            for parameter in block.second.parameters():
+                parameter.mul_(len(gated) ** -0.5)
         cast(nn.Linear, prior.output[-1]).weight.mul_(0.1)

@@ -5,8 +5,7 @@ K codebook size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, repeat
@@ -45,11 +44,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, angles: Tensor, cache: KVCache | None = None, position: int | Tensor = 0
     ) -> Tensor:
-        """`(B, T, W)` to the same; with a cache, T = 1 and x is at `position`.
-
-        Args:
-            angles: `(2, T, d)`, see `rotary_angles`.
-        """
+        """`(B, T, W)` to the same, by angles `(2, T, d)`; a cache means T = 1, at `position`."""
         # Attention: every head reads the earlier positions.
         qkv = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, n, d) to (3, B, n, T, d)
@@ -68,8 +63,11 @@ class Block(nn.Module):
     def _normalise_and_turn(self, qk: Tensor, angles: Tensor) -> Tensor:
         """Queries and keys `(2, B, n, T, d)` to the same, in at least fp32 even under autocast."""
         exact = qk.to(torch.promote_types(qk.dtype, torch.float32))
-        scales = self.scale_qk.view(2, 1, 1, 1, -1)
-        return rotate(F.rms_norm(exact, exact.shape[-1:]) * scales, angles).to(qk.dtype)
+        exact = F.rms_norm(exact, exact.shape[-1:]) * self.scale_qk.view(2, 1, 1, 1, -1)
+        # Each pair (i, i + d/2) of the features turns by its angle.
+        cosines, sines = angles
+        partners = exact.roll(exact.shape[-1] // 2, dims=-1)
+        return torch.addcmul(exact * cosines, partners, sines).to(qk.dtype)
 
 
 def rotary_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
@@ -80,17 +78,10 @@ def rotary_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
     """
     # Grids are small: the slowest angle grows by less than one radian in 64 rows.
     speeds = 100.0 ** -torch.linspace(0, 1, head_dim // 4)
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    by_row, by_column = rows.flatten()[:, None] * speeds, columns.flatten()[:, None] * speeds
-    angles = torch.cat([by_row, by_column], dim=1)  # (T, d/2)
-    cosines = torch.cat([angles.cos(), angles.cos()], dim=1)
-    return torch.stack([cosines, torch.cat([-angles.sin(), angles.sin()], dim=1)])
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of the features of `(..., T, d)` by its angle `(2, T, d)`."""
-    cosines, sines = angles
-    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))  # (T, 2)
+    angles = (places[..., None] * speeds).flatten(1)  # (T, 2, d/4) to (T, d/2)
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cosines, cosines], dim=1), torch.cat([-sines, sines], dim=1)])
 
 
 class Positions(nn.Module):
@@ -131,12 +122,7 @@ class ConditionNetwork(nn.Module):
         self.norm = nn.RMSNorm(width)
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
-        """To `(B, T, W)`.
-
-        Args:
-            condition: the codes of all coarser levels, coarse to fine, `(B, h', w')` each.
-            context: `(B, 1, W)`, added at every position.
-        """
+        """Coarser codes `(B, h', w')` each, and a context `(B, 1, W)`, to `(B, T, W)`."""
         x = context
         for level, codes in enumerate(condition):
             embedded = self.embeddings[level](rearrange(codes, "b h w -> b (h w)"))
@@ -149,23 +135,16 @@ class ConditionNetwork(nn.Module):
         return self.norm(x)
 
 
-@dataclass
-class SamplingState:
+class SamplingState(NamedTuple):
     """What the transformer keeps between positions."""
 
-    background: Tensor
-    """`(B, T, W)`: a position's input, but for the code before it."""
-    blocks: list[tuple[Block, KVCache]]
-    """Each block, with packed weights, and its keys and values."""
-    output: nn.Module
-    """From features to logits, with packed weights."""
+    background: Tensor  # (B, T, W): a position's input, but for the code before it
+    blocks: list[tuple[Block, KVCache]]  # with packed weights; with its keys and values
+    output: nn.Module  # from features to logits, with packed weights
 
 
 class TransformerPrior(Prior):
-    """The transformer prior of any level.
-
-    The input at a position is the code *before* it, so causal attention is all the masking.
-    """
+    """The transformer prior of any level. A position's input is the code *before* it."""
 
     config_class = TransformerPriorConfig
     config: TransformerPriorConfig
@@ -206,7 +185,9 @@ class TransformerPrior(Prior):
     ) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         flat = rearrange(codes, "b h w -> b (h w)")
-        before = F.pad(flat[:, :-1], (1, 0), value=self.codebook_size)  # position t reads code t - 1
+        before = F.pad(
+            flat[:, :-1], (1, 0), value=self.codebook_size
+        )  # position t reads code t - 1
         x = self.embedding(before) + self.background(len(codes), condition, labels)  # (B, T, W)
         for block in self.blocks:
             if self.training and self.config.network.checkpoint_activations:
@@ -218,10 +199,7 @@ class TransformerPrior(Prior):
     def background(
         self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
     ) -> Tensor:
-        """A position's input, but for the code before it: its place, the class, the coarser codes.
-
-        `(B, T, W)`.
-        """
+        """The place, the class and the coarser codes at every position, `(B, T, W)`."""
         where = self.positions().expand(batch_size, -1, -1)
         context = torch.zeros_like(where[:, :1])
         if self.labels is not None:
