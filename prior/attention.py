@@ -77,9 +77,9 @@ def _future(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(window, 2 window)`: query i sees key j of (block before, own block) if i <= j <= i + window.
+    """`(window, 2 window)`: 0 where query i sees key j of (block before, own block), else -inf.
 
-    0 where it sees it, else -inf. The first block has no block before it.
+    That is i <= j <= i + window; the first block has none before it.
     """
     seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).triu().tril(window)
     if first:

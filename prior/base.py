@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from prior.attention import Attention
@@ -106,7 +105,7 @@ class Prior(Artifact, nn.Module, ABC):
             seeds: one per image; an image's random numbers come from its own seed alone.
             known: codes that are given instead of drawn.
             bf16: products in bfloat16, sums in fp32: faster, but the codes differ.
-            plain: without caches: slow, and the same codes; the definition of sampling.
+            plain: without caches, slowly: the definition, which caches equal code for code.
 
         Raises:
             UserError: see `check_inputs`; or the logits are not finite.
@@ -137,17 +136,13 @@ class Prior(Artifact, nn.Module, ABC):
             code = draw(logits, numbers[:, position], sampling)  # (B,)
             previous = code if known is None else known.instead_of(code, position)
             drawn.append(previous)
-        codes = rearrange(torch.stack(drawn, 1), "b (h w) -> b h w", h=self.config.grids[-1][0])
+        codes = torch.stack(drawn, dim=1).unflatten(1, self.config.grids[-1])  # (B, T) to (B, h, w)
         if int(codes.max()) >= codebook_size:  # drawn from NaN
             raise UserError(
                 f"the prior of level {self.config.level} gives logits that are not finite: "
                 "its weights are damaged; run vqvae2 doctor."
             )
         return codes
-
-    def sample_plain(self, *inputs: Any, **options: Any) -> Tensor:
-        """`sample` without caches: what it must equal code for code."""
-        return self.sample(*inputs, **options, plain=True)
 
     @property
     def device(self) -> torch.device:

@@ -179,7 +179,7 @@ class GatedBlockSteps:
     def start_row(self, context: Tensor | None) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
         self.first.start_row()
-        self.second.start_row(self.from_context and self.from_context(context))
+        self.second.start_row(None if self.from_context is None else self.from_context(context))
 
     def step(self, x: Tensor, places: Tensor) -> Tensor:
         """`(B, W)` to the same; places as in `CausalConvSteps.output`."""
@@ -227,14 +227,11 @@ class PixelSNAIL(Prior):
 
         # The causal network and its head.
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
-        self.blocks = nn.ModuleList(
-            Block(network, context=context) for _ in range(network.num_blocks)
-        )
-        head = (
-            GatedBlock(width, hidden, nn.Linear, network.dropout)
-            for _ in range(network.num_output_blocks)
-        )
-        self.output = nn.Sequential(*head, nn.ELU(), nn.Linear(width, self.codebook_size))
+        blocks = (Block(network, context=context) for _ in range(network.num_blocks))
+        self.blocks = nn.ModuleList(blocks)
+        make_gated = partial(GatedBlock, width, hidden, nn.Linear, network.dropout)
+        gated = (make_gated() for _ in range(network.num_output_blocks))
+        self.output = nn.Sequential(*gated, nn.ELU(), nn.Linear(width, self.codebook_size))
 
         # Coordinates from -1 to 1, for attention.
         rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
@@ -296,7 +293,7 @@ class PixelSNAIL(Prior):
         )
 
     def start_row(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> None:
-        """Compute what the rows above and the context give to a whole row; see `Prior.start_row`."""
+        """What the rows above and the context give to a whole row; see `Prior.start_row`."""
         state.stem.put(F.embedding(previous, state.embedding), state.places[-1, -1:])
         state.stem.start_row()
         context = state.context

@@ -1,7 +1,6 @@
 """A causal transformer over one level's codes, conditioned on the coarser levels and a class label.
 
-Letters: B batch, h w code grid, T = h*w positions in raster order, W width, n heads, d = W/n,
-K codebook size.
+Letters: B batch, h w code grid, T = h*w positions, W width, n heads, d = W/n, K codebook size.
 """
 
 from collections.abc import Sequence
@@ -30,8 +29,8 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, grid: tuple[int, ...], *, causal: bool) -> None:
         super().__init__()
         width, head_dim = config.width, config.width // config.num_heads
-        # SwiGLU has three matrices: 8/3 W makes them as large as the usual two of 4 W.
-        hidden = -(-8 * width // 24) * 8  # a multiple of 8 is fast
+        # SwiGLU has three matrices: 8/3 W, a multiple of 8, makes them as large as two of 4 W.
+        hidden = -(-8 * width // 24) * 8
         self.causal, self.num_heads, self.dropout = causal, config.num_heads, config.dropout
         self.window = config.attention_rows * grid[1] if causal else 0
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
@@ -155,18 +154,17 @@ class TransformerPrior(Prior):
         super().__init__()
         self.config = config
         network, grid, classes = config.network, config.grids[-1], config.num_classes
-        width, self.codebook_size = network.width, config.codebook_sizes[-1]
+        width, layers = network.width, network.num_layers
 
-        # What a position's input is made of. An entry more for "before the first position" ...
+        # A position's input. The last code means "before the first position", the last label none.
+        self.codebook_size = config.codebook_sizes[-1]
         self.embedding = nn.Embedding(self.codebook_size + 1, width)
-        self.positions = Positions(*grid, width)
-        # ... and one for "no label".
+        self.positions = Positions(grid[0], grid[1], width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.condition = ConditionNetwork(config) if config.level else None
 
         # The causal network itself.
-        blocks = (Block(network, grid, causal=True) for _ in range(network.num_layers))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(network, grid, causal=True) for _ in range(layers))
         angles = rotary_angles(grid, width // network.num_heads)
         self.register_buffer("angles", angles, persistent=False)
         self.norm = nn.RMSNorm(width)
@@ -174,7 +172,7 @@ class TransformerPrior(Prior):
 
         # Residual branches start small, the smaller the more there are (Radford et al. 2019).
         self.apply(_initialise)
-        small = 0.02 / (2 * network.num_layers) ** 0.5
+        small = 0.02 / (2 * layers) ** 0.5
         for module in self.modules():
             if isinstance(module, Block):
                 nn.init.normal_(module.from_heads.weight, std=small)
@@ -184,10 +182,9 @@ class TransformerPrior(Prior):
         self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
     ) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
+        # Position t reads the code at t - 1.
         flat = rearrange(codes, "b h w -> b (h w)")
-        before = F.pad(
-            flat[:, :-1], (1, 0), value=self.codebook_size
-        )  # position t reads code t - 1
+        before = F.pad(flat[:, :-1], (1, 0), value=self.codebook_size)
         x = self.embedding(before) + self.background(len(codes), condition, labels)  # (B, T, W)
         for block in self.blocks:
             if self.training and self.config.network.checkpoint_activations:
