@@ -89,15 +89,10 @@ def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) 
 
 
 class KVCache:
-    """Keys and values of the positions so far, `(B, n, length, d)` each, made at the first one.
-
-    Args:
-        length: the number of positions.
-        window: how many positions before its own a query sees; 0 for all.
-    """
+    """Keys and values of the positions so far, `(B, n, length, d)` each; `window` as in `attend`."""
 
     def __init__(self, length: int, *, window: int = 0) -> None:
-        self.keys: Tensor | None = None
+        self.keys: Tensor | None = None  # made at the first position
         self.values: Tensor | None = None
         self.length, self.window = length, window
 

@@ -34,25 +34,25 @@ class PackedLinear(nn.Module):
         self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
         packable = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.packed = packable and can_pack(dtype)
-        self.cast = self.packed or (weight.device.type == "cuda" and dtype != torch.float32)
-        self.dtype = dtype
-        if self.cast:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.weight, self.bias = _pack(weight, rows) if self.packed else weight, bias
-        self.multiply = _operator() if self.packed else None  # looking it up takes microseconds
+        castable = self.packed or weight.device.type == "cuda"
+        self.dtype = dtype if castable and dtype != torch.float32 else weight.dtype
+        self.weight = weight.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        if self.packed:
+            self.weight = _pack(self.weight, rows)
+            self.multiply = _operator()  # looking it up takes microseconds
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
         dtype = x.dtype
-        if self.cast and dtype != self.dtype:
+        if dtype != self.dtype:
             x = x.to(self.dtype)
-        if self.multiply is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
+        if self.packed:
             y = self.multiply(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight, self.bias)
         return y if y.dtype == dtype else y.to(dtype)
 
 

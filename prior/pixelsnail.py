@@ -98,7 +98,8 @@ class CausalAttention(nn.Module):
         placed = torch.cat([x, places], dim=-1)
         q = self._heads(self.to_queries(self.read_queries(placed)))
         keys_values = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
-        k, v = (self._heads(half) for half in keys_values.chunk(2, dim=-1))
+        keys, values = keys_values.chunk(2, dim=-1)
+        k, v = self._heads(keys), self._heads(values)  # (B, n, T, d)
         if cache is None:
             attended = attend(q, k, v, causal=True)
         else:
