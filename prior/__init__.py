@@ -1,4 +1,4 @@
-"""Stage 2: a distribution over grids of codes. It sees integers only, never an image or an autoencoder."""
+"""Stage 2: a distribution over grids of codes. It sees integers only, never an image."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from prior.sampling import SamplingConfig as SamplingConfig
     from prior.transformer import TransformerPrior as TransformerPrior
 
-_LAZY = {  # torch is loaded when one of these is first used, not when the command line parses its arguments
+# Torch is loaded when one of these is first used, not when the command line parses its arguments.
+_LAZY = {
     "Prior": "prior.base",
     "CodeDataset": "prior.manifest",
     "Manifest": "prior.manifest",

@@ -7,35 +7,34 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-SHORT = 512  # positions up to which the written-out product is the faster one on a CPU (bf16: up to 1.5 times)
+SHORT = 512  # keys up to which the written-out product is faster on a CPU (bf16: 1.5 times)
 
 
 class Attention(NamedTuple):
-    """A causal attention as a network has it."""
+    """The facts of a network's causal attention; `window` as in `attend`."""
 
     num_heads: int
     head_dim: int
     window: int
-    """As in `attend`."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int = 0) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1): `(B, n, T, d)` from keys and values `(B, n, S, d)`.
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1).
 
     Args:
+        q: `(B, n, T, d)`, like the result.
+        k: `(B, n, S, d)`, like `v`.
         causal: query t sees the keys up to t (T = S).
-        window: of a causal attention, how many keys before its own a query sees; 0 for all.
+        window: how many keys before its own a query of a causal attention sees; 0 for all.
     """
     if causal and 0 < window < q.shape[-2] - 1:
         return attend_in_window(q, k, v, window)
     if q.device.type == "cpu" and k.shape[-2] <= SHORT:
-        return attend_written_out(
-            q, k, v, _future(q.shape[-2], q.dtype, q.device) if causal else None
-        )
+        mask = _future(q.shape[-2], q.dtype, q.device) if causal else None
+        return attend_written_out(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
@@ -48,28 +47,26 @@ def attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention over the last `window` keys and the own one, in blocks of that many queries: memory and time grow with T, not T^2.
+    """Causal attention to the last `window` keys and the own one: memory and time grow with T.
 
-    The queries of a block see its own keys and those of the block before, under one mask for all blocks.
+    Queries are taken in blocks of that size. Those of a block see its own keys and the keys of the
+    block before it, under a mask that is the same for every block but the first.
     """
+    # Whole blocks of queries; before the first block of keys lies one of nothing.
     length = q.shape[-2]
     missing = -length % window
-    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-    k, v = (F.pad(x, (0, 0, window, 0)) for x in (k, v))  # a block of nothing before the first
-    queries = rearrange(q, "b n (block t) d -> block b n t d", t=window)
-    starts = range(0, length + missing, window)
-    masks = [_window(window, block == 0, q.dtype, q.device) for block in range(len(starts))]
-    blocks = [
-        _attend_masked(x, k[:, :, i : i + 2 * window], v[:, :, i : i + 2 * window], mask)
-        for x, i, mask in zip(queries, starts, masks, strict=True)
-    ]
+    q = F.pad(q, (0, 0, 0, missing))
+    k, v = (F.pad(x, (0, 0, window, missing)) for x in (k, v))
+
+    blocks = []
+    for start, queries in enumerate(q.split(window, dim=2)):
+        mask = _window(window, start == 0, q.dtype, q.device)
+        keys, values = (x[:, :, start * window : (start + 2) * window] for x in (k, v))
+        if q.device.type == "cpu" and 2 * window <= SHORT:
+            blocks.append(attend_written_out(queries, keys, values, mask))
+        else:
+            blocks.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
     return torch.cat(blocks, dim=2)[:, :, :length]
-
-
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    if q.device.type == "cpu" and k.shape[-2] <= SHORT:
-        return attend_written_out(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @lru_cache(maxsize=16)
@@ -80,55 +77,43 @@ def _future(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(window, 2 window)`: 0 where key j of (block before, own block) is seen by query i: i <= j <= i + window; else -inf."""
+    """`(window, 2 window)`: 0 where query i sees key j of (block before, own block), else -inf.
+
+    That is i <= j <= i + window; the first block has none before it.
+    """
     seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).triu().tril(window)
     if first:
         seen[:, :window] = False
-    return torch.zeros(window, 2 * window, dtype=dtype, device=device).masked_fill(
-        ~seen, -torch.inf
-    )
+    mask = torch.zeros(window, 2 * window, dtype=dtype, device=device)
+    return mask.masked_fill(~seen, -torch.inf)
 
 
 class KVCache:
-    """Keys and values of the positions so far, `(B, n, S, d)` each, in buffers taken once.
+    """Keys and values of the positions so far, `(B, n, length, d)` each; `window` as in `attend`."""
 
-    Args:
-        window: how many positions before its own a query sees; 0 for all.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        num_heads: int,
-        length: int,
-        head_dim: int,
-        like: Tensor,
-        *,
-        window: int = 0,
-    ) -> None:
-        self.keys = like.new_zeros(batch_size, num_heads, length, head_dim)
-        self.values = torch.zeros_like(self.keys)
-        self.window = window
+    def __init__(self, length: int, *, window: int = 0) -> None:
+        self.keys: Tensor | None = None  # made at the first position
+        self.values: Tensor | None = None
+        self.length, self.window = length, window
 
     def attend(self, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it.
 
-        Given the position as a tensor `(1,)`, no shape depends on it: the whole buffers are attended to under a mask, as CUDA graphs need it.
+        If the position is a tensor `(1,)`, no shape depends on it, as CUDA graphs need it: the
+        query meets all keys, under a mask.
         """
-        if isinstance(position, Tensor):
-            self.keys.index_copy_(2, position, k.to(self.keys.dtype))
-            self.values.index_copy_(2, position, v.to(self.values.dtype))
-            slots = torch.arange(self.keys.shape[2], device=position.device)
-            seen = (slots <= position) & (slots >= position - (self.window or len(slots)))
-            return F.scaled_dot_product_attention(
-                q, self.keys.to(q.dtype), self.values.to(q.dtype), attn_mask=seen[None, None, None]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (
+                x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (k, v)
             )
+        if isinstance(position, Tensor):
+            self.keys.index_copy_(2, position, k)
+            self.values.index_copy_(2, position, v)
+            slots = torch.arange(self.length, device=position.device)
+            seen = (slots <= position) & (slots >= position - (self.window or self.length))
+            return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen[None])
         self.keys[:, :, position : position + 1] = k
         self.values[:, :, position : position + 1] = v
         first = max(0, position - self.window) if self.window else 0
-        return attend(
-            q,
-            self.keys[:, :, first : position + 1],
-            self.values[:, :, first : position + 1],
-            causal=False,
-        )
+        seen_keys, seen_values = (x[:, :, first : position + 1] for x in (self.keys, self.values))
+        return attend(q, seen_keys, seen_values, causal=False)

@@ -210,7 +210,8 @@ def check_forward(prior: Prior) -> Finding:
     rows = random_rows(prior, 2)
     state = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
     first, second = prior(*rows), prior(*rows)
-    prior.step(prior.start(2, rows.condition, rows.labels), 0, None)
+    before = F.pad(rows.codes.flatten(1)[:, :-1], (1, 0), value=prior.config.codebook_sizes[-1])
+    prior.step(prior.start(2, rows.condition, rows.labels), 0, before[:, 0])
     changed = [
         name for name, tensor in prior.state_dict().items() if not torch.equal(state[name], tensor)
     ]
@@ -298,11 +299,11 @@ def check_cached_equals_plain(prior: Prior, rows: Rows | None = None) -> Finding
     """
     prior, rows = copy.deepcopy(prior).double(), rows or random_rows(prior, 2)
     number, steps, width = len(rows.codes), affordable_steps(prior), prior.config.grids[-1][1]
-    flat = rows.codes.flatten(1)
+    before = F.pad(rows.codes.flatten(1)[:, :-1], (1, 0), value=prior.config.codebook_sizes[-1])
     plain = prior(*rows).flatten(2)
     state = prior.start(number, rows.condition, rows.labels)
     cached = torch.stack(
-        [prior.step(state, t, flat[:, t - 1] if t else None) for t in range(steps)], dim=2
+        [prior.step(state, t, before[:, t]) for t in range(steps)], dim=2
     )
     scale = plain.abs().max().item()
     errors = (cached - plain[..., :steps]).abs().amax(dim=(0, 1))
@@ -505,9 +506,8 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> Finding
         )
 
     attended = attend(q, k, v, causal=True, window=facts.window)
-    cache = KVCache(*shape, q, window=facts.window)
-    cache.keys.copy_(k)
-    cache.values.copy_(v)
+    cache = KVCache(length, window=facts.window)
+    cache.keys, cache.values = k.clone(), v.clone()
     for t in positions:
         own, seen = slice(t, t + 1), slice(max(0, t - reach), t + 1)
         expected = attend_written_out(
@@ -621,7 +621,7 @@ def _flip(codes: Tensor, positions: Tensor, size: int) -> Tensor:
 def _first_wrong_draw(prior: Prior, rows: Rows) -> int | None:
     """The first position where `sample` draws what the logits of the forward pass, over the codes that it drew, do not give; None if there is none.
 
-    With causal logits this is the comparison with `sample_plain`, in one forward instead of T. A random number that lies within rounding
+    With causal logits this is the comparison with the plain loop, in one forward instead of T. A random number that lies within rounding
     of the border between two codes may give either.
     """
     number, length = len(rows.codes), prior.config.num_positions

@@ -1,99 +1,98 @@
-"""Sampling for CUDA, where launching kernels is what a step costs: a step of fixed shapes is compiled into a CUDA graph, which is launched as one.
+"""Sampling on CUDA, where launching kernels is what a step costs: steps are recorded as graphs.
 
-Letters: B batch, K codebook size.
+A CUDA graph replays the same kernels on the same addresses. So positions are tensors, no shape
+depends on them, and the sampling state of the first batch is refilled for the batches after it.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prior.base import Prior, Stepper
+Stepper = Callable[[int, Tensor], Tensor]
+"""A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`."""
+
+cuda_graph = partial(torch.compile, mode="reduce-overhead")
 
 
-class StaticPrior(Prior):
-    """A prior with a second way to take a step: at a position that is a tensor, in buffers of full size, so that no shape and no address depends on it.
+@dataclass
+class RecordedSteps:
+    """The recorded steps of a prior for batches of one size and type."""
 
-    It is used on CUDA alone, though it gives the same logits anywhere.
+    weights: list[tuple[int, int]]
+    """Address and version of each weight: the state may hold copies of them."""
+    state: Any
+    step: Callable[[Tensor, Tensor], Tensor]
+    start_row: Callable[[Tensor, Tensor], None]
+
+
+def graphed_stepper(
+    prior: Any,
+    start: Callable[[], Any],
+    key: tuple[int, torch.dtype],
+    record: Callable[[Callable], Callable] = cuda_graph,
+) -> Stepper:
+    """The steps of a prior for one batch, recorded once per key and kept in the prior.
+
+    Args:
+        prior: a `Prior` with `fixed_shapes`.
+        start: makes the batch's sampling state.
+        key: the batch size, and the type of the products.
+        record: compiles a function of tensors.
     """
+    weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
+    kept: dict[Any, RecordedSteps] = vars(prior).setdefault("_recorded_steps", {})
+    recorded = kept.get(key)
+    if recorded is None or recorded.weights != weights:
+        # The first step makes the caches; from then on no tensor of the state moves.
+        state = start()
+        first = torch.full((key[0],), prior.config.codebook_sizes[-1], device=prior.device)
+        prior.step(state, 0, first)
+        for tensor in state_tensors(state).values():
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        step, start_row = partial(prior.step, state), partial(prior.start_row, state)
+        recorded = RecordedSteps(weights, state, record(step), record(start_row))
+        kept[key] = recorded
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._static_steps: dict[Any, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {}
+    # Caches of a fresh state do not exist yet. Old ones may stay: later positions are not read.
+    fresh = state_tensors(start())
+    for name, tensor in state_tensors(recorded.state).items():
+        if name in fresh:
+            tensor.copy_(fresh[name])
+    positions = torch.arange(prior.config.num_positions, device=prior.device)
+    width = prior.config.grids[-1][1]
 
-    @abstractmethod
-    def start_static(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Any:
-        """What `start` gives, for steps of fixed shapes: no tensor of it is ever replaced by another."""
+    def take_step(position: int, previous: Tensor) -> Tensor:
+        at = positions[position : position + 1]
+        if position % width == 0:
+            recorded.start_row(at, previous)
+        return recorded.step(at, previous).clone()  # the graph writes to the same place again
 
-    @abstractmethod
-    def restart(self, state: Any, condition: Sequence[Tensor], labels: Tensor | None) -> None:
-        """Make what `start_static` gave ready for another batch of the same size, in place: a CUDA graph replays on the same addresses."""
-
-    @abstractmethod
-    def step_static(self, state: Any, position: Tensor, previous: Tensor) -> Tensor:
-        """Logits `(B, K)` at a position `(1,)`, given the code before it `(B,)` (K at the first), and `state` moved on in place."""
-
-    def make_stepper(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Stepper:
-        """See `Prior.make_stepper`. On CUDA: one compiled step, kept for the next batch of this size."""
-        if self.device.type != "cuda":
-            return super().make_stepper(batch_size, condition, labels, dtype)
-        return self.make_static_stepper(
-            batch_size, condition, labels, dtype, partial(torch.compile, mode="reduce-overhead")
-        )
-
-    def make_static_stepper(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        dtype: torch.dtype,
-        compile_step: Callable[[Callable], Callable],
-    ) -> Stepper:
-        """A stepper made of `step_static`, after `compile_step`."""
-        key = (batch_size, dtype, self.device)
-        if key not in self._static_steps:
-            state = self.start_static(batch_size, condition, labels, dtype=dtype)
-            self._static_steps[key] = (state, compile_step(partial(self.step_static, state)))
-        state, compiled = self._static_steps[key]
-        self.restart(state, condition, labels)
-        positions = torch.arange(self.config.num_positions, device=self.device)
-        before_all = torch.full((batch_size,), self.config.codebook_sizes[-1], device=self.device)
-
-        def step(position: int, previous: Tensor | None) -> Tensor:
-            logits = compiled(
-                positions[position : position + 1], before_all if previous is None else previous
-            )
-            return logits.clone()  # the graph writes its next result to the same place
-
-        return step
-
-    def train(self, mode: bool = True) -> Self:
-        """Training changes the weights: compiled steps, which may hold copies of them, are dropped."""
-        if mode:
-            self._static_steps = {}
-        return super().train(mode)
+    return take_step
 
 
-def hold_still(*tensors: Tensor) -> None:
-    """Promise torch.compile that these tensors stay where they are.
+def state_tensors(state: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors of a sampling state by name, those of its lists and objects included.
 
-    Those that are not parts of a module need it: else CUDA graphs copy what they read at every replay, and where one is written to, no graph is made.
+    Modules are left out: their tensors never change between steps, and stay where they are anyway.
     """
-    for tensor in tensors:
-        torch._dynamo.mark_static_address(tensor)
+    if isinstance(state, Tensor):
+        return {name: state}
+    if isinstance(state, list | tuple):
+        items = dict(enumerate(state))
+    else:
+        items = {} if isinstance(state, nn.Module) else getattr(state, "__dict__", {})
+    found: dict[str, Tensor] = {}
+    for key, value in items.items():
+        found |= state_tensors(value, f"{name}.{key}")
+    return found
+
+
+def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:
+    """The slice of length 1 at an index; where that is a tensor `(1,)`, no shape depends on it."""
+    if isinstance(index, Tensor):
+        return features.index_select(dim, index)
+    return features.narrow(dim, index, 1)

@@ -1,12 +1,12 @@
-"""PixelSNAIL (Chen, Mishra, Rohaninejad, Abbeel 2018): causal convolutions with causal attention between them, as in the VQ-VAE-2 paper's priors.
+"""PixelSNAIL (Chen, Mishra, Rohaninejad, Abbeel 2018): causal convolutions and causal attention.
 
-Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions in raster order, W width, R residual channels, K codebook size.
+Features are `(B, h, w, W)`. Letters: B batch, h w code grid, T = h*w positions in raster order,
+W width, R residual channels, K codebook size, k kernel size, r = k//2.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, repeat
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prior.attention import Attention, KVCache, attend
-from prior.causal_conv import CausalConv, CausalConvStatic, CausalConvSteps, Conv3x3, tap_slots
+from prior.base import Prior
+from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
-from prior.cuda_graphs import StaticPrior, hold_still
+from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
-
-Steps = TypeVar("Steps", "GatedBlockSteps", "GatedBlockStatic")
 
 
 class GatedBlock(nn.Module):
-    """x + a * sigmoid(b), where a and b come from two layers over x and may know a context.
+    """x + a * sigmoid(b), where a and b come from two layers over x, and from a context.
 
-    The residual block of PixelSNAIL; the gate, shifted by what is known beforehand, is that of van den Oord et al. 2016 (equation 4) without the tanh.
+    The residual block of PixelSNAIL; the gate is that of van den Oord et al. 2016 (equation 4)
+    without the tanh.
 
     Args:
-        layer: makes a layer from its numbers of input and output features: causal or ordinary convolutions, or linear layers (1x1).
+        layer: makes a layer from its numbers of input and output features.
         context: features of what shifts a and b, or 0 for none.
         beside: features of a second input, or 0 for none.
     """
@@ -52,7 +52,7 @@ class GatedBlock(nn.Module):
     def forward(
         self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None
     ) -> Tensor:
-        """`(..., width)` to the same shape; context and beside have the leading dimensions of x, or 1."""
+        """`(..., width)` to the same; leading dimensions of context and beside may be 1."""
         hidden = self.first(F.elu(x))
         if self.from_beside is not None and beside is not None:
             hidden = hidden + self.from_beside(F.elu(beside))
@@ -63,25 +63,22 @@ class GatedBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Each position reads all positions up to itself: the attention block of PixelSNAIL.
+    """The attention block of PixelSNAIL: each position reads all positions up to itself.
 
-    Keys and values come from the code just before a position, its features and its place; queries from the latter two. None of these knows the
-    position's own code, so it may attend to itself: then it sees every code before it, also those that no stack of convolutions reaches (the first
-    position of a row does not see the end of the row above).
+    Keys and values come from the code just before a position, its features and its coordinates,
+    queries from the latter two. None of these contains the position's own code, so it may attend to
+    itself, and sees every code before it, also those that no stack of convolutions reaches (the
+    first position of a row does not see the end of the row above).
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__()
         width, half, dropout = config.width, config.width // 2, config.dropout
         self.num_heads, self.dropout = config.num_heads, dropout
-        self.read_keys, self.to_keys_values = (
-            GatedBlock(2 * width + 2, width, nn.Linear, dropout),
-            nn.Linear(2 * width + 2, 2 * half),
-        )
-        self.read_queries, self.to_queries = (
-            GatedBlock(width + 2, width, nn.Linear, dropout),
-            nn.Linear(width + 2, half),
-        )
+        self.read_keys = GatedBlock(2 * width + 2, width, nn.Linear, dropout)
+        self.to_keys_values = nn.Linear(2 * width + 2, 2 * half)
+        self.read_queries = GatedBlock(width + 2, width, nn.Linear, dropout)
+        self.to_queries = nn.Linear(width + 2, half)
         self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
 
     def forward(
@@ -92,21 +89,21 @@ class CausalAttention(nn.Module):
         cache: KVCache | None = None,
         position: int | Tensor = 0,
     ) -> Tensor:
-        """`(B, T, W)` to the same, given the embeddings `(B, T, W)` of the codes just before and places `(B, T, 2)`.
+        """`(B, T, W)` to the same; with a cache, T = 1 and all are at `position`.
 
-        With a cache, T = 1 and all are at `position`, which may be a tensor (see `KVCache.attend`).
+        Args:
+            before: `(B, T, W)`, embeddings of the codes just before.
+            places: `(B, T, 2)`, coordinates.
         """
         placed = torch.cat([x, places], dim=-1)
         q = self._heads(self.to_queries(self.read_queries(placed)))
-        k, v = (
-            self._heads(part)
-            for part in self.to_keys_values(
-                self.read_keys(torch.cat([before, placed], dim=-1))
-            ).chunk(2, dim=-1)
-        )
-        attended = (
-            attend(q, k, v, causal=True) if cache is None else cache.attend(position, q, k, v)
-        )
+        keys_values = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
+        keys, values = keys_values.chunk(2, dim=-1)
+        k, v = self._heads(keys), self._heads(values)  # (B, n, T, d)
+        if cache is None:
+            attended = attend(q, k, v, causal=True)
+        else:
+            attended = cache.attend(position, q, k, v)
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
 
@@ -116,62 +113,54 @@ class CausalAttention(nn.Module):
 
 
 class ConditionNetwork(nn.Module):
-    """Reads the codes of the coarser levels and lays what it read over the level's grid.
+    """Reads the codes of all coarser levels, and lays the result over the level's grid.
 
-    From coarse to fine: each coarser level's codes join what the levels before said, residual blocks read the joint grid (section 3.2 of the VQ-VAE-2
-    paper calls them the conditioning stack), and each position is repeated over the finer positions that it covers, told which of these it is.
+    From coarse to fine: a level's codes are added to what the levels before it gave, residual
+    blocks (the conditioning stack of the VQ-VAE-2 paper, section 3.2) read the sum, and each
+    position is repeated over the finer ones it covers, plus an offset for each of these.
     """
 
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
-        network = config.network
-        self.embeddings = nn.ModuleList(
-            nn.Embedding(size, network.width) for size in config.codebook_sizes[:-1]
-        )
-        self.stacks = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    GatedBlock(network.width, network.residual_channels, Conv3x3, network.dropout)
-                    for _ in range(network.num_condition_blocks)
-                ),
+        network, width = config.network, config.network.width
+        self.embeddings = nn.ModuleList(nn.Embedding(k, width) for k in config.codebook_sizes[:-1])
+        self.stacks, self.offsets = nn.ModuleList(), nn.ParameterList()
+        for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True):
+            blocks = (
+                GatedBlock(width, network.residual_channels, Conv3x3, network.dropout)
+                for _ in range(network.num_condition_blocks)
             )
-            for _ in self.embeddings
-        )
-        self.offsets = nn.ParameterList(  # of a finer position within the coarser one
-            torch.zeros(fine[0] // coarse[0], fine[1] // coarse[1], network.width)
-            for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True)
-        )
+            self.stacks.append(nn.Sequential(*blocks))
+            up, across = fine[0] // coarse[0], fine[1] // coarse[1]
+            self.offsets.append(nn.Parameter(torch.zeros(up, across, width)))
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
-        """Coarser codes `(B, h', w')` each, and a context `(B, 1, 1, W)` that every position gets, to `(B, h, w, W)`."""
+        """Coarser codes `(B, h', w')` each, and a context `(B, 1, 1, W)`, to `(B, h, w, W)`."""
         x = context
-        for codes, embedding, stack, offsets in zip(
-            condition, self.embeddings, self.stacks, self.offsets, strict=True
-        ):
-            x = stack(x + embedding(codes))
+        networks = zip(condition, self.embeddings, self.stacks, self.offsets, strict=True)
+        for codes, embedding, stack, offsets in networks:
+            x = stack(x + embedding(codes))  # (B, h', w', W)
             up, across, _ = offsets.shape
-            x = repeat(
-                x, "b h w c -> b (h up) (w across) c", up=up, across=across
-            ) + offsets.repeat(*codes.shape[1:], 1)
+            x = repeat(x, "b h w c -> b (h up) (w across) c", up=up, across=across)
+            x = x + offsets.repeat(*codes.shape[1:], 1)
         return x
 
 
 class Block(nn.Module):
-    """Gated residual blocks of causal convolutions, which know the context, then one attention if the network has any."""
+    """Gated residual blocks of causal convolutions, then one attention if the network has any."""
 
     def __init__(self, config: PixelSNAILConfig, *, context: int) -> None:
         super().__init__()
         conv = partial(CausalConv, kernel_size=config.kernel_size)
+        width, hidden, dropout = config.width, config.residual_channels, config.dropout
         self.residuals = nn.ModuleList(
-            GatedBlock(
-                config.width, config.residual_channels, conv, config.dropout, context=context
-            )
+            GatedBlock(width, hidden, conv, dropout, context=context)
             for _ in range(config.num_residual_blocks)
         )
         self.attention = CausalAttention(config) if config.num_heads else None
 
     def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor | None) -> Tensor:
-        """`(B, h, w, W)` to the same; before `(B, T, W)` and places `(B, T, 2)` are the attention's, the context is `(B, h, w, W)` or `(B, 1, 1, W)`."""
+        """`(B, h, w, W)` to the same; the rest as in `GatedBlock` and `CausalAttention`."""
         for residual in self.residuals:
             x = residual(x, context=context)
         if self.attention is None:
@@ -183,141 +172,74 @@ class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
     def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.from_context = (
-            pack_linears(block.from_context, batch_size * width, dtype)
-            if block.from_context is not None
-            else None
-        )
-        self.first, self.second = (
-            CausalConvSteps(cast(CausalConv, layer), batch_size, width, dtype)
-            for layer in (block.first, block.second)
-        )
+        self.first = CausalConvSteps(cast(CausalConv, block.first), batch_size, width, dtype)
+        self.second = CausalConvSteps(cast(CausalConv, block.second), batch_size, width, dtype)
+        rows = batch_size * width
+        self.from_context = block.from_context and pack_linears(block.from_context, rows, dtype)
 
     def start_row(self, context: Tensor | None) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
         self.first.start_row()
-        self.second.start_row(self.from_context(context) if self.from_context is not None else None)
+        self.second.start_row(None if self.from_context is None else self.from_context(context))
 
-    def step(self, x: Tensor, column: int) -> Tensor:
-        """`(B, W)` to the same."""
-        self.first.put(F.elu(x), column)
-        self.second.put(F.elu(self.first.output(column)), column)
-        return x + F.glu(self.second.output(column))
+    def step(self, x: Tensor, places: Tensor) -> Tensor:
+        """`(B, W)` to the same; places as in `CausalConvSteps.output`."""
+        own = places[-1:]
+        self.first.put(F.elu(x), own)
+        self.second.put(F.elu(self.first.output(places)), own)
+        return x + F.glu(self.second.output(places))
 
 
-@dataclass
-class SamplingState:
+class SamplingState(NamedTuple):
     """What a PixelSNAIL keeps between positions."""
 
-    context: Tensor | None
-    """`(B, h, w, W)` or `(B, h, 1, W)`: what the class and the coarser codes say."""
-    places: Tensor
-    """`(B, T, 2)`."""
+    embedding: Tensor  # (K + 1, W); the last, zeros, stands before the first position
+    places: Tensor  # (w, r + 1), for each column: see CausalConvSteps.output
+    context: Tensor | None  # (B, h, w, W) or (B, 1, 1, W): the class and the coarser codes
     stem: CausalConvSteps
-    """Of the first layer."""
-    blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache | None]]
-    """Of each block its residual blocks, its attention (packed), and the attention's keys and values."""
-    output: nn.Module
-    """From features to logits (packed)."""
+    blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]]
+    output: nn.Module  # from features to logits (packed)
 
 
-class GatedBlockStatic:
-    """A causal `GatedBlock` at one position, in fixed shapes."""
-
-    def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.from_context = (
-            pack_linears(block.from_context, batch_size, dtype)
-            if block.from_context is not None
-            else None
-        )
-        self.first, self.second = (
-            CausalConvStatic(cast(CausalConv, layer), batch_size, width, dtype)
-            for layer in (block.first, block.second)
-        )
-
-    def step(self, x: Tensor, slots: Tensor, context: Tensor | None) -> Tensor:
-        """`(B, W)` to the same; the places of the position's window are `tap_slots`', the context is `(B, W)`."""
-        self.first.put(F.elu(x), slots[-1:])
-        self.second.put(F.elu(self.first.output(slots)), slots[-1:])
-        gated = self.second.output(slots)
-        if self.from_context is not None:
-            gated = gated + self.from_context(context)
-        return x + F.glu(gated, dim=-1)
-
-
-@dataclass
-class StaticState:
-    """The same for steps of fixed shapes."""
-
-    embedding: Tensor
-    """`(K + 1, W)`: the last one, zeros, stands before the first position."""
-    slots: Tensor
-    """`(T, taps)`, see `tap_slots`."""
-    context: Tensor | None
-    """`(B, T, W)`."""
-    stem: CausalConvStatic
-    """Of the first layer."""
-    blocks: list[tuple[list[GatedBlockStatic], nn.Module | None, KVCache | None]]
-    """As in `SamplingState`."""
-    output: nn.Module
-    """From features to logits (packed)."""
-
-    @property
-    def rings(self) -> list[Tensor]:
-        """The inputs that the convolutions keep."""
-        convs = [
-            conv
-            for residuals, _, _ in self.blocks
-            for residual in residuals
-            for conv in (residual.first, residual.second)
-        ]
-        return [conv.inputs for conv in (self.stem, *convs)]
-
-
-class PixelSNAIL(StaticPrior):
+class PixelSNAIL(Prior):
     """The PixelSNAIL prior of any level.
 
-    The class and the coarser codes are told to the gates of all causal residual blocks. A position's own code enters nothing that it reads: the stem
-    leaves it out, and attention gets the code before.
+    The class and the coarser codes shift the gates of all causal residual blocks. No position reads
+    its own code: the stem leaves it out, and attention gets the code before.
     """
 
     config_class = PixelSNAILPriorConfig
     config: PixelSNAILPriorConfig
+    fixed_shapes = True
     places: Tensor
 
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
         self.config = config
-        network = config.network
-        width = network.width
+        network, classes = config.network, config.num_classes
+        width, hidden = network.width, network.residual_channels
+
+        # What positions read: codes, the class (the last entry means no label), coarser codes.
         self.codebook_size = config.codebook_sizes[-1]
         self.embedding = nn.Embedding(self.codebook_size, width)
-        # The last entry stands for a hidden label.
-        self.labels = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.condition = ConditionNetwork(config) if config.level else None
+        context = width if classes or config.level else 0
+
+        # The causal network and its head.
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
-        has_context = bool(config.num_classes or config.level)
-        self.blocks = nn.ModuleList(
-            Block(network, context=width * has_context) for _ in range(network.num_blocks)
-        )
-        self.output = nn.Sequential(
-            *(
-                GatedBlock(width, network.residual_channels, nn.Linear, network.dropout)
-                for _ in range(network.num_output_blocks)
-            ),
-            nn.ELU(),
-            nn.Linear(width, self.codebook_size),
-        )
+        blocks = (Block(network, context=context) for _ in range(network.num_blocks))
+        self.blocks = nn.ModuleList(blocks)
+        make_gated = partial(GatedBlock, width, hidden, nn.Linear, network.dropout)
+        gated = (make_gated() for _ in range(network.num_output_blocks))
+        self.output = nn.Sequential(*gated, nn.ELU(), nn.Linear(width, self.codebook_size))
+
+        # Coordinates from -1 to 1, for attention.
         rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
-        self.register_buffer(
-            "places",
-            rearrange(
-                torch.stack(torch.meshgrid(rows, columns, indexing="ij")), "c h w -> 1 (h w) c"
-            ),
-            persistent=False,
-        )
+        self.register_buffer("places", torch.cartesian_prod(rows, columns)[None], persistent=False)
+
         _initialise(self)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster here
 
     def forward(
         self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
@@ -326,9 +248,7 @@ class PixelSNAIL(StaticPrior):
         context = self.context(len(codes), condition, labels)
         places = self.places.expand(len(codes), -1, -1)
         embedded = self.embedding(codes)
-        before = F.pad(
-            embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)
-        )  # position t reads the code at t - 1
+        before = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0))  # position t reads code t - 1
         x = self.stem(embedded)
         for block in self.blocks:
             x = block(x, before, places, context)
@@ -337,195 +257,84 @@ class PixelSNAIL(StaticPrior):
     def context(
         self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
     ) -> Tensor | None:
-        """What every position is told: the class, and what the coarser codes say. `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
+        """The class and the coarser codes: `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
         context = self.labels(labels)[:, None, None] if self.labels is not None else None
         if self.condition is None:
             return context
-        return self.condition(
-            condition,
-            self.embedding.weight.new_zeros(batch_size, 1, 1, self.config.network.width)
-            if context is None
-            else context,
-        )
+        if context is None:
+            context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
+        return self.condition(condition, context)
 
     def attention(self) -> Attention | None:
         """See `Prior.attention`."""
         heads = self.config.network.num_heads
-        return (
-            Attention(heads, self.config.network.width // 2 // heads, window=0) if heads else None
-        )
+        return Attention(heads, self.config.network.width // 2 // heads, 0) if heads else None
 
     def start(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> SamplingState:
-        """Run the condition network once, pack the weights, and take the caches."""
-        height, width = self.config.grids[-1]
-        context = self.context(batch_size, condition, labels)
+        """Run the condition network once, pack the weights, and take the buffers."""
+        width, reach = self.config.grids[-1][1], self.stem.reach
+        blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]] = []
+        for block in cast(Sequence[Block], self.blocks):
+            residuals = [
+                GatedBlockSteps(cast(GatedBlock, residual), batch_size, width, dtype)
+                for residual in block.residuals
+            ]
+            attention = block.attention and pack_linears(block.attention, batch_size, dtype)
+            blocks.append((residuals, attention, KVCache(self.config.num_positions)))
+        places = torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1)
         return SamplingState(
-            context=None if context is None else context.expand(-1, height, -1, -1),
-            places=self.places.expand(batch_size, -1, -1),
+            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
+            places=places.contiguous(),
+            context=self.context(batch_size, condition, labels),
             stem=CausalConvSteps(self.stem, batch_size, width, dtype),
-            blocks=self._start_blocks(GatedBlockSteps, batch_size, dtype),
+            blocks=blocks,
             output=pack_linears(self.output, batch_size, dtype),
         )
 
-    def step(self, state: SamplingState, position: int, previous: Tensor | None) -> Tensor:
-        """Logits `(B, K)` of one position; see `Prior.step`."""
-        width = self.config.grids[-1][1]
-        row, column = divmod(position, width)
-        if previous is None:
-            before = torch.zeros_like(state.stem.inputs[0])
-        else:
-            before = self.embedding(previous)
-            state.stem.put(before, (column - 1) % width)
-        if column == 0:
-            self._start_row(state, row)
-        x = state.stem.output(column)
-        for residuals, attention, cache in state.blocks:
-            for residual in residuals:
-                x = residual.step(x, column)
-            if attention is not None:
-                x = attention(
-                    x[:, None],
-                    before[:, None],
-                    state.places[:, position : position + 1],
-                    cache,
-                    position,
-                )[:, 0]
-        return state.output(x)
-
-    def _start_blocks(
-        self,
-        steps: Callable[[GatedBlock, int, int, torch.dtype], Steps],
-        batch_size: int,
-        dtype: torch.dtype,
-    ) -> list[tuple[list[Steps], nn.Module | None, KVCache | None]]:
-        """Of each block its residual blocks as `steps`, its attention and the attention's cache."""
-        width, attention = self.config.grids[-1][1], self.attention()
-        blocks: list[tuple[list[Steps], nn.Module | None, KVCache | None]] = []
-        for block in cast(Sequence[Block], self.blocks):
-            residuals = [
-                steps(residual, batch_size, width, dtype)
-                for residual in cast(Sequence[GatedBlock], block.residuals)
-            ]
-            cache = (
-                KVCache(
-                    batch_size,
-                    attention.num_heads,
-                    self.config.num_positions,
-                    attention.head_dim,
-                    self.embedding.weight,
-                )
-                if attention
-                else None
-            )
-            blocks.append(
-                (
-                    residuals,
-                    pack_linears(block.attention, batch_size, dtype)
-                    if block.attention is not None
-                    else None,
-                    cache,
-                )
-            )
-        return blocks
-
-    def _start_row(self, state: SamplingState, row: int) -> None:
-        context = None if state.context is None else state.context[:, row]
+    def start_row(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> None:
+        """What the rows above and the context give to a whole row; see `Prior.start_row`."""
+        state.stem.put(F.embedding(previous, state.embedding), state.places[-1, -1:])
         state.stem.start_row()
+        context = state.context
+        if context is not None:
+            row = position // self.config.grids[-1][1] % context.shape[1]
+            context = at(context, row)[:, 0]  # (B, w, W) or (B, 1, W)
         for residuals, _, _ in state.blocks:
             for residual in residuals:
                 residual.start_row(context)
 
-    def start_static(
-        self,
-        batch_size: int,
-        condition: Sequence[Tensor],
-        labels: Tensor | None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> StaticState:
-        """See `StaticPrior.start_static`."""
+    def step(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> Tensor:
+        """Logits `(B, K)` of one position; see `Prior.step`."""
         width = self.config.grids[-1][1]
-        context = self._flat_context(batch_size, condition, labels)
-        state = StaticState(
-            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
-            slots=tap_slots(self.config.grids[-1], self.config.network.kernel_size).to(self.device),
-            context=None if context is None else context.clone(),
-            stem=CausalConvStatic(self.stem, batch_size, width, dtype),
-            blocks=self._start_blocks(GatedBlockStatic, batch_size, dtype),
-            output=pack_linears(self.output, batch_size, dtype),
-        )
-        hold_still(
-            state.embedding,
-            state.slots,
-            *state.rings,
-            *([] if state.context is None else [state.context]),
-        )
-        hold_still(
-            *(
-                buffer
-                for _, _, cache in state.blocks
-                if cache is not None
-                for buffer in (cache.keys, cache.values)
-            )
-        )
-        return state
+        if isinstance(position, int) and position % width == 0:
+            self.start_row(state, position, previous)
 
-    def restart(
-        self, state: StaticState, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> None:
-        """See `StaticPrior.restart`. What the caches hold of later positions is not attended to; above the first row there is nothing."""
-        if state.context is not None:
-            state.context.copy_(
-                cast(Tensor, self._flat_context(len(state.context), condition, labels))
-            )
-        for ring in state.rings:
-            ring.zero_()
+        # The stem reads the code before. At the start of a row that belongs to the row above and is
+        # read already; its place here, the last one, is overwritten before it is read.
+        before = F.embedding(previous, state.embedding)  # (B, W)
+        state.stem.put(before, at(state.places, (position - 1) % width, dim=0)[0, -1:])
+        places = at(state.places, position % width, dim=0)[0]
+        x = state.stem.output(places)  # (B, W)
 
-    def step_static(self, state: StaticState, position: Tensor, previous: Tensor) -> Tensor:
-        """See `StaticPrior.step_static`."""
-        before = F.embedding(previous, state.embedding)
-        slots = state.slots.index_select(0, position)[0]
-        # Before the first position comes the last: zeros where zeros are.
-        state.stem.put(
-            before, state.slots.index_select(0, (position - 1) % len(state.slots))[0, -1:]
-        )
-        x = state.stem.output(slots[:-1])
-        context = None if state.context is None else state.context.index_select(1, position)[:, 0]
-        place = self.places.index_select(1, position).expand(len(x), -1, -1)
+        coordinates = at(self.places, position).expand(len(x), -1, -1)  # (B, 1, 2)
         for residuals, attention, cache in state.blocks:
             for residual in residuals:
-                x = residual.step(x, slots, context)
+                x = residual.step(x, places)
             if attention is not None:
-                x = attention(x[:, None], before[:, None], place, cache, position)[:, 0]
+                x = attention(x[:, None], before[:, None], coordinates, cache, position)[:, 0]
         return state.output(x)
-
-    def _flat_context(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> Tensor | None:
-        """`context` at all positions, `(B, T, W)`."""
-        context = self.context(batch_size, condition, labels)
-        return (
-            None
-            if context is None
-            else context.expand(-1, *self.config.grids[-1], -1).flatten(1, 2)
-        )
 
 
 def _initialise(prior: PixelSNAIL) -> None:
-    """Layers that keep the variance of their input, second layers of residual blocks that start small, and a head that says almost nothing yet."""
-    depth = sum(isinstance(module, GatedBlock) for module in prior.modules())
+    """Layers keep the variance of their input, residual branches and logits start small."""
+    gated = [module for module in prior.modules() if isinstance(module, GatedBlock)]
     for module in prior.modules():
-        if isinstance(module, CausalConv):  # its two sets of taps are one sum
+        if isinstance(module, CausalConv):  # its two convolutions are one sum
             fan_in = module.above.weight[0].numel() + module.left.weight[0].numel()
-            for taps in (module.above, module.left):
-                nn.init.normal_(taps.weight, std=fan_in**-0.5)
+            for conv in (module.above, module.left):
+                nn.init.normal_(conv.weight, std=fan_in**-0.5)
             nn.init.zeros_(cast(Tensor, module.above.bias))
         elif isinstance(module, Conv3x3 | nn.Linear):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -535,8 +344,7 @@ def _initialise(prior: PixelSNAIL) -> None:
             for offsets in module.offsets:
                 nn.init.normal_(offsets, std=0.02)
     with torch.no_grad():
-        for module in prior.modules():
-            if isinstance(module, GatedBlock):
-                for parameter in module.second.parameters():
-                    parameter.mul_(depth**-0.5)
+        for block in gated:
+            for parameter in block.second.parameters():
+                parameter.mul_(len(gated) ** -0.5)
         cast(nn.Linear, prior.output[-1]).weight.mul_(0.1)

@@ -32,5 +32,6 @@ def load_prior(name: str | Path, *, revision: str | None = None) -> Prior:
             return family.from_pretrained(folder)
     known = ", ".join(family.__name__ for family in FAMILIES)
     raise UserError(
-        f"{folder} holds a model of kind {architecture!r}, but a prior ({known}) was expected: check which folder goes where."
+        f"{folder} holds a model of kind {architecture!r}, but a prior ({known}) was expected: "
+        "check the path."
     )

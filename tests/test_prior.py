@@ -1,4 +1,4 @@
-"""What a prior promises: it never sees the future, it sees all of its condition, and sampling through caches is exact."""
+"""What a prior promises: it never sees the future, but all of its condition; sampling is exact."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from prior import (
     Known,
@@ -19,35 +21,37 @@ from prior import (
 )
 from prior.attention import attend
 from prior.config import PriorConfig
+from prior.cuda_graphs import graphed_stepper
 from prior.packed_linear import can_pack
 from prior.registry import FAMILIES, load_prior, make_prior
 from vqvae2.common.errors import UserError
 
-# Name -> facts: one level without and with classes, two and three levels, other vocabularies and stride ratios, not square.
-PRIORS = {
+# Name -> facts: one level without and with classes, two and three levels, other vocabularies and
+# stride ratios, not square.
+ABC = ("a", "b", "c")
+PRIORS: dict[str, dict] = {
     "top": {"grids": ((4, 5),), "codebook_sizes": (11,)},
-    "top, classes": {"grids": ((4, 4),), "codebook_sizes": (11,), "class_names": ("a", "b", "c")},
+    "top, classes": {"grids": ((4, 4),), "codebook_sizes": (11,), "class_names": ABC},
     "bottom": {"grids": ((2, 3), (4, 6)), "codebook_sizes": (17, 7)},
     "bottom, classes, ratio 4": {
         "grids": ((1, 2), (4, 8)),
         "codebook_sizes": (600, 512),
-        "class_names": ("a", "b", "c"),
+        "class_names": ABC,
     },
     "third of three, classes": {
         "grids": ((1, 1), (2, 2), (4, 4)),
         "codebook_sizes": (5, 6, 7),
-        "class_names": ("a", "b", "c"),
+        "class_names": ABC,
         "label_dropout": 0.1,
     },
 }
 # Family -> a small network of it.
+TRANSFORMER = TransformerConfig(
+    width=32, num_layers=3, num_heads=2, num_condition_layers=1, dropout=0.0
+)
 FAMILY = {
-    "transformer": TransformerConfig(
-        width=32, num_layers=3, num_heads=2, num_condition_layers=1, dropout=0.0
-    ),
-    "transformer, window": TransformerConfig(
-        width=32, num_layers=8, num_heads=2, num_condition_layers=1, dropout=0.0, attention_rows=1
-    ),
+    "transformer": TRANSFORMER,
+    "transformer, window": dataclasses.replace(TRANSFORMER, num_layers=8, attention_rows=1),
     "pixelsnail": PixelSNAILConfig(
         width=16,
         residual_channels=12,
@@ -60,25 +64,23 @@ FAMILY = {
     ),
 }
 CONFIGS = {TransformerConfig: TransformerPriorConfig, PixelSNAILConfig: PixelSNAILPriorConfig}
-BATCH = 3
+BATCH, SEEDS = 3, [5, 6, 7]
 each_prior = pytest.mark.parametrize("name", PRIORS)
 each_family = pytest.mark.parametrize("family", FAMILY)
+each_prior_with_condition = pytest.mark.parametrize(
+    "name", [name for name, facts in PRIORS.items() if len(facts["grids"]) > 1]
+)
 
 
-def make(family: str, name: str, **network: int) -> Prior:
-    """A prior of a family over the codes of that name, in evaluation mode, with larger weights than at the start of a training: every path carries weight."""
-    facts = PRIORS[name]
-    config_class = CONFIGS[type(FAMILY[family])]
-    return perturbed(
-        config_class(
-            level=len(facts["grids"]) - 1,
-            network=dataclasses.replace(FAMILY[family], **network),
-            **facts,
-        )
-    )
+def make(family: str, name: str = "", facts: dict | None = None, **network: int) -> Prior:
+    """A prior of a family over the codes of that name, or with other facts."""
+    facts, config_class = facts or PRIORS[name], CONFIGS[type(FAMILY[family])]
+    sizes = dataclasses.replace(FAMILY[family], **network)
+    return perturbed(config_class(level=len(facts["grids"]) - 1, network=sizes, **facts))
 
 
 def perturbed(config: PriorConfig) -> Prior:
+    """In evaluation mode, with larger weights than fresh ones: every path matters."""
     torch.manual_seed(0)
     prior = make_prior(config)
     with torch.no_grad():
@@ -87,16 +89,19 @@ def perturbed(config: PriorConfig) -> Prior:
     return prior.eval()
 
 
-def inputs(prior: Prior) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+def inputs(prior: Prior) -> tuple[Tensor, list[Tensor], Tensor | None]:
     torch.manual_seed(1)
-    *condition, codes = [
-        torch.randint(k, (BATCH, *grid))
-        for k, grid in zip(prior.config.codebook_sizes, prior.config.grids, strict=True)
-    ]
+    sizes = zip(prior.config.codebook_sizes, prior.config.grids, strict=True)
+    *condition, codes = [torch.randint(k, (BATCH, *grid)) for k, grid in sizes]
     return codes, condition, torch.tensor([0, 1, 2]) if prior.config.num_classes else None
 
 
-def changed_at(codes: torch.Tensor, position: int, size: int) -> torch.Tensor:
+def codes_before(prior: Prior, codes: Tensor) -> Tensor:
+    """The code before each position, `(T, B)`: what the steps are given."""
+    return F.pad(codes.flatten(1)[:, :-1], (1, 0), value=prior.config.codebook_sizes[-1]).T
+
+
+def changed_at(codes: Tensor, position: int, size: int) -> Tensor:
     """Other codes at one position of `(B, h, w)`, in raster order."""
     changed = codes.clone().flatten(1)
     changed[:, position] = (changed[:, position] + 1) % size
@@ -104,45 +109,54 @@ def changed_at(codes: torch.Tensor, position: int, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def visible(prior: Prior) -> torch.Tensor:
+def visible(prior: Prior) -> Tensor:
     """`(T, T)` bool: whether position t's logits change with the code at s, at `[t, s]`."""
     codes, condition, labels = inputs(prior)
     logits = prior(codes, condition, labels)
-    size, length = prior.config.codebook_sizes[-1], prior.config.num_positions
-    changes = [
-        (prior(changed_at(codes, s, size), condition, labels) != logits)
-        .any(dim=1)
-        .any(dim=0)
-        .flatten()
-        for s in range(length)
-    ]
-    return torch.stack(changes, dim=1)
+    columns = []
+    for s in range(prior.config.num_positions):
+        changed = changed_at(codes, s, prior.config.codebook_sizes[-1])
+        moved = prior(changed, condition, labels) != logits  # (B, K, h, w)
+        columns.append(moved.any(dim=1).any(dim=0).flatten())
+    return torch.stack(columns, dim=1)
 
 
-def assert_steps_are_the_forward(prior: Prior, tolerance: float) -> None:
+def everything_before(length: int) -> Tensor:
+    """What `visible` gives for a prior that sees all earlier codes."""
+    return torch.ones(length, length, dtype=torch.bool).tril(-1)
+
+
+def loss_of(prior: Prior) -> Tensor:
     codes, condition, labels = inputs(prior)
-    flat = codes.flatten(1)
-    with torch.no_grad():
-        logits = prior(codes, condition, labels).flatten(2)
-        state = prior.start(BATCH, condition, labels)
-        for position in range(flat.shape[1]):
-            step = prior.step(state, position, flat[:, position - 1] if position else None)
-            torch.testing.assert_close(step, logits[..., position], atol=tolerance, rtol=0)
+    return F.cross_entropy(prior(codes, condition, labels), codes)
+
+
+@torch.no_grad()
+def assert_steps_are_the_forward(prior: Prior, tolerance: float = 1e-5) -> None:
+    """With numbers for positions, and with tensors as CUDA graphs need them."""
+    codes, condition, labels = inputs(prior)
+    logits = prior(codes, condition, labels).flatten(2)
+    key = (BATCH, torch.float32)
+    start = partial(prior.start, BATCH, condition, labels)
+    for step in (partial(prior.step, start()), graphed_stepper(prior, start, key, uncompiled)):
+        for position, before in enumerate(codes_before(prior, codes)):
+            expected = logits[..., position]
+            torch.testing.assert_close(step(position, before), expected, atol=tolerance, rtol=0)
+
+
+def uncompiled(function: Callable) -> Callable:
+    return function
 
 
 @each_family
 @each_prior
-def test_causal_bit_for_bit(family: str, name: str) -> None:
-    """Changing a code leaves the logits at and before its position as they are, to the last bit, and changes those after it."""
+def test_changing_a_code_moves_the_logits_after_it_and_no_bit_before(
+    family: str, name: str
+) -> None:
     prior = make(family, name)
     assert not visible(prior).triu().any()
     # In double, so that no change is lost to rounding where attention hardly looks.
-    assert torch.equal(
-        visible(prior.double()),
-        torch.ones(prior.config.num_positions, prior.config.num_positions, dtype=torch.bool).tril(
-            -1
-        ),
-    )
+    assert torch.equal(visible(prior.double()), everything_before(prior.config.num_positions))
 
 
 @each_family
@@ -155,65 +169,59 @@ def test_causal_bit_for_bit(family: str, name: str) -> None:
 def test_cached_sampling_is_the_plain_loop(family: str, name: str, sampling: dict) -> None:
     prior = make(family, name)
     _, condition, labels = inputs(prior)
-    options = {"sampling": SamplingConfig(**sampling), "seeds": [5, 6, 7]}
-    cached = prior.sample(BATCH, condition, labels, **options)
-    assert torch.equal(cached, prior.sample_plain(BATCH, condition, labels, **options))
+    sample = partial(prior.sample, sampling=SamplingConfig(**sampling), seeds=SEEDS)
+    cached = sample(BATCH, condition, labels)
+    assert torch.equal(cached, sample(BATCH, condition, labels, plain=True))
     assert tuple(cached.shape[1:]) == prior.config.grids[-1]
 
 
 @each_family
-def test_guided_sampling_is_the_plain_loop(family: str) -> None:
+def test_guided_sampling_is_the_plain_loop_and_not_unguided_sampling(family: str) -> None:
     prior = make(family, "third of three, classes")
     _, condition, labels = inputs(prior)
-    options = {"sampling": SamplingConfig(guidance_scale=2.5), "seeds": [5, 6, 7]}
-    cached = prior.sample(BATCH, condition, labels, **options)
-    assert torch.equal(cached, prior.sample_plain(BATCH, condition, labels, **options))
-    assert not torch.equal(cached, prior.sample(BATCH, condition, labels, seeds=[5, 6, 7]))
-    assert not torch.equal(
-        cached, prior.sample(BATCH, condition, torch.full_like(labels, 3), **options)
-    )  # 3: no label
+    sample = partial(prior.sample, BATCH, condition, seeds=SEEDS)
+    guided = partial(sample, sampling=SamplingConfig(guidance_scale=2.5))
+    cached, no_label = guided(labels), torch.full_like(labels, 3)
+    assert torch.equal(cached, guided(labels, plain=True))
+    assert not torch.equal(cached, sample(labels))
+    assert not torch.equal(cached, guided(no_label))
 
 
 @each_family
 @pytest.mark.parametrize("name", ["top", "bottom, classes, ratio 4"])
-def test_known_codes_stay_and_the_rest_follows_them(family: str, name: str) -> None:
+def test_given_codes_stay_and_the_drawn_ones_follow_them(family: str, name: str) -> None:
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
     known = Known(codes, torch.rand(codes.shape) < 0.5)
-    cached = prior.sample(BATCH, condition, labels, seeds=[5, 6, 7], known=known)
+    sample = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS)
+    cached = sample(known=known)
     assert torch.equal(cached[known.mask], codes[known.mask])
-    assert torch.equal(
-        cached, prior.sample_plain(BATCH, condition, labels, seeds=[5, 6, 7], known=known)
-    )
-    assert not torch.equal(
-        cached[~known.mask], prior.sample(BATCH, condition, labels, seeds=[5, 6, 7])[~known.mask]
-    )
+    assert torch.equal(cached, sample(known=known, plain=True))
+    assert not torch.equal(cached[~known.mask], sample()[~known.mask])
 
 
 @each_family
 @each_prior
 def test_steps_give_the_logits_of_the_forward(family: str, name: str) -> None:
     prior = make(family, name)
-    assert_steps_are_the_forward(prior, 1e-5)
-    assert_steps_are_the_forward(prior.double(), 1e-10)
+    assert_steps_are_the_forward(prior)
+    assert_steps_are_the_forward(prior.double(), tolerance=1e-10)
 
 
 @each_family
-@pytest.mark.parametrize(
-    "name", [name for name, facts in PRIORS.items() if len(facts["grids"]) > 1]
-)
+@each_prior_with_condition
+@torch.no_grad()
 def test_every_position_sees_every_coarser_code_and_the_label(family: str, name: str) -> None:
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
-    with torch.no_grad():
-        logits = prior(codes, condition, labels)
-        for level, grid in enumerate(condition):
-            for position in range(grid[0].numel()):
-                changed = [*condition]
-                changed[level] = changed_at(grid, position, prior.config.codebook_sizes[level])
-                assert (prior(codes, changed, labels) != logits).any(dim=1).all()
-        if labels is not None:
-            assert (prior(codes, condition, (labels + 1) % 3) != logits).any(dim=1).all()
+    logits = prior(codes, condition, labels)
+    for level, grid in enumerate(condition):
+        for position in range(grid[0].numel()):
+            changed = [*condition]
+            changed[level] = changed_at(grid, position, prior.config.codebook_sizes[level])
+            assert (prior(codes, changed, labels) != logits).any(dim=1).all()
+    if labels is not None:
+        assert (prior(codes, condition, (labels + 1) % 3) != logits).any(dim=1).all()
 
 
 @each_family
@@ -223,43 +231,34 @@ def test_every_parameter_receives_a_gradient(family: str, name: str) -> None:
 
 
 def assert_every_parameter_receives_a_gradient(prior: Prior) -> None:
-    codes, condition, labels = inputs(prior)
-    torch.nn.functional.cross_entropy(prior.train()(codes, condition, labels), codes).backward()
-    for parameter_name, parameter in prior.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.abs().sum() > 0, parameter_name
+    loss_of(prior.train()).backward()
+    for name, parameter in prior.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
 
 
 @each_family
 def test_forward_changes_no_parameter_and_starts_near_uniform(family: str) -> None:
     torch.manual_seed(0)
-    prior_config = CONFIGS[type(FAMILY[family])]
-    prior = make_prior(
-        prior_config(
-            level=1, grids=((4, 4), (8, 8)), codebook_sizes=(16, 512), class_names=("a", "b", "c")
-        )
-    )
-    before = {name: p.clone() for name, p in prior.named_parameters()}
-    codes, condition, labels = inputs(prior)
-    loss = torch.nn.functional.cross_entropy(prior(codes, condition, labels), codes)
-    assert all(torch.equal(before[name], p) for name, p in prior.named_parameters())
-    assert loss.item() == pytest.approx(torch.log(torch.tensor(512.0)).item(), abs=0.3)
-    loss.backward()
-    assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for name, p in prior.named_parameters()
-    )
+    config_class = CONFIGS[type(FAMILY[family])]
+    facts = {"grids": ((4, 4), (8, 8)), "codebook_sizes": (16, 512), "class_names": ABC}
+    prior = make_prior(config_class(level=1, **facts))
+    before = [parameter.clone() for parameter in prior.parameters()]
+    uniform = torch.log(torch.tensor(512.0)).item()
+    assert loss_of(prior).item() == pytest.approx(uniform, abs=0.3)
+    assert all(map(torch.equal, before, prior.parameters()))
+    assert_every_parameter_receives_a_gradient(prior)
 
 
 @each_family
-def test_saved_and_loaded_by_family(family: str, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_a_saved_prior_is_loaded_as_its_family(family: str, tmp_path: Path) -> None:
     prior = make(family, "bottom, classes, ratio 4")
     prior.save_pretrained(tmp_path)
     again = load_prior(tmp_path)
     assert type(again) is type(prior)
     assert again.config == prior.config
-    codes, condition, labels = inputs(prior)
-    with torch.no_grad():
-        assert torch.equal(again(codes, condition, labels), prior(codes, condition, labels))
+    assert torch.equal(again(*inputs(prior)), prior(*inputs(prior)))
 
 
 def test_every_family_is_tested() -> None:
@@ -281,54 +280,44 @@ def test_every_family_is_tested() -> None:
 @pytest.mark.parametrize("name", ["top", "top, classes", "bottom, classes, ratio 4"])
 def test_pixelsnail_of_any_shape(name: str, network: dict) -> None:
     prior = make("pixelsnail", name, **network)
-    assert_steps_are_the_forward(prior, 1e-5)
-    seen = visible(prior)
-    assert not seen.triu().any()
+    assert_steps_are_the_forward(prior)
+    assert not visible(prior).triu().any()
     assert_every_parameter_receives_a_gradient(prior)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (2, 7)], ids=str)
-@pytest.mark.parametrize("num_heads", [0, 2])
-def test_pixelsnail_on_any_grid(grid: tuple[int, int], num_heads: int) -> None:
-    network = dataclasses.replace(FAMILY["pixelsnail"], num_heads=num_heads)
-    prior = perturbed(
-        PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=network)
-    )
-    assert_steps_are_the_forward(prior, 1e-5)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (2, 7), (3, 7), (9, 3)], ids=str)
+@pytest.mark.parametrize(
+    "network", [{}, {"num_heads": 0}, {"kernel_size": 3}, {"kernel_size": 13}], ids=str
+)
+def test_pixelsnail_on_any_grid(grid: tuple[int, int], network: dict) -> None:
+    facts = {"grids": ((1, 1), grid), "codebook_sizes": (3, 7)}
+    assert_steps_are_the_forward(make("pixelsnail", facts=facts, **network))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_pixelsnail_without_attention_sees_the_cone_above_and_all_to_the_left(
     kernel_size: int,
 ) -> None:
-    """Each row up, a causal convolution reaches k//2 columns further to the right; to the left and above that, it sees everything."""
-    network = dataclasses.replace(
-        FAMILY["pixelsnail"], num_heads=0, num_residual_blocks=4, kernel_size=kernel_size
-    )
-    prior = perturbed(
-        PixelSNAILPriorConfig(level=0, grids=((5, 9),), codebook_sizes=(7,), network=network)
-    ).double()
+    """Each row up, a causal convolution reaches k//2 columns further to the right."""
+    facts = {"grids": ((5, 9),), "codebook_sizes": (7,)}
+    network = {"num_heads": 0, "num_residual_blocks": 4, "kernel_size": kernel_size}
+    prior = make("pixelsnail", facts=facts, **network).double()
     row, column = torch.arange(45) // 9, torch.arange(45) % 9
     up, right = row[:, None] - row, column - column[:, None]
-    assert torch.equal(
-        visible(prior), ((up > 0) & (right <= kernel_size // 2 * up)) | ((up == 0) & (right < 0))
-    )
+    above, left = (up > 0) & (right <= kernel_size // 2 * up), (up == 0) & (right < 0)
+    assert torch.equal(visible(prior), above | left)
 
 
 def test_pixelsnail_with_attention_sees_every_earlier_code() -> None:
-    prior = perturbed(
-        PixelSNAILPriorConfig(
-            level=0, grids=((5, 9),), codebook_sizes=(7,), network=FAMILY["pixelsnail"]
-        )
-    ).double()
-    assert torch.equal(visible(prior), torch.ones(45, 45, dtype=torch.bool).tril(-1))
+    facts = {"grids": ((5, 9),), "codebook_sizes": (7,)}
+    assert torch.equal(visible(make("pixelsnail", facts=facts).double()), everything_before(45))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_written_out_attention_is_sdpa(causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 33, 16, dtype=torch.float64)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     torch.testing.assert_close(attend(q, k, v, causal=causal), expected)
 
 
@@ -336,131 +325,95 @@ def test_written_out_attention_is_sdpa(causal: bool) -> None:
 def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: int) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, length, 8, dtype=torch.float64)
-    seen = torch.ones(length, length, dtype=torch.bool).tril() & torch.ones(
-        length, length, dtype=torch.bool
-    ).triu(-window)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    seen = torch.ones(length, length, dtype=torch.bool).tril().triu(-window)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
 
 
 @each_family
+@torch.no_grad()
 def test_steps_in_bf16_give_nearly_the_logits_of_fp32(family: str) -> None:
     prior = make(family, "bottom, classes, ratio 4")
-    codes, condition, labels = inputs(prior)
-    flat = codes.flatten(1)
-    with torch.no_grad():
-        states = [
-            prior.start(BATCH, condition, labels, dtype=dtype)
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-        for position in range(flat.shape[1]):
-            exact, fast = (
-                prior.step(state, position, flat[:, position - 1] if position else None)
-                for state in states
-            )
-            assert (exact - fast).square().mean().sqrt() < 0.02 * exact.std()
-            assert fast.dtype == torch.float32
-            assert not can_pack(torch.bfloat16) or not torch.equal(exact, fast)  # it is used
+    codes, *given = inputs(prior)
+    exact_step = prior.make_stepper(BATCH, *given)
+    fast_step = prior.make_stepper(BATCH, *given, torch.bfloat16)
+    for position, before in enumerate(codes_before(prior, codes)):
+        exact, fast = exact_step(position, before), fast_step(position, before)
+        assert (exact - fast).square().mean().sqrt() < 0.02 * exact.std()
+        assert fast.dtype == torch.float32
+        assert not can_pack(torch.bfloat16) or not torch.equal(exact, fast)  # it is used
 
 
-def test_activations_that_are_computed_again_give_the_same_gradients() -> None:
+def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
     gradients = []
     for again in (False, True):
         prior = make("transformer", "bottom", checkpoint_activations=again, dropout=0.5).train()
-        codes, condition, labels = inputs(prior)
         torch.manual_seed(2)
-        torch.nn.functional.cross_entropy(prior(codes, condition, labels), codes).backward()
+        loss_of(prior).backward()
         gradients.append([parameter.grad for parameter in prior.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(map(torch.equal, *gradients))
 
 
 @each_family
 @each_prior
-def test_steps_of_fixed_shapes_are_the_steps(family: str, name: str) -> None:
-    """What CUDA graphs replay gives the logits of the forward, and of `step`, also when its buffers hold another batch's codes."""
+@torch.no_grad()
+def test_recorded_steps_serve_the_next_batch_and_moved_weights(family: str, name: str) -> None:
+    """What CUDA graphs replay gives the logits of the forward, whatever its buffers held before."""
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
-    flat, size = codes.flatten(1), prior.config.codebook_sizes[-1]
-    with torch.no_grad():
-        state = prior.start_static(BATCH, condition, labels)
-        for batch in (flat, flat.flip(0)):
-            coarser = [level if batch is flat else level.flip(0) for level in condition]
-            plain = prior(batch.view_as(codes), coarser, labels).flatten(2)
-            prior.restart(state, coarser, labels)
-            steps = prior.make_stepper(BATCH, coarser, labels, torch.float32)
-            for position in range(flat.shape[1]):
-                previous = batch[:, position - 1] if position else None
-                before = torch.full((BATCH,), size) if previous is None else previous
-                logits = prior.step_static(state, torch.tensor([position]), before)
-                torch.testing.assert_close(logits, plain[..., position], atol=1e-5, rtol=0)
-                torch.testing.assert_close(logits, steps(position, previous), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "network", [{"num_heads": 0}, {"kernel_size": 3}, {"kernel_size": 13}], ids=str
-)
-@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (3, 7), (9, 3)], ids=str)
-def test_pixelsnail_of_any_shape_in_fixed_shapes(network: dict, grid: tuple[int, int]) -> None:
-    config = dataclasses.replace(FAMILY["pixelsnail"], **network)
-    prior = perturbed(
-        PixelSNAILPriorConfig(level=1, grids=((1, 1), grid), codebook_sizes=(3, 7), network=config)
-    )
-    codes, condition, labels = inputs(prior)
-    with torch.no_grad():
-        plain = prior(codes, condition, labels).flatten(2)
-        step = prior.make_static_stepper(BATCH, condition, labels, torch.float32, lambda step: step)
-        for position in range(plain.shape[2]):
-            logits = step(position, codes.flatten(1)[:, position - 1] if position else None)
-            torch.testing.assert_close(logits, plain[..., position], atol=1e-5, rtol=0)
+    recorded = []
+    for turn in range(3):
+        flipped = [level.flip(0) for level in condition]
+        codes, condition = (codes.flip(0), flipped) if turn == 1 else (codes, condition)
+        if turn == 2:
+            for parameter in prior.parameters():
+                parameter.mul_(0.7)
+        logits = prior(codes, condition, labels).flatten(2)
+        start = partial(prior.start, BATCH, condition, labels)
+        step = graphed_stepper(
+            prior, start, (BATCH, torch.float32), lambda f: recorded.append(f) or f
+        )
+        for position, before in enumerate(codes_before(prior, codes)):
+            expected = logits[..., position]
+            torch.testing.assert_close(step(position, before), expected, atol=1e-5, rtol=0)
+    assert len(recorded) == 4  # a step and the start of a row; again for the weights
 
 
 @pytest.mark.parametrize("family", ["transformer, window", "pixelsnail"])
 def test_one_compiled_step_serves_all_positions_and_batches(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampling as on CUDA, but for the kernels: the step is traced as a single graph, once, and draws what sampling draws.
+    """Sampling as on CUDA, but for the kernels: steps are traced once, as graphs without a break.
 
-    Its only inputs that may move are the position and the code before it: all else CUDA graphs may read and change where it is.
+    Their only inputs that may move are the position and the code before it: all else CUDA graphs
+    may read and change where it is.
     """
-    prior = (
-        make(family, "bottom, classes, ratio 4", num_layers=2)
-        if family != "pixelsnail"
-        else make(family, "bottom, classes, ratio 4")
-    )
+    network = {"num_layers": 2} if family != "pixelsnail" else {}
+    prior = make(family, "bottom, classes, ratio 4", **network)
     graphs: list[list[torch.Size]] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
-        placeholders = graph.graph.find_nodes(
-            op="placeholder"
-        )  # what CUDA graphs see as not moving is noted in "tensor_dict"
-        graphs.append(
-            [
-                node.meta["example_value"].shape
-                for node in placeholders
-                if "_dynamo_static_input_type" not in node.meta["tensor_dict"]
-            ]
-        )
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        moving = []
+        for node in graph.graph.find_nodes(op="placeholder"):
+            if "_dynamo_static_input_type" not in node.meta["tensor_dict"]:
+                moving.append(node.meta["example_value"].shape)
+        graphs.append(sorted(moving))
         return graph.forward
 
-    def compiled(
-        batch_size: int, condition: list[torch.Tensor], labels: torch.Tensor, dtype: torch.dtype
-    ) -> Callable:
-        return prior.make_static_stepper(
-            batch_size,
-            condition,
-            labels,
-            dtype,
-            partial(torch.compile, backend=backend, fullgraph=True),
-        )
+    def compiled(batch_size: int, condition: list, labels: Tensor, dtype: torch.dtype) -> Callable:
+        start = partial(prior.start, batch_size, condition, labels, dtype=dtype)
+        record = partial(torch.compile, backend=backend, fullgraph=True)
+        return graphed_stepper(prior, start, (batch_size, dtype), record)
 
     _, condition, labels = inputs(prior)
     batches = [(condition, labels), ([level.flip(0) for level in condition], labels.flip(0))]
-    expected = [prior.sample(BATCH, *batch, seeds=[1, 2, 3]) for batch in batches]
+    expected = [prior.sample(BATCH, *batch, seeds=SEEDS) for batch in batches]
     torch._dynamo.reset()
     monkeypatch.setattr(prior, "make_stepper", compiled)
     for batch, codes in zip(batches, expected, strict=True):
-        assert torch.equal(prior.sample(BATCH, *batch, seeds=[1, 2, 3]), codes)
-    assert [sorted(shapes) for shapes in graphs] == [[(1,), (BATCH,)]]
+        assert torch.equal(prior.sample(BATCH, *batch, seeds=SEEDS), codes)
+    number = 2 if family == "pixelsnail" else 1  # PixelSNAIL also computes something once per row
+    assert graphs == number * [[(1,), (BATCH,)]]
 
 
 @each_family
@@ -477,9 +430,12 @@ def test_an_image_depends_on_its_own_seed_alone(family: str) -> None:
 def test_wrong_inputs_are_refused(family: str) -> None:
     prior = make(family, "bottom, classes, ratio 4")
     _, condition, labels = inputs(prior)
+    sample = partial(prior.sample, BATCH, seeds=SEEDS)
     with pytest.raises(UserError, match="the condition has shapes"):
-        prior.sample(BATCH, (), labels, seeds=[1, 2, 3])
+        sample((), labels)
     with pytest.raises(UserError, match="3 classes: give labels"):
-        prior.sample(BATCH, condition, None, seeds=[1, 2, 3])
+        sample(condition, None)
     with pytest.raises(UserError, match="from 0 to 2"):
-        prior.sample(BATCH, condition, torch.tensor([0, 1, 3]), seeds=[1, 2, 3])
+        sample(condition, torch.tensor([0, 1, 3]))
+    with pytest.raises(UserError, match="trained without label dropout"):
+        sample(condition, labels, sampling=SamplingConfig(guidance_scale=2.0))
