@@ -1,6 +1,7 @@
 """The pictures that trainings and commands leave behind."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,8 @@ from vqvae2.model import VQVAE2
 
 
 def make_reconstruction_drawer(images: ImageDataset, device: torch.device) -> Draw:
-    """Draws the first images of a set above their reconstructions."""
-
-    def draw(model: VQVAE2) -> Image.Image:
-        return reconstruction_sheet(model, images, device, num_images=16)
-
-    return draw
+    """For `fit`: draws images of a set above their reconstructions by the model in training."""
+    return partial(reconstruction_sheet, images=images, device=device, num_images=16)
 
 
 @torch.no_grad()
@@ -35,19 +32,15 @@ def reconstruction_sheet(
     shown = min(num_images, len(images))
     indices = [i * len(images) // shown for i in range(shown)]
     originals = to_images(images.__getitems__(indices)["images"]).to(device)
-    above, below = to_pil(originals), to_pil(model(originals).reconstruction)
-    rows, names = [], []
-    for first in range(0, shown, 8):
-        rows += [above[first : first + 8], below[first : first + 8]]
-        names += ["original", "reconstruction"]
-    return sheet(rows, names)
+    above = in_rows(to_pil(originals), 8)
+    below = in_rows(to_pil(model(originals).reconstruction), 8)
+    rows = [row for pair in zip(above, below, strict=True) for row in pair]
+    return sheet(rows, ["original", "reconstruction"] * len(above))
 
 
 def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
-    """Draws samples of one level's prior: coarser levels from real held-out codes, finer levels' prior not known yet.
-
-    The bottom's prior is decoded as it is. For a coarser level, whose finer codes do not exist yet, the real rows' finer codes are
-    taken, so the picture shows what that level changes.
+    """For `fit`: draws samples of one level's prior, in place of that level in up to 32 held-out
+    rows. Coarser and finer levels keep the rows' own codes: the picture shows what this level adds.
 
     Raises:
         UserError: the autoencoder is not the one that made the codes.
@@ -66,28 +59,28 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
         labels = real["labels"].to(prior.device) if prior.config.num_classes else None
         codes[level] = prior.sample(number, codes[:level], labels, seeds=image_seeds(0, 0, number))
         with torch.no_grad():
-            pictures = to_pil(model.decode_codes(codes))
-        return sheet(in_rows(pictures, 8))
+            return sheet(in_rows(to_pil(model.decode_codes(codes)), 8))
 
     return draw
 
 
 def refuse_other_encoder(vqvae: str, model: VQVAE2, codes: Path, manifest: Manifest) -> None:
-    """Codes mean something to the autoencoder that made them only.
+    """Refuse an autoencoder that did not make the codes: they mean nothing to it.
 
     Raises:
         UserError: naming both.
     """
-    if model.content_hash() != manifest.encoder_hash:
+    if (encoder := model.content_hash()) != manifest.encoder_hash:
         raise UserError(
-            f"{vqvae} is the encoder {model.content_hash()[:12]}, but {codes} holds codes of {manifest.encoder_hash[:12]}: give the one that made them."
+            f"{vqvae} is the encoder {encoder[:12]}, but {codes} holds codes of "
+            f"{manifest.encoder_hash[:12]}: give the one that made them."
         )
 
 
 def sample_sheet(
     images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]
 ) -> Image.Image:
-    """Samples in one row per class with its name; without classes in rows of eight."""
+    """Samples by class, a row for each of the first 20 with its name; else in rows of eight."""
     if not class_names:
         return sheet(in_rows(images, 8))
     rows: dict[int, list[Image.Image]] = {}

@@ -7,5 +7,5 @@ from vqvae2.training import train as train_alone
 
 
 def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> None:
-    """Train the autoencoder, with pictures of reconstructions."""
+    """Train the autoencoder, with pictures of reconstructions; see `vqvae2.training.train`."""
     train_alone(config, images=images, make_draw=make_reconstruction_drawer)
