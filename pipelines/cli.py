@@ -6,7 +6,6 @@ import importlib
 import inspect
 import io
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one sentence on stderr), or 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        arguments = _set_verbosity(arguments)
+        quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
+        show_messages(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+        arguments = [word for word in arguments if word not in ("--quiet", "--verbose")]
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())
             return 0
@@ -262,24 +263,6 @@ def recipe_section(
     return {**section, **(recipe.get(name) or {})}
 
 
-def _set_verbosity(arguments: list[str]) -> list[str]:
-    """Show messages as --quiet and --verbose say; return the other arguments."""
-    level = logging.DEBUG if "--verbose" in arguments else logging.INFO
-    if "--quiet" in arguments:
-        level = logging.WARNING
-        os.environ["TQDM_DISABLE"] = "1"  # in processes that this one starts
-        from tqdm.std import tqdm
-
-        show = tqdm.__init__
-
-        def hide(bar: tqdm, *args: Any, **options: Any) -> None:
-            show(bar, *args, **{**options, "disable": True})  # disable=False overrides TQDM_DISABLE
-
-        tqdm.__init__ = hide  # type: ignore[method-assign]
-    show_messages(level)
-    return [argument for argument in arguments if argument not in ("--quiet", "--verbose")]
-
-
 def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
     """The arguments without a flag and its value, and the value."""
     for i, argument in enumerate(arguments):
@@ -293,12 +276,13 @@ def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def _one_sentence(box: str) -> str:
-    """What tyro says in the first section of a box."""
-    title, *lines = re.split(r"│ ─+ │", box)[0].splitlines()
-    text = " ".join(line.strip("│╰╯─ ") for line in lines)
-    if "Required options" in title:
-        text = " and ".join(re.findall(r"(--[a-z.-]+) [A-Z{]", text)) + " must be given"
-    return re.sub(r"^Error parsing [\w.]+: ", "", text).rstrip(". ") + "."
+    """What tyro says of a mistake, without the box around it, its title and its hints."""
+    text = " ".join(re.sub(r"[│╭╮╰╯]|─+|-{3,}", " ", box).split())
+    text = re.split("(?:Argument|For full) helptext", text)[0].rstrip(". ")
+    if text.startswith("Required options"):
+        return " and ".join(re.findall(r"(--[a-z.-]+) [A-Z{]", text)) + " must be given."
+    title = r"^[A-Z]\w+ (error|choice|options|argument) (Error parsing [\w.]+: )?"
+    return re.sub(title, "", text) + "."
 
 
 def _leave_process_group() -> None:

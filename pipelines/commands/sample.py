@@ -32,14 +32,15 @@ def sample(config: SampleConfig) -> None:
     if vqvae is None or not priors:
         raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
     pipeline = VQVAE2Pipeline.from_parts(vqvae, priors).to(processes().device)
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    pipeline.samplings(**settings)  # refuses wrong ones before anything is written
-    labels: Any = pipeline.label_numbers(config.labels)
     known: list[Known | None] = []
+    labels = list(config.labels) or None
     if config.init_image is not None:
         known = known_codes(pipeline, config.init_image, config.mask, config.keep_levels)
-        if not config.labels and pipeline.can_hide_labels:
-            labels = pipeline.label_numbers("none")  # nobody said what the image shows
+        if labels is None and pipeline.can_hide_labels:
+            labels = ["none"]  # nobody said what the image shows
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    pipeline.samplings(**settings)  # refuse wrong settings and labels before anything is written
+    pipeline.label_numbers(labels)
     tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
     facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
     run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
