@@ -169,7 +169,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     import tyro
 
     # Refuse unknown flags with the nearest known one.
-    config_class = COMMANDS[command][0]
+    config_class: Any = COMMANDS[command][0]
     arguments, recipe = _take_flag(list(arguments), "--config")
     known = flag_names(command)
     for argument in arguments:
@@ -195,11 +195,16 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     recipes = f"a recipe: a YAML file, or {', '.join(recipe_names())}."
     description = f"{lesson}\n\n--config RECIPE takes the defaults from {recipes}\n"
     description += "--quiet shows warnings only, --verbose every message."
-    options = {"prog": f"vqvae2 {command}", "args": arguments, "description": description}
     mistake = io.StringIO()
     try:
         with contextlib.redirect_stderr(mistake):
-            return tyro.cli(config_class, default=default, **options)
+            return tyro.cli(
+                config_class,
+                prog=f"vqvae2 {command}",
+                description=description,
+                args=arguments,
+                default=default,
+            )
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
@@ -219,7 +224,8 @@ def _annotate_for_tyro(config_class: type) -> None:
         if dataclasses.is_dataclass(hint):
             _annotate_for_tyro(hint)  # type: ignore[arg-type]
         if field.metadata.get("recipe_only"):
-            config_class.__annotations__[field.name] = Annotated[hint, Fixed, Suppress]
+            hidden = Annotated[hint, Fixed, Suppress]  # type: ignore[valid-type]
+            config_class.__annotations__[field.name] = hidden
         elif hint is PreprocessingConfig:
             short = Annotated[hint, arg(name="image", prefix_name=False)]
             config_class.__annotations__[field.name] = short

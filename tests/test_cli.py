@@ -20,7 +20,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.config import TrainVQVAEConfig
 
-README = Path("/tmp/README_docs.md").read_text()
+README = (ROOT / "README.md").read_text()
 RUN_FILES = {"config.json", "model.safetensors", "train_config.yaml", "metrics.jsonl", "images",
              "curves.png", "checkpoints"}  # fmt: skip
 
