@@ -1,5 +1,7 @@
 """The trained whole: an autoencoder and one prior per level, in one folder and behind one call."""
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,11 +321,15 @@ def training_record(folder: str | Path) -> dict[str, Any]:
     return next((read_yaml(path) for path in records if path.is_file()), {})
 
 
-def last_names(value: Any) -> Any:
-    """Plain data as it may be published: of absolute paths only the last name is left."""
+def last_names(value: Any, key: str = "") -> Any:
+    """Plain data as it may be published: of absolute paths, also in command lines, only the last
+    name is left."""
     if isinstance(value, Mapping):
-        return {key: last_names(item) for key, item in value.items()}
+        return {key: last_names(item, key) for key, item in value.items()}
     if isinstance(value, list):
         return [last_names(item) for item in value]
-    absolute = isinstance(value, str) and value.startswith(("/", "~"))
-    return Path(value).name if absolute else value
+    if key == "command_line":
+        return shlex.join(last_names(shlex.split(value)))
+    return (
+        re.sub(r"^(--[\w.-]+=)?[/~](.*/)?(?=.)", r"\1", value) if isinstance(value, str) else value
+    )
