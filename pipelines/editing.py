@@ -6,6 +6,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from prior.base import Prior
 from prior.sampling import Known
 from vqvae2.common.errors import UserError
 from vqvae2.model import VQVAE2
@@ -61,3 +62,24 @@ def repeat_known(known: Sequence[Known | None], number: int) -> list[Known | Non
         rows = torch.arange(number) % len(level.codes) if level is not None else None
         repeated.append(level and Known(level.codes[rows], level.mask[rows]))
     return repeated
+
+
+def check_known(known: Sequence[Known | None], priors: Sequence[Prior], num_images: int) -> None:
+    """Refuse known codes that the priors cannot continue.
+
+    Raises:
+        UserError: not one entry per level, or codes of another shape or out of the codebook.
+    """
+    if len(known) != len(priors):
+        count = f"known has {len(known)} entries, but there are {len(priors)} levels"
+        raise UserError(f"{count}: give one per level, None where nothing is known.")
+    for level, (prior, given) in enumerate(zip(priors, known, strict=True)):
+        last, shape = prior.config.codebook_sizes[-1] - 1, (num_images, *prior.config.grids[-1])
+        if given is not None and not (
+            given.codes.shape == given.mask.shape == shape
+            and 0 <= int(given.codes.min()) <= int(given.codes.max()) <= last
+        ):
+            raise UserError(
+                f"known codes of level {level} must be from 0 to {last} and, as their mask, "
+                f"{shape}, one grid per image: see repeat_known."
+            )

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.config import LANES
+from pipelines.editing import check_known
 from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds
@@ -39,10 +40,7 @@ class PipelineOutput:
 
 
 class VQVAE2Pipeline:
-    """An autoencoder and one prior per level.
-
-    Example: `VQVAE2Pipeline.from_pretrained(folder)(num_images=16, labels=[3], seed=0).images`
-    """
+    """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(9).images`."""
 
     def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
         """Join parts that belong together, the priors top first.
@@ -69,11 +67,7 @@ class VQVAE2Pipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
-        """Load a pipeline folder, or a repository of the Hub.
-
-        Raises:
-            UserError: see `from_parts`; and if the folder holds no pipeline.
-        """
+        """Load a pipeline folder, or a repository of the Hub; see `from_parts` for errors."""
         folder = local_folder(name, revision=revision)
         pipeline = cls.from_parts(*part_folders(folder))
         pipeline.trainings = read_json(folder / INDEX_NAME).get("trainings") or {}
@@ -103,7 +97,7 @@ class VQVAE2Pipeline:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The models by the names of their folders: vqvae, prior_0, prior_1, ..."""
+        """The models by the names of their folders: vqvae, prior_0, ..."""
         return {"vqvae": self.vqvae} | {f"prior_{p.config.level}": p for p in self.priors}
 
     def content_hashes(self) -> dict[str, str]:
@@ -167,7 +161,7 @@ class VQVAE2Pipeline:
         check(first_index >= 0, "first_index", first_index, "0 or more")
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
         known = known or [None] * len(self.priors)
-        self._check_known(known, num_images)
+        check_known(known, self.priors, num_images)
         numbers = self.label_numbers(labels)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         samplings = self.samplings(**settings, guidance_scale=guidance_scale)
@@ -244,21 +238,6 @@ class VQVAE2Pipeline:
                     level[name] = of_level
         return [SamplingConfig(**level) for level in levels]
 
-    def _check_known(self, known: Sequence[Known | None], num_images: int) -> None:
-        if len(known) != len(self.priors):
-            count = f"known has {len(known)} entries, but there are {len(self.priors)} levels"
-            raise UserError(f"{count}: give one per level, None where nothing is known.")
-        for prior, level in zip(self.priors, known, strict=True):
-            last, shape = prior.config.codebook_sizes[-1] - 1, (num_images, *prior.config.grids[-1])
-            if level is not None and not (
-                level.codes.shape == level.mask.shape == shape
-                and 0 <= int(level.codes.min()) <= int(level.codes.max()) <= last
-            ):
-                raise UserError(
-                    f"known codes of level {prior.config.level} must be from 0 to {last} and, as "
-                    f"their mask, {shape}, one grid per image: see pipelines.editing.repeat_known."
-                )
-
 
 def in_lanes(wanted: range, lanes: int) -> list[range]:
     """Cut the indices of images into batches that are sampled together, image i in lane i % lanes.
@@ -301,11 +280,7 @@ def refuse_strangers(vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
 def part_folders(
     pipeline: str | Path | None, vqvae: str | Path | None = None, priors: Sequence[str | Path] = ()
 ) -> tuple[Any, list[Any]]:
-    """Where the autoencoder and the priors are: in a pipeline's folder, or each in its own.
-
-    Raises:
-        UserError: the folder holds no pipeline.
-    """
+    """Where the autoencoder and the priors are: in a pipeline's folder, or each in its own."""
     if pipeline is None:
         return vqvae, list(priors)
     folder = local_folder(pipeline)
