@@ -224,11 +224,12 @@ def _annotate_for_tyro(config_class: type) -> None:
         if dataclasses.is_dataclass(hint):
             _annotate_for_tyro(hint)  # type: ignore[arg-type]
         if field.metadata.get("recipe_only"):
-            hidden = Annotated[hint, Fixed, Suppress]  # type: ignore[valid-type]
-            config_class.__annotations__[field.name] = hidden
+            annotation: Any = Annotated[hint, Fixed, Suppress]
         elif hint is PreprocessingConfig:
-            short = Annotated[hint, arg(name="image", prefix_name=False)]
-            config_class.__annotations__[field.name] = short
+            annotation = Annotated[hint, arg(name="image", prefix_name=False)]
+        else:
+            continue
+        config_class.__annotations__[field.name] = annotation
 
 
 def recipe_names() -> list[str]:

@@ -32,7 +32,7 @@ class ExtractConfig:
     top_right, bottom_left, bottom_right (crops of nine tenths), flip_top_left, ... Held-out images
     are never changed."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 is faster where the hardware supports it, and changes a few codes (how many is shown)."""
+    """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
 
     def __post_init__(self) -> None:
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
@@ -51,7 +51,7 @@ class TrainPriorCommandConfig(TrainPriorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CodesInfoConfig:
-    """Say what a code dataset holds: rows, grids, how the codebooks are used, size on disk, where it comes from.
+    """Show what a code dataset holds: rows, grids, codebook use, size on disk, origin.
 
     Example: vqvae2 codes info --codes runs/photos/codes
     """
@@ -62,9 +62,9 @@ class CodesInfoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesViewConfig:
-    """Decode rows of a code dataset to a picture.
+    """Decode rows of a code dataset to a picture, rows.png.
 
-    Example: vqvae2 codes view --codes runs/photos/codes --vqvae runs/photos/vqvae --rows 0 5 9 --output-path rows.png
+    Example: vqvae2 codes view --codes runs/x/codes --vqvae runs/x/vqvae --rows 0 5 --output-dir out
     """
 
     codes: str = may_change()
@@ -75,8 +75,8 @@ class CodesViewConfig:
     """Which rows, counted from 0 over the shards of the split."""
     split: Literal["train", "validation"] = "train"
     """Training or held-out rows."""
-    output_path: str
-    """The PNG file."""
+    output_dir: str
+    """The folder that rows.png is written to."""
 
     def __post_init__(self) -> None:
         check(len(self.rows) >= 1, "rows", self.rows, "one number or more")
@@ -84,7 +84,8 @@ class CodesViewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesVerifyConfig:
-    """Check all of a code dataset: every shard's checksum, rows, codes and labels; no row twice. A line for each problem, then exit code 1.
+    """Check a code dataset: every shard's checksum, rows, codes and labels, and that no row repeats.
+    A line for each problem, then exit code 1.
 
     Example: vqvae2 codes verify --codes runs/photos/codes
     """
@@ -119,7 +120,7 @@ class ReconstructConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what an autoencoder has learned: use of the codebooks, what each level carries, quality of held-out reconstructions.
+    """Show what an autoencoder has learned: its codebooks, each level's share, its quality.
 
     Example: vqvae2 inspect --vqvae runs/photos/vqvae --data.path photos
     """
@@ -162,7 +163,8 @@ class SampleConfig(PartsConfig):
     labels: tuple[str, ...] = ()
     """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     temperature: tuple[float, ...] = (1.0,)
-    """Below 1: likelier codes, above 1: more varied ones, 0: the likeliest. One, or one per level."""
+    """Below 1: likelier codes; above 1: more varied ones; 0: the likeliest. One value, or one per
+    level."""
     top_k: tuple[int, ...] = ()
     """Only the k likeliest codes. One value, or one per level."""
     top_p: tuple[float, ...] = ()
@@ -173,7 +175,7 @@ class SampleConfig(PartsConfig):
     """Classifier-free guidance: above 1, images are more typical of their class and less varied.
     One value, or one per level."""
     seed: int = 0
-    """Image i depends on (seed, i, its label) alone, not on how many images or processes there are."""
+    """Image i depends on (seed, i, its label) alone, not on the number of images or processes."""
     lanes: int = LANES
     """Images computed side by side: more is faster on a GPU, and changes the images' last bits."""
     bf16: bool = False
