@@ -69,6 +69,7 @@ def test_every_subcommand_for_several_processes_has_its_script() -> None:
         "codes view",
         "codes verify",
         "import-codes",
+        "completion",
     }:
         assert (
             f'run_script("{command}")'
