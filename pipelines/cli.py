@@ -184,7 +184,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         level = _take_flag(arguments, "--level")[1]
         section = recipe_section(load_recipe(recipe), command, level)
     if config_class is configs.PlanConfig:
-        if recipe is None and "--help" not in arguments:
+        if recipe is None and not {"-h", "--help"} & {*arguments}:
             raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
         section = {**section, "recipe": recipe or ""}
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
