@@ -318,8 +318,8 @@ class PlanConfig:
     num_devices: int = 1
     """Devices that share a batch."""
     measure: bool = False
-    """Time a real step of every training on this device. Without it, hours follow from how fast the
-    device multiplies matrices, which no training reaches: they are a lower bound."""
+    """Time a real step of every training on this device, with as many images as take about a
+    second, for the hours."""
     images_per_second: tuple[float, ...] = ()
     """A rate that you measured (see metrics.jsonl): one number for all trainings, or one for each.
     Overrides --measure."""
