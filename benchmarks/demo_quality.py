@@ -1,11 +1,12 @@
-"""Are the demo's samples what was asked for? A classifier of real images judges class-conditional samples.
+"""Are the demo's samples what was asked for? A classifier judges class-conditional samples.
 
     python benchmarks/demo_quality.py --pipeline runs/demo/pipeline
 
-It trains a small convolutional classifier on the real training images that come with the package (kept in --classifier for the next
-time), prints how often it is right on real held-out images, on their reconstructions, and how often it gives samples the class that they
-were asked to be; and how varied the samples of a class are beside real images of it (mean distance between pairs, in pixels and in the
-classifier's features).
+It trains a small convolutional classifier on the real training images that come with the package
+(kept in --classifier for the next time) and prints how often it is right: on real held-out images,
+on their reconstructions, and on samples, whose class is the one that was asked for. It also prints
+how varied the samples of a class are beside real images of it: the mean distance between pairs, in
+pixels and in the classifier's features.
 """
 
 import argparse
@@ -49,14 +50,11 @@ class Classifier(nn.Module):
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images, shift each by up to two pixels, and blank a square of 8 pixels."""
-    images = torch.where(
-        torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images
-    )
-    padded = F.pad(images, (2, 2, 2, 2), value=-1)
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    padded = F.pad(torch.where(mirrored, images.flip(-1), images), (2, 2, 2, 2), value=-1)
+    places = torch.randint(0, 5, (len(images), 4), generator=generator).tolist()
     out = []
-    for image, (down, right, y, x) in zip(
-        padded, torch.randint(0, 5, (len(images), 4), generator=generator).tolist(), strict=True
-    ):
+    for image, (down, right, y, x) in zip(padded, places, strict=True):
         cut = image[:, down : down + 32, right : right + 32].clone()
         cut[:, 6 * y : 6 * y + 8, 6 * x : 6 * x + 8] = -1
         out.append(cut)
@@ -95,11 +93,10 @@ def judge(model: Classifier, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def diversity(model: Classifier, images: Tensor) -> tuple[float, float]:
-    """Mean distance between pairs of images: root mean square over pixels, and in the classifier's features."""
+    """Mean distance between pairs of images: in pixels (root mean square), and in features."""
     pixels, features = images.flatten(1), model.features(images)
-    return torch.pdist(pixels).mean().item() / pixels.shape[1] ** 0.5, torch.pdist(
-        features
-    ).mean().item()
+    in_pixels = torch.pdist(pixels).mean().item() / pixels.shape[1] ** 0.5
+    return in_pixels, torch.pdist(features).mean().item()
 
 
 def tensors(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
@@ -111,40 +108,24 @@ def tensors(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
 def compare_settings(
     pipeline: VQVAE2Pipeline, model: Classifier, options: argparse.Namespace
 ) -> None:
-    """Samples at several temperatures and guidance scales: how many are as asked, how many in the worst class, how diverse; a table and a plot."""
-    num_classes = len(pipeline.class_names)
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {
-        "as asked": {},
-        "lowest class": {},
-        "diversity of features": {},
-    }
-    print("temperature  guidance   as asked   lowest class   diversity of features")
+    """Samples at several temperatures and guidance scales: how many are as asked, how many in the
+    worst class, how diverse they are; a table and a plot."""
+    names = ("as asked", "lowest class", "diversity of features")
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in names}
+    classes = range(len(pipeline.class_names))
+    asked = torch.arange(options.num_images) % len(classes)
+    print(f"temperature  guidance   {'   '.join(names)}")
     for temperature in (0.8, 0.9, 1.0):
         for scale in (1.0, 1.5, 2.0, 3.0):
-            settings = {
-                "temperature": temperature,
-                "guidance_scale": scale,
-                "seed": options.seed,
-                "lanes": 100,
-            }
-            samples = pipeline(options.num_images, output_type="pt", **settings).images
-            asked = torch.arange(options.num_images) % num_classes
-            right = (judge(model, samples) == asked).float()
-            of_class = [right[asked == label].mean().item() for label in range(num_classes)]
-            diverse = (
-                sum(diversity(model, samples[asked == label])[1] for label in range(num_classes))
-                / num_classes
-            )
-            found = {
-                "as asked": right.mean().item(),
-                "lowest class": min(of_class),
-                "diversity of features": diverse,
-            }
-            print(
-                f"{temperature:11.1f} {scale:9.1f} {found['as asked']:10.1%} {found['lowest class']:14.1%} {diverse:23.2f}",
-                flush=True,
-            )
-            for name, value in found.items():
+            settings = {"temperature": temperature, "guidance_scale": scale, "seed": options.seed}
+            output = pipeline(options.num_images, output_type="pt", lanes=100, **settings)
+            right = (judge(model, output.images) == asked).float()
+            of_class = [right[asked == label].mean().item() for label in classes]
+            diverse = [diversity(model, output.images[asked == label])[1] for label in classes]
+            values = (right.mean().item(), min(of_class), sum(diverse) / len(classes))
+            row = f"{temperature:11.1f} {scale:9.1f} {values[0]:10.1%} {values[1]:14.1%}"
+            print(f"{row} {values[2]:23.2f}", flush=True)
+            for name, value in zip(names, values, strict=True):
                 curves[name].setdefault(f"T = {temperature}", []).append((scale, value))
     panels = [draw_panel(name, lines, x_name="guidance") for name, lines in curves.items()]
     page = Image.new("RGB", (sum(panel.width for panel in panels), panels[0].height), "white")
@@ -161,36 +142,28 @@ def main() -> None:
     )
     parser.add_argument("--pipeline", default="runs/demo/pipeline")
     parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument(
-        "--temperature", type=float, nargs="+", default=[1.0], help="one value, or one per level"
-    )
-    parser.add_argument(
-        "--guidance-scale", type=float, nargs="+", default=[1.5], help="one value, or one per level"
-    )
+    per_level = {"type": float, "nargs": "+", "help": "one value, or one per level"}
+    parser.add_argument("--temperature", default=[1.0], **per_level)
+    parser.add_argument("--guidance-scale", default=[1.5], **per_level)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--classifier", type=Path, default=Path("runs/demo_quality_classifier.pt"))
-    parser.add_argument(
-        "--table",
-        type=Path,
-        help="compare temperatures and guidance scales instead, and draw them in this PNG file",
-    )
+    table = "a PNG file: compare temperatures and guidance scales instead, and plot them in it"
+    parser.add_argument("--table", type=Path, help=table)
     options = parser.parse_args()
     keep_freed_memory()
 
     data = DataConfig(path=str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
-    splits = load_images(
-        data, PreprocessingConfig(size=(32,), channels=1, fit="pad", background="black")
-    )
+    image = PreprocessingConfig(size=(32,), channels=1, fit="pad", background="black")
+    splits = load_images(data, image)
     real, real_labels = tensors(splits.validation)
     if options.classifier.exists():
         model = Classifier(len(splits.class_names))
         model.load_state_dict(torch.load(options.classifier, weights_only=True))
         model.eval()
     else:
-        model = train_classifier(
-            *tensors(splits.train), len(splits.class_names), num_epochs=options.epochs
-        )
+        number = len(splits.class_names)
+        model = train_classifier(*tensors(splits.train), number, num_epochs=options.epochs)
         options.classifier.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), options.classifier)
 
@@ -199,43 +172,35 @@ def main() -> None:
         compare_settings(pipeline, model, options)
         return
     with torch.no_grad():
-        reconstructions = torch.cat(
-            [pipeline.vqvae(part).reconstruction for part in real.split(100)]
-        )
-    settings = {
-        "temperature": options.temperature,
-        "guidance_scale": options.guidance_scale,
-        "seed": options.seed,
-        "lanes": 100,
-    }
-    samples = pipeline(options.num_images, output_type="pt", show_progress=True, **settings).images
+        batches = [pipeline.vqvae(batch).reconstruction for batch in real.split(100)]
+    settings = {"temperature": options.temperature, "guidance_scale": options.guidance_scale}
+    samples = pipeline(
+        options.num_images, output_type="pt", lanes=100, seed=options.seed, show_progress=True,
+        **settings,
+    ).images  # fmt: skip
     asked = torch.arange(options.num_images) % len(splits.class_names)
-    on_real, on_reconstructions, on_samples = (
-        judge(model, real) == real_labels,
-        judge(model, reconstructions) == real_labels,
-        judge(model, samples) == asked,
-    )
+    on_real = (judge(model, real) == real_labels).float()
+    on_reconstructions = (judge(model, torch.cat(batches)) == real_labels).float()
+    on_samples = (judge(model, samples) == asked).float()
 
-    print(
-        f"\n{'':12} {'right on':>9} {'recon-':>8} {'samples':>8}    diversity: pixels          features"
-    )
-    print(
-        f"{'class':12} {'real':>9} {'struct.':>8} {'as asked':>8}    real / samples         real / samples"
-    )
+    print(f"\n{'':12} {'':>9} {'right on':>8} {'':>8}    {'diversity: pixels':22} features")
+    titles = f"{'class':12} {'real':>9} {'recon.':>8} {'samples':>8}"
+    print(f"{titles}    {'real / samples':22} real / samples")
     for label, name in enumerate(splits.class_names):
         of_class, sampled = real_labels == label, asked == label
-        number = int(sampled.sum())
-        (real_pixels, real_features), (pixels, features) = (
-            diversity(model, real[of_class][:number]),
-            diversity(model, samples[sampled]),
-        )
-        print(
-            f"{name:12} {on_real[of_class].float().mean():9.1%} {on_reconstructions[of_class].float().mean():8.1%} "
-            f"{on_samples[sampled].float().mean():8.1%}    {real_pixels:.3f} / {pixels:.3f}          {real_features:.2f} / {features:.2f}"
-        )
-    print(
-        f"{'all':12} {on_real.float().mean():9.1%} {on_reconstructions.float().mean():8.1%} {on_samples.float().mean():8.1%}"
-    )
+        real_of_class = real[of_class][: int(sampled.sum())]
+        real_pixels, real_features = diversity(model, real_of_class)
+        pixels, features = diversity(model, samples[sampled])
+        right = [on_real[of_class], on_reconstructions[of_class], on_samples[sampled]]
+        varied = f"{real_pixels:.3f} / {pixels:.3f}          {real_features:.2f} / {features:.2f}"
+        print(f"{name:12} {as_row(right)}    {varied}")
+    print(f"{'all':12} {as_row([on_real, on_reconstructions, on_samples])}")
+
+
+def as_row(right: list[Tensor]) -> str:
+    """The share of ones in each: of real images, reconstructions and samples."""
+    real, reconstructions, samples = (values.mean() for values in right)
+    return f"{real:9.1%} {reconstructions:8.1%} {samples:8.1%}"
 
 
 if __name__ == "__main__":

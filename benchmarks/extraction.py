@@ -1,9 +1,10 @@
-"""What preparation and extraction hold in memory, and how long they take, as the data grows: 1x, 4x, 16x images in tar shards.
+"""What preparation and extraction hold in memory, and how long they take, as the data grows.
 
     python benchmarks/extraction.py [--images 2000] [--size 32]
 
-Images are drawn anew (coloured noise through JPEG) and written as WebDataset shards of 500; each stage runs in a process of its own, so that its
-peak memory is its own. What one process must hold should not grow, and the time should grow with the images.
+1x, 4x and 16x images (coloured noise through JPEG) are written as WebDataset shards of 500. Each
+stage runs in a process of its own, so that its peak memory is its own. What one process holds
+should not grow, and the time should grow with the images.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import resource, sys, time
 from pipelines.cli import main
 began = time.perf_counter()
 assert main(sys.argv[1:]) == 0
-print("FIGURES", time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print("FIGURES", time.perf_counter() - began, peak)
 """
 
 
@@ -45,17 +47,12 @@ def write_shards(folder: Path, number: int, size: int) -> Path:
 
 def run(*arguments: object) -> tuple[float, float]:
     """Seconds and peak MiB of a command."""
-    result = subprocess.run(
-        [sys.executable, "-c", STAGE, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = [sys.executable, "-c", STAGE, *map(str, arguments)]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(result.stderr)
-    figures = next(
-        line for line in result.stdout.splitlines() if line.startswith("FIGURES")
-    ).split()
+    lines = result.stdout.splitlines()
+    figures = next(line for line in lines if line.startswith("FIGURES")).split()
     return float(figures[1]), float(figures[2])
 
 
@@ -65,83 +62,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=2000, help="images at 1x")
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=32,
-        help="pixels that the model sees; the files have twice as many",
-    )
+    size_help = "pixels that the model sees; the files have twice as many"
+    parser.add_argument("--size", type=int, default=32, help=size_help)
     options = parser.parse_args()
+    image = ["--image.size", options.size, "--image.channels", 3]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        first = write_shards(root / "data_1", options.images, options.size)
-        model = [
-            "--config",
-            "tiny",
-            "--model.image.size",
-            options.size,
-            "--model.image.channels",
-            3,
-            "--num-steps",
-            2,
-        ]
-        run("train", *model, "--data.path", first, "--output-dir", root / "vqvae")
+        data = write_shards(root / "data_1", options.images, options.size)
+        train = ["train", "--config", "tiny", *image, "--num-steps", 2, "--data.path", data]
+        run(*train, "--output-dir", root / "vqvae")
+        extract = ["extract", "--vqvae", root / "vqvae"]
+        prepare = ["prepare", *image, "--image.background", "black"]  # as in the recipe
         print(f"{'images':>8} {'stage':>20} {'seconds':>8} {'images/s':>9} {'peak MiB':>9}")
         for factor in (1, 4, 16):
-            number = options.images * factor
-            shards = (
-                first
-                if factor == 1
-                else write_shards(root / f"data_{factor}", number, options.size)
-            )
-            image = [
-                "--image.size",
-                options.size,
-                "--image.channels",
-                3,
-                "--image.background",
-                "black",
-            ]  # as the recipe
+            number, x = options.images * factor, root / f"x{factor}"
+            if factor > 1:
+                data = write_shards(root / f"data_{factor}", number, options.size)
             stages = {
-                "prepare (stream)": [
-                    "prepare",
-                    *image,
-                    "--data.streaming",
-                    "--data.path",
-                    shards,
-                    "--output-dir",
-                    root / f"prepared_{factor}",
-                ],
-                "extract (stream)": [
-                    "extract",
-                    "--data.streaming",
-                    "--data.path",
-                    shards,
-                    "--output-dir",
-                    root / f"stream_{factor}",
-                ],
-                "extract (files)": [
-                    "extract",
-                    "--data.path",
-                    shards,
-                    "--output-dir",
-                    root / f"files_{factor}",
-                ],
-                "extract (prepared)": [
-                    "extract",
-                    "--data.path",
-                    root / f"prepared_{factor}",
-                    "--output-dir",
-                    root / f"again_{factor}",
-                ],
+                "prepare (stream)": [*prepare, "--data.streaming", "--data.path", data],
+                "extract (stream)": [*extract, "--data.streaming", "--data.path", data],
+                "extract (files)": [*extract, "--data.path", data],
+                "extract (prepared)": [*extract, "--data.path", x / "prepare (stream)"],
             }
             for name, arguments in stages.items():
-                model_flag = ["--vqvae", root / "vqvae"] if name.startswith("extract") else []
-                seconds, peak = run(*arguments, *model_flag)
-                print(
-                    f"{number:8d} {name:>20} {seconds:8.1f} {number / seconds:9.0f} {peak:9.0f}",
-                    flush=True,
-                )
+                seconds, peak = run(*arguments, "--output-dir", x / name)
+                figures = f"{seconds:8.1f} {number / seconds:9.0f} {peak:9.0f}"
+                print(f"{number:8d} {name:>20} {figures}", flush=True)
 
 
 if __name__ == "__main__":

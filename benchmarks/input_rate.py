@@ -1,8 +1,9 @@
-"""Whether the input keeps up: training steps on a folder of images against the same steps on one batch that stays in memory.
+"""Whether the input keeps up: training steps on images from a folder and on a batch in memory.
 
-    python benchmarks/input_rate.py photos --size 64
+    python benchmarks/input_rate.py --data.path photos --image.size 64
 
-Blocks of steps run in turns; figures are medians. Pictures are decoded and resized once, in the first epoch, and then come from memory.
+Blocks of steps run in turns; figures are medians. Pictures are decoded and resized once, in the
+first epoch, and then come from memory.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def make_step(image: PreprocessingConfig) -> Any:
 
 
 def seconds(step: Any, batches: Iterator[dict[str, torch.Tensor]], number: int) -> float:
-    """Time of so many steps."""
+    """Time of this many steps."""
     started = time.perf_counter()
     for batch in islice(batches, number):
         step(batch)
@@ -52,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--data.path", dest="path", required=True)
+    parser.add_argument("--image.size", dest="size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30, help="per block")
     parser.add_argument("--rounds", type=int, default=9)
@@ -76,9 +77,8 @@ def main() -> None:
         "one batch in memory": median(memory),
     }
     for name, value in rates.items():
-        print(
-            f"{name:24} {options.batch_size / value:8.1f} images/s   {median(memory) / value:6.1%} of the rate in memory"
-        )
+        rate, share = options.batch_size / value, median(memory) / value
+        print(f"{name:24} {rate:8.1f} images/s   {share:6.1%} of the rate in memory")
 
 
 if __name__ == "__main__":

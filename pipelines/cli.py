@@ -1,94 +1,99 @@
-"""The command line: `vqvae2 SUBCOMMAND --flags`. Torch is loaded only after the arguments are understood."""
+"""The command line: `vqvae2 SUBCOMMAND --flags`. Torch loads only when the arguments are valid."""
 
 import contextlib
 import dataclasses
 import importlib
 import inspect
 import io
+import logging
 import re
 import sys
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-import tyro
-
-from pipelines.config import (
-    AssembleConfig,
-    CodesInfoConfig,
-    CodesVerifyConfig,
-    CodesViewConfig,
-    DemoConfig,
-    DoctorConfig,
-    ExtractConfig,
-    ImportCodesConfig,
-    ImportWeightsConfig,
-    InspectConfig,
-    PlanConfig,
-    ReconstructConfig,
-    SampleConfig,
-    TrainPriorCommandConfig,
-)
+from pipelines import config as configs
 from vqvae2.common.config import from_dict, read_yaml, suggest
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.messages import show_messages
-from vqvae2.config import PrepareConfig, TrainVQVAEConfig
+from vqvae2.config import PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
 
-COMMANDS: dict[
-    str, tuple[type, str]
-] = {  # subcommand -> its configuration, and where its function is
-    "demo": (DemoConfig, "pipelines.commands.demo:demo"),
-    "plan": (PlanConfig, "pipelines.plan.command:plan"),
+COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and its function
+    "demo": (configs.DemoConfig, "pipelines.commands.demo:demo"),
+    "plan": (configs.PlanConfig, "pipelines.plan.command:plan"),
     "prepare": (PrepareConfig, "vqvae2.data.prepared:prepare_command"),
     "train": (TrainVQVAEConfig, "vqvae2.training:train"),
-    "extract": (ExtractConfig, "pipelines.commands.extract:extract"),
-    "train-prior": (TrainPriorCommandConfig, "pipelines.commands.train_prior:train_prior"),
-    "codes info": (CodesInfoConfig, "pipelines.commands.codes:info"),
-    "codes view": (CodesViewConfig, "pipelines.commands.codes:view"),
-    "codes verify": (CodesVerifyConfig, "pipelines.commands.codes:verify"),
-    "reconstruct": (ReconstructConfig, "pipelines.commands.reconstruct:reconstruct"),
-    "inspect": (InspectConfig, "pipelines.commands.inspect:inspect_command"),
-    "doctor": (DoctorConfig, "pipelines.commands.doctor:doctor"),
-    "sample": (SampleConfig, "pipelines.commands.sample:sample"),
-    "assemble": (AssembleConfig, "pipelines.commands.assemble:assemble"),
-    "import-weights": (ImportWeightsConfig, "pipelines.commands.import_weights:import_weights"),
-    "import-codes": (ImportCodesConfig, "pipelines.importers.rosinality_codes:import_codes"),
+    "extract": (configs.ExtractConfig, "pipelines.commands.extract:extract"),
+    "train-prior": (configs.TrainPriorCommandConfig, "pipelines.commands.train_prior:train_prior"),
+    "codes info": (configs.CodesInfoConfig, "pipelines.commands.codes:info"),
+    "codes view": (configs.CodesViewConfig, "pipelines.commands.codes:view"),
+    "codes verify": (configs.CodesVerifyConfig, "pipelines.commands.codes:verify"),
+    "reconstruct": (configs.ReconstructConfig, "pipelines.commands.reconstruct:reconstruct"),
+    "inspect": (configs.InspectConfig, "pipelines.commands.inspect:inspect_command"),
+    "doctor": (configs.DoctorConfig, "pipelines.commands.doctor:doctor"),
+    "sample": (configs.SampleConfig, "pipelines.commands.sample:sample"),
+    "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
+    "import-weights": (
+        configs.ImportWeightsConfig,
+        "pipelines.commands.import_weights:import_weights",
+    ),
+    "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:import_codes"),
+    "completion": (configs.CompletionConfig, "pipelines.commands.completion:completion"),
 }
 RECIPES = files("pipelines") / "recipes"
+COMMON_FLAGS = ("--config", "--quiet", "--verbose", "--help")
+OVERVIEW = """usage: vqvae2 SUBCOMMAND [--config RECIPE] [--quiet | --verbose] [--flags]
+
+Train a VQ-VAE-2 on your own images and sample from it: train, extract, train-prior for each level,
+sample.
+
+{commands}
+
+RECIPE is a YAML file, or one of {recipes}; flags override it.
+vqvae2 SUBCOMMAND --help explains every flag. vqvae2 --version shows the version.
+On several processes: accelerate launch -m pipelines.cli SUBCOMMAND --flags"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0, 1 where checks failed, 2 for a user's mistake (one sentence on stderr), 128 + n after signal n."""
+    """Run one command line; the exit code is 0, 1 if checks failed, 2 for a user's mistake (with
+    one sentence on stderr), or 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    show_messages()
     try:
+        quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
+        show_messages(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+        arguments = [word for word in arguments if word not in ("--quiet", "--verbose")]
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())
             return 0
-        command, rest = split_command(arguments)
-        config = parse(command, rest)
+        if arguments[0] == "--version":
+            print(f"vqvae2 {version('vqvae2')}")
+            return 0
+        command, flags = split_command(arguments)
+        config = parse(command, flags)
         return function_of(command)(config) or 0
     except UserError as error:
-        print(f"vqvae2: error: {error}", file=sys.stderr)
-        return 2
+        message, code = f"error: {error}", 2
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"vqvae2: error: {error.filename}: {error.strerror}: check the path, its permissions, and the space on the disk.",
-            file=sys.stderr,
-        )
-        return 2
+        reason = f"{error.filename}: {error.strerror}"
+        message, code = f"error: {reason}: check the path, its permissions and the free space.", 2
     except Stopped as stopped:
-        print(f"vqvae2: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal_number
+        message, code = str(stopped), 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print("vqvae2: interrupted; the same command starts where it can.", file=sys.stderr)
-        return 130
+        message, code = "interrupted; run the same command again to continue.", 130
     finally:
         _leave_process_group()
+    print(f"vqvae2: {message}", file=sys.stderr)
+    return code
+
+
+def run_script(command: str) -> None:
+    """Run a subcommand with a script's own arguments; what the files of scripts/ call."""
+    sys.exit(main([command, *sys.argv[1:]]))
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -100,54 +105,59 @@ def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     for number in (1, 2):
         if (command := " ".join(arguments[:number])) in COMMANDS:
             return command, arguments[number:]
-    family = [command for command in COMMANDS if command.startswith(f"{arguments[0]} ")]
+    word = arguments[0]
+    family = ", ".join(command for command in COMMANDS if command.startswith(f"{word} "))
     if family:
-        raise UserError(
-            f"vqvae2 {arguments[0]} needs a second word: {', '.join(family)} (see vqvae2 --help)."
-        )
-    raise UserError(
-        f"unknown subcommand {arguments[0]!r}; {suggest(arguments[0], COMMANDS)} (see vqvae2 --help)."
-    )
-
-
-def _leave_process_group() -> None:
-    """Without it a process of several may be aborted at its exit, after all its work is done."""
-    if "torch.distributed" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def run_script(command: str) -> None:
-    """What a file of scripts/ calls: the subcommand with the script's own arguments."""
-    sys.exit(main([command, *sys.argv[1:]]))
+        raise UserError(f"vqvae2 {word} needs a second word: {family} (see vqvae2 --help).")
+    near = suggest(word, COMMANDS)
+    raise UserError(f"unknown subcommand {word!r}; {near} (see vqvae2 --help).")
 
 
 def function_of(command: str) -> Callable[[Any], int | None]:
-    """The function that carries out a subcommand, and may return an exit code; importing it loads torch."""
+    """The function that runs a subcommand and may return an exit code; importing it loads torch."""
     module, name = COMMANDS[command][1].split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def overview() -> str:
     """The text of `vqvae2 --help`."""
-    lines = [
-        "usage: vqvae2 SUBCOMMAND [--config RECIPE] [--flags]",
-        "",
-        "Train a VQ-VAE-2 on your own images and sample from it: train, extract, train-prior for each level, sample.",
-        "",
-    ]
-    lines += [
-        f"  {name:<14} {(config.__doc__ or '').splitlines()[0]}"
-        for name, (config, _) in COMMANDS.items()
-    ]
-    lines += [
-        "",
-        f"RECIPE is a YAML file, or one that comes with the package ({', '.join(recipe_names())}); flags win over it.",
-        "vqvae2 SUBCOMMAND --help explains every flag. On several processes: accelerate launch scripts/SUBCOMMAND.py with the same flags.",
-    ]
-    return "\n".join(lines)
+    lines = []
+    for name, (config_class, _) in COMMANDS.items():
+        lines.append(f"  {name:<14} {(config_class.__doc__ or '').splitlines()[0]}")
+    return OVERVIEW.format(commands="\n".join(lines), recipes=", ".join(recipe_names()))
+
+
+def flag_groups(
+    config_class: type, prefix: str = ""
+) -> Iterator[tuple[str, type, list[dataclasses.Field]]]:
+    """The flags of a subcommand, by dataclass: what their names begin with, the dataclass, and
+    those of its fields that have a flag. Preprocessing is `--image.*` wherever it lies."""
+    hints = get_type_hints(config_class)
+    flags, nested = [], []
+    for field in dataclasses.fields(config_class):
+        if field.metadata.get("recipe_only"):
+            continue
+        if dataclasses.is_dataclass(hint := hints[field.name]):
+            inner = "image." if hint is PreprocessingConfig else f"{prefix}{field.name}."
+            nested.append((hint, inner.replace("_", "-")))
+        else:
+            flags.append(field)
+    yield prefix, config_class, flags
+    for inner_class, inner_prefix in nested:
+        yield from flag_groups(inner_class, inner_prefix)  # type: ignore[arg-type]
+
+
+def flag_names(command: str) -> list[str]:
+    """Every flag that a subcommand takes."""
+    names = []
+    for prefix, config_class, fields in flag_groups(COMMANDS[command][0]):
+        hints = get_type_hints(config_class)
+        for field in fields:
+            name = field.name.replace("_", "-")
+            names.append(f"--{prefix}{name}")
+            if hints[field.name] is bool:
+                names.append(f"--{prefix}no-{name}")
+    return [*names, *COMMON_FLAGS]
 
 
 def parse(command: str, arguments: Sequence[str]) -> Any:
@@ -156,47 +166,75 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     Raises:
         UserError: an unknown flag, a wrong value, or a missing one.
     """
-    config_class = COMMANDS[command][0]
+    import tyro
+
+    # Refuse unknown flags with the nearest known one.
+    config_class: Any = COMMANDS[command][0]
     arguments, recipe = _take_flag(list(arguments), "--config")
+    known = flag_names(command)
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in (known := [*_flags(config_class), "--help"]):
-            raise UserError(
-                f"unknown flag {flag} of vqvae2 {command}; {suggest(flag, known)} (see vqvae2 {command} --help)."
-            )
-    section = (
-        recipe_section(load_recipe(recipe), command, _take_flag(list(arguments), "--level")[1])
-        if recipe
-        else {}
-    )
-    default: Any = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
+        if flag.startswith("--") and flag not in known:
+            near = suggest(flag, known)
+            raise UserError(f"unknown flag {flag}; {near} (see vqvae2 {command} --help).")
+
+    # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
+    section: dict[str, Any] = {}
+    if recipe is not None:
+        level = _take_flag(arguments, "--level")[1]
+        section = recipe_section(load_recipe(recipe), command, level)
+    if config_class is configs.PlanConfig:
+        if recipe is None and not {"-h", "--help"} & {*arguments}:
+            raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
+        section = {**section, "recipe": recipe or ""}
+    default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
+
+    # Let tyro parse the flags or print the help, and shorten what it says of a mistake.
+    _annotate_for_tyro(config_class)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
-    description = f"{lesson}\n\n--config RECIPE takes the defaults from a recipe: a YAML file, or {', '.join(recipe_names())}."
-    said = io.StringIO()
+    recipes = f"a recipe: a YAML file, or {', '.join(recipe_names())}."
+    description = f"{lesson}\n\n--config RECIPE takes the defaults from {recipes}\n"
+    description += "--quiet shows warnings only, --verbose every message."
+    mistake = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(mistake):
             return tyro.cli(
                 config_class,
                 prog=f"vqvae2 {command}",
+                description=description,
                 args=arguments,
                 default=default,
-                description=description,
             )
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
-        raise UserError(
-            f"vqvae2 {command}: {_one_sentence(said.getvalue())} See vqvae2 {command} --help."
-        ) from None
+        sentence = _one_sentence(mistake.getvalue())
+        raise UserError(f"vqvae2 {command}: {sentence} See vqvae2 {command} --help.") from None
+
+
+@cache
+def _annotate_for_tyro(config_class: type) -> None:
+    """Tell tyro what `flag_groups` decides. It reads annotations, in which the configurations
+    cannot name it themselves: `vqvae2 --help` would wait for its import."""
+    from tyro.conf import Fixed, Suppress, arg
+
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            _annotate_for_tyro(hint)  # type: ignore[arg-type]
+        if field.metadata.get("recipe_only"):
+            annotation: Any = Annotated[hint, Fixed, Suppress]
+        elif hint is PreprocessingConfig:
+            annotation = Annotated[hint, arg(name="image", prefix_name=False)]
+        else:
+            continue
+        config_class.__annotations__[field.name] = annotation
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in RECIPES.iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    return sorted(Path(entry.name).stem for entry in RECIPES.iterdir() if ".yaml" in entry.name)
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -207,14 +245,14 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(RECIPES / f"{name}.yaml"))
     if not path.is_file():
-        raise UserError(
-            f"there is no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}."
-        )
+        names = ", ".join(recipe_names())
+        raise UserError(f"there is no recipe {name!r}: give a YAML file, or one of {names}.")
     recipe = read_yaml(path)
     for section in recipe:
         if section not in COMMANDS and not re.fullmatch(r"prior_\d+", section):
             raise UserError(
-                f"{path}: unknown section {section!r}; sections are the subcommands, and prior_0, prior_1, ... for the levels' train-prior."
+                f"{path}: unknown section {section!r}: name it after a subcommand, or prior_0, "
+                "prior_1, ... for a level's train-prior."
             )
     return recipe
 
@@ -222,33 +260,14 @@ def load_recipe(name: str) -> dict[str, Any]:
 def recipe_section(
     recipe: dict[str, Any], command: str, level: str | None = None
 ) -> dict[str, Any]:
-    """What a recipe says to a subcommand; to train-prior it also speaks per level (`prior_0` for the top, the last one for the bottom)."""
+    """A recipe's settings for a subcommand; those for train-prior may differ by level (`prior_0`
+    is the top's, the last one the bottom's)."""
     section = recipe.get(command) or {}
-    if command == "train-prior":
-        priors = sorted(name for name in recipe if name.startswith("prior_"))
-        name = (
-            {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}")
-            if priors
-            else ""
-        )
-        section = {**section, **(recipe.get(name) or {})}
-    return section
-
-
-def _flags(config_class: type, prefix: str = "") -> list[str]:
-    flags = []
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        name = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(hints[field.name]):
-            flags += _flags(hints[field.name], f"{name}.")
-        else:
-            flags += (
-                [f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}"]
-                if hints[field.name] is bool
-                else [f"--{name}"]
-            )
-    return flags
+    priors = sorted(name for name in recipe if name.startswith("prior_"))
+    if command != "train-prior" or not priors:
+        return section
+    name = {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}")
+    return {**section, **(recipe.get(name) or {})}
 
 
 def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
@@ -264,18 +283,22 @@ def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def _one_sentence(box: str) -> str:
-    """What tyro says in a box, without the box."""
-    lines = [re.sub(r"[│╭╮╰╯]|─+", " ", line).strip() for line in box.splitlines()]
-    text = " ".join(
-        line
-        for line in lines
-        if line and "full helptext" not in line and "rgument helptext" not in line
-    )
-    text = re.sub(r"\s+", " ", text).removeprefix("Value error ").strip()
+    """What tyro says of a mistake, without the box around it, its title and its hints."""
+    text = " ".join(re.sub(r"[│╭╮╰╯]|─+|-{3,}", " ", box).split())
+    text = re.split("(?:Argument|For full) helptext", text)[0].rstrip(". ")
     if text.startswith("Required options"):
-        flags = re.findall(r"(--[a-z.-]+) [A-Z{]", text)
-        return f"{' and '.join(flags) or 'what comes after the subcommand, without a flag,'} must be given."
-    return text.rstrip(".") + "."
+        return " and ".join(re.findall(r"(--[a-z.-]+) [A-Z{]", text)) + " must be given."
+    title = r"^[A-Z]\w+ (error|choice|options|argument) (Error parsing [\w.]+: )?"
+    return re.sub(title, "", text) + "."
+
+
+def _leave_process_group() -> None:
+    """Without it, one of several processes may be aborted at exit, after all its work is done."""
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-import tyro
-
 from prior.config import TrainPriorConfig
 from vqvae2.common.config import check, may_change
+from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
+
+LANES = 16
+"""Images that a pipeline computes side by side: their last bits depend on this number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Turn images into a code dataset, with a trained autoencoder.
 
-    Example: vqvae2 extract --vqvae runs/photos/vqvae --data.path photos --output-dir runs/photos/codes
+    Example: vqvae2 extract --vqvae runs/x/vqvae --data.path photos --output-dir runs/x/codes
     """
 
     vqvae: str = may_change()
@@ -26,19 +28,16 @@ class ExtractConfig:
     shard_size: int = 8192
     """Images per Parquet shard (of a stream, each shard becomes one)."""
     views: tuple[str, ...] = ("original",)
-    """Rows per training image: original, flip, top_left, top_right, bottom_left, bottom_right (parts of nine tenths), flip_top_left, ... The
-    prior then sees them too. Held-out images are never changed."""
+    """Rows per training image, so that the prior sees them too: original, flip, top_left,
+    top_right, bottom_left, bottom_right (crops of nine tenths), flip_top_left, ... Held-out images
+    are never changed."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 is faster where the hardware computes in it, and changes a few codes: how many is printed."""
+    """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
 
     def __post_init__(self) -> None:
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
-        check(
-            len(set(self.views)) == len(self.views) >= 1,
-            "views",
-            self.views,
-            "one or more different views",
-        )
+        different = len(set(self.views)) == len(self.views) >= 1
+        check(different, "views", self.views, "one or more different views")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,28 +45,29 @@ class TrainPriorCommandConfig(TrainPriorConfig):
     __doc__ = TrainPriorConfig.__doc__
 
     vqvae: str | None = may_change(None)
-    """The autoencoder of the codes: if given, pictures of samples are drawn at intervals (the coarser levels' codes are real ones)."""
+    """The autoencoder that made the codes: with it, pictures of samples are saved at intervals (a
+    finer level's are conditioned on held-out codes of the coarser ones)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodesInfoConfig:
-    """Say what a code dataset holds: rows, grids, how the codebooks are used, size on disk, where it comes from.
+    """Show what a code dataset holds: rows, grids, codebook use, size on disk, origin.
 
-    Example: vqvae2 codes info runs/photos/codes
+    Example: vqvae2 codes info --codes runs/photos/codes
     """
 
-    codes: tyro.conf.Positional[str] = may_change()
+    codes: str = may_change()
     """The code dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodesViewConfig:
-    """Decode rows of a code dataset to a picture.
+    """Decode rows of a code dataset to a picture, rows.png.
 
-    Example: vqvae2 codes view runs/photos/codes --vqvae runs/photos/vqvae --rows 0 5 9 --output-path rows.png
+    Example: vqvae2 codes view --codes runs/x/codes --vqvae runs/x/vqvae --rows 0 5 --output-dir out
     """
 
-    codes: tyro.conf.Positional[str] = may_change()
+    codes: str = may_change()
     """The code dataset."""
     vqvae: str
     """The autoencoder that made the codes: a folder, or a Hub id."""
@@ -75,8 +75,8 @@ class CodesViewConfig:
     """Which rows, counted from 0 over the shards of the split."""
     split: Literal["train", "validation"] = "train"
     """Training or held-out rows."""
-    output_path: str
-    """The PNG file."""
+    output_dir: str
+    """The folder that rows.png is written to."""
 
     def __post_init__(self) -> None:
         check(len(self.rows) >= 1, "rows", self.rows, "one number or more")
@@ -84,28 +84,29 @@ class CodesViewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesVerifyConfig:
-    """Check all of a code dataset: every shard's checksum, rows, codes and labels; no row twice. A line for each problem, then exit code 1.
+    """Check a code dataset: every shard's checksum, rows, codes and labels, and that no row repeats.
+    A line for each problem, then exit code 1.
 
-    Example: vqvae2 codes verify runs/photos/codes
+    Example: vqvae2 codes verify --codes runs/photos/codes
     """
 
-    codes: tyro.conf.Positional[str] = may_change()
+    codes: str = may_change()
     """The code dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig:
-    """Encode and decode images: one PNG each, and a sheet with the originals above their reconstructions.
+    """Encode and decode images: one file each, and a sheet of originals above reconstructions.
 
-    Example: vqvae2 reconstruct --vqvae runs/photos/vqvae holiday --output-dir out
+    Example: vqvae2 reconstruct --vqvae runs/x/vqvae --data.path holiday --output-dir out
     """
 
-    images: tyro.conf.Positional[str]
-    """A folder, a Parquet file, or a Hub dataset id."""
     vqvae: str = may_change()
     """The trained autoencoder: a folder, or a Hub id."""
+    data: ImagesConfig
+    """Where the images are."""
     output_dir: str = may_change()
-    """Where the PNG files go."""
+    """Where the image files go."""
     num_images: int = may_change(64)
     """At most this many images, the first ones; 0 for all."""
     held_out: bool = False
@@ -113,6 +114,8 @@ class ReconstructConfig:
 
     def __post_init__(self) -> None:
         check(self.num_images >= 0, "num_images", self.num_images, "0 (all) or more")
+        streaming = self.data.streaming
+        check(not streaming, "data.streaming", streaming, "off, to take images in any order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,71 +135,70 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PartsConfig:
-    """What a pipeline is made of."""
+    """A pipeline, or the parts that make one."""
 
+    pipeline: str | None = may_change(None)
+    """A pipeline: a folder, or a Hub id. Instead of --vqvae and --priors."""
     vqvae: str | None = may_change(None)
     """The trained autoencoder."""
     priors: tuple[str, ...] = may_change(())
     """One trained prior per level, the top first."""
 
+    def __post_init__(self) -> None:
+        if self.pipeline is not None and (self.vqvae is not None or self.priors):
+            raise UserError("--pipeline replaces --vqvae and --priors: give one or the other.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(PartsConfig):
-    """Sample new images: one PNG each, and a sheet of them with the class names beside the rows.
+    """Sample new images: one file each, and a sheet of them, classes by row.
 
-    Example: vqvae2 sample --pipeline runs/photos/pipeline --num-images 64 --temperature 1.0 0.9 --output-dir out
+    Example: vqvae2 sample --pipeline runs/x/pipeline --num-images 64 --output-dir out
     """
 
-    pipeline: str | None = may_change(None)
-    """A pipeline folder or Hub id, instead of --vqvae and --priors."""
     output_dir: str = may_change()
-    """Where the PNG files go."""
+    """Where the image files go."""
     num_images: int = may_change(64)
     """How many images. A larger number continues a set."""
     labels: tuple[str, ...] = ()
-    """Class names or numbers, or none for no label, taken in turns; all classes in turns if nothing is given."""
+    """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     temperature: tuple[float, ...] = (1.0,)
-    """Below 1 for likelier, above 1 for more varied codes; 0 for the likeliest. One value, or one per level."""
+    """Below 1: likelier codes; above 1: more varied ones; 0: the likeliest. One value, or one per
+    level."""
     top_k: tuple[int, ...] = ()
-    """Draw from the k likeliest codes only. One value, or one per level."""
+    """Only the k likeliest codes. One value, or one per level."""
     top_p: tuple[float, ...] = ()
-    """Draw from the smallest set of codes that has this probability. One value, or one per level."""
+    """Only the smallest set of codes with this probability. One value, or one per level."""
     min_p: tuple[float, ...] = ()
-    """Draw from codes at least this share as likely as the likeliest only. One value, or one per level."""
+    """Only codes at least this likely, relative to the likeliest. One value, or one per level."""
     guidance_scale: tuple[float, ...] = (1.0,)
-    """Above 1 for images more typical of their class (and less varied): classifier-free guidance. One value, or one per level."""
+    """Classifier-free guidance: above 1, images are more typical of their class and less varied.
+    One value, or one per level."""
     seed: int = 0
-    """Image i is a function of (seed, i, its label), whatever the number of images and processes."""
-    lanes: int = 16
-    """Images computed side by side: more is faster on a GPU. Always as many, so that nothing else decides an image's last bits."""
+    """Image i depends on (seed, i, its label) alone, not on the number of images or processes."""
+    lanes: int = LANES
+    """Images computed side by side: more is faster on a GPU, and changes the images' last bits."""
     bf16: bool = False
     """Multiply in bfloat16 in the priors: faster, and other images."""
     init_image: str | None = None
-    """Start from this image: with --mask it is repainted where the mask is white, without its coarsest levels are kept (--keep-levels)."""
+    """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
+    (--keep-levels) and sample the finer ones."""
     mask: str | None = None
-    """With --init-image: a picture of the same size, white where the image is to be repainted."""
+    """With --init-image: a picture of the same size, white where it is to be repainted."""
     keep_levels: int | None = None
-    """With --init-image and no --mask: how many levels, from the top, are kept (1 if not given); the finer ones are drawn anew."""
+    """With --init-image and no --mask: how many levels to keep, from the top; 1 if not set."""
     npz: bool = may_change(False)
-    """Also write samples.npz (arr_0: uint8 images (N, H, W, C); arr_1: labels), which evaluators read."""
+    """Also write samples.npz for evaluators (arr_0: uint8 images (N, H, W, C); arr_1: labels)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.num_images >= 1, "num_images", self.num_images, "at least 1")
         check(self.lanes >= 1, "lanes", self.lanes, "at least 1")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
-        check(
-            self.mask is None or self.init_image is not None,
-            "mask",
-            self.mask,
-            "used together with init_image",
-        )
-        alone = self.init_image is not None and self.mask is None
-        check(
-            self.keep_levels is None or alone,
-            "keep_levels",
-            self.keep_levels,
-            "used together with init_image and without mask",
-        )
+        masked, edited = self.mask is not None, self.init_image is not None
+        check(edited or not masked, "mask", self.mask, "used together with init_image")
+        fits = self.keep_levels is None or (edited and not masked)
+        check(fits, "keep_levels", self.keep_levels, "used with init_image and without mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +224,6 @@ class DoctorConfig(PartsConfig):
     Example: vqvae2 doctor --pipeline runs/photos/pipeline --codes runs/photos/codes
     """
 
-    pipeline: str | None = may_change(None)
-    """A pipeline folder or Hub id, instead of --vqvae and --priors."""
     codes: str | None = may_change(None)
     """The code dataset."""
     data: ExtractedImagesConfig = field(default_factory=ExtractedImagesConfig)
@@ -231,44 +231,57 @@ class DoctorConfig(PartsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleConfig(PartsConfig):
-    """Put an autoencoder and its priors into one folder, for VQVAE2Pipeline.from_pretrained and vqvae2 sample --pipeline.
+class AssembleConfig:
+    """Put an autoencoder and its priors into one folder: a pipeline to sample from, or to share.
 
-    Example: vqvae2 assemble --vqvae runs/x/vqvae --priors runs/x/prior_0 runs/x/prior_1 --output-dir runs/x/pipeline
+    Example: vqvae2 assemble --vqvae x/vqvae --priors x/prior_0 x/prior_1 --output-dir x/pipeline
     """
 
+    vqvae: str = may_change()
+    """The trained autoencoder."""
+    priors: tuple[str, ...] = may_change()
+    """One trained prior per level, the top first."""
     output_dir: str = may_change()
     """The pipeline folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportWeightsConfig:
-    """Make a model folder of a stage-1 checkpoint of rosinality/vq-vae-2-pytorch.
+class ImportedImageConfig:
+    """What a checkpoint does not say about the images that it was trained on."""
 
-    Example: vqvae2 import-weights vqvae_560.pt --size 256 --output-dir runs/imported/vqvae
+    size: tuple[int, ...] = (256,)
+    """Height and width in pixels, or one number for both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportWeightsConfig:
+    """Turn a stage-1 checkpoint of rosinality/vq-vae-2-pytorch into a model folder.
+
+    Example: vqvae2 import-weights --checkpoint vqvae_560.pt --image.size 256 --output-dir x/vqvae
     """
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: str
     """The .pt file."""
     output_dir: str = may_change()
     """The model folder."""
-    size: tuple[int, ...] = (256,)
-    """Height and width of the images that it was trained on, or one number for both (the file does not say)."""
+    image: ImportedImageConfig = field(default_factory=ImportedImageConfig)
+    """The images that the checkpoint was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportCodesConfig:
-    """Make a code dataset of the LMDB file of codes that rosinality/vq-vae-2-pytorch extracts.
+    """Turn the LMDB file of codes that rosinality/vq-vae-2-pytorch extracts into a code dataset.
 
-    The classes are the folders that its images lay in, if there is more than one. No code that the file may hold is run.
+    Classes are the folders that the images were in, if there are several. No code that the file
+    may contain is run.
 
-    Example: vqvae2 import-codes codes.lmdb --vqvae runs/imported/vqvae --output-dir runs/imported/codes
+    Example: vqvae2 import-codes --lmdb codes.lmdb --vqvae x/vqvae --output-dir x/codes
     """
 
-    lmdb: tyro.conf.Positional[str]
+    lmdb: str
     """The LMDB file or folder."""
     vqvae: str = may_change()
-    """The autoencoder that made the codes: the folder that vqvae2 import-weights wrote of its checkpoint."""
+    """The autoencoder that made the codes: what vqvae2 import-weights wrote of its checkpoint."""
     output_dir: str = may_change()
     """Folder of the code dataset."""
     validation_fraction: float = 0.05
@@ -277,70 +290,55 @@ class ImportCodesConfig:
     """Rows per Parquet shard."""
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.validation_fraction < 1,
-            "validation_fraction",
-            self.validation_fraction,
-            "in [0, 1)",
-        )
+        fraction = self.validation_fraction
+        check(0 <= fraction < 1, "validation_fraction", fraction, "in [0, 1)")
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Say what the trainings of a recipe will need before they start: parameters, memory for a step, hours, and whether it fits the device.
+    """Estimate what a recipe's trainings need: parameters, memory, hours, and whether they fit.
 
     No weights are made: a network of any size is planned in seconds.
 
-    Example: vqvae2 plan ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
+    Example: vqvae2 plan --config ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
     """
 
-    recipe: tyro.conf.Positional[str]
-    """The recipe: its name, or a YAML file."""
+    recipe: str = field(metadata={"recipe_only": True})
+    """The recipe: its name, or a YAML file (--config)."""
     num_images: int | None = None
     """Training images, for the hours per epoch; without it an epoch is a million images."""
     num_classes: int = 0
     """Classes that the priors are conditioned on (a training reads them from the codes)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What to plan for; auto is what a training on this machine would use. cuda may be planned where there is none, with --memory-gibibytes."""
+    """What to plan for; auto: what a training would use here. cuda can be planned where there is
+    none, with --memory-gibibytes."""
     memory_gibibytes: float | None = None
     """Memory of the device, if it is not this machine's."""
     num_devices: int = 1
-    """Processes that share a batch, each on a device of its own."""
+    """Devices that share a batch."""
     measure: bool = False
-    """Time a real step of every training on this device, with as many images as take a few seconds. Without it, hours follow from how fast
-    the device multiplies matrices, which no training reaches: they are then the least it can take."""
+    """Time a real step of every training on this device, with as many images as take about a
+    second, for the hours."""
     images_per_second: tuple[float, ...] = ()
-    """A rate that you measured (`images_per_second` in metrics.jsonl): one number for all trainings, or one for each. Wins over --measure."""
+    """A rate that you measured (see metrics.jsonl): one number for all trainings, or one for each.
+    Overrides --measure."""
 
     def __post_init__(self) -> None:
-        check(
-            self.num_images is None or self.num_images >= 1,
-            "num_images",
-            self.num_images,
-            "at least 1",
-        )
+        num_images, memory = self.num_images, self.memory_gibibytes
+        check(num_images is None or num_images >= 1, "num_images", num_images, "at least 1")
         check(self.num_classes >= 0, "num_classes", self.num_classes, "0 (none) or more")
-        check(
-            self.memory_gibibytes is None or self.memory_gibibytes > 0,
-            "memory_gibibytes",
-            self.memory_gibibytes,
-            "above 0",
-        )
+        check(memory is None or memory > 0, "memory_gibibytes", memory, "above 0")
         check(self.num_devices >= 1, "num_devices", self.num_devices, "at least 1")
-        check(
-            all(rate > 0 for rate in self.images_per_second),
-            "images_per_second",
-            self.images_per_second,
-            "above 0",
-        )
+        for rate in self.images_per_second:
+            check(rate > 0, "images_per_second", rate, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train everything on the Fashion-MNIST images that come with the package, and sample new ones.
+    """Train everything on the Fashion-MNIST images that come with the package, and sample.
 
-    About 6 minutes on two CPU cores. Run again, it skips what is finished; killed, it continues.
+    Takes 6 minutes on two CPU cores. Run again, it skips what is finished; killed, it continues.
     """
 
     output_dir: str = may_change("runs/demo")
@@ -350,3 +348,14 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check(self.budget > 0, "budget", self.budget, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Print a script with which the shell completes subcommands, flags and recipes on Tab.
+
+    Example: vqvae2 completion --shell bash >> ~/.bashrc
+    """
+
+    shell: Literal["bash", "zsh"] = "bash"
+    """Which shell it is for."""

@@ -18,10 +18,8 @@ from vqvae2.model import VQVAE2
 
 
 def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
-    """Draws samples of one level's prior: coarser levels from real held-out codes, finer levels' prior not known yet.
-
-    The bottom's prior is decoded as it is. For a coarser level, whose finer codes do not exist yet, the real rows' finer codes are
-    taken, so the picture shows what that level changes.
+    """For `fit`: draws samples of one level's prior, in place of that level in up to 32 held-out
+    rows. Coarser and finer levels keep the rows' own codes: the picture shows what this level adds.
 
     Raises:
         UserError: the autoencoder is not the one that made the codes.
@@ -40,28 +38,28 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
         labels = real["labels"].to(prior.device) if prior.config.num_classes else None
         codes[level] = prior.sample(number, codes[:level], labels, seeds=image_seeds(0, 0, number))
         with torch.no_grad():
-            pictures = to_pil(model.decode_codes(codes))
-        return sheet(in_rows(pictures, 8))
+            return sheet(in_rows(to_pil(model.decode_codes(codes)), 8))
 
     return draw
 
 
 def refuse_other_encoder(vqvae: str, model: VQVAE2, codes: Path, manifest: Manifest) -> None:
-    """Codes mean something to the autoencoder that made them only.
+    """Refuse an autoencoder that did not make the codes: they mean nothing to it.
 
     Raises:
         UserError: naming both.
     """
-    if model.content_hash() != manifest.encoder_hash:
+    if (encoder := model.content_hash()) != manifest.encoder_hash:
         raise UserError(
-            f"{vqvae} is the encoder {model.content_hash()[:12]}, but {codes} holds codes of {manifest.encoder_hash[:12]}: give the one that made them."
+            f"{vqvae} is the encoder {encoder[:12]}, but {codes} holds codes of "
+            f"{manifest.encoder_hash[:12]}: give the one that made them."
         )
 
 
 def sample_sheet(
     images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]
 ) -> Image.Image:
-    """Samples in one row per class with its name; without classes in rows of eight."""
+    """Samples by class, a row for each of the first 20 with its name; else in rows of eight."""
     if not class_names:
         return sheet(in_rows(images, 8))
     rows: dict[int, list[Image.Image]] = {}

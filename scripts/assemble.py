@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/assemble.py --flags` is `vqvae2 assemble --flags` on several processes."""
+"""`accelerate launch scripts/assemble.py` is `vqvae2 assemble` on several processes."""
 
 from pipelines.cli import run_script
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/extract.py --flags` is `vqvae2 extract --flags` on several processes."""
+"""`accelerate launch scripts/extract.py` is `vqvae2 extract` on several processes."""
 
 from pipelines.cli import run_script
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/prepare.py --flags` is `vqvae2 prepare --flags` on several processes."""
+"""`accelerate launch scripts/prepare.py` is `vqvae2 prepare` on several processes."""
 
 from pipelines.cli import run_script
 

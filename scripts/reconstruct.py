@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/reconstruct.py --flags` is `vqvae2 reconstruct --flags` on several processes."""
+"""`accelerate launch scripts/reconstruct.py` is `vqvae2 reconstruct` on several processes."""
 
 from pipelines.cli import run_script
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/sample.py --flags` is `vqvae2 sample --flags` on several processes."""
+"""`accelerate launch scripts/sample.py` is `vqvae2 sample` on several processes."""
 
 from pipelines.cli import run_script
 

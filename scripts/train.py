@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/train.py --flags` is `vqvae2 train --flags` on several processes."""
+"""`accelerate launch scripts/train.py` is `vqvae2 train` on several processes."""
 
 from pipelines.cli import run_script
 

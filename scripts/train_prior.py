@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/train_prior.py --flags` is `vqvae2 train-prior --flags` on several processes."""
+"""`accelerate launch scripts/train_prior.py` is `vqvae2 train-prior` on several processes."""
 
 from pipelines.cli import run_script
 

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,120 +11,83 @@ import pytest
 from PIL import Image
 
 from pipelines import VQVAE2Pipeline
-from pipelines.cli import main
+from pipelines.cli import COMMANDS, RECIPES, flag_names, main, parse
+from pipelines.commands.completion import completion_script
 from tests.conftest import ROOT, edit_manifest, two_processes, vqvae2, write_images
 from tests.conftest import command as run_here
+from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
+from vqvae2.config import TrainVQVAEConfig
 
 README = (ROOT / "README.md").read_text()
+RUN_FILES = {"config.json", "model.safetensors", "train_config.yaml", "metrics.jsonl", "images",
+             "curves.png", "checkpoints"}  # fmt: skip
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def staged_commands() -> list[str]:
     """The README's staged commands, one line each."""
-    block = next(
-        block
-        for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-        if "vqvae2 extract" in block
-    )
-    return [
-        line.split(" #")[0]
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("vqvae2 ")
-    ]
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    block = next(block for block in blocks if "vqvae2 extract" in block)
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0] for line in lines if line.startswith("vqvae2 ")]
 
 
 def test_the_readmes_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in order on a tiny recipe: the same lines, with `--config tiny` where something is trained."""
+    """Run in order on a tiny recipe: the same lines, with `--config tiny` to train."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "photos", 60)
-    commands = staged_commands()
-    assert [line.split()[1] for line in commands] == [
-        "train",
-        "extract",
-        "train-prior",
-        "train-prior",
-        "reconstruct",
-        "sample",
-        "assemble",
-    ]
-    for line in commands:
-        words = line.split()[1:]
-        run_here(*words, *(("--config", "tiny") if words[0] in ("train", "train-prior") else ()))
+    commands = [line.split()[1:] for line in staged_commands()]
+    names = [words[0] for words in commands]
+    assert names[:4] == ["train", "extract", "train-prior", "train-prior"]
+    assert "sample" in names
+    for words in commands:
+        tiny = ("--config", "tiny") if words[0].startswith("train") else ()
+        run_here(*words, *tiny)
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), {})
 
 
 def test_the_run_folder_holds_what_the_design_says(run: Path) -> None:
     for name in ("vqvae", "prior_0", "prior_1"):
-        found = {path.name for path in (run / name).iterdir()}
-        assert found == {
-            "config.json",
-            "model.safetensors",
-            "train_config.yaml",
-            "metrics.jsonl",
-            "curves.png",
-            "checkpoints",
-        } | ({"images"} if name else set())
-        assert [p.name for p in sorted((run / name / "checkpoints").iterdir())] == [
-            "step_00000008",
-            "step_00000012",
-        ]
+        assert names_in(run / name) == RUN_FILES
+        assert names_in(run / name / "checkpoints") == {"step_00000008", "step_00000012"}
         with Image.open(run / name / "images" / "step_00000012.png") as picture:
             assert picture.width > 100
-    assert {p.name for p in (run / "codes").iterdir()} == {
-        "manifest.json",
-        "train",
-        "validation",
-        "extract_config.yaml",
-    }
-    assert {p.name for p in (run / "pipeline").iterdir()} == {
-        "model_index.json",
-        "vqvae",
-        "prior_0",
-        "prior_1",
-    }
+    codes = {"manifest.json", "train", "validation", "extract_config.yaml"}
+    assert names_in(run / "codes") == codes
+    assert names_in(run / "pipeline") == {"model_index.json", "vqvae", "prior_0", "prior_1"}
     pickles = [p for p in run.rglob("*") if p.suffix in (".pkl", ".bin", ".pt")]
     assert all("checkpoints" in p.parts for p in pickles)
 
 
-def test_samples_and_labels(run: Path, tmp_path: Path) -> None:
-    run_here("sample", "--pipeline", run / "pipeline", "--num-images", 5, "--labels", "dress", "0", "--temperature", "1.0", "0.9",
-           "--top-k", 8, "--top-p", "0.9", "1.0", "--output-dir", tmp_path / "a")  # fmt: skip
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        *(f"{i:06d}.png" for i in range(5)),
-        "sample_config.yaml",
-        "samples.png",
-    ]
+def test_samples_of_names_or_numbers_of_a_folder_or_parts_are_the_same(
+    run: Path, tmp_path: Path
+) -> None:
+    options = (
+        *("--num-images", 5, "--temperature", 1.0, 0.9),
+        *("--top-k", 8, "--top-p", 0.9, 1.0),
+    )
+    pipeline = ("--pipeline", run / "pipeline")
+    run_here(
+        "sample", *pipeline, *options, "--labels", "dress", "0", "--output-dir", tmp_path / "a"
+    )
+    files = {f"{i:06d}.png" for i in range(5)} | {"samples.png"}
+    assert names_in(tmp_path / "a") == files | {"sample_config.yaml"}
     parts = ("--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
-    run_here("sample", *parts, "--num-images", 5, "--labels", "2", "bag", "--temperature", "1.0", "0.9",
-           "--top-k", 8, "--top-p", "0.9", "1.0", "--output-dir", tmp_path / "b")  # fmt: skip
-    for path in (tmp_path / "a").glob(
-        "*.png"
-    ):  # names or numbers, folder or parts: the same images
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-    pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline")
-    whole = pipeline(6, seed=3, output_type="pt")
-    assert tuple(whole.images.shape) == (6, 1, 16, 16)
-    assert not (pipeline(6, seed=4).codes[1] == whole.codes[1]).all()
+    run_here("sample", *parts, *options, "--labels", "2", "bag", "--output-dir", tmp_path / "b")
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> None:
+    train = ("train-prior", "--config", "tiny", "--family", "pixelsnail", "--codes", run / "codes")
     for level, name in enumerate(("top", "bottom")):
-        run_here(
-            "train-prior",
-            "--config",
-            "tiny",
-            "--family",
-            "pixelsnail",
-            "--codes",
-            run / "codes",
-            "--level",
-            name,
-            "--output-dir",
-            tmp_path / f"p{level}",
-        )
+        run_here(*train, "--level", name, "--output-dir", tmp_path / f"p{level}")
         assert read_json(tmp_path / f"p{level}" / "config.json")["architecture"] == "PixelSNAIL"
     for priors in ((tmp_path / "p0", tmp_path / "p1"), (tmp_path / "p0", run / "prior_1")):
         pipeline = VQVAE2Pipeline.from_parts(run / "vqvae", priors)
@@ -132,21 +97,36 @@ def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> None:
-    command = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2, "--output-dir")
-    run_here("sample", *command, tmp_path / "one")
-    two_processes(ROOT / "scripts" / "sample.py", *command, tmp_path / "two")
-    assert len(list((tmp_path / "one").iterdir())) == 9
+    """Launched by the module's name, as from an installed wheel, where there is no scripts/."""
+    flags = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2, "--output-dir")
+    run_here("sample", *flags, tmp_path / "one")
+    two_processes("-m", "pipelines.cli", "sample", *flags, tmp_path / "two", cwd=ROOT)
+    assert len(names_in(tmp_path / "one")) == 9
     for path in (tmp_path / "one").glob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_reconstruct_reads_images_as_every_command_does(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
+    """A list with a column of another name, and an image that cannot be read."""
+    files = sorted(photos.rglob("*.png"))[:3]
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    rows = "\n".join(map(str, [*files, broken]))
+    (tmp_path / "list.csv").write_text(f"picture\n{rows}\n")
+    data = ("--data.path", tmp_path / "list.csv", "--data.image-column", "picture")
+    reconstruct = ("reconstruct", "--vqvae", run / "vqvae", *data, "--output-dir", tmp_path / "out")
+    run_here(*reconstruct, "--num-images", 3)
+    assert {f"{i:06d}.png" for i in range(3)} < names_in(tmp_path / "out")
 
 
 def test_a_pipeline_survives_a_round_trip(run: Path, tmp_path: Path) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(run / "pipeline").to("cpu")
     pipeline.save_pretrained(tmp_path)
     again = VQVAE2Pipeline.from_pretrained(tmp_path)
-    assert [image.tobytes() for image in again(3).images] == [
-        image.tobytes() for image in pipeline(3).images
-    ]
+    images, same = pipeline(3).images, again(3).images
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in same]
 
 
 def test_parts_that_do_not_belong_together_are_refused(
@@ -160,207 +140,176 @@ def test_parts_that_do_not_belong_together_are_refused(
     for priors in ([run / "prior_0"], [run / "prior_1", run / "prior_0"], [run / "prior_0"] * 2):
         with pytest.raises(UserError, match="one per level, the top first"):
             VQVAE2Pipeline.from_parts(run / "vqvae", priors)
-    drawn = vqvae2(
-        "train-prior",
-        "--config",
-        "tiny",
-        "--codes",
-        run / "codes",
-        "--level",
-        "top",
-        "--vqvae",
-        other,
-        "--output-dir",
-        tmp_path / "p",
-        check=False,
-    )
-    assert drawn.returncode == 2
-    assert ours in drawn.stderr
+    train = ("train-prior", "--config", "tiny", "--codes", run / "codes", "--level", "top")
+    result = vqvae2(*train, "--vqvae", other, "--output-dir", tmp_path / "p", check=False)
+    assert result.returncode == 2
+    assert ours in result.stderr
     assert not (tmp_path / "p").exists()
+
+
+def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    run_here("--version")
+    assert capsys.readouterr().out == f"vqvae2 {version('vqvae2')}\n"
+    run_here()
+    overview = capsys.readouterr().out
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
+
+
+def test_quiet_shows_warnings_only(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assemble = ("assemble", "--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
+    run_here(*assemble, "--output-dir", tmp_path / "a", "--quiet")
+    assert capsys.readouterr() == ("", "")
+    run_here("--verbose", *assemble, "--output-dir", tmp_path / "b")
+    assert "the pipeline" in capsys.readouterr().out
+    for command in COMMANDS:
+        assert {"--quiet", "--verbose", "--config", "--help"} < {*flag_names(command)}
+
+
+def test_the_same_thing_has_the_same_flag_everywhere() -> None:
+    """No positional arguments, `--image.*` for preprocessing and `--data.*` for images."""
+    flags = {name: flag_names(name) for name in COMMANDS}
+    for name in ("train", "extract", "reconstruct", "inspect", "doctor", "prepare"):
+        assert {"--data.path", "--data.validation-path"} < {*flags[name]}, name
+    for name in ("train", "prepare", "import-weights"):
+        assert "--image.size" in flags[name]
+    for name in ("extract", "reconstruct", "inspect", "doctor", "sample", "assemble"):
+        assert "--vqvae" in flags[name]
+    assert not any(flag.startswith("--model.image") for flag in flags["train"])
+    read = parse("train", ["--image.size", "128", "--data.path", "p", "--output-dir", "o"])
+    assert read.model.image.size == (128,)
+
+
+def test_a_field_for_recipes_only_has_no_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = TrainVQVAEConfig.__dataclass_fields__["weight_decay"]
+    monkeypatch.setattr(field, "metadata", {"recipe_only": True})
+    from pipelines.cli import _annotate_for_tyro
+
+    _annotate_for_tyro.cache_clear()
+    annotations = TrainVQVAEConfig.__annotations__
+    monkeypatch.setattr(TrainVQVAEConfig, "__annotations__", dict(annotations))
+    (tmp_path / "r.yaml").write_text("train: {weight_decay: 0.5}")
+    command = ["--config", str(tmp_path / "r.yaml"), "--data.path", "p", "--output-dir", "o"]
+    assert parse("train", command).weight_decay == 0.5
+    assert "--weight-decay" not in flag_names("train")
+    with pytest.raises(UserError, match="unknown flag --weight-decay"):
+        parse("train", [*command, "--weight-decay", "1"])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("vqvae2 tra", {"train", "train-prior"}),
+        ("vqvae2 train --image.s", {"--image.size"}),
+        ("vqvae2 codes v", {"view", "verify"}),
+        ("vqvae2 codes view --spl", {"--split"}),
+        ("vqvae2 plan --config ffhq2", {"ffhq256"}),
+        ("vqvae2 train --data.path ph", set()),  # bash completes files
+    ],
+)
+def test_bash_completes(line: str, expected: set[str]) -> None:
+    words = line.split()
+    ask = (f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _vqvae2; "
+           'printf "%s\\n" "${COMPREPLY[@]}"')  # fmt: skip
+    script = f"{completion_script('bash')}\n{ask}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) == expected
+
+
+def test_recipes_keep_preprocessing_in_the_model() -> None:
+    for path in map(Path, map(str, RECIPES.iterdir())):
+        if path.suffix == ".yaml":
+            assert "size" in read_yaml(path)["train"]["model"]["image"]
+
+
+MISTAKES = """
+trian -> unknown subcommand 'trian' | 'train'
+codes -> codes info, codes view, codes verify
+TRAIN --data.path {empty} -> {empty} | holds no image
+TRAIN --data.path {broken} -> bag/x.jpg | repair or remove it
+TRAIN --data.path nowhere -> nowhere | does not exist
+TRAIN --data.path {photos} --image.size 30 -> image.size | 30 | divisible by 8
+TRAIN --data.path {photos} --batch-sise 3 -> --batch-sise | --batch-size
+TRAIN --data.path {photos} --batch-size many -> --batch-size | many
+TRAIN --data.path {photos} --batch-size 0 -> batch_size is 0 | at least 1
+TRAIN --data.path {photos} --mixed-precision fp16 -> fp16 | CUDA
+TRAIN --data.path {photos} --batch-size 10 --gradient-accumulation-steps 4 -> batch_size is 10 | 4
+TRAIN -> --data.path must be given
+TRAIN --data.path {photos} stray -> stray
+train --config tiny --data.path {photos} -> --output-dir must be given
+train --config tiny --data.path {photos} --output-dir {full} -> {full} | not empty
+train --config tiny --data.path {photos} --output-dir {x}/vqvae --batch-size 8 -> batch_size = 16
+train --config tiny --data.path {photos} --output-dir {x}/prior_0 -> 'train-prior' | 'train'
+train --config tinny --data.path {photos} --output-dir {out} -> no recipe 'tinny' | tiny
+train --config -> --config has no value
+plan -> --config must be given
+EXTRACT --vqvae {x}/vqvae --data.validation-path {photos} -> trained with None
+EXTRACT --vqvae {empty} -> config.json | does not exist
+EXTRACT --vqvae runs/nowhere/vqvae -> runs/nowhere/vqvae is not a folder
+PRIOR --codes {empty} --level top -> no manifest.json | vqvae2 extract
+PRIOR --codes {x}/codes --level 2 -> level is '2' | from 0 to 1
+PRIOR --codes {cut} --level top -> 00000.parquet was changed | SHA-256 | manifest says
+train-prior --config tiny --codes {other} --level top --output-dir {x}/prior_0 -> encoder_hash | {f}
+sample --pipeline {x}/pipeline --seed 1 --output-dir {samples} -> seed = 0 | 1
+SAMPLE {parts} --labels hat -> label 'hat' | from 0 to 2 | bag
+SAMPLE {parts} --labels 3 -> label '3' | from 0 to 2
+SAMPLE {parts} --temperature 1 1 1 -> temperature has 3 values | 2 levels
+SAMPLE {parts} --top-p 2 -> top_p is 2.0 | (0, 1]
+SAMPLE {parts} --seed -1 -> seed | -1 | 0 or more
+SAMPLE {parts} --num-images 0 -> num_images | 0 | at least 1
+SAMPLE {parts} --pipeline {x}/pipeline -> --pipeline replaces --vqvae and --priors
+SAMPLE --vqvae {x}/vqvae -> --priors
+SAMPLE --pipeline {x}/codes -> model_index.json | does not exist
+assemble {parts} --output-dir {full}/thesis.txt -> thesis.txt | must be a folder
+assemble {parts} --output-dir {full} -> {full} | not empty
+demo --output-dir {full} -> {full} | not empty
+RECONSTRUCT --data.path {empty} -> {empty} | holds no image
+RECONSTRUCT --data.path {photos} --data.streaming -> data.streaming
+"""
+SHORT = {
+    "TRAIN": "train --config tiny --output-dir {out}",
+    "EXTRACT": "extract --data.path {photos} --output-dir {out}",
+    "PRIOR": "train-prior --output-dir {out}",
+    "SAMPLE": "sample --output-dir {out}",
+    "RECONSTRUCT": "reconstruct --vqvae {x}/vqvae --output-dir {out}",
+}
 
 
 def test_mistakes_get_one_sentence_and_exit_code_2(
     copy_of_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    x, out = copy_of_run, tmp_path / "out"
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    x, out, full = copy_of_run, tmp_path / "out", tmp_path / "full"
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    (full / "thesis.txt").write_text("precious")
     broken = shutil.copytree(photos, tmp_path / "broken")
     (broken / "bag" / "x.jpg").write_text("no image")
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "thesis.txt").write_text("precious")
-    other_codes = shutil.copytree(x / "codes", tmp_path / "other_codes")
-    edit_manifest(other_codes, encoder_hash="f" * 64)
-    cut_codes = shutil.copytree(x / "codes", tmp_path / "cut_codes")
-    shard = cut_codes / "train" / "00000.parquet"
+    other = shutil.copytree(x / "codes", tmp_path / "other_codes")
+    edit_manifest(other, encoder_hash="f" * 64)
+    cut = shutil.copytree(x / "codes", tmp_path / "cut_codes")
+    shard = cut / "train" / "00000.parquet"
     pq.write_table(pq.read_table(shard).slice(0, 5), shard)
     samples = tmp_path / "samples"
     run_here("sample", "--pipeline", x / "pipeline", "--num-images", 1, "--output-dir", samples)
-    train = ("train", "--config", "tiny")
-    parts = ("--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1")
-    cases: list[tuple[list[object], list[str]]] = [
-        (["trian"], ["unknown subcommand 'trian'", "'train'"]),
-        ([*train, "--data.path", empty, "--output-dir", out], [str(empty), "holds no image"]),
-        (
-            [*train, "--data.path", broken, "--output-dir", out],
-            ["bag/x.jpg", "repair or remove it"],
-        ),
-        (
-            [*train, "--data.path", tmp_path / "nowhere", "--output-dir", out],
-            ["nowhere", "does not exist"],
-        ),
-        (
-            [*train, "--data.path", photos, "--output-dir", out, "--model.image.size", 30],
-            ["image.size", "30", "divisible by 8"],
-        ),
-        (
-            [*train, "--data.path", photos, "--output-dir", out, "--batch-sise", 3],
-            ["--batch-sise", "--batch-size"],
-        ),
-        (
-            [*train, "--data.path", photos, "--output-dir", out, "--batch-size", "many"],
-            ["--batch-size", "many"],
-        ),
-        (
-            [*train, "--data.path", photos, "--output-dir", out, "--batch-size", 0],
-            ["batch_size is 0", "at least 1"],
-        ),
-        ([*train, "--data.path", photos], ["--output-dir"]),
-        (
-            [*train, "--data.path", photos, "--output-dir", out, "--mixed-precision", "fp16"],
-            ["fp16", "CUDA"],
-        ),
-        (
-            [
-                *train,
-                "--data.path",
-                photos,
-                "--output-dir",
-                out,
-                "--batch-size",
-                10,
-                "--gradient-accumulation-steps",
-                4,
-            ],
-            ["batch_size is 10", "4"],
-        ),
-        ([*train, "--data.path", photos, "--output-dir", full], [str(full), "not empty"]),
-        (
-            [*train, "--data.path", photos, "--output-dir", x / "vqvae", "--batch-size", 32],
-            ["batch_size = 16", "32"],
-        ),
-        (
-            [*train, "--data.path", photos, "--output-dir", x / "prior_0"],
-            ["'train-prior'", "'train'"],
-        ),
-        (
-            ["train", "--config", "tinny", "--data.path", photos, "--output-dir", out],
-            ["no recipe 'tinny'", "tiny"],
-        ),
-        (
-            [
-                "extract",
-                "--vqvae",
-                x / "vqvae",
-                "--data.path",
-                photos,
-                "--data.validation-path",
-                photos,
-                "--output-dir",
-                out,
-            ],
-            ["trained with None"],
-        ),
-        (
-            ["sample", "--pipeline", x / "pipeline", "--seed", 1, "--output-dir", samples],
-            ["seed = 0", "1"],
-        ),
-        (
-            ["extract", "--vqvae", empty, "--data.path", photos, "--output-dir", out],
-            ["config.json", "does not exist"],
-        ),
-        (
-            [
-                "extract",
-                "--vqvae",
-                "runs/nowhere/vqvae",
-                "--data.path",
-                photos,
-                "--output-dir",
-                out,
-            ],
-            ["runs/nowhere/vqvae is not a folder"],
-        ),
-        (
-            ["train-prior", "--codes", empty, "--level", "top", "--output-dir", out],
-            ["no manifest.json", "vqvae2 extract"],
-        ),
-        (
-            ["train-prior", "--codes", x / "codes", "--level", "2", "--output-dir", out],
-            ["level is '2'", "from 0 to 1"],
-        ),
-        (
-            ["train-prior", "--codes", cut_codes, "--level", "top", "--output-dir", out],
-            ["00000.parquet was changed", "SHA-256", "manifest says"],
-        ),
-        (
-            [
-                "train-prior",
-                "--config",
-                "tiny",
-                "--codes",
-                other_codes,
-                "--level",
-                "top",
-                "--output-dir",
-                x / "prior_0",
-            ],
-            ["encoder_hash", "f" * 64],
-        ),
-        (
-            ["sample", *parts, "--labels", "hat", "--output-dir", out],
-            ["label 'hat'", "from 0 to 2", "bag"],
-        ),
-        (["sample", *parts, "--labels", "3", "--output-dir", out], ["label '3'", "from 0 to 2"]),
-        (
-            ["sample", *parts, "--temperature", "1", "1", "1", "--output-dir", out],
-            ["temperature has 3 values", "2 levels"],
-        ),
-        (["sample", *parts, "--top-p", "2", "--output-dir", out], ["top_p is 2.0", "(0, 1]"]),
-        (["sample", *parts, "--seed", "-1", "--output-dir", out], ["seed", "-1", "0 or more"]),
-        (
-            ["sample", *parts, "--num-images", "0", "--output-dir", out],
-            ["num_images", "0", "at least 1"],
-        ),
-        (
-            ["assemble", *parts, "--output-dir", full / "thesis.txt"],
-            ["thesis.txt", "must be a folder"],
-        ),
-        (["demo", "--output-dir", full], [str(full), "not empty"]),
-        (["sample", "--vqvae", x / "vqvae", "--output-dir", out], ["--priors"]),
-        (
-            ["sample", "--pipeline", x / "codes", "--output-dir", out],
-            ["model_index.json", "does not exist"],
-        ),
-        (
-            ["reconstruct", "--vqvae", x / "vqvae", empty, "--output-dir", out],
-            [str(empty), "holds no image"],
-        ),
-        (["assemble", *parts, "--output-dir", full], [str(full), "not empty"]),
-    ]
-    for arguments, words in cases:
-        try:
-            code = main(list(map(str, arguments)))
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr().err
-        sentence = next(
-            line for line in reversed(said.splitlines()) if line.startswith("vqvae2: error: ")
-        )
-        assert code == 2, arguments
-        assert "Traceback" not in said
-        for word in words:
-            assert word in sentence, (arguments, sentence)
-        assert not out.exists(), arguments
-    assert [p.name for p in full.iterdir()] == ["thesis.txt"]
+    values = {
+        "x": x, "photos": photos, "out": out, "empty": tmp_path / "empty", "full": full,
+        "broken": broken, "other": other, "cut": cut, "samples": samples, "f": "f" * 64,
+        "parts": f"--vqvae {x}/vqvae --priors {x}/prior_0 {x}/prior_1",
+    }  # fmt: skip
+    for line in MISTAKES.strip().splitlines():
+        for word, meaning in SHORT.items():
+            line = line.replace(word, meaning, 1) if line.startswith(word) else line  # noqa: PLW2901
+        command, _, expected = line.format(**values).partition(" -> ")
+        capsys.readouterr()
+        assert main(command.split()) == 2, command
+        text = capsys.readouterr().err
+        assert "Traceback" not in text
+        sentence = text.splitlines()[-1]
+        assert sentence.startswith("vqvae2: error: ")
+        for word in expected.split(" | "):
+            assert word in sentence, (command, sentence)
+        assert not out.exists(), command
+    assert names_in(full) == {"thesis.txt"}

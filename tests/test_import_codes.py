@@ -1,4 +1,4 @@
-"""Codes that the widely used implementation extracted: taken over bit for bit, and nothing that its pickles may hold is run."""
+"""Codes of the widely used implementation: taken over bit for bit, and no code in them is run."""
 
 import os
 import pickle
@@ -11,6 +11,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,9 +38,18 @@ def _their_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("imported") / "vqvae"
-    command("import-weights", CHECKPOINT, "--size", 32, "--output-dir", folder)
+    return import_model(tmp_path_factory.mktemp("imported") / "vqvae", size=32)
+
+
+def import_model(folder: Path, size: int) -> Path:
+    flags = ("--checkpoint", CHECKPOINT, "--image.size", size)
+    command("import-weights", *flags, "--output-dir", folder)
     return folder
+
+
+def import_codes(lmdb: Path, vqvae: Path, folder: Path, *flags: object, code: int = 0) -> None:
+    parts = ("--lmdb", lmdb, "--vqvae", vqvae)
+    command("import-codes", *parts, "--output-dir", folder, *flags, code=code)
 
 
 def row(name: str, seed: int = 0) -> Any:
@@ -48,152 +58,80 @@ def row(name: str, seed: int = 0) -> Any:
 
 
 def write_lmdb(path: Path, values: list[bytes], **keys: bytes) -> Path:
+    entries = {str(i): value for i, value in enumerate(values)}
+    entries |= {"length": str(len(values)).encode(), **keys}
     with (
         lmdb.open(str(path), subdir=False, map_size=1 << 24) as environment,
         environment.begin(write=True) as transaction,
     ):
-        for key, value in {
-            **{str(i): value for i, value in enumerate(values)},
-            "length": str(len(values)).encode(),
-            **keys,
-        }.items():
+        for key, value in entries.items():
             transaction.put(key.encode(), value)
     return path
 
 
-def test_a_real_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def rows_of(folder: Path, split: str) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    dataset = CodeDataset(folder, manifest, split)
+    return dataset.__getitems__(range(len(dataset)))
+
+
+def test_a_real_file_is_taken_over_bit_for_bit(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with (
         lmdb.open(str(CODES), subdir=False, readonly=True, lock=False) as environment,
         environment.begin() as transaction,
     ):
-        expected = [
-            pickle.loads(transaction.get(str(i).encode()))
-            for i in range(int(transaction.get(b"length")))
-        ]
-    command("import-codes", CODES, "--vqvae", model, "--output-dir", tmp_path / "codes")
+        theirs = [pickle.loads(transaction.get(str(i).encode())) for i in range(5)]
+    import_codes(CODES, model, tmp_path / "codes")
     assert "5 training rows, 0 held out, 2 classes (class0, class1)" in capsys.readouterr().out
-    read = CodeDataset(tmp_path / "codes", read_manifest(tmp_path / "codes"), "train").__getitems__(
-        range(5)
-    )
-    assert all(
-        np.array_equal(codes, theirs.top)
-        for codes, theirs in zip(read["codes"][0], expected, strict=True)
-    )
-    assert all(
-        np.array_equal(codes, theirs.bottom)
-        for codes, theirs in zip(read["codes"][1], expected, strict=True)
-    )
-    assert read["labels"].tolist() == [int(theirs.filename[len("class")]) for theirs in expected]
-    command("codes", "verify", tmp_path / "codes")
-    command(
-        "codes",
-        "view",
-        tmp_path / "codes",
-        "--vqvae",
-        model,
-        "--rows",
-        4,
-        0,
-        "--output-path",
-        tmp_path / "rows.png",
-    )
-    assert (
-        "train row 4: class0/4.png, class0\ntrain row 0: class0/0.png, class0\n"
-        in capsys.readouterr().out
-    )
-    command("import-codes", CODES, "--vqvae", model, "--output-dir", tmp_path / "codes")
+    read = rows_of(tmp_path / "codes", "train")
+    for level, name in enumerate(("top", "bottom")):
+        expected = np.stack([getattr(row, name) for row in theirs])
+        assert np.array_equal(read["codes"][level], expected)
+    ids = pq.read_table(tmp_path / "codes" / "train")["id"].to_pylist()
+    assert ids == [row.filename for row in theirs]
+    assert read["labels"].tolist() == [int(row.filename[len("class")]) for row in theirs]
+    command("codes", "verify", "--codes", tmp_path / "codes")
+
+
+def test_an_import_is_finished_once_and_not_mixed_with_another(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_codes(CODES, model, tmp_path / "codes")
+    import_codes(CODES, model, tmp_path / "codes")
     assert "imported already" in capsys.readouterr().out
     shard = tmp_path / "codes" / "train" / "00000.parquet"
     before = shard.read_bytes()
     shard.unlink()
-    command("import-codes", CODES, "--vqvae", model, "--output-dir", tmp_path / "codes")
+    import_codes(CODES, model, tmp_path / "codes")
     assert shard.read_bytes() == before
-    other = write_lmdb(
-        tmp_path / "other.lmdb",
-        [pickle.dumps(row(name), protocol=4) for name in ("a/1.png#2", "a/1.png", "a/1.png")],
-    )
-    command("import-codes", other, "--vqvae", model, "--output-dir", tmp_path / "codes", code=2)
-    command(
-        "import-codes",
-        other,
-        "--vqvae",
-        model,
-        "--output-dir",
-        tmp_path / "twice",
-        "--validation-fraction",
-        0,
-    )
-    command("codes", "verify", tmp_path / "twice")
-    command(
-        "import-codes",
-        other,
-        "--vqvae",
-        model,
-        "--output-dir",
-        tmp_path / "none",
-        "--validation-fraction",
-        "0.9999999",
-        code=2,
-    )
+    other = write_lmdb(tmp_path / "other.lmdb", [pickle.dumps(row("a/1.png"))])
+    import_codes(other, model, tmp_path / "codes", code=2)
+    all_held_out = ("--validation-fraction", 0.9999999)
+    import_codes(other, model, tmp_path / "none", *all_held_out, code=2)
 
 
 def test_a_prior_trains_on_it(model: Path, tmp_path: Path) -> None:
     rows = [row(f"{'ab'[i % 2]}/{i}.png", i) for i in range(40)]
-    file = write_lmdb(
-        tmp_path / "x.lmdb", [pickle.dumps(r, protocol=3 + i % 2) for i, r in enumerate(rows)]
-    )
-    command(
-        "import-codes",
-        file,
-        "--vqvae",
-        model,
-        "--output-dir",
-        tmp_path / "codes",
-        "--validation-fraction",
-        0.3,
-        "--shard-size",
-        7,
-    )
-    manifest = read_manifest(tmp_path / "codes")
+    values = [pickle.dumps(r, protocol=3 + i % 2) for i, r in enumerate(rows)]
+    file, codes = write_lmdb(tmp_path / "x.lmdb", values), tmp_path / "codes"
+    import_codes(file, model, codes, "--validation-fraction", 0.3, "--shard-size", 7)
     held_out = [r for r in rows if is_held_out(r.filename, 0.3)]
-    validation = CodeDataset(tmp_path / "codes", manifest, "validation").__getitems__(
-        range(manifest.num_validation)
-    )
-    assert [codes.tolist() for codes in validation["codes"][1]] == [
-        r.bottom.tolist() for r in held_out
-    ]
-    assert len(manifest.train) == -(-(40 - len(held_out)) // 7)
-    options = ("--num-steps", 2, "--batch-size", 4, "--checkpoint-every", 2, "--validate-every", 2)
-    command(
-        "train-prior",
-        "--config",
-        "tiny",
-        "--codes",
-        tmp_path / "codes",
-        "--level",
-        "bottom",
-        "--output-dir",
-        tmp_path / "prior",
-        *options,
-    )
+    read = [grid.tolist() for grid in rows_of(codes, "validation")["codes"][1]]
+    assert read == [r.bottom.tolist() for r in held_out]
+    assert len(read_manifest(codes).train) == -(-(40 - len(held_out)) // 7)
+    train = ("train-prior", "--config", "tiny", "--codes", codes, "--level", "bottom")
+    steps = ("--num-steps", 2, "--batch-size", 4, "--checkpoint-every", 2, "--validate-every", 2)
+    command(*train, *steps, "--output-dir", tmp_path / "prior")
 
 
-def test_names_that_repeat_and_no_folders(model: Path, tmp_path: Path) -> None:
-    file = write_lmdb(
-        tmp_path / "x.lmdb", [pickle.dumps(row(name)) for name in ("a/1.png", "a/2.png", "a/1.png")]
-    )
-    command(
-        "import-codes",
-        file,
-        "--vqvae",
-        model,
-        "--output-dir",
-        tmp_path / "codes",
-        "--validation-fraction",
-        0,
-    )
-    assert read_manifest(tmp_path / "codes").class_names == ()
-    command("codes", "verify", tmp_path / "codes")
+def test_names_that_repeat_get_ids_of_their_own(model: Path, tmp_path: Path) -> None:
+    names = ("a/1.png#2", "a/1.png", "a/1.png", "a/2.png")
+    file = write_lmdb(tmp_path / "x.lmdb", [pickle.dumps(row(name)) for name in names])
+    import_codes(file, model, tmp_path / "codes", "--validation-fraction", 0)
+    assert read_manifest(tmp_path / "codes").class_names == ()  # a single folder is no class
+    command("codes", "verify", "--codes", tmp_path / "codes")
 
 
 class Evil:
@@ -209,7 +147,7 @@ def global_of(module: str, name: str, *rest: bytes) -> bytes:
 
 
 def malicious(folder: Path) -> dict[str, bytes]:
-    """Name of the trick -> a pickle that plays it; those that run something make the file `folder/run`."""
+    """Name of the trick -> a pickle that plays it. What one runs makes the file `folder/run`."""
     good = pickle.dumps(row("a/0.png"), protocol=4)
     top, bottom, name = row("a/0.png")
     touch = Evil(os.system, f"touch {folder / 'run'}")
@@ -255,17 +193,14 @@ def malicious(folder: Path) -> dict[str, bytes]:
 def test_malicious_rows_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    expected = "no pickled CodeRow of int64 arrays and a file name"
+    sentence = rf"^x: row 1 is {expected} \(.+\): it is not imported\.$"
     for trick, value in malicious(tmp_path).items():
-        with pytest.raises(
-            UserError,
-            match=r"^x: row 1 is no pickled CodeRow of int64 arrays and a file name \(.+\): it is not imported\.$",
-        ):
+        with pytest.raises(UserError, match=sentence):
             print(trick, read_row(value, "x: row 1"))
-    file = write_lmdb(
-        tmp_path / "x.lmdb", [pickle.dumps(row("a/0.png")), malicious(tmp_path)["a command"]]
-    )
-    command("import-codes", file, "--vqvae", model, "--output-dir", tmp_path / "codes", code=2)
-    assert "row 1 is no pickled CodeRow" in capsys.readouterr().err
+    values = [pickle.dumps(row("a/0.png")), malicious(tmp_path)["a command"]]
+    import_codes(write_lmdb(tmp_path / "x.lmdb", values), model, tmp_path / "codes", code=2)
+    assert f"row 1 is {expected}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "codes").exists()
 
@@ -273,18 +208,14 @@ def test_malicious_rows_are_refused(
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damaged_rows_are_refused_or_the_same_kind_of_row(data: st.DataObject) -> None:
-    """Whatever becomes of the bytes, what comes back is a row, or a sentence; and the stand-ins stay as they are."""
+    """Whatever becomes of the bytes, a row or a sentence comes back; stand-ins do not change."""
     value = bytearray(pickle.dumps(row("a/0.png"), protocol=4))
     for _ in range(data.draw(st.integers(1, 4))):
         value[data.draw(st.integers(0, len(value) - 1))] = data.draw(st.integers(0, 255))
+    length = data.draw(st.integers(0, len(value))) if data.draw(st.booleans()) else len(value)
     kinds = {key: dict(vars(kind)) for key, kind in NAMES.items()}
     try:
-        found = read_row(
-            bytes(value[: data.draw(st.integers(0, len(value)))])
-            if data.draw(st.booleans())
-            else bytes(value),
-            "x: row 0",
-        )
+        found = read_row(bytes(value[:length]), "x: row 0")
     except UserError:
         return
     finally:
@@ -293,37 +224,28 @@ def test_damaged_rows_are_refused_or_the_same_kind_of_row(data: st.DataObject) -
     assert isinstance(found.name, str)
 
 
-def test_files_that_are_none_and_codes_of_another_model(
+def test_files_that_are_none_and_codes_of_another_model_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = [pickle.dumps(row(f"a/{i}.png")) for i in range(3)]
-    other = tmp_path / "other"
-    command("import-weights", CHECKPOINT, "--size", 64, "--output-dir", other)
-    (tmp_path / "text.lmdb").write_text("no database" * 1000)
-    (tmp_path / "cut.lmdb").write_bytes(CODES.read_bytes()[:-8192])
-    large = row("a/0.png")._replace(top=np.full((4, 4), 64))
-    cases: list[tuple[Path, Path, str]] = [
-        (tmp_path / "nowhere.lmdb", model, "nowhere.lmdb does not exist"),
-        (tmp_path / "text.lmdb", model, "text.lmdb cannot be read as LMDB"),
-        (tmp_path / "cut.lmdb", model, "cut.lmdb is cut off"),
-        (
-            write_lmdb(tmp_path / "a.lmdb", good, length=b"many"),
-            model,
-            "no number of rows under the key 'length'",
-        ),
-        (
-            write_lmdb(tmp_path / "b.lmdb", good, length=b"4"),
-            model,
-            "4 rows, but row 3 is not there",
-        ),
-        (
-            write_lmdb(tmp_path / "c.lmdb", [*good, pickle.dumps(large)]),
-            model,
-            "row 3 has codes from 64 to 64, but",
-        ),
+    large = pickle.dumps(row("a/0.png")._replace(top=np.full((4, 4), 64)))
+    other = import_model(tmp_path / "other", size=64)
+    nowhere, text, cut = (tmp_path / f"{name}.lmdb" for name in ("nowhere", "text", "cut"))
+    text.write_text("no database" * 1000)
+    cut.write_bytes(CODES.read_bytes()[:-8192])
+    no_length = write_lmdb(tmp_path / "a.lmdb", good, length=b"many")
+    short = write_lmdb(tmp_path / "b.lmdb", good, length=b"4")
+    out_of_range = write_lmdb(tmp_path / "c.lmdb", [*good, large])
+    cases = [
+        (nowhere, model, "nowhere.lmdb does not exist"),
+        (text, model, "text.lmdb cannot be read as LMDB"),
+        (cut, model, "cut.lmdb is cut off"),
+        (no_length, model, "no number of rows under the key 'length'"),
+        (short, model, "4 rows, but row 3 is not there"),
+        (out_of_range, model, "row 3 has codes from 64 to 64, but"),
         (CODES, other, "row 0 has codes of the grids ((4, 4), (8, 8)), but"),
     ]
     for file, vqvae, sentence in cases:
-        command("import-codes", file, "--vqvae", vqvae, "--output-dir", tmp_path / "codes", code=2)
+        import_codes(file, vqvae, tmp_path / "codes", code=2)
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "codes").exists()

@@ -44,11 +44,11 @@ def test_prepared_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     )  # prepared once more, for random crops
     assert smaller.train.pixels(0).shape == (3, 16, 16)
     image = [
-        "--model.image.channels",
+        "--image.channels",
         3,
-        "--model.image.background",
+        "--image.background",
         "white",
-        "--model.image.validation-fraction",
+        "--image.validation-fraction",
         0.2,
     ]
     command(

@@ -1,4 +1,4 @@
-"""A checkpoint that the widely used implementation wrote gives, in ours, the codes and reconstructions that it gives there."""
+"""A checkpoint of the widely used implementation gives, in ours, the same codes and images."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.importers.rosinality_weights import import_weights
-from tests.conftest import ROOT, vqvae2
+from tests.conftest import ROOT, command
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
 
@@ -16,24 +16,22 @@ EXPECTED = load_file(ROOT / "tests" / "data" / "rosinality_stage1_expected.safet
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_codes_and_reconstructions_are_the_originals(prefix: str, tmp_path: Path) -> None:
+def test_codes_and_reconstructions_are_the_originals(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = torch.load(CHECKPOINT, weights_only=True)
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pt")
-    said = vqvae2(
-        "import-weights", tmp_path / "x.pt", "--size", 64, 32, "--output-dir", tmp_path / "model"
-    ).stdout
-    assert "16 dimensions" in said
-    assert "64 codes" in said
+    flags = ("--checkpoint", tmp_path / "x.pt", "--image.size", 64, 32)
+    command("import-weights", *flags, "--output-dir", tmp_path / "model")
+    assert "64 codes of 16 dimensions" in capsys.readouterr().out
     model = VQVAE2.from_pretrained(tmp_path / "model")
     with torch.no_grad():
-        levels = model.encode(EXPECTED["images"])
-        assert torch.equal(levels[0].codes, EXPECTED["codes_top"])
-        assert torch.equal(levels[1].codes, EXPECTED["codes_bottom"])
-        for reconstruction in (
-            model(EXPECTED["images"]).reconstruction,
-            model.decode_codes([level.codes for level in levels]),
-        ):
-            assert (reconstruction - EXPECTED["reconstruction"]).abs().max() < 1e-5
+        codes = [level.codes for level in model.encode(EXPECTED["images"])]
+        reconstructions = (model(EXPECTED["images"]).reconstruction, model.decode_codes(codes))
+    assert torch.equal(codes[0], EXPECTED["codes_top"])
+    assert torch.equal(codes[1], EXPECTED["codes_bottom"])
+    for reconstruction in reconstructions:
+        assert (reconstruction - EXPECTED["reconstruction"]).abs().max() < 1e-5
 
 
 def test_the_model_can_be_trained_on() -> None:
@@ -47,12 +45,14 @@ def test_the_model_can_be_trained_on() -> None:
 
 def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     state = torch.load(CHECKPOINT, weights_only=True)
+
+    def without(name: str) -> dict[str, torch.Tensor]:
+        return {key: tensor for key, tensor in state.items() if key != name}
+
     cases = {
         "holds 'extra'": {**state, "extra": torch.zeros(1)},
-        "lacks 'quantize_t.embed'": {k: v for k, v in state.items() if k != "quantize_t.embed"},
-        "lacks what we call 'upsamplers.0.0.bias'": {
-            k: v for k, v in state.items() if k != "upsample_t.bias"
-        },
+        "lacks 'quantize_t.embed'": without("quantize_t.embed"),
+        "lacks what we call 'upsamplers.0.0.bias'": without("upsample_t.bias"),
         "'dec.blocks.0.weight' has shape": {**state, "dec.blocks.0.weight": torch.zeros(2, 2)},
         "not a state dict of tensors": {"model": state, "args": 1},
         "of plain tensors": {"hidden": Path("code that would run")},

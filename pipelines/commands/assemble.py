@@ -1,12 +1,14 @@
 """`vqvae2 assemble`: one folder of an autoencoder and its priors."""
 
+import logging
 from pathlib import Path
 
-from pipelines.commands.sample import load_pipeline
 from pipelines.config import AssembleConfig
-from pipelines.pipeline import INDEX_NAME
+from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.files import check_empty
+
+logger = logging.getLogger(__name__)
 
 
 def assemble(config: AssembleConfig) -> None:
@@ -14,9 +16,7 @@ def assemble(config: AssembleConfig) -> None:
     output_dir = Path(config.output_dir)
     if output_dir.is_file() or not (output_dir / INDEX_NAME).exists():
         check_empty(output_dir, "pipeline")
-    pipeline = load_pipeline(config, None)
+    pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
     if processes().is_main_process:
         pipeline.save_pretrained(output_dir)
-        print(
-            f"{output_dir}: the pipeline, for vqvae2 sample --pipeline and VQVAE2Pipeline.from_pretrained."
-        )
+    logger.info(f"{output_dir}: the pipeline, for vqvae2 sample --pipeline.")

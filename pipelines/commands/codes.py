@@ -114,7 +114,7 @@ def view(config: CodesViewConfig) -> None:
             for codes, (h, w) in zip(levels, manifest.grids, strict=True)
         ]
         pictures += to_pil(model.decode_codes(grids))
-    save_picture(sheet(in_rows(pictures, 8)), Path(config.output_path))
+    save_picture(sheet(in_rows(pictures, 8)), Path(config.output_dir) / "rows.png")
     for number, row in zip(config.rows, table.to_pylist(), strict=True):
         said = [
             f"{config.split} row {number}: {row['id']}",
@@ -125,7 +125,7 @@ def view(config: CodesViewConfig) -> None:
                 [*said, *([manifest.class_names[row["label"]]] if manifest.class_names else [])]
             )
         )
-    print(f"{config.output_path}: {len(pictures)} decoded rows, in reading order.")
+    print(f"{config.output_dir}/rows.png: {len(pictures)} decoded rows, in reading order.")
 
 
 def verify(config: CodesVerifyConfig) -> int:

@@ -1,21 +1,18 @@
 """`vqvae2 sample`: new images as files."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from pipelines.config import (
-    PartsConfig,
-    SampleConfig,
-)
+from pipelines.config import LANES, SampleConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
-from pipelines.pictures import (
-    sample_sheet,
-)
-from pipelines.pipeline import VQVAE2Pipeline
+from pipelines.pictures import sample_sheet
+from pipelines.pipeline import VQVAE2Pipeline, in_lanes, part_folders
 from prior.sampling import Known
 from vqvae2.common.accelerate import processes
 from vqvae2.common.artifact import content_hash
@@ -23,103 +20,128 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import whole_file
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.common.runs import RunRecord
-from vqvae2.data import (
-    load_picture,
-    picture_size,
-    read_picture_file,
-    to_images,
-)
+from vqvae2.data import load_picture, picture_size, read_picture_file, to_images
+
+logger = logging.getLogger(__name__)
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 
 
 def sample(config: SampleConfig) -> None:
-    """Write samples as files, and a sheet of them. Files that are there already are not made again; processes share the work."""
-    state, output_dir = processes(), Path(config.output_dir)
-    pipeline = load_pipeline(config, config.pipeline).to(state.device)
-    labels = pipeline.label_numbers(config.labels)
-    names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
-    samplings = pipeline.samplings(**{name: getattr(config, name) for name in names})
-    known = _known_codes(config, pipeline)
-    if known and not config.labels and pipeline.can_hide_labels:
-        labels = pipeline.label_numbers("none")  # nobody said what the image shows
-    facts = {
-        **pipeline.content_hashes(),
-        "known_hash": content_hash(
-            {}, [(f"{i}", t) for i, level in enumerate(known) for t in level or ()]
-        ),
-    }
+    """Write samples as the configuration says; a folder with other settings' samples is refused."""
+    vqvae, priors = part_folders(config.pipeline, config.vqvae, config.priors)
+    if vqvae is None or not priors:
+        raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
+    pipeline = VQVAE2Pipeline.from_parts(vqvae, priors).to(processes().device)
+    known: list[Known | None] = []
+    labels = list(config.labels) or None
+    if config.init_image is not None:
+        known = known_codes(pipeline, config.init_image, config.mask, config.keep_levels)
+        if labels is None and pipeline.can_hide_labels:
+            labels = ["none"]  # nobody said what the image shows
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    pipeline.samplings(**settings)  # refuse wrong settings and labels before anything is written
+    pipeline.label_numbers(labels)
+    tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
+    facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
     run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
-    run.check(output_dir)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        run.write(output_dir)
+    run.check(Path(config.output_dir))
+    processes().wait_for_everyone()
+    if processes().is_main_process:
+        run.write(Path(config.output_dir))
+    write_samples(
+        pipeline,
+        config.output_dir,
+        config.num_images,
+        labels=labels,
+        seed=config.seed,
+        lanes=config.lanes,
+        bf16=config.bf16,
+        known=known,
+        npz=config.npz,
+        **settings,
+    )
+
+
+def write_samples(
+    pipeline: VQVAE2Pipeline,
+    output_dir: str | Path,
+    num_images: int,
+    *,
+    labels: Sequence[int | str] | None = None,
+    lanes: int = LANES,
+    known: Sequence[Known | None] = (),
+    npz: bool = False,
+    **options: Any,
+) -> None:
+    """Write samples as files, and a sheet of them. Files that exist are not made again, and
+    processes share the work.
+
+    Args:
+        labels, lanes, **options: see `VQVAE2Pipeline.__call__`.
+        known: codes that all images start from, one row per level.
+        npz: also write samples.npz, for evaluators.
+    """
+    folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)
-    files = [output_dir / f"{i:06d}{suffix}" for i in range(config.num_images)]
-    chunks = [
-        range(first, first + config.lanes) for first in range(0, config.num_images, config.lanes)
-    ]
-    unfinished = [
-        chunk
-        for chunk in chunks
-        if not all(path.exists() for path in files[chunk.start : chunk.stop])
-    ]
-    state.wait_for_everyone()  # all have looked before the first one writes
-    mine = unfinished[state.process_index :: state.num_processes]
-    bar = tqdm(
-        total=sum(len(files[chunk.start : chunk.stop]) for chunk in mine),
-        desc="sampling",
-        unit="image",
-        disable=not state.is_main_process,
-    )
-    for chunk in mine:
-        images, _ = pipeline.sample_lanes(
-            chunk,
-            labels,
-            samplings,
-            seed=config.seed,
-            bf16=config.bf16,
-            known=repeat_known(known, config.lanes),
-        )
-        asked_for = files[chunk.start : chunk.stop]
-        for image, path in zip(images, asked_for, strict=False):
-            save_image(image, path, settings.value_range)
-        bar.update(len(asked_for))
+    files = [folder / f"{i:06d}{suffix}" for i in range(num_images)]
+
+    # Find the batches of which a file is missing, all processes before the first one writes.
+    unfinished = []
+    for batch in in_lanes(range(num_images), lanes):
+        if not all(files[i].exists() for i in batch):
+            unfinished.append(batch)
+    state.wait_for_everyone()
+    own = unfinished[state.process_index :: state.num_processes]
+    total, hidden = sum(map(len, own)), not state.is_main_process
+    bar = tqdm(total=total, desc="sampling", unit="image", disable=hidden)
+    for batch in own:
+        images = pipeline(
+            len(batch),
+            labels=labels,
+            first_index=batch.start,
+            lanes=lanes,
+            known=repeat_known(known, len(batch)),
+            output_type="pt",
+            **options,
+        ).images
+        for i, image in zip(batch, images, strict=True):
+            save_image(image, files[i], settings.value_range)
+        bar.update(len(batch))
     bar.close()
     state.wait_for_everyone()
-    if state.is_main_process:
-        shown = range(min(config.num_images, 10 * min(20, max(6, len(labels)))))
-        pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
-        rows = [labels[i % len(labels)] for i in shown] if labels else []
-        save_picture(
-            sample_sheet(pictures, rows, [*pipeline.class_names, "no label"] if labels else []),
-            output_dir / "samples.png",
-        )
-        if config.npz:
-            _write_npz(files, labels, output_dir / "samples.npz")
-        print(
-            f"{output_dir}: {config.num_images} samples, and samples.png with {len(shown)} of them."
-        )
+    if not state.is_main_process:
+        return
+
+    # Show some of them by class, and collect all of them for evaluators.
+    shown = range(min(num_images, 10 * min(20, max(6, len(numbers)))))
+    pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
+    rows = [numbers[i % len(numbers)] for i in shown] if numbers else []
+    names = [*pipeline.class_names, "no label"] if numbers else []
+    save_picture(sample_sheet(pictures, rows, names), folder / "samples.png")
+    if npz:
+        _write_npz(files, numbers, folder / "samples.npz")
+    logger.info(f"{folder}: {num_images} samples, and samples.png with {len(shown)} of them.")
 
 
-def _known_codes(config: SampleConfig, pipeline: VQVAE2Pipeline) -> Sequence[Known | None]:
-    """The codes that --init-image keeps, one row per level."""
-    if config.init_image is None:
-        return []
-    settings, device = pipeline.vqvae.config.image, next(pipeline.vqvae.parameters()).device
-    images = to_images(load_picture(config.init_image, settings).to(device))
-    if config.mask is None:
-        return keep_levels(
-            pipeline.vqvae, images, 1 if config.keep_levels is None else config.keep_levels
-        )
+def known_codes(
+    pipeline: VQVAE2Pipeline, image: str, mask: str | None = None, num_levels: int | None = None
+) -> list[Known | None]:
+    """What of an image file is kept, one row per level: with a mask, the codes outside its white
+    area, else its `num_levels` (1 for None) coarsest levels.
+
+    Raises:
+        UserError: a file cannot be read, or image and mask have different sizes.
+    """
+    settings, device = pipeline.vqvae.config.image, pipeline.priors[0].device
+    images = to_images(load_picture(image, settings).to(device))
+    if mask is None:
+        return keep_levels(pipeline.vqvae, images, 1 if num_levels is None else num_levels)
+    if picture_size(read_picture_file(mask)) != picture_size(read_picture_file(image)):
+        raise UserError(f"{mask} and {image} differ in size: paint the mask over the image itself.")
     grey = dataclasses.replace(settings, channels=1, background="black", value_range=(0, 255))
-    if picture_size(read_picture_file(config.mask)) != picture_size(
-        read_picture_file(config.init_image)
-    ):
-        raise UserError(
-            f"{config.mask} and {config.init_image} have different sizes: paint the mask over the image itself."
-        )
-    painted = load_picture(config.mask, grey).to(device)[:, 0] > 127
-    return known_outside(pipeline.vqvae, images, painted)
+    painted = load_picture(mask, grey).to(device)[:, 0] > 127
+    return [*known_outside(pipeline.vqvae, images, painted)]
 
 
 def _write_npz(files: Sequence[Path], labels: Sequence[int], path: Path) -> None:
@@ -130,17 +152,3 @@ def _write_npz(files: Sequence[Path], labels: Sequence[int], path: Path) -> None
         arrays.append(np.array([labels[i % len(labels)] for i in range(len(files))]))
     with whole_file(path) as aside, open(aside, "wb") as file:
         np.savez(file, *arrays)
-
-
-def load_pipeline(parts: PartsConfig, pipeline: str | None) -> VQVAE2Pipeline:
-    if pipeline is not None:
-        if parts.vqvae is not None or parts.priors:
-            raise UserError(
-                "--pipeline is given together with --vqvae or --priors: give one or the other."
-            )
-        return VQVAE2Pipeline.from_pretrained(pipeline)
-    if parts.vqvae is None or not parts.priors:
-        raise UserError(
-            "nothing to load: give --vqvae DIR and --priors DIR DIR ... (the top first)."
-        )
-    return VQVAE2Pipeline.from_parts(parts.vqvae, parts.priors)

@@ -7,6 +7,5 @@ from prior.training import train_prior as train_prior_alone
 
 def train_prior(config: TrainPriorCommandConfig) -> None:
     """Train a level's prior, with pictures of samples if the autoencoder is given."""
-    train_prior_alone(
-        config, draw=make_sample_drawer(config, config.vqvae) if config.vqvae else None
-    )
+    draw = make_sample_drawer(config, config.vqvae) if config.vqvae else None
+    train_prior_alone(config, draw=draw)

@@ -1,11 +1,10 @@
-"""Stage-1 checkpoints of rosinality/vq-vae-2-pytorch, the widely used implementation, as models of ours.
+"""Stage-1 checkpoints of rosinality/vq-vae-2-pytorch, the widely used implementation, as models.
 
-Both share the layers, so only names change; the number of residual blocks, the widths, D and K are read off the shapes. The image size is
-not in such a file.
+Both share the layers, so only names change. The number of residual blocks, the widths, D and K
+follow from the shapes; the image size is not in such a file.
 """
 
 import pickle
-import re
 from pathlib import Path
 
 import torch
@@ -30,40 +29,37 @@ CODEBOOK = {"embed": "codebook", "cluster_size": "counts", "embed_avg": "sums"}
 
 
 def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
-    """The model in a checkpoint (also one saved from several GPUs, with `module.` before each name).
+    """The model in a checkpoint (also one of several GPUs, with `module.` before each name).
 
     Args:
         size: height and width of the images that it was trained on, or one number for both.
 
     Raises:
-        UserError: the file is no such checkpoint, or has parts that are not known.
+        UserError: the file is no such checkpoint, or has weights that are not known.
     """
     theirs = {name.removeprefix("module."): tensor for name, tensor in _read(checkpoint).items()}
-    config = _read_config(checkpoint, theirs, size)
-    model = VQVAE2(config)
-    expected = model.state_dict()
-    ours = {
-        name: torch.ones_like(tensor)
-        for name, tensor in expected.items()
-        if name.endswith(("num_updates", "num_forwards"))
-    }  # the codebooks have begun
+    model = VQVAE2(_read_config(checkpoint, theirs, size))
+    expected, ours = model.state_dict(), {}
+    for name, tensor in expected.items():
+        if name.endswith(("num_updates", "num_forwards")):
+            ours[name] = torch.ones_like(tensor)  # the codebooks are in use
     for name, tensor in theirs.items():
         our_name = _rename(name)
         if our_name not in expected:
             raise UserError(
-                f"{checkpoint} holds {name!r}, which no model of rosinality/vq-vae-2-pytorch with these layers has: it is not imported."
+                f"{checkpoint} holds {name!r}, which is unknown in a checkpoint of "
+                "rosinality/vq-vae-2-pytorch with these layers: it is not imported."
             )
         if our_name.endswith((".codebook", ".sums")):
             tensor = tensor.T  # theirs are (D, K)  # noqa: PLW2901
-        if tensor.shape != expected[our_name].shape:
+        if tensor.shape != (shape := expected[our_name].shape):
             raise UserError(
-                f"{checkpoint}: {name!r} has shape {tuple(tensor.shape)}, but {tuple(expected[our_name].shape)} fits the other layers."
+                f"{checkpoint}: {name!r} has shape {tuple(tensor.shape)}, but the other layers "
+                f"need {tuple(shape)}."
             )
         ours[our_name] = tensor
     for name in sorted(expected.keys() - ours.keys()):
-        raise UserError(
-            f"{checkpoint} lacks what we call {name!r}: it is no whole stage-1 checkpoint."
-        )
+        raise UserError(f"{checkpoint} lacks what we call {name!r}: give a whole checkpoint.")
     model.load_state_dict(ours)
     return model.eval()
 
@@ -74,60 +70,52 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{checkpoint} does not exist: check the path.") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
         raise UserError(
-            f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason}): give the .pt file of stage 1."
+            f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason}): give the "
+            ".pt file of stage 1."
         ) from None
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
+    tensors = isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
+    if not tensors or not state:
         raise UserError(
-            f"{checkpoint} is not a state dict of tensors: give the .pt file of stage 1 (vqvae_*.pt), not of a prior."
+            f"{checkpoint} is not a state dict of tensors: give the .pt file of stage 1 "
+            "(vqvae_*.pt), not of a prior."
         )
     return state
 
 
 def _read_config(checkpoint: Path, state: dict[str, Tensor], size: tuple[int, ...]) -> VQVAE2Config:
-    """The configuration that the shapes tell."""
+    """The configuration that the shapes imply."""
     try:
-        kernel = state["enc_b.blocks.4.weight"].shape[-1]
-        strided = 2 if kernel == 3 else 0
-        hidden, channels = (
-            state["enc_b.blocks.4.weight"].shape[0],
-            state["enc_b.blocks.0.weight"].shape[1],
-        )
+        first, third = state["enc_b.blocks.0.weight"], state["enc_b.blocks.4.weight"]
         embeds = [state["quantize_t.embed"], state["quantize_b.embed"]]
-        blocks = [
-            name for name in state if re.fullmatch(r"enc_b\.blocks\.\d+\.conv\.1\.weight", name)
-        ]
-        residual = state[blocks[0]].shape[0] if blocks else 1
     except KeyError as error:
         raise UserError(
-            f"{checkpoint} lacks {error}: it is no stage-1 checkpoint of rosinality/vq-vae-2-pytorch."
+            f"{checkpoint} lacks {error}: it is no stage-1 checkpoint of "
+            "rosinality/vq-vae-2-pytorch."
         ) from None
-    if not strided:
-        raise UserError(
-            f"{checkpoint} has a bottom encoder that is not of stride 4: only that is known."
-        )
+    if third.shape[-1] != 3:  # with another stride, block 4 is a strided convolution
+        raise UserError(f"{checkpoint} has a bottom encoder of another stride than 4: unknown.")
+    residual = []
+    for name, tensor in state.items():
+        if name.startswith("enc_b.blocks.") and name.endswith(".conv.1.weight"):
+            residual.append(tensor)
     return VQVAE2Config(
-        image=PreprocessingConfig(
-            size=size, channels=channels
-        ),  # resized and cut in the centre, scaled to [-1, 1]: as theirs
+        # As theirs: resized, cut in the centre, scaled to [-1, 1].
+        image=PreprocessingConfig(size=size, channels=first.shape[1]),
         strides=(2, 4),
         codebook_sizes=tuple(embed.shape[1] for embed in embeds),
         code_dims=tuple(embed.shape[0] for embed in embeds),
-        hidden_channels=hidden,
-        residual_channels=residual,
-        num_residual_blocks=len(blocks),
+        hidden_channels=third.shape[0],
+        residual_channels=residual[0].shape[0] if residual else 1,
+        num_residual_blocks=len(residual),
         level_dropout=0.0,
     )
 
 
 def _rename(name: str) -> str:
-    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-    if prefix is None:
-        return name
-    rest = name.removeprefix(prefix).replace(".conv.", ".")
-    return PREFIXES[prefix] + CODEBOOK.get(rest, rest)
+    for theirs, ours in PREFIXES.items():
+        if name.startswith(theirs):
+            layer = name.removeprefix(theirs).replace(".conv.", ".")
+            return ours + CODEBOOK.get(layer, layer)
+    return name
