@@ -169,6 +169,10 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         if recipe
         else {}
     )
+    if config_class is PlanConfig:  # here the recipe itself is a setting
+        if recipe is None and "--help" not in arguments:
+            raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
+        section = {**section, "recipe": recipe or ""}
     default: Any = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
     description = f"{lesson}\n\n--config RECIPE takes the defaults from a recipe: a YAML file, or {', '.join(recipe_names())}."

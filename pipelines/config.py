@@ -288,52 +288,41 @@ class ImportCodesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Say what the trainings of a recipe will need before they start: parameters, memory for a step, hours, and whether it fits the device.
+    """Estimate what a recipe's trainings need: parameters, memory, hours, and whether they fit.
 
     No weights are made: a network of any size is planned in seconds.
 
-    Example: vqvae2 plan ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
+    Example: vqvae2 plan --config ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
     """
 
-    recipe: tyro.conf.Positional[str]
-    """The recipe: its name, or a YAML file."""
+    recipe: str = field(metadata={"recipe_only": True})
+    """The recipe: its name, or a YAML file (--config)."""
     num_images: int | None = None
     """Training images, for the hours per epoch; without it an epoch is a million images."""
     num_classes: int = 0
     """Classes that the priors are conditioned on (a training reads them from the codes)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What to plan for; auto is what a training on this machine would use. cuda may be planned where there is none, with --memory-gibibytes."""
+    """What to plan for; auto: what a training would use here. cuda can be planned where there is
+    none, with --memory-gibibytes."""
     memory_gibibytes: float | None = None
     """Memory of the device, if it is not this machine's."""
     num_devices: int = 1
-    """Processes that share a batch, each on a device of its own."""
+    """Devices that share a batch."""
     measure: bool = False
-    """Time a real step of every training on this device, with as many images as take a few seconds. Without it, hours follow from how fast
-    the device multiplies matrices, which no training reaches: they are then the least it can take."""
+    """Time a real step of every training on this device, with as many images as take about a
+    second, for the hours."""
     images_per_second: tuple[float, ...] = ()
-    """A rate that you measured (`images_per_second` in metrics.jsonl): one number for all trainings, or one for each. Wins over --measure."""
+    """A rate that you measured (see metrics.jsonl): one number for all trainings, or one for each.
+    Overrides --measure."""
 
     def __post_init__(self) -> None:
-        check(
-            self.num_images is None or self.num_images >= 1,
-            "num_images",
-            self.num_images,
-            "at least 1",
-        )
+        num_images, memory = self.num_images, self.memory_gibibytes
+        check(num_images is None or num_images >= 1, "num_images", num_images, "at least 1")
         check(self.num_classes >= 0, "num_classes", self.num_classes, "0 (none) or more")
-        check(
-            self.memory_gibibytes is None or self.memory_gibibytes > 0,
-            "memory_gibibytes",
-            self.memory_gibibytes,
-            "above 0",
-        )
+        check(memory is None or memory > 0, "memory_gibibytes", memory, "above 0")
         check(self.num_devices >= 1, "num_devices", self.num_devices, "at least 1")
-        check(
-            all(rate > 0 for rate in self.images_per_second),
-            "images_per_second",
-            self.images_per_second,
-            "above 0",
-        )
+        for rate in self.images_per_second:
+            check(rate > 0, "images_per_second", rate, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
