@@ -20,8 +20,7 @@ MEASURED_FLOPS = {"cpu": 2e11, "cuda": 2e13}  # of a step that takes a second or
 def plan(config: PlanConfig) -> None:
     """Print what each training of a recipe needs; a `UserError` names an impossible setting."""
     # What is planned for, and the rates of the trainings if the user knows them.
-    automatic = "cpu" if use_cpu() else "cuda"
-    kind = automatic if config.device == "auto" else config.device
+    kind = config.device.replace("auto", "cpu" if use_cpu() else "cuda")
     here, memory = kind == "cpu" or torch.cuda.is_available(), config.memory_gibibytes
     allowed = "on this machine, unless --memory-gibibytes is given and --measure is not"
     check(here or (memory is not None and not config.measure), "device", kind, allowed)
@@ -59,7 +58,7 @@ def plan(config: PlanConfig) -> None:
 
         print(f"\n{stage.name}: {num_parameters:,} parameters")
         print(f"  batch    {batch_size} images, {rows} at once, mixed precision {precision}")
-        print(f"  memory   {sum(sizes.values()):,.3f} GiB, with a margin {advice}")
+        print(f"  memory   {sum(sizes.values()):,.3f} GiB x {OVERHEAD[kind]}: {advice}")
         print("          ", ", ".join(f"{name} {size:,.3f}" for name, size in sizes.items()))
         print(f"  compute  {flops * parts / 1e12:,.3g} TFLOP per step")
         print(f"  time     {time}")
@@ -86,7 +85,7 @@ def time_step(stage: Stage, rows: int, kind: str, precision: str) -> tuple[float
 
     def seconds(work: object) -> float:
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.5).median
+        return timer.blocked_autorange(min_run_time=0.3).median
 
     passes = seconds(lambda: stage.loss(model, batch, precision).backward())
     return passes, seconds(optimizer.step)
