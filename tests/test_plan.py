@@ -22,12 +22,6 @@ from vqvae2.config import TrainVQVAEConfig
 from vqvae2.model import VQVAE2
 
 
-@cache
-def planned(name: str) -> str:
-    """What `plan` prints of a shipped recipe for a GPU with 24 GiB, planned once for all tests."""
-    return plan(name, "--device", "cuda", "--memory-gibibytes", "24", "--num-images", "70000")
-
-
 def plan(recipe: str, *flags: str) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -90,8 +84,9 @@ def test_a_recipe_loads_and_its_heading_names_its_grids(name: str) -> None:
 def test_a_recipe_is_planned_in_seconds_without_its_memory(name: str) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    text = planned(name)
+    text = plan(name, "--device", "cuda", "--memory-gibibytes", "24")
     assert time.process_time() - started < 60
+    assert "unknown: --measure or --images-per-second" in text
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500 * 1024  # KiB
     lines = [line for line in text.splitlines() if line.endswith("parameters")]
     names = [line.split(":")[0] for line in lines]
@@ -103,6 +98,13 @@ def test_a_recipe_is_planned_in_seconds_without_its_memory(name: str) -> None:
         model = VQVAE2(sections(name)[0].model)
     assert lines[0] == f"train: {sum(p.numel() for p in model.parameters()):,} parameters"
 
+    # Its priors of 85 M parameters are said to fit a GPU of 24 GB; the paper's do not.
+    if name == "ffhq256":
+        assert text.count(": fits") == 3
+        assert all(80e6 < int(line.split()[1].replace(",", "")) < 90e6 for line in lines[1:])
+    if name.endswith("_paper"):
+        assert text.count("DOES NOT FIT: use --gradient-accumulation-steps") >= len(lines) - 1
+
 
 def test_recipes_have_the_grids_and_sizes_that_they_promise() -> None:
     names = ("emoji64", "cifar10", "ffhq256", "imagenet256_paper", "ffhq1024_paper")
@@ -112,10 +114,6 @@ def test_recipes_have_the_grids_and_sizes_that_they_promise() -> None:
     assert grids["ffhq1024_paper"] == ((32, 32), (64, 64), (128, 128))
     for name in ("imagenet256_paper", "ffhq1024_paper"):
         assert all(prior.family == "pixelsnail" for prior in sections(name)[1])
-    for text in planned("ffhq256").split("prior_")[1:]:
-        num_parameters = int(text.split()[1].replace(",", ""))
-        assert 80e6 < num_parameters < 90e6
-        assert "fits" in text
 
 
 # The numbers.
@@ -208,7 +206,6 @@ def test_what_to_change_when_it_does_not_fit(tmp_path: Path) -> None:
     nothing, most_rows = advise(stage, 4096, sizes, 0.0001)
     assert most_rows == 0
     assert "not even a single image" in nothing
-    assert "DOES NOT FIT: use --gradient-accumulation-steps" in planned("imagenet256_paper")
 
 
 def test_given_rates_become_hours_and_override_a_measurement() -> None:
@@ -216,7 +213,6 @@ def test_given_rates_become_hours_and_override_a_measurement() -> None:
     text = plan("tiny", *flags)
     for span in ("0:06:00", "0:12:00", "1:00:00"):
         assert f"{span} per epoch of 36,000 images" in text
-    assert "unknown" in planned("tiny")
 
 
 def test_real_steps_are_timed() -> None:
