@@ -89,7 +89,7 @@ def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) 
 
 
 class KVCache:
-    """Keys and values of the positions so far, `(B, n, length, d)` each; `window` as in `attend`."""
+    """Keys and values `(B, n, length, d)` of the positions so far; `window` as in `attend`."""
 
     def __init__(self, length: int, *, window: int = 0) -> None:
         self.keys: Tensor | None = None  # made at the first position

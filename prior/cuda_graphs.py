@@ -43,6 +43,7 @@ def graphed_stepper(
         key: the batch size, and the type of the products.
         record: compiles a function of tensors.
     """
+    # What was recorded is of no use after the weights have changed.
     weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
     kept: dict[Any, RecordedSteps] = vars(prior).setdefault("_recorded_steps", {})
     recorded = kept.get(key)
@@ -62,6 +63,8 @@ def graphed_stepper(
     for name, tensor in state_tensors(recorded.state).items():
         if name in fresh:
             tensor.copy_(fresh[name])
+
+    # A step copies its position and codes to where the graph reads them, and replays it.
     positions = torch.arange(prior.config.num_positions, device=prior.device)
     width = prior.config.grids[-1][1]
 
