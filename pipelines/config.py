@@ -7,6 +7,7 @@ import tyro
 
 from prior.config import TrainPriorConfig
 from vqvae2.common.config import check, may_change
+from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 
 
@@ -51,23 +52,23 @@ class TrainPriorCommandConfig(TrainPriorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CodesInfoConfig:
-    """Say what a code dataset holds: rows, grids, how the codebooks are used, size on disk, where it comes from.
+    """Show what a code dataset holds: rows, grids, codebook use, size on disk, origin.
 
-    Example: vqvae2 codes info runs/photos/codes
+    Example: vqvae2 codes info --codes runs/photos/codes
     """
 
-    codes: tyro.conf.Positional[str] = may_change()
+    codes: str = may_change()
     """The code dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodesViewConfig:
-    """Decode rows of a code dataset to a picture.
+    """Decode rows of a code dataset to a picture, rows.png.
 
-    Example: vqvae2 codes view runs/photos/codes --vqvae runs/photos/vqvae --rows 0 5 9 --output-path rows.png
+    Example: vqvae2 codes view --codes runs/x/codes --vqvae runs/x/vqvae --rows 0 5 --output-dir out
     """
 
-    codes: tyro.conf.Positional[str] = may_change()
+    codes: str = may_change()
     """The code dataset."""
     vqvae: str
     """The autoencoder that made the codes: a folder, or a Hub id."""
@@ -75,8 +76,8 @@ class CodesViewConfig:
     """Which rows, counted from 0 over the shards of the split."""
     split: Literal["train", "validation"] = "train"
     """Training or held-out rows."""
-    output_path: str
-    """The PNG file."""
+    output_dir: str
+    """The folder that rows.png is written to."""
 
     def __post_init__(self) -> None:
         check(len(self.rows) >= 1, "rows", self.rows, "one number or more")
@@ -84,12 +85,13 @@ class CodesViewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesVerifyConfig:
-    """Check all of a code dataset: every shard's checksum, rows, codes and labels; no row twice. A line for each problem, then exit code 1.
+    """Check a code dataset: every shard's checksum, rows, codes and labels, and that no row repeats.
+    A line for each problem, then exit code 1.
 
-    Example: vqvae2 codes verify runs/photos/codes
+    Example: vqvae2 codes verify --codes runs/photos/codes
     """
 
-    codes: tyro.conf.Positional[str] = may_change()
+    codes: str = may_change()
     """The code dataset."""
 
 
@@ -200,24 +202,24 @@ class SampleConfig(PartsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractedImagesConfig:
-    """The images that a code dataset was extracted from. If not given, those that its own record names, if they are still there."""
+class ExtractedImagesConfig(ImagesConfig):
+    """The images that the code dataset was extracted from."""
 
-    path: str | None = may_change(None)
-    """A folder, a Parquet file, or a Hub dataset id."""
-    validation_path: str | None = may_change(None)
-    """The explicit held-out set, if there was one."""
+    path: str = may_change("")
+    """Where they are; by default where the dataset's own record says, if they are still there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(PartsConfig):
-    """Check trained parts, in seconds, for what is wrong without showing: one line per check, exit code 1 if any fails.
+    """Find silent errors of trained parts, in seconds: a line per check, exit code 1 if any fails.
 
-    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Of every prior: no logit sees the code it
-    predicts or a later one (to the last bit), cached sampling equals the plain loop, condition and labels reach the logits, every weight
-    receives a gradient, the loss starts at ln K. With codes: held-out rows cost less given their own condition than given another image's, and less
-    than by frequency alone. Of the autoencoder: every code survives a round trip. Of the codes: all rows are there, and some images
-    encoded again get the codes that are stored. Of all together: they belong to the same encoder.
+    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Of
+    every prior: no logit sees the code it predicts or a later one (to the last bit), cached
+    sampling equals the plain loop, condition and labels reach the logits, every weight receives a
+    gradient, the loss starts at ln K. With codes: held-out rows cost less given their own
+    condition than given another image's, and less than by frequency alone. Of the autoencoder:
+    every code survives a round trip. Of the codes: all rows are there, and some images encoded
+    again get the codes that are stored. Of all together: they belong to the same encoder.
 
     Example: vqvae2 doctor --pipeline runs/photos/pipeline --codes runs/photos/codes
     """
@@ -228,6 +230,15 @@ class DoctorConfig(PartsConfig):
     """The code dataset."""
     data: ExtractedImagesConfig = field(default_factory=ExtractedImagesConfig)
     """Images to encode again."""
+
+    def __post_init__(self) -> None:
+        if self.pipeline is not None and (self.vqvae is not None or self.priors):
+            raise UserError("--pipeline replaces --vqvae and --priors: give one or the other.")
+        decodes = self.vqvae is not None or self.pipeline is not None
+        if self.data.path and (self.codes is None or not decodes):
+            raise UserError("--data.path needs codes: give --codes DIR and the autoencoder too.")
+        if self.data.validation_path is not None and not self.data.path:
+            raise UserError("--data.validation-path is given without --data.path: give both.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -366,13 +366,13 @@ def test_a_manifest_of_other_values_is_refused(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("meaning", "sentence"),
     [
-        ({"grids": ((3, 3), (4, 6))}, r"00000.parquet has the columns .*, but .* are due"),
-        ({"codebook_sizes": (17, 200)}, r"00000.parquet has the columns"),
+        ({"grids": ((3, 3), (4, 6))}, r"00000.parquet is broken .it has the columns .*, not "),
+        ({"codebook_sizes": (17, 200)}, r"00000.parquet is broken .it has the columns"),
         (
             {"codebook_sizes": (17, 257)},
             r"00000.parquet: codes_1 reaches from 0 to 29\d, but there are 257 codes",
         ),
-        ({"class_names": ()}, r"00000.parquet has the columns"),
+        ({"class_names": ()}, r"00000.parquet is broken .it has the columns"),
         (
             {"class_names": ("a", "b")},
             r"00000.parquet: label reaches from 0 to 2, but there are 2 classes",

@@ -53,14 +53,14 @@ def test_other_preprocessing(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
         capsys,
         "codes",
         "view",
+        "--codes",
         run / "codes",
         "--vqvae",
         tmp_path / "vqvae",
-        "--output-path",
-        tmp_path / "x.png",
+        "--output-dir",
+        tmp_path / "x",
     )
-    assert f"is the encoder {other[:12]}, but" in said
-    assert f"holds codes of {ours[:12]}" in said
+    assert f"holds codes of the encoder {ours[:12]}, but the autoencoder is {other[:12]}" in said
     assert {path.name for path in tmp_path.iterdir()} == {"vqvae"}
 
 
@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_dataset_is_said(
     copy_of_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes = copy_of_run / "codes"
-    command("codes", "verify", codes)
+    command("codes", "verify", "--codes", codes)
     assert "all 150 rows in 2 shard(s) are what the manifest says" in capsys.readouterr().out
     shard, manifest = (
         codes / "train" / "00000.parquet",
@@ -185,7 +185,7 @@ def test_what_is_wrong_with_a_dataset_is_said(
     shutil.copy(shard, codes / "train" / "00001.parquet")
     held_out = codes / "validation" / "00000.parquet"
     held_out.write_bytes(held_out.read_bytes()[:-1])
-    command("codes", "verify", codes, code=1)
+    command("codes", "verify", "--codes", codes, code=1)
     *lines, empty, last = capsys.readouterr().out.splitlines()
     assert (empty, last) == ("", "5 problem(s).")
     expected = [
@@ -197,14 +197,14 @@ def test_what_is_wrong_with_a_dataset_is_said(
     ]
     assert all(line.startswith(sentence) for line, sentence in zip(lines, expected, strict=True))
     (codes / "manifest.json").write_text(json.dumps(manifest))
-    assert "was changed" in refused(capsys, "codes", "info", codes)
+    assert "was changed" in refused(capsys, "codes", "info", "--codes", codes)
 
 
 def test_what_a_dataset_holds_is_said(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = read_manifest(run / "codes")
-    command("codes", "info", run / "codes")
+    command("codes", "info", "--codes", run / "codes")
     said = capsys.readouterr().out
     for words in (
         str(photos),
@@ -217,6 +217,7 @@ def test_what_a_dataset_holds_is_said(
     command(
         "codes",
         "view",
+        "--codes",
         run / "codes",
         "--vqvae",
         run / "vqvae",
@@ -224,21 +225,22 @@ def test_what_a_dataset_holds_is_said(
         "validation",
         "--rows",
         0,
-        "--output-path",
-        tmp_path / "x.png",
+        "--output-dir",
+        tmp_path / "x",
     )
     assert "validation row 0: " in capsys.readouterr().out
     beyond = refused(
         capsys,
         "codes",
         "view",
+        "--codes",
         run / "codes",
         "--vqvae",
         run / "vqvae",
         "--rows",
         150,
-        "--output-path",
-        tmp_path / "y.png",
+        "--output-dir",
+        tmp_path / "y",
     )
     assert f"rows is 150, but must be from 0 to {manifest.num_train - 1}" in beyond
     assert "needs a second word: codes info, codes view, codes verify" in refused(
