@@ -45,11 +45,11 @@ def code_info(codes: Path) -> str:
     columns = [column_name(level) for level in range(manifest.num_levels)]
     shards, on_disk = manifest.all_shards, 0
     for split, shard in tqdm(shards, "counting codes", unit="shard", delay=3, leave=False):
-        on_disk += (codes / split / shard.name).stat().st_size
         for table in read_shard(codes, manifest, split, shard, columns):
             for level, column in enumerate(columns):
                 values = torch.from_numpy(flat_values(table[column]).astype(np.int64))
                 counts[level] += values.bincount(minlength=len(counts[level]))
+        on_disk += (codes / split / shard.name).stat().st_size
 
     # What it is, and how each level is used.
     rows, classes = manifest.num_train + manifest.num_validation, manifest.class_names
@@ -69,8 +69,7 @@ def code_info(codes: Path) -> str:
         bits, most = math.log2(perplexity(count)) if rows else 0, math.log2(len(count))
         entropy = f"{bits:.2f} of {most:.2f} bits by frequency alone"
         used = f"{int((count > 0).sum())} used ({usage(count):.0%}), {entropy}"
-        name = level_name(level, manifest.num_levels)
-        facts[column_name(level)] = f"{name}, {grids[level]} codes: {used}"
+        facts[columns[level]] = f"{level_name(level, len(counts))}, {grids[level]} codes: {used}"
     lines = [f"  {name:<9} {fact}" for name, fact in facts.items()]
     return "\n".join([f"{codes}: codes of {manifest.source or 'an unnamed source'}", *lines])
 
@@ -90,8 +89,7 @@ def view(config: CodesViewConfig) -> None:
 
 @torch.no_grad()
 def view_rows(codes: Path, vqvae: str | Path, rows: Sequence[int], split: str) -> Image.Image:
-    """A sheet of decoded rows of a code dataset. Raises a `UserError` for another autoencoder than
-    the one that made the codes, or a row that does not exist."""
+    """A sheet of decoded rows. Raises a `UserError` for another autoencoder, or no such row."""
     manifest, device = read_manifest(codes), processes().device
     model = VQVAE2.from_pretrained(vqvae).to(device)
     refuse_mismatches(model, (), manifest)
@@ -112,11 +110,9 @@ def verify(config: CodesVerifyConfig) -> int:
     for problem in problems(folder, manifest):
         print(problem, flush=True)
         number += 1
-    rows = manifest.num_train + manifest.num_validation
-    sound = (
-        f"{folder}: all {rows} rows in {len(manifest.all_shards)} shard(s) are what the manifest"
-    )
-    sound = f"{sound} says ({manifest.codes_hash[:12]}), none twice."
+    rows, shards = manifest.num_train + manifest.num_validation, len(manifest.all_shards)
+    sound = f"{folder}: all {rows} rows in {shards} shard(s) are what the manifest says"
+    sound = f"{sound} ({manifest.codes_hash[:12]}), none twice."
     print(f"\n{number} problem(s)." if number else sound)
     return int(number > 0)
 
@@ -124,12 +120,12 @@ def verify(config: CodesVerifyConfig) -> int:
 def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for everything that is wrong with the shards of a code dataset."""
     for split in SPLITS:
-        names = {shard.name for shard in manifest.shards(split)}
+        shards = manifest.shards(split)
+        names = {shard.name for shard in shards}
         for path in sorted((folder / split).glob("*.parquet")):
             if path.name not in names:
                 yield f"{path} is not in the manifest, but other readers would read it: remove it."
         keys: dict[Path, np.ndarray] = {}
-        shards = manifest.shards(split)
         for shard in tqdm(shards, f"verifying {split}", unit="shard", delay=3, leave=False):
             path = folder / split / shard.name
             try:
@@ -146,10 +142,8 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         for path, own in keys.items() if len(unique) < len(all_keys) else ():
             rows = np.flatnonzero(np.isin(own, unique[counts > 1]))
             if len(rows):
-                seen = (
-                    f"{len(rows)} rows, the first of them row {rows[0]}, have an id and view that"
-                )
-                yield f"{path}: {seen} another row of the split has: give each image its own name."
+                seen = f"{len(rows)} rows, the first of them row {rows[0]}, have an id and view"
+                yield f"{path}: {seen} that another row of the split has: rename images."
 
 
 def _problems_of(
@@ -160,7 +154,7 @@ def _problems_of(
     if (rows, found) != (shard.rows, shard.content_hash):
         says = f"the manifest says {shard.rows} and {shard.content_hash[:12]}"
         yield f"{path} holds {rows} rows of content hash {found[:12]}, but {says}: extract again."
-    views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views  # train rows only
+    views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views
     counts = Counter(view for table in tables for view in table["view"].to_pylist())
     if set(counts) - set(views) or len({counts[view] for view in views}) > 1:
         expected = f"expected equally many of {', '.join(views)}"
