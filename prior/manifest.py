@@ -348,7 +348,7 @@ def read_rows(folder: Path, manifest: Manifest, split: str, rows: Sequence[int])
         if here:
             tables = read_shard(folder, manifest, split, shard, manifest.schema.names)
             table = pa.concat_tables(tables)
-            found |= {row: table.slice(row - first, 1) for row in here}
+            found |= {row: table.take([row - first]) for row in here}
         first += shard.rows
     return pa.concat_tables([manifest.schema.empty_table(), *(found[row] for row in rows)])
 

@@ -14,12 +14,7 @@ from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
 from pipelines.pipeline import part_folders
-from prior.audit import (
-    audit,
-    check_beats_frequencies,
-    check_cache,
-    check_condition_helps,
-)
+from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
 from prior.probes import dataset_rows, spread
@@ -44,24 +39,22 @@ DIFFERENT = 0.01  # share of codes that another machine may change: last bits de
 
 def doctor(config: DoctorConfig) -> int:
     """Print a line per check, how many failed and what was not checked; exit code 1 if any failed.
-
-    Raises:
-        UserError: nothing to check, or something cannot be loaded.
-    """
+    Raises a `UserError` if there is nothing to check, or something cannot be loaded."""
+    # The checks.
     given = load(config)
     failed = number = 0
     for name, passed, message in examine(**given):
         number, failed = number + 1, failed + (not passed)
         print(f"{'pass' if passed else 'FAIL'}  {name}: {message}", flush=True)
     print(f"\n{failed} of {number} checks failed." if failed else f"\nAll {number} checks passed.")
+
+    # What was left out for want of something.
+    has_images = bool(given["images"]) or not (given["codes"] and given["vqvae"])
     unchecked = {
         "any prior (give --pipeline, or --priors)": not given["priors"],
         "what the priors have learned (give --codes)": given["priors"] and not given["codes"],
         "the autoencoder (give --pipeline, or --vqvae)": not given["vqvae"],
-        "whether images still get the codes that are stored (the images that the record of the "
-        "codes names are not there: give --data.path)": given["codes"]
-        and given["vqvae"]
-        and not given["images"],
+        "whether images still get the codes that are stored (give --data.path)": not has_images,
     }
     for what, is_missing in unchecked.items():
         if is_missing:
@@ -71,6 +64,7 @@ def doctor(config: DoctorConfig) -> int:
 
 def load(config: DoctorConfig) -> dict[str, Any]:
     """What the configuration names, as arguments of `examine`; raises as `doctor`."""
+    # The autoencoder and the priors.
     folders: tuple = (config.vqvae, config.priors)
     if config.pipeline is not None:
         folders = part_folders(config.pipeline)
@@ -79,6 +73,9 @@ def load(config: DoctorConfig) -> dict[str, Any]:
         raise UserError(f"nothing to check: give {some}; the more, the more is checked.")
     device, codes = processes().device, Path(config.codes) if config.codes is not None else None
     vqvae = VQVAE2.from_pretrained(folders[0]).to(device) if folders[0] is not None else None
+    priors = [load_prior(folder).to(device) for folder in folders[1]]
+
+    # The images that the codes were extracted from.
     images: dict[str, ImageSource] = {}
     if vqvae is not None and codes is not None:
         data = config.data if config.data.path else recorded_images(codes)
@@ -86,13 +83,8 @@ def load(config: DoctorConfig) -> dict[str, Any]:
             held_out = replace(data, path=data.validation_path or data.path)
             images["train"] = load_source(data, vqvae.config.image.channels)
             images["validation"] = load_source(held_out, vqvae.config.image.channels)
-    return {
-        "vqvae": vqvae,
-        "priors": [load_prior(folder).to(device) for folder in folders[1]],
-        "codes": codes,
-        "images": images,
-        "complete": config.pipeline is not None,
-    }
+    loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
+    return {**loaded, "complete": config.pipeline is not None}
 
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
@@ -113,19 +105,17 @@ def examine(
     *,
     complete: bool = False,
 ) -> Iterator[Finding]:
-    """All checks that these allow, the cheap and basic ones first.
-
-    Args:
-        codes: the folder of the code dataset.
-        images: those that it was extracted from, by split.
-        complete: these should make a whole pipeline.
-    """
+    """All checks that these allow, the cheap and basic ones first: of the folder `codes`, by the
+    `images` that it was extracted from, by split; `complete` if they should be a whole pipeline."""
+    # Together, and the autoencoder alone.
     manifest = read_manifest(codes) if codes is not None else None
     if (vqvae is not None) + (manifest is not None) + len(priors) > 1:
         yield check_belonging(vqvae, priors, manifest, complete)
     if vqvae is not None:
         for level, quantizer in enumerate(vqvae.quantizers):
             yield check_round_trip(quantizer, level_name(level, len(vqvae.quantizers)))
+
+    # The codes, and the priors with them.
     datasets: dict[str, CodeDataset] = {}
     if codes is not None and manifest is not None:
         yield check_codes(codes, manifest, datasets)
@@ -206,10 +196,9 @@ def check_extraction(
     for split, source in images.items():
         # Rows spread over the split, and their images. A source has its own held-out images last,
         # which may repeat names.
-        number = manifest.num_rows(split)
-        table = read_rows(folder, manifest, split, spread(number, LANES // 2))
-        order = range(len(source.ids))
-        order = order if split == "validation" else order[::-1]
+        chosen = spread(manifest.num_rows(split), LANES // 2)
+        table = read_rows(folder, manifest, split, chosen)
+        order = range(len(source.ids))[:: 1 if split == "validation" else -1]
         indices = {source.ids[i]: i for i in order}
         rows = [row for row in table.to_pylist() if row["id"] in indices]
         missing += len(table) - len(rows)
