@@ -241,6 +241,7 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
     `attend`). Random queries, keys and values go through all of them, in float64, in which a leak
     shows however small. Of the positions compared some are at the window's edges.
     """
+    # Which positions to try, and random inputs that are affordable.
     facts = prior.attention()
     if facts is None:
         return None
@@ -253,6 +254,8 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
     shape = (1, heads, length, facts.head_dim)
     qkv = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     q, k, v = qkv.to(device or prior.device, torch.float64)
+
+    # All ways, against the definition over the keys that a position sees.
     attended = attend(q, k, v, causal=True, window=facts.window)
     cache = KVCache(*shape, q, window=facts.window)
     cache.keys.copy_(k)

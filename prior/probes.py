@@ -105,7 +105,7 @@ def change_one_each(codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Codes `(B, h, w)` with another number at one position of each row; these positions `(B,)`."""
     flat = codes.flatten(1).clone()
     positions = torch.tensor(spread(flat.shape[1], len(flat)), device=codes.device)
-    flat[range(len(flat)), positions] += 1
+    flat[torch.arange(len(flat), device=codes.device), positions] += 1
     return flat.view_as(codes) % size, positions
 
 
