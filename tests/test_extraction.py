@@ -238,13 +238,14 @@ def test_other_images_of_the_same_names_are_not_mixed_in(
     command(
         "codes",
         "view",
+        "--codes",
         tmp_path / "codes",
         "--vqvae",
         run / "vqvae",
         "--rows",
         0,
-        "--output-path",
-        tmp_path / "row.png",
+        "--output-dir",
+        tmp_path,
     )
     for begun in (False, True):
         if begun:
@@ -360,14 +361,14 @@ def test_views_are_rows_of_changed_images(run: Path, photos: Path, tmp_path: Pat
     )
     command(*extract_command(run, photos, tmp_path / "flips", "--views", "flip"))
     for codes in ("codes", "flips"):
-        command("codes", "verify", tmp_path / codes)
+        command("codes", "verify", "--codes", tmp_path / codes)
 
     def drop_a_flip(columns: dict[str, list]) -> None:
         for values in columns.values():
             del values[1]
 
     edit_shard(tmp_path / "codes" / "train" / "00000.parquet", drop_a_flip)
-    command("codes", "verify", tmp_path / "codes", code=1)
+    command("codes", "verify", "--codes", tmp_path / "codes", code=1)
 
 
 def test_streamed_codes_are_those_of_the_same_images_read_at_once(
@@ -452,7 +453,7 @@ def test_shards_without_rows_have_the_labels_of_the_others(
         pass
     flags = ["--data.on-error", "skip", "--shard-size", 5, *["--data.streaming"] * streaming]
     command(*extract_command(run, tars, tmp_path / "codes", *flags))
-    command("codes", "verify", tmp_path / "codes")
+    command("codes", "verify", "--codes", tmp_path / "codes")
     opened = datasets.load_dataset(str(tmp_path / "codes"))
     assert len(opened["train"]) + len(opened["validation"]) == 40
     unlabelled = numbered_tars(tmp_path / "others", shards=1, rows=20, labelled=False) / "000.tar"

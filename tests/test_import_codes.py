@@ -84,18 +84,19 @@ def test_a_real_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         for codes, theirs in zip(read["codes"][1], expected, strict=True)
     )
     assert read["labels"].tolist() == [int(theirs.filename[len("class")]) for theirs in expected]
-    command("codes", "verify", tmp_path / "codes")
+    command("codes", "verify", "--codes", tmp_path / "codes")
     command(
         "codes",
         "view",
+        "--codes",
         tmp_path / "codes",
         "--vqvae",
         model,
         "--rows",
         4,
         0,
-        "--output-path",
-        tmp_path / "rows.png",
+        "--output-dir",
+        tmp_path,
     )
     assert (
         "train row 4: class0/4.png, class0\ntrain row 0: class0/0.png, class0\n"
@@ -123,7 +124,7 @@ def test_a_real_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "--validation-fraction",
         0,
     )
-    command("codes", "verify", tmp_path / "twice")
+    command("codes", "verify", "--codes", tmp_path / "twice")
     command(
         "import-codes",
         other,
@@ -193,7 +194,7 @@ def test_names_that_repeat_and_no_folders(model: Path, tmp_path: Path) -> None:
         0,
     )
     assert read_manifest(tmp_path / "codes").class_names == ()
-    command("codes", "verify", tmp_path / "codes")
+    command("codes", "verify", "--codes", tmp_path / "codes")
 
 
 class Evil:
