@@ -1,6 +1,7 @@
-"""How small codes are on disk and how fast they are read: bytes per row and code, and shuffled rows per second into int64 batches.
+"""How small codes are on disk (bytes per row), and how fast they are read (shuffled rows per second
+into int64 batches).
 
-python benchmarks/codes.py                # 8x8 + 16x16 and 32x32 + 64x64 codes of K = 512, uniform: the hardest to store
+python benchmarks/codes.py                # uniform codes of K = 512: the hardest to store
 python benchmarks/codes.py --workers 0    # without a worker process
 """
 
@@ -42,87 +43,68 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     options = parser.parse_args()
     for name, (grids, rows) in GRIDS.items():
-        print(
-            f"\n{name}, {rows} rows, K = {options.codebook_size}, batches of {options.batch_size}, {options.workers} worker(s)"
-        )
+        batches = f"batches of {options.batch_size}, {options.workers} worker(s)"
+        print(f"\n{name}, {rows} rows, K = {options.codebook_size}, {batches}")
         with tempfile.TemporaryDirectory() as folder:
-            measure(
-                Path(folder),
-                grids,
-                rows,
-                options.codebook_size,
-                options.workers,
-                options.batch_size,
-            )
+            manifest = measure_size(Path(folder), grids, rows, options.codebook_size)
+            measure_reading(Path(folder), manifest, options.workers, options.batch_size)
 
 
-def measure(
-    folder: Path,
-    grids: tuple[tuple[int, int], ...],
-    rows: int,
-    size: int,
-    workers: int,
-    batch_size: int,
-) -> None:
-    """Write a dataset of uniform codes, print its sizes beside those of simpler formats, and how fast it is read."""
+def measure_size(
+    folder: Path, grids: tuple[tuple[int, int], ...], rows: int, size: int
+) -> Manifest:
+    """Write a dataset of uniform codes, and print its size beside those of simpler formats."""
     rng = np.random.default_rng(0)
     codes = [rng.integers(0, size, (rows, h * w)) for h, w in grids]
-    shards, started = [], time.perf_counter()
+    sizes, shards, started = (size,) * len(grids), [], time.perf_counter()
     for number, first in enumerate(range(0, rows, SHARD_SIZE)):
         part = [level[first : first + SHARD_SIZE] for level in codes]
         ids = [f"{i:08d}.png" for i in range(first, first + len(part[0]))]
-        shards.append(
-            write_shard(
-                folder / "train" / f"{number:05d}.parquet",
-                ids=ids,
-                codes=part,
-                codebook_sizes=(size,) * len(grids),
-            )
-        )
+        path = folder / "train" / f"{number:05d}.parquet"
+        shards.append(write_shard(path, ids=ids, codes=part, codebook_sizes=sizes))
     print(f"  written at {rows / (time.perf_counter() - started):,.0f} rows/s")
     manifest = Manifest(
         encoder_hash="",
         grids=grids,
-        codebook_sizes=(size,) * len(grids),
+        codebook_sizes=sizes,
         class_names=(),
         rows_hash="",
         preprocessing=None,
         train=tuple(shards),
     )
     write_manifest(folder, manifest)
+
+    # Beside the least that codes can take, and what they take elsewhere.
     per_row = sum(h * w for h, w in grids)
+    paths = [folder / "train" / shard.name for shard in shards]
+    least = per_row * math.ceil(math.log2(size)) / 8
+    few = [level[:SHARD_SIZE].astype(np.uint16) for level in codes]
     on_disk = {
-        "entropy, ceil(log2 K) bits per code": per_row * math.ceil(math.log2(size)) / 8,
-        "ours, code columns": sum(code_bytes(folder / "train" / shard.name) for shard in shards)
-        / rows,
-        "ours, whole files": sum((folder / "train" / shard.name).stat().st_size for shard in shards)
-        / rows,
-        "zstd Parquet, no dictionary": naive_bytes(
-            [level[:SHARD_SIZE].astype(np.uint16) for level in codes], "zstd"
-        )
-        / min(rows, SHARD_SIZE),
+        "entropy, ceil(log2 K) bits per code": least,
+        "ours, code columns": sum(map(code_bytes, paths)) / rows,
+        "ours, whole files": sum(path.stat().st_size for path in paths) / rows,
+        "zstd Parquet, no dictionary": naive_bytes(few) / len(few[0]),
         "pickled int64 arrays": 8.0 * per_row,
     }
-    least = on_disk["entropy, ceil(log2 K) bits per code"]
     for name, taken in on_disk.items():
         print(f"  {name:<36} {taken:9,.1f} bytes/row  {taken / least - 1:+7.1%}")
-    started = time.perf_counter()
-    in_memory = CodeDataset(folder, manifest, "train")
-    print(
-        f"  checked and decoded into memory at {rows / (time.perf_counter() - started):,.0f} rows/s"
-    )
-    prior.manifest.MEMORY_BYTES = 0
-    started = time.perf_counter()
-    mapped = CodeDataset(folder, manifest, "train")
-    print(f"  checked and decoded to disk at {rows / (time.perf_counter() - started):,.0f} rows/s")
-    prior.manifest.MEMORY_BYTES = 2 << 30
-    for name, dataset in {"in memory": in_memory, "mapped from disk": mapped}.items():
-        print(
-            f"  read, shuffled, {name:<22} {rows_per_second(dataset, workers, batch_size):10,.0f} rows/s"
-        )
-    print(
-        f"  read, shuffled, {'datasets.load_dataset':<22} {naive_rows_per_second(folder, batch_size):10,.0f} rows/s"
-    )
+    return manifest
+
+
+def measure_reading(folder: Path, manifest: Manifest, workers: int, batch_size: int) -> None:
+    """Print how fast the dataset is decoded, and read in shuffled batches."""
+    datasets, memory = {}, prior.manifest.MEMORY_BYTES
+    for name, most in {"into memory": memory, "to disk": 0}.items():
+        prior.manifest.MEMORY_BYTES, started = most, time.perf_counter()
+        datasets[name] = CodeDataset(folder, manifest, "train")
+        rate = manifest.num_train / (time.perf_counter() - started)
+        print(f"  checked and decoded {name} at {rate:,.0f} rows/s")
+    prior.manifest.MEMORY_BYTES = memory
+    for name, dataset in datasets.items():
+        rate = rows_per_second(dataset, workers, batch_size)
+        print(f"  read, shuffled, decoded {name:<14} {rate:10,.0f} rows/s")
+    rate = naive_rows_per_second(folder, batch_size)
+    print(f"  read, shuffled, datasets.load_dataset  {rate:10,.0f} rows/s")
 
 
 def code_bytes(path: Path) -> int:
@@ -130,21 +112,18 @@ def code_bytes(path: Path) -> int:
     file = pq.ParquetFile(path).metadata
     groups = [file.row_group(i) for i in range(file.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    return sum(
-        column.total_compressed_size
-        for column in columns
-        if column.path_in_schema.startswith("codes_")
-    )
+    codes = [column for column in columns if column.path_in_schema.startswith("codes_")]
+    return sum(column.total_compressed_size for column in codes)
 
 
-def naive_bytes(codes: list[np.ndarray], compression: str) -> int:
+def naive_bytes(codes: list[np.ndarray]) -> int:
     """The same codes as plain compressed Parquet."""
-    columns = {
-        f"codes_{i}": pa.FixedSizeListArray.from_arrays(pa.array(level.reshape(-1)), level.shape[1])
-        for i, level in enumerate(codes)
-    }
+    columns = {}
+    for i, level in enumerate(codes):
+        flat = pa.array(level.reshape(-1))
+        columns[f"codes_{i}"] = pa.FixedSizeListArray.from_arrays(flat, level.shape[1])
     file = io.BytesIO()
-    pq.write_table(pa.table(columns), file, compression=compression, use_dictionary=False)
+    pq.write_table(pa.table(columns), file, compression="zstd", use_dictionary=False)
     return file.tell()
 
 
@@ -159,15 +138,11 @@ def naive_rows_per_second(folder: Path, batch_size: int) -> float:
     import datasets
 
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset(str(folder), cache_dir=str(folder / "cache"))["train"].with_format(
-        "torch"
-    )
+    opened = datasets.load_dataset(str(folder), cache_dir=str(folder / "cache"))
+    rows = opened["train"].with_format("torch")
     order = torch.randperm(len(rows)).tolist()
-    batches = (
-        rows[order[i % len(order) : i % len(order) + batch_size]]
-        for i in itertools.count(0, batch_size)
-    )
-    return timed(batches, batch_size)
+    starts = (i % len(order) for i in itertools.count(0, batch_size))
+    return timed((rows[order[i : i + batch_size]] for i in starts), batch_size)
 
 
 def timed(batches: Iterator[Any], batch_size: int) -> float:

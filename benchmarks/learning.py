@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from prior import TrainPriorConfig, TransformerPrior, TransformerPriorConfig, make_prior
-from prior.audit import dataset_rows, nats_per_code
 from prior.base import Prior
 from prior.manifest import CodeDataset, parse_level, read_manifest
+from prior.probes import dataset_rows, nats_per_code
 from prior.training import make_loss, prior_config
 from prior.transformer import Positions
 from vqvae2.common.accelerate import keep_freed_memory

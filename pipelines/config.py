@@ -202,24 +202,24 @@ class SampleConfig(PartsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractedImagesConfig:
-    """The images that a code dataset was extracted from. If not given, those that its own record names, if they are still there."""
+class ExtractedImagesConfig(ImagesConfig):
+    """The images that the code dataset was extracted from."""
 
-    path: str | None = may_change(None)
-    """A folder, a Parquet file, or a Hub dataset id."""
-    validation_path: str | None = may_change(None)
-    """The explicit held-out set, if there was one."""
+    path: str = may_change("")
+    """Where they are; by default where the dataset's own record says, if they are still there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(PartsConfig):
-    """Check trained parts, in seconds, for what is wrong without showing: one line per check, exit code 1 if any fails.
+    """Find silent errors of trained parts, in seconds: a line per check, exit code 1 if any fails.
 
-    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Of every prior: no logit sees the code it
-    predicts or a later one (to the last bit), cached sampling equals the plain loop, condition and labels reach the logits, every weight
-    receives a gradient, the loss starts at ln K. With codes: held-out rows cost less given their own condition than given another image's, and less
-    than by frequency alone. Of the autoencoder: every code survives a round trip. Of the codes: all rows are there, and some images
-    encoded again get the codes that are stored. Of all together: they belong to the same encoder.
+    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Of
+    every prior: no logit sees the code it predicts or a later one (to the last bit), cached
+    sampling equals the plain loop, condition and labels reach the logits, every weight receives a
+    gradient, the loss starts at ln K. With codes: held-out rows cost less given their own
+    condition than given another image's, and less than by frequency alone. Of the autoencoder:
+    every code survives a round trip. Of the codes: all rows are there, and some images encoded
+    again get the codes that are stored. Of all together: they belong to the same encoder.
 
     Example: vqvae2 doctor --pipeline runs/photos/pipeline --codes runs/photos/codes
     """
@@ -228,6 +228,15 @@ class DoctorConfig(PartsConfig):
     """The code dataset."""
     data: ExtractedImagesConfig = field(default_factory=ExtractedImagesConfig)
     """Images to encode again."""
+
+    def __post_init__(self) -> None:
+        if self.pipeline is not None and (self.vqvae is not None or self.priors):
+            raise UserError("--pipeline replaces --vqvae and --priors: give one or the other.")
+        decodes = self.vqvae is not None or self.pipeline is not None
+        if self.data.path and (self.codes is None or not decodes):
+            raise UserError("--data.path needs codes: give --codes DIR and the autoencoder too.")
+        if self.data.validation_path is not None and not self.data.path:
+            raise UserError("--data.validation-path is given without --data.path: give both.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from pipelines.belonging import refuse_mismatches
 from prior.base import Prior
 from prior.config import TrainPriorConfig
-from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
+from prior.manifest import CodeDataset, parse_level, read_manifest
 from prior.sampling import image_seeds
 from vqvae2.common.accelerate import processes
-from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.model import VQVAE2
@@ -27,7 +27,7 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     folder = Path(config.codes)
     manifest = read_manifest(folder)
     model = VQVAE2.from_pretrained(vqvae).to(processes().device)
-    refuse_other_encoder(vqvae, model, folder, manifest)
+    refuse_mismatches(model, (), manifest)
     level = parse_level(config.level, manifest.num_levels)
     rows = CodeDataset(folder, manifest, "validation" if manifest.num_validation else "train")
     number = min(32, len(rows))
@@ -41,19 +41,6 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
             return sheet(in_rows(to_pil(model.decode_codes(codes)), 8))
 
     return draw
-
-
-def refuse_other_encoder(vqvae: str, model: VQVAE2, codes: Path, manifest: Manifest) -> None:
-    """Refuse an autoencoder that did not make the codes: they mean nothing to it.
-
-    Raises:
-        UserError: naming both.
-    """
-    if (encoder := model.content_hash()) != manifest.encoder_hash:
-        raise UserError(
-            f"{vqvae} is the encoder {encoder[:12]}, but {codes} holds codes of "
-            f"{manifest.encoder_hash[:12]}: give the one that made them."
-        )
 
 
 def sample_sheet(

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pipelines.belonging import refuse_mismatches
 from pipelines.config import LANES
 from pipelines.editing import check_known
 from prior.base import Prior
@@ -18,6 +18,7 @@ from vqvae2.common.artifact import content_hash, local_folder
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, read_record, versions
 from vqvae2.model import VQVAE2
@@ -44,9 +45,9 @@ class VQVAE2Pipeline:
         """Join parts that belong together, the priors top first.
 
         Raises:
-            UserError: see `refuse_strangers`.
+            UserError: see `refuse_mismatches`.
         """
-        refuse_strangers(vqvae, priors)
+        refuse_mismatches(vqvae, priors, complete=True)
         self.vqvae, self.priors = vqvae.eval(), [prior.eval() for prior in priors]
         self.trainings: dict[str, Any] = {}  # part -> the record of its training
 
@@ -55,7 +56,7 @@ class VQVAE2Pipeline:
         """Load the parts from their own folders (or Hub ids), the priors top first.
 
         Raises:
-            UserError: see `Artifact.from_pretrained` and `refuse_strangers`.
+            UserError: see `Artifact.from_pretrained` and `refuse_mismatches`.
         """
         pipeline = cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors])
         for part, folder in zip(pipeline.parts, [vqvae, *priors], strict=True):
@@ -166,7 +167,9 @@ class VQVAE2Pipeline:
 
         # Sample in batches of exactly `lanes` images, and keep those that were asked for.
         outputs: list[list[Tensor]] = []  # per batch: images and, level by level, codes
-        bar = tqdm(total=num_images, desc="sampling", unit="image", disable=not show_progress)
+        bar = progress_bar(
+            total=num_images, desc="sampling", unit="image", disable=not show_progress
+        )
         for batch in in_lanes(range(first_index, first_index + num_images), lanes):
             first = batch.start // lanes * lanes
             seeds = image_seeds(seed, first, lanes)
@@ -247,34 +250,6 @@ def in_lanes(wanted: range, lanes: int) -> list[range]:
     return [range(max(i, wanted.start), min(i + lanes, wanted.stop)) for i in firsts]
 
 
-def refuse_strangers(vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
-    """Refuse parts that do not belong together.
-
-    Raises:
-        UserError: a level without a prior, or a prior that was trained on codes of another encoder,
-            on another code dataset or with other classes; naming both sides.
-    """
-    levels, expected = [p.config.level for p in priors], list(range(vqvae.config.num_levels))
-    if levels != expected:
-        found = f"the priors are of the levels {levels}, but the autoencoder needs {expected}"
-        raise UserError(f"{found}: give one per level, the top first.")
-    encoder, codes = vqvae.content_hash(), priors[0].config.codes_hash
-    for level, config in enumerate(prior.config for prior in priors):
-        trained = f"the prior of level {level} was trained on"
-        if config.encoder_hash != encoder:
-            raise UserError(
-                f"{trained} codes of the encoder {config.encoder_hash[:12]}, but the autoencoder "
-                f"is {encoder[:12]}: give the one it was trained with, or train it on its codes."
-            )
-        if config.codes_hash != codes:
-            raise UserError(
-                f"{trained} the code dataset {config.codes_hash[:12]}, but that of level 0 on "
-                f"{codes[:12]}: train all priors on the same codes."
-            )
-    if len({prior.config.class_names for prior in priors if prior.config.num_classes}) > 1:
-        raise UserError("the priors have different classes: train all on the same codes.")
-
-
 def part_folders(
     pipeline: str | Path | None, vqvae: str | Path | None = None, priors: Sequence[str | Path] = ()
 ) -> tuple[Any, list[Any]]:
@@ -291,4 +266,4 @@ def part_folders(
 def training_record(folder: str | Path) -> dict[str, Any]:
     """How a part was made, if its folder has a record: command, settings, versions, hashes."""
     records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
-    return next((read_record(path) for path in records if path.is_file()), {})
+    return next((last_names(read_record(path)) for path in records if path.is_file()), {})

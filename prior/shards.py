@@ -1,11 +1,11 @@
-"""One shard of a code dataset: a Parquet file whose rows are images' codes, and what the manifest records of it. Torch-free.
+"""One shard of a code dataset: a Parquet file of images' codes, and its record. Torch-free.
 
-The columns are `id` and `view` (which variant of the image: "original", "flip", ...), `codes_0` ... `codes_L` (one fixed-size list per level
-in raster order, the smallest unsigned type that fits) and `label` where there are classes.
+The columns are `id`, `view` (which variant of the image: "original", "flip", ...), `codes_0` ...
+`codes_L` (one fixed-size list per level in raster order, the smallest unsigned type that fits) and
+`label` where there are classes.
 
-Parquet numbers the distinct values of a column and packs the numbers into ceil(log2 K) bits each: uniform codes take that and 0.2 to 3 % more from
-about 1000 rows on. Only with many codes on a small grid (K = 8192 on 8 x 8) does the list of distinct values weigh more until there are 8000 rows.
-Statistics (the least and the largest value) say nothing of codes and are left out.
+Parquet numbers a column's distinct values and packs the numbers into ceil(log2 K) bits each: from
+1000 rows on, uniform codes take 0.2 to 3 % more than that (K = 8192 on 8 x 8: from 8000 rows on).
 """
 
 import hashlib
@@ -21,16 +21,16 @@ import pyarrow.parquet as pq
 from vqvae2.common.config import check, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import whole_file, write_json
+from vqvae2.common.vocabulary import ORIGINAL
 
-ORIGINAL = "original"
-"""The view that is the image as it is."""
-ROW_GROUP_CODES = 1 << 24  # codes that are read at once: a row group of at most 32 MiB of uint16
-DICTIONARY_BYTES = 1 << 26  # never given up: without it a code takes a third more
+ROW_GROUP_CODES = 1 << 24  # codes read at once: a row group of at most 32 MiB of uint16
+DICTIONARY_BYTES = 1 << 26  # large enough for every column: without it a code takes a third more
+REMAKE = "remove it and run vqvae2 extract again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What the manifest says of a shard."""
+    """What the manifest says about a shard."""
 
     name: str
     """File name inside the split's folder."""
@@ -39,15 +39,11 @@ class ShardRecord:
     sha256: str
     """Of the file's bytes: whether it is this file."""
     content_hash: str
-    """Of the values in order, whatever the file's compression: whether these are the same codes of the same images."""
+    """Of the rows in order, however compressed: whether these are the same codes and images."""
 
     def __post_init__(self) -> None:
-        check(
-            self.name.endswith(".parquet") and not set(self.name) & set("/\\\0"),
-            "name",
-            self.name,
-            "a file name that ends with .parquet",
-        )
+        is_name = self.name.endswith(".parquet") and not set(self.name) & set("/\\\0")
+        check(is_name, "name", self.name, "a file name that ends with .parquet")
         check(self.rows >= 0, "rows", self.rows, "0 or more")
 
 
@@ -67,10 +63,11 @@ def shard_schema(
     """The columns of a shard, for `h*w` and K of every level."""
     fields = [pa.field("id", pa.string()), pa.field("view", pa.string())]
     for level, (number, size) in enumerate(zip(codes_per_level, codebook_sizes, strict=True)):
-        fields.append(
-            pa.field(column_name(level), pa.list_(pa.from_numpy_dtype(smallest_type(size)), number))
-        )
-    return pa.schema(fields + [pa.field("label", pa.int32())] * labelled)
+        kind = pa.from_numpy_dtype(smallest_type(size))
+        fields.append(pa.field(column_name(level), pa.list_(kind, number)))
+    if labelled:
+        fields.append(pa.field("label", pa.int32()))
+    return pa.schema(fields)
 
 
 def write_shard(
@@ -84,61 +81,46 @@ def write_shard(
     facts: Mapping[str, str] | None = None,
     note: Path | None = None,
 ) -> ShardRecord:
-    """Write rows as one Parquet file, whole or not at all; the same rows give the same bytes (with the same version of pyarrow).
+    """Write one Parquet file, whole or not at all; equal rows and pyarrow give equal bytes.
 
     Args:
         ids: N names of images.
         codes: `(N, h*w)` integers per level, coarse to fine.
         codebook_sizes: K of every level.
         labels: `(N,)` class labels, if there are classes.
-        views: N names of views; without them all are `ORIGINAL`.
-        facts: what else the file is to say, in its schema's metadata.
-        note: a JSON file to write the record to before the shard appears: what is not noted was not written by this.
+        views: N names of views; all `ORIGINAL` if not given.
+        facts: extra metadata for the file's schema.
+        note: a JSON file that receives the record before the shard appears, so that a shard
+            without a note was not written by this function.
 
     Raises:
         UserError: a code is not in [0, K).
     """
-    schema = shard_schema(
-        [level.shape[1] for level in codes], codebook_sizes, labelled=labels is not None
-    )
-    columns = [
-        pa.array(ids, pa.string()),
-        pa.array(views if views is not None else [ORIGINAL] * len(ids), pa.string()),
-    ]
+    # The table.
+    grid_sizes = [level.shape[1] for level in codes]
+    schema = shard_schema(grid_sizes, codebook_sizes, labelled=labels is not None)
+    views = [ORIGINAL] * len(ids) if views is None else views
+    columns = [pa.array(ids, pa.string()), pa.array(views, pa.string())]
     for level, (values, size) in enumerate(zip(codes, codebook_sizes, strict=True)):
-        low, high = int(values.min(initial=0)), int(values.max(initial=0))
-        check(
-            0 <= low <= high < size, column_name(level), (low, high), f"codes from 0 to {size - 1}"
-        )
+        name, low, high = column_name(level), int(values.min(initial=0)), int(values.max(initial=0))
+        check(0 <= low <= high < size, name, (low, high), f"codes from 0 to {size - 1}")
         flat = pa.array(values.astype(smallest_type(size)).reshape(-1))
-        columns.append(
-            pa.FixedSizeListArray.from_arrays(flat, type=schema.field(column_name(level)).type)
-        )
-    columns += [pa.array(labels, pa.int32())] if labels is not None else []
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(name).type))
+    if labels is not None:
+        columns.append(pa.array(labels, pa.int32()))
     table = pa.Table.from_arrays(columns, schema=schema).replace_schema_metadata(dict(facts or {}))
-    packed = [
-        "view",
-        "label",
-        *(f"{column_name(level)}.list.element" for level in range(len(codes))),
-    ]
-    rows = max(1, ROW_GROUP_CODES // sum(level.shape[1] for level in codes))
-    options = {
-        "use_dictionary": packed,
-        "dictionary_pagesize_limit": DICTIONARY_BYTES,
-        "write_statistics": False,
-    }
+
+    # The file and its record. `datasets` cannot read a row group without rows: none is written.
+    packed = ["view", "label"] + [f"{column_name(i)}.list.element" for i in range(len(codes))]
+    options: dict = {"dictionary_pagesize_limit": DICTIONARY_BYTES, "write_statistics": False}
+    options |= {"use_dictionary": packed, "compression": "zstd"}
     with whole_file(path) as aside:
-        with pq.ParquetWriter(aside, table.schema, compression="zstd", **options) as writer:
-            if len(
-                table
-            ):  # a row group without rows is an error to `datasets`; no row group is none
+        with pq.ParquetWriter(aside, table.schema, **options) as writer:
+            if len(table):
+                rows = max(1, ROW_GROUP_CODES // sum(grid_sizes))
                 writer.write_table(table, row_group_size=rows)
-        record = ShardRecord(
-            name=path.name,
-            rows=len(ids),
-            sha256=file_hash(aside),
-            content_hash=content_hash([table]),
-        )
+        hashes = {"sha256": file_hash(aside), "content_hash": content_hash([table])}
+        record = ShardRecord(name=path.name, rows=len(ids), **hashes)
         if note is not None:
             write_json(note, to_dict(record))
     return record
@@ -165,63 +147,46 @@ def content_hash(tables: Sequence[pa.Table]) -> str:
 
 
 def flat_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """The numbers of a column, `(N * h * w,)` of one with lists and `(N,)` of one without."""
+    """The numbers of a column: `(N * h * w,)` of one with lists, `(N,)` of one without."""
+    return _flat(column).to_numpy()
+
+
+def _flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
+    return column.flatten() if pa.types.is_fixed_size_list(column.type) else column
 
 
 def check_file(path: Path, record: ShardRecord) -> None:
-    """Whether a shard's file is the one that the manifest speaks of, by its bytes: nothing of another file is read.
-
-    Raises:
-        UserError: it is not there, or is another.
-    """
-    what_to_do = "restore it, or remove it and run vqvae2 extract again"
+    """Raise a `UserError` if a shard is missing or its bytes are not those of its record: to be
+    asked before any of it is parsed."""
     if not path.is_file():
-        raise UserError(f"{path} is not there, but the manifest speaks of it: {what_to_do}.")
+        raise UserError(f"{path} is not there, but is in the manifest: run vqvae2 extract again.")
     found = file_hash(path)
     if found != record.sha256:
         raise UserError(
-            f"{path} was changed: its SHA-256 is {found[:12]}, but the manifest says {record.sha256[:12]}: {what_to_do}."
+            f"{path} was changed: its SHA-256 is {found[:12]}, but the manifest says "
+            f"{record.sha256[:12]}: restore it, or {REMAKE}."
         )
 
 
 def row_groups(
     path: Path, schema: pa.Schema, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    """The rows of a shard, a part that fits into memory at a time.
-
-    Raises:
-        UserError: it cannot be read, has other columns than `schema`, or misses values.
-    """
+    """The rows of a shard, as tables that fit into memory. Raises a `UserError` if it cannot be
+    read, has other columns than `schema`, or lacks values."""
     try:
         with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(schema):
-                found, due = (
-                    ", ".join(f"{f.name}: {f.type}" for f in s) for s in (file.schema_arrow, schema)
-                )
-                raise UserError(
-                    f"{path} has the columns {found}, but {due} are due: remove it and run vqvae2 extract again."
-                )
+            found = file.schema_arrow
+            if not found.equals(schema):
+                raise ValueError(f"it has the columns {_columns(found)}, not {_columns(schema)}")
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number, columns=columns)
-                if any(column.null_count or flat_null_count(column) for column in table.columns):
-                    raise UserError(
-                        f"{path} misses values: remove it and run vqvae2 extract again."
-                    )
+                if any(column.null_count or _flat(column).null_count for column in table.columns):
+                    raise ValueError("it lacks values")
                 yield table
-    except UserError:
-        raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path} is broken ({error}): remove it and run vqvae2 extract again."
-        ) from None
+        raise UserError(f"{path} is broken ({error}): {REMAKE}.") from None
 
 
-def flat_null_count(column: pa.ChunkedArray) -> int:
-    """How many numbers inside a column's lists are missing."""
-    return (
-        sum(chunk.flatten().null_count for chunk in column.chunks)
-        if pa.types.is_fixed_size_list(column.type)
-        else 0
-    )
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)

@@ -238,13 +238,14 @@ def test_other_images_of_the_same_names_are_not_mixed_in(
     command(
         "codes",
         "view",
+        "--codes",
         tmp_path / "codes",
         "--vqvae",
         run / "vqvae",
         "--rows",
         0,
-        "--output-path",
-        tmp_path / "row.png",
+        "--output-dir",
+        tmp_path,
     )
     for begun in (False, True):
         if begun:

@@ -1,175 +1,149 @@
-"""`vqvae2 codes info | view | verify`: what a code dataset holds, what its rows look like, and whether all of it is sound."""
+"""`vqvae2 codes info | view | verify`: what a code dataset holds, and whether it is sound."""
 
 import hashlib
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from einops import rearrange
+from PIL import Image
 from tqdm.auto import tqdm
 
+from pipelines.belonging import describe_grids, refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
-from pipelines.pictures import in_rows, refuse_other_encoder
-from prior.manifest import SPLITS, Manifest, check_range, read_manifest, read_rows, read_shard
-from prior.shards import (
-    ORIGINAL,
-    ShardRecord,
-    check_file,
-    column_name,
-    content_hash,
-    flat_values,
-    row_groups,
-)
+from pipelines.pictures import in_rows
+from prior.manifest import Manifest, check_range, read_manifest, read_rows, read_shard
+from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
 from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import save_picture, sheet, to_pil
+from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.model import VQVAE2
 
-SHOWN_CLASSES = 12  # of more classes, so many are named
+logger = logging.getLogger(__name__)
+SHOWN_CLASSES = 12  # the first ones are named
 DECODED_AT_ONCE = 32
+KEY = np.dtype("V16")  # of a row: a hash of its id and view
 
 
 def info(config: CodesInfoConfig) -> None:
-    """Print what a code dataset holds.
+    """Print what a code dataset holds; see `code_info`."""
+    print(code_info(Path(config.codes)))
 
-    Raises:
-        UserError: it is no code dataset, or a shard of it is not what the manifest says.
-    """
-    folder = Path(config.codes)
-    manifest = read_manifest(folder)
+
+def code_info(codes: Path) -> str:
+    """What a code dataset holds, in lines; raises as `read_manifest` and `read_shard`."""
+    # Count the codes.
+    manifest = read_manifest(codes)
     counts = [torch.zeros(size, dtype=torch.int64) for size in manifest.codebook_sizes]
-    for split, shard in tqdm(
-        _shards(manifest), desc="counting codes", unit="shard", delay=3, leave=False
-    ):
-        for table in read_shard(
-            folder,
-            manifest,
-            split,
-            shard,
-            [column_name(level) for level in range(manifest.num_levels)],
-        ):
-            for level, size in enumerate(manifest.codebook_sizes):
-                counts[level] += torch.from_numpy(
-                    np.bincount(flat_values(table[column_name(level)]), minlength=size)
-                )
-    print("\n".join(describe(folder, manifest, counts)))
+    columns = [column_name(level) for level in range(manifest.num_levels)]
+    shards, on_disk = manifest.all_shards, 0
+    for split, shard in tqdm(shards, "counting codes", unit="shard", delay=3, leave=False):
+        for table in read_shard(codes, manifest, split, shard, columns):
+            for level, column in enumerate(columns):
+                values = torch.from_numpy(flat_values(table[column]).astype(np.int64))
+                counts[level] += values.bincount(minlength=len(counts[level]))
+        on_disk += (codes / split / shard.name).stat().st_size
+
+    # What it is, and how each level is used.
+    rows, classes = manifest.num_train + manifest.num_validation, manifest.class_names
+    names = ", ".join([*classes[:SHOWN_CLASSES], *["..."] * (len(classes) > SHOWN_CLASSES)])
+    written_by = [f"{name} {version}" for name, version in manifest.versions.items()]
+    split_rows = f"{manifest.num_train} to train on, {manifest.num_validation} held out"
+    facts = {
+        "rows": f"{split_rows}; views: {', '.join(manifest.views)}",
+        "classes": f"{len(classes)} ({names})" if classes else "none",
+        "encoder": manifest.encoder_hash,
+        "content": manifest.codes_hash,
+        "written": ", ".join(written_by) or "by unknown versions",
+        "on disk": f"{on_disk / max(rows, 1):,.1f} bytes per row in {len(shards)} shard(s)",
+    }
+    grids = describe_grids(manifest.grids, manifest.codebook_sizes)
+    for level, count in enumerate(counts):
+        bits, most = math.log2(perplexity(count)) if rows else 0, math.log2(len(count))
+        entropy = f"{bits:.2f} of {most:.2f} bits by frequency alone"
+        used = f"{int((count > 0).sum())} used ({usage(count):.0%}), {entropy}"
+        facts[columns[level]] = f"{level_name(level, len(counts))}, {grids[level]} codes: {used}"
+    lines = [f"  {name:<9} {fact}" for name, fact in facts.items()]
+    return "\n".join([f"{codes}: codes of {manifest.source or 'an unnamed source'}", *lines])
 
 
-def describe(folder: Path, manifest: Manifest, counts: list[torch.Tensor]) -> list[str]:
-    """The lines of `vqvae2 codes info`, given how often each code occurs."""
-    rows = manifest.num_train + manifest.num_validation
-    taken = sum((folder / split / shard.name).stat().st_size for split, shard in _shards(manifest))
-    number = len(manifest.class_names)
-    names = ", ".join([*manifest.class_names[:SHOWN_CLASSES], *["..."] * (number > SHOWN_CLASSES)])
-    lines = [
-        f"{folder}: codes of {manifest.source or 'an unnamed source'}",
-        f"  rows      {manifest.num_train} to train on, {manifest.num_validation} held out; views: {', '.join(manifest.views)}",
-        f"  classes   {f'{number} ({names})' if number else 'none'}",
-        f"  encoder   {manifest.encoder_hash}",
-        f"  content   {manifest.codes_hash}",
-        f"  written   {', '.join(f'{name} {version}' for name, version in manifest.versions.items()) or 'by unknown versions'}",
-        f"  on disk   {taken / max(rows, 1):,.1f} bytes per row in {len(_shards(manifest))} shard(s)",
-    ]
-    for level, ((height, width), size, found) in enumerate(
-        zip(manifest.grids, manifest.codebook_sizes, counts, strict=True)
-    ):
-        used = f"{int((found > 0).sum())} used ({usage(found):.0%})"
-        entropy = (
-            f"{math.log2(perplexity(found)):.2f} of {math.log2(size):.2f} bits by frequency alone"
-            if rows
-            else "no row"
-        )
-        lines.append(
-            f"  {column_name(level):<9} {level_name(level, manifest.num_levels)}, {height} x {width} of {size} codes: {used}, {entropy}"
-        )
-    return lines
+def view(config: CodesViewConfig) -> None:
+    """Write a picture of decoded rows, and print which rows they are; see `view_rows`."""
+    codes, path = Path(config.codes), Path(config.output_dir) / "rows.png"
+    save_picture(view_rows(codes, config.vqvae, config.rows, config.split), path)
+    manifest = read_manifest(codes)
+    table = read_rows(codes, manifest, config.split, config.rows)
+    for number, row in zip(config.rows, table.to_pylist(), strict=True):
+        view = f", {row['view']}" if row["view"] != ORIGINAL else ""
+        label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
+        print(f"{config.split} row {number}: {row['id']}{view}{label}")
+    logger.info(f"{path}: {len(table)} decoded rows, in reading order.")
 
 
 @torch.no_grad()
-def view(config: CodesViewConfig) -> None:
-    """Write a picture of decoded rows, and say which rows they are.
-
-    Raises:
-        UserError: another autoencoder than the one that made the codes, or no such row.
-    """
-    folder = Path(config.codes)
-    manifest = read_manifest(folder)
-    model = VQVAE2.from_pretrained(config.vqvae).to(processes().device)
-    refuse_other_encoder(config.vqvae, model, folder, manifest)
-    table = read_rows(folder, manifest, config.split, config.rows)
-    pictures = []
+def view_rows(codes: Path, vqvae: str | Path, rows: Sequence[int], split: str) -> Image.Image:
+    """A sheet of decoded rows. Raises a `UserError` for another autoencoder, or no such row."""
+    manifest, device = read_manifest(codes), processes().device
+    model = VQVAE2.from_pretrained(vqvae).to(device)
+    refuse_mismatches(model, (), manifest)
+    table, pictures = read_rows(codes, manifest, split, rows), []
     for first in range(0, len(table), DECODED_AT_ONCE):
-        part = table.slice(first, DECODED_AT_ONCE)
-        levels = [
-            torch.from_numpy(flat_values(part[column_name(level)]).astype(np.int64))
-            for level in range(manifest.num_levels)
-        ]
-        grids = [
-            rearrange(codes, "(b h w) -> b h w", h=h, w=w).to(processes().device)
-            for codes, (h, w) in zip(levels, manifest.grids, strict=True)
-        ]
-        pictures += to_pil(model.decode_codes(grids))
-    save_picture(sheet(in_rows(pictures, 8)), Path(config.output_dir) / "rows.png")
-    for number, row in zip(config.rows, table.to_pylist(), strict=True):
-        said = [
-            f"{config.split} row {number}: {row['id']}",
-            *[row["view"]] * (row["view"] != ORIGINAL),
-        ]
-        print(
-            ", ".join(
-                [*said, *([manifest.class_names[row["label"]]] if manifest.class_names else [])]
-            )
-        )
-    print(f"{config.output_dir}/rows.png: {len(pictures)} decoded rows, in reading order.")
+        few, levels = table.slice(first, DECODED_AT_ONCE), []
+        for level, (h, w) in enumerate(manifest.grids):
+            flat = torch.from_numpy(flat_values(few[column_name(level)]).astype(np.int64))
+            levels.append(rearrange(flat, "(b h w) -> b h w", h=h, w=w).to(device))
+        pictures += to_pil(model.decode_codes(levels))
+    return sheet(in_rows(pictures, 8))
 
 
 def verify(config: CodesVerifyConfig) -> int:
-    """Print a line for each problem of a code dataset; the exit code is 1 if there is any.
-
-    Raises:
-        UserError: there is no manifest, or it is broken or edited: nothing says what should be there.
-    """
-    folder = Path(config.codes)
+    """Print a line for each problem of a code dataset; the exit code is 1 if there is any."""
+    folder, number = Path(config.codes), 0
     manifest = read_manifest(folder)
-    number = 0
     for problem in problems(folder, manifest):
-        number += 1
         print(problem, flush=True)
-    if number:
-        print(f"\n{number} problem(s).")
-        return 1
-    rows = manifest.num_train + manifest.num_validation
-    print(
-        f"{folder}: all {rows} rows in {len(_shards(manifest))} shard(s) are what the manifest says ({manifest.codes_hash[:12]}), none twice."
-    )
-    return 0
+        number += 1
+    rows, shards = manifest.num_train + manifest.num_validation, len(manifest.all_shards)
+    sound = f"{folder}: all {rows} rows in {shards} shard(s) are what the manifest says"
+    sound = f"{sound} ({manifest.codes_hash[:12]}), none twice."
+    print(f"\n{number} problem(s)." if number else sound)
+    return int(number > 0)
 
 
 def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for everything that is wrong with the shards of a code dataset."""
     for split in SPLITS:
-        names = {shard.name for shard in manifest.shards(split)}
+        shards = manifest.shards(split)
+        names = {shard.name for shard in shards}
         for path in sorted((folder / split).glob("*.parquet")):
             if path.name not in names:
-                yield f"{path} is not in the manifest, but would be read with it elsewhere: remove it."
+                yield f"{path} is not in the manifest, but other readers would read it: remove it."
         keys: dict[Path, np.ndarray] = {}
-        for shard in tqdm(
-            manifest.shards(split), desc=f"verifying {split}", unit="shard", delay=3, leave=False
-        ):
+        for shard in tqdm(shards, f"verifying {split}", unit="shard", delay=3, leave=False):
             path = folder / split / shard.name
             try:
                 check_file(path, shard)
                 tables = list(row_groups(path, manifest.schema)) or [manifest.schema.empty_table()]
-                keys[path] = np.concatenate([_keys(table) for table in tables])
+                keys[path] = np.concatenate([_row_keys(table) for table in tables])
                 yield from _problems_of(path, manifest, shard, tables)
             except UserError as error:
                 yield str(error)
-        yield from _repeats(keys)
+
+        # Rows whose id and view another row of the split has.
+        all_keys = np.concatenate([np.zeros(0, KEY), *keys.values()])
+        unique, counts = np.unique(all_keys, return_counts=True)
+        for path, own in keys.items() if len(unique) < len(all_keys) else ():
+            rows = np.flatnonzero(np.isin(own, unique[counts > 1]))
+            if len(rows):
+                seen = f"{len(rows)} rows, the first of them row {rows[0]}, have an id and view"
+                yield f"{path}: {seen} that another row of the split has: rename images."
 
 
 def _problems_of(
@@ -177,16 +151,14 @@ def _problems_of(
 ) -> Iterator[str]:
     """What is wrong with the rows of a shard whose bytes are those that were recorded."""
     rows, found = sum(map(len, tables)), content_hash(tables)
-    if rows != shard.rows:
-        yield f"{path} holds {rows} rows, but the manifest says {shard.rows}: extract again."
-    if found != shard.content_hash:
-        yield f"{path} holds rows of the content hash {found[:12]}, but the manifest says {shard.content_hash[:12]}: extract again."
-    views = (
-        (ORIGINAL,) if path.parent.name == "validation" else manifest.views
-    )  # held-out images are not changed
+    if (rows, found) != (shard.rows, shard.content_hash):
+        says = f"the manifest says {shard.rows} and {shard.content_hash[:12]}"
+        yield f"{path} holds {rows} rows of content hash {found[:12]}, but {says}: extract again."
+    views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views
     counts = Counter(view for table in tables for view in table["view"].to_pylist())
     if set(counts) - set(views) or len({counts[view] for view in views}) > 1:
-        yield f"{path} holds {dict(counts)} rows of views, but as many of each of {', '.join(views)} are due: extract again."
+        expected = f"expected equally many of {', '.join(views)}"
+        yield f"{path} holds rows of these views: {dict(counts)}, {expected}: extract again."
     for name in manifest.schema.names:
         try:
             for table in tables:
@@ -195,28 +167,9 @@ def _problems_of(
             yield str(error)
 
 
-def _keys(table: pa.Table) -> np.ndarray:
-    """16 bytes for each row's id and view, the same only for the same."""
+def _row_keys(table: pa.Table) -> np.ndarray:
+    """`(N,)` of type `KEY`: the same only for rows of the same id and view."""
     pairs = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
-    digests = b"".join(
-        hashlib.blake2b(f"{len(name)} {name} {view}".encode(), digest_size=16).digest()
-        for name, view in pairs
-    )
-    return np.frombuffer(digests, np.dtype("V16"))
-
-
-def _repeats(keys: dict[Path, np.ndarray]) -> Iterator[str]:
-    """A sentence for each file with rows whose id and view another row has, too."""
-    if not keys:
-        return
-    unique, counts = np.unique(np.concatenate(list(keys.values())), return_counts=True)
-    repeated = unique[counts > 1]
-    for path, here in keys.items() if len(repeated) else ():
-        rows = np.flatnonzero(np.isin(here, repeated))
-        if len(rows):
-            what_to_do = "give each image a name of its own, and extract again"
-            yield f"{path}: {len(rows)} rows, the first of them row {rows[0]}, have an id and view that another row of the split has: {what_to_do}."
-
-
-def _shards(manifest: Manifest) -> list[tuple[str, ShardRecord]]:
-    return [(split, shard) for split in SPLITS for shard in manifest.shards(split)]
+    words = (f"{len(name)} {name} {view}".encode() for name, view in pairs)
+    digests = (hashlib.blake2b(word, digest_size=KEY.itemsize).digest() for word in words)
+    return np.frombuffer(b"".join(digests), KEY)

@@ -1,0 +1,88 @@
+"""What belongs together: decided here, for pipelines, the doctor and every command."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prior.base import Prior
+from prior.manifest import Manifest
+from vqvae2.common.errors import UserError
+from vqvae2.model import VQVAE2
+
+ADVICE = "Extract codes with this autoencoder and train every prior on them."
+FACTS = ("encoder", "codes", "grids", "classes")
+
+
+def mismatches(
+    vqvae: VQVAE2 | None,
+    priors: Sequence[Prior],
+    manifest: Manifest | None = None,
+    *,
+    complete: bool = False,
+    facts: Sequence[str] = FACTS,
+) -> list[str]:
+    """Why these do not belong together: clauses that name both sides; empty if they do.
+
+    `ADVICE` says what to do.
+
+    Args:
+        manifest: of the code dataset.
+        complete: whether it must be a whole pipeline, with one prior for every level.
+        facts: what is compared.
+    """
+    wrong, levels = [], [prior.config.level for prior in priors]
+    needed = list(range(vqvae.config.num_levels)) if vqvae is not None and complete else levels
+    if levels != needed:
+        expected = f"the autoencoder needs {needed}, one per level, the top first"
+        wrong.append(f"the priors are of the levels {levels}, but {expected}")
+    elif len(set(levels)) < len(levels):
+        wrong.append(f"the priors are of the levels {levels}, some of which come twice")
+
+    # Every claim against the first about the same fact; of grids the levels that both have.
+    for fact, claims in _claims(vqvae, priors, manifest).items():
+        for value, clause in claims[1:] if fact in facts else ():
+            first, first_clause = claims[0]
+            if any(one != other for one, other in zip(value, first, strict=False)):
+                wrong.append(f"{clause}, but {first_clause}")
+    return wrong
+
+
+def refuse_mismatches(*given: Any, **options: Any) -> None:
+    """Raise a `UserError` with the `mismatches` of these arguments, if there are any."""
+    wrong = mismatches(*given, **options)
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}. {ADVICE}")
+
+
+def _claims(
+    vqvae: VQVAE2 | None, priors: Sequence[Prior], manifest: Manifest | None
+) -> dict[str, list[tuple[list[str], str]]]:
+    """What each says about itself, by fact: the value, and a clause."""
+    claims: dict[str, list[tuple[list[str], str]]] = {fact: [] for fact in FACTS}
+
+    def add(name: str, grids: Any, sizes: Any) -> None:
+        levels = describe_grids(grids, sizes)
+        claims["grids"].append((levels, f"{name} has the grids {', '.join(levels)}"))
+
+    if vqvae is not None:
+        name, encoder = "the autoencoder", vqvae.content_hash()
+        claims["encoder"].append(([encoder], f"{name} is {encoder[:12]}"))
+        add(name, vqvae.config.grids, vqvae.config.codebook_size_per_level)
+    sources: list[Any] = [] if manifest is None else [manifest]
+    for source in sources + [prior.config for prior in priors]:
+        name, encoder_words, codes_words = "the code dataset", "holds codes of the encoder", "is"
+        if source is not manifest:
+            name, verb = f"the prior of level {source.level}", "was trained on"
+            encoder_words, codes_words = f"{verb} codes of the encoder", f"{verb} the code dataset"
+        encoder, codes = source.encoder_hash, source.codes_hash
+        claims["encoder"].append(([encoder], f"{name} {encoder_words} {encoder[:12]}"))
+        claims["codes"].append(([codes], f"{name} {codes_words} {codes[:12]}"))
+        add(name, source.grids, source.codebook_sizes)
+        if source.class_names or source is manifest:  # a prior may do without the classes
+            classes = ", ".join(source.class_names) or "none"
+            claims["classes"].append(([classes], f"{name} has the classes {classes}"))
+    return claims
+
+
+def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[str]:
+    """Every level in words: 8 x 8 of 512."""
+    return [f"{h} x {w} of {size}" for (h, w), size in zip(grids, sizes, strict=True)]

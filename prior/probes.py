@@ -1,0 +1,127 @@
+"""What a prior is asked with: rows of codes, and copies that answer in seconds.
+
+Letters: B batch, h w the level's code grid, T = h*w positions in raster order, K codebook size.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prior.base import Prior
+from prior.manifest import CodeDataset
+
+MOST_ROWS = 64  # in one forward; grids of at most this many codes are checked code by code
+MOST_LOGITS = 2**26  # in one forward
+WORK = 1e11  # multiplications in one forward: about a second on two CPU cores
+
+
+class Rows(NamedTuple):
+    """What a prior reads: codes `(B, h, w)`, all coarser levels' codes, labels `(B,)` or None."""
+
+    codes: Tensor
+    condition: list[Tensor]
+    labels: Tensor | None
+
+
+def random_rows(prior: Prior, number: int) -> Rows:
+    """Random codes and labels, always the same; torch's own random numbers are left alone."""
+    generator, config = torch.Generator().manual_seed(0), prior.config
+
+    def integers(high: int, *grid: int) -> Tensor:
+        return torch.randint(high, (number, *grid), generator=generator).to(prior.device)
+
+    levels = zip(config.codebook_sizes, config.grids, strict=True)
+    *condition, codes = [integers(size, *grid) for size, grid in levels]
+    return Rows(codes, condition, integers(config.num_classes) if config.num_classes else None)
+
+
+def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
+    """Real codes for a prior, from rows spread over a code dataset."""
+    batch = codes.__getitems__(spread(len(codes), number))
+    *condition, own = [level.to(prior.device) for level in batch["codes"][: prior.config.level + 1]]
+    labels = batch["labels"].to(prior.device) if prior.config.num_classes else None
+    return Rows(own, condition, labels)
+
+
+@torch.no_grad()
+def fresh_copy(prior: Prior, device: torch.device | None = None, *, noise: bool) -> Prior:
+    """A prior of the same configuration with fresh weights, always the same, in evaluation mode.
+
+    A large prior gets smaller grids: the same layers, in seconds. With noise, weights that start at
+    zero (an output layer, a residual branch) hide nothing behind them: 0.1 on vectors, on matrices
+    and kernels 0.5 / sqrt(inputs), which deep networks do not amplify.
+    """
+    # Grids halved, while all sides can be, until a forward of 3 rows is affordable.
+    grids = prior.config.grids
+    while 3 * num_weights(prior) * math.prod(grids[-1]) > WORK:
+        if any(side % 2 or side < 4 for grid in grids for side in grid):
+            break
+        grids = tuple(tuple(side // 2 for side in grid) for grid in grids)
+    config: Any = dataclasses.replace(prior.config, grids=grids)
+    window = getattr(config.network, "attention_rows", 0)
+    if window:  # the same share of the grid, else a smaller grid would have no window
+        window = max(1, window * grids[-1][0] // prior.config.grids[-1][0])
+        network = dataclasses.replace(config.network, attention_rows=window)
+        config = dataclasses.replace(config, network=network)
+
+    # Weights from a fixed seed.
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        fresh = type(prior)(config).eval()
+        for weight in fresh.parameters() if noise else ():
+            size = 0.1 if weight.ndim < 2 else 0.5 * weight[0].numel() ** -0.5
+            weight.add_(size * torch.randn(weight.shape))
+    return fresh.to(device or prior.device)
+
+
+def affordable_rows(prior: Prior) -> int:
+    """Rows that one forward may have, so that all checks take seconds (or a few training steps)."""
+    length, size = prior.config.num_positions, prior.config.codebook_sizes[-1]
+    most = min(MOST_ROWS, WORK // (num_weights(prior) * length), MOST_LOGITS // (length * size))
+    return int(max(3, most))
+
+
+def num_weights(prior: Prior) -> int:
+    """How many numbers the network has."""
+    return sum(weight.numel() for weight in prior.parameters())
+
+
+def spread(length: int, number: int) -> list[int]:
+    """At most `number` of the indices below `length`, evenly spread from the first to the last."""
+    number = min(length, number)
+    return [i * (length - 1) // max(1, number - 1) for i in range(number)]
+
+
+def place(position: Tensor | int, grid: tuple[int, ...]) -> str:
+    """A position in words."""
+    return "row {}, column {}".format(*divmod(int(position), grid[1]))
+
+
+def change_one_each(codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Codes `(B, h, w)` with another number at one position of each row; these positions `(B,)`."""
+    flat = codes.flatten(1).clone()
+    positions = torch.tensor(spread(flat.shape[1], len(flat)), device=codes.device)
+    flat[torch.arange(len(flat), device=codes.device), positions] += 1
+    return flat.view_as(codes) % size, positions
+
+
+def changed_logits(prior: Prior, rows: Rows, **changes: Any) -> Tensor:
+    """Where other inputs change a row's logits, even by a bit: `(B, T)`. Both batches have the same
+    shape and order, for kernels may give other last bits at another place."""
+    return (prior(*rows) != prior(*rows._replace(**changes))).any(dim=1).flatten(1)
+
+
+@torch.no_grad()
+def nats_per_code(prior: Prior, rows: Rows) -> float:
+    """Mean negative log-likelihood of a code."""
+    total = 0.0
+    for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
+        labels = rows.labels[few] if rows.labels is not None else None
+        logits = prior(rows.codes[few], [codes[few] for codes in rows.condition], labels).float()
+        nats = F.cross_entropy(logits, rows.codes[few], reduction="none")
+        total += nats.sum(dtype=torch.float64).item()
+    return total / rows.codes.numel()

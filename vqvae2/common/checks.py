@@ -1,0 +1,40 @@
+"""The shape of a check: a name, what was seen, and what to do where it fails."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Finding(NamedTuple):
+    """What a check found: what was seen and, where the check failed, what to do."""
+
+    name: str
+    passed: bool
+    message: str
+
+
+class Failed(Exception):
+    """What a check saw that must not be."""
+
+
+def check(name: str, advice: str) -> Callable[[Callable[..., str | None]], Callable[..., Any]]:
+    """Make a check of a function that returns what it saw, or None where there is nothing to check,
+    and raises `Failed`: it then returns a `Finding` or None. In `name`, {1} is the second argument.
+    """
+
+    def decorate(function: Callable[..., str | None]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        @torch.no_grad()
+        def checked(*given: Any) -> Finding | None:
+            full_name = name.format(*given)
+            try:
+                seen = function(*given)
+            except Failed as failure:
+                return Finding(full_name, False, f"{failure}. {advice}")
+            return None if seen is None else Finding(full_name, True, f"{seen}.")
+
+        return checked
+
+    return decorate
