@@ -23,7 +23,8 @@ class Prior(Artifact, nn.Module, ABC):
     """A distribution over one level's codes, given those of all coarser levels and a class label.
 
     A new family implements `forward` (all positions at once, for training), `start` and `step`
-    (one position after another, for sampling). Both ways must give the same logits.
+    (one position after another, for sampling). Both ways must give the same logits. The rest is
+    optional: `fixed_shapes` and `start_row` for CUDA graphs, `attention` for `prior.audit`.
     """
 
     config_class = PriorConfig
@@ -47,15 +48,15 @@ class Prior(Artifact, nn.Module, ABC):
     def start(
         self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> Any:
-        """What sampling keeps between positions; `dtype` as in `prior.packed_linear`."""
+        """What sampling keeps between positions; products are computed in `dtype`."""
 
     @abstractmethod
     def step(self, state: Any, position: Any, previous: Tensor) -> Tensor:
         """Logits `(B, K)` at one position; `state` moves on in place.
 
         Args:
-            position: its number; with `fixed_shapes` also a tensor `(1,)`: then no shape depends
-                on it, and the caller runs `start_row` before the first step of each row.
+            position: its number. With `fixed_shapes` it may also be a tensor `(1,)`: then no shape
+                depends on it, and the caller (`graphed_stepper`) runs `start_row` before each row.
             previous: the codes just before it `(B,)`; K at the first position.
         """
 

@@ -249,7 +249,7 @@ plan -> --config must be given
 EXTRACT --vqvae {x}/vqvae --data.validation-path {photos} -> trained with None
 EXTRACT --vqvae {empty} -> config.json | does not exist
 EXTRACT --vqvae runs/nowhere/vqvae -> runs/nowhere/vqvae is not a folder
-PRIOR --codes {empty} --level top -> no manifest.json | vqvae2 extract
+PRIOR --codes {empty} --level top -> not a finished code dataset | vqvae2 extract
 PRIOR --codes {x}/codes --level 2 -> level is '2' | from 0 to 1
 PRIOR --codes {cut} --level top -> 00000.parquet was changed | SHA-256 | manifest says
 train-prior --config tiny --codes {other} --level top --output-dir {x}/prior_0 -> encoder_hash | {f}

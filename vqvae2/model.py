@@ -1,6 +1,7 @@
 """The VQ-VAE-2 network: any number of levels, coarse to fine (Razavi et al. 2019, section 3.1).
 
-Letters: B batch, C image channels, H W image, h w a level's code grid, E hidden width, D code size.
+Letters: B batch, C image channels, H W image, h w a level's code grid, s a stride, E hidden width,
+R residual width, D code dimension.
 """
 
 import math
@@ -52,7 +53,7 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequ
 
 
 def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
-    """`(B, in_channels, h, w)` to `(B, out, s*h, s*w)`, the way of an encoder backwards."""
+    """`(B, in_channels, h, w)` to `(B, out, s*h, s*w)`: an encoder mirrored."""
     hidden, halvings = config.hidden_channels, int(math.log2(stride))
     widths = [*[hidden] * max(1, halvings - 1), *[hidden // 2] * (halvings > 1), out]
     layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1)]
@@ -99,9 +100,11 @@ class VQVAE2(Artifact, nn.Module):
             self.quantizers.append(make_quantizer(config.quantizer, size, dim))
 
         # From the context of each level but the bottom to the next finer grid, and to the image.
-        finer = list(zip(context_dims, dims, strides, strict=True))[:-1]
-        self.level_decoders = nn.ModuleList(make_decoder(*level, config) for level in finer)
-        self.upsamplers = nn.ModuleList(make_upsampler(width, stride) for width, _, stride in finer)
+        self.level_decoders, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for context_dim, dim, stride in list(zip(context_dims, dims, strides, strict=True))[:-1]:
+            self.level_decoders.append(make_decoder(context_dim, dim, stride, config))
+        for context_dim, stride in list(zip(context_dims, strides, strict=True))[:-1]:
+            self.upsamplers.append(make_upsampler(context_dim, stride))
         self.image_decoder = make_decoder(context_dims[-1], channels, strides[-1], config)
 
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
@@ -169,7 +172,7 @@ class VQVAE2(Artifact, nn.Module):
         return torch.cat([self.upsamplers[level - 1](context), embeddings], dim=1)
 
     def _drop_finer_levels(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
-        """Zeros in some images' embeddings below a random level: nested dropout (Rippel 2014).
+        """Zero the levels finer than a random one, in some images: nested dropout (Rippel 2014).
 
         A hash of (forward, place in the joint batch) decides: one process or many choose the same.
         """
@@ -184,7 +187,7 @@ class VQVAE2(Artifact, nn.Module):
         return [e * mask.to(e.dtype) for e, mask in zip(embeddings, keep, strict=True)]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the convolutional networks in place; quantizers wait for data and processes."""
+        """Compile the networks in place, but not the quantizers, which synchronise processes."""
         for network in (*self.encoders, *self.level_decoders, *self.upsamplers, self.image_decoder):
             network.compile(*args, **kwargs)
 
@@ -194,7 +197,12 @@ class VQVAE2(Artifact, nn.Module):
         return cast(nn.Parameter, self.image_decoder[-1].weight)
 
     def content_hash(self) -> str:
-        """A hash of what decides which codes an image gets: not of what is for decoding alone."""
-        decoding = ("image_decoder.", "upsamplers.")[: 2 if self.config.num_levels < 3 else 1]
+        """A hash of all that decides which codes an image gets, and of the training's counters.
+
+        What only decodes is left out: the image decoder, and the upsamplers of up to two levels
+        (with three, the first of them also feeds a quantizer).
+        """
+        decoding = ["image_decoder."] + ["upsamplers."] * (self.config.num_levels < 3)
         weights = self.state_dict().items()
-        return content_hash(self.config, [w for w in weights if not w[0].startswith(decoding)])
+        chosen = [weight for weight in weights if not weight[0].startswith(tuple(decoding))]
+        return content_hash(self.config, chosen)

@@ -1,9 +1,10 @@
-"""Quantizers: each vector of a feature map becomes the nearest entry of a learned codebook.
+"""Quantizers: each vector of a feature map becomes one of K codes, usually of a learned codebook.
 
 Letters: B batch, D code dimension, h w code grid, N = B*h*w vectors, K codebook size.
 sg() is stop-gradient.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ ESTIMATORS = {"straight_through": straight_through, "rotation": rotation}
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer with a codebook of K vectors, all of which stay in use.
+    """A quantizer with a codebook of K vectors, whose unused codes are revived.
 
     Start: k-means over the first batch's features of all processes.
     Revival: a code whose share of the assignments falls below `revival_threshold / K` is replaced
@@ -97,7 +98,7 @@ class CodebookQuantizer(Quantizer):
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-        # num_updates > 0, read once: asking the device at every step would stall it.
+        # num_updates > 0, read once: reading it at every step would wait for the GPU.
         self._started: bool | None = None
 
     def forward(self, features: Tensor) -> Quantized:
@@ -108,7 +109,7 @@ class CodebookQuantizer(Quantizer):
             vectors = self.normalize(rearrange(features, "b d h w -> (b h w) d"))
             constant = vectors.detach()
             if self.training:
-                self._start(constant)
+                self._initialise_codebook(constant)
 
             # The nearest codes, and what the encoder and the codebook pay for the distance.
             megabytes = self.config.search_megabytes
@@ -141,7 +142,7 @@ class CodebookQuantizer(Quantizer):
         """Put vectors `(K, D)` in the place of the dead codes `(K, 1)` (bool)."""
 
     @torch.no_grad()
-    def _start(self, vectors: Tensor) -> None:
+    def _initialise_codebook(self, vectors: Tensor) -> None:
         if self._started is None:
             self._started = bool(self.num_updates > 0)
         if not self._started and self.config.start_from_data:
@@ -150,7 +151,7 @@ class CodebookQuantizer(Quantizer):
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
-        """One step of all that does not learn by gradient; asks the device for no value."""
+        """One step of all that does not learn by gradient; never waits for a GPU."""
         # One message between the processes: sums (K, D), candidates (K, D), counts (K, 1).
         sums, counts = sum_by_code(vectors, codes, self.codebook_size)
         message = torch.cat([sums, self._candidates(vectors), counts[:, None]], dim=1)
@@ -247,8 +248,9 @@ class FSQuantizer(Quantizer):
 
     def __init__(self, codebook_size: int, dim: int, config: QuantizerConfig | None = None) -> None:
         super().__init__()
-        levels = torch.tensor((config or QuantizerConfig()).fsq_levels)
-        assert (int(levels.prod()), len(levels)) == (codebook_size, dim), "both follow from levels"
+        sizes = (config or QuantizerConfig()).fsq_levels
+        assert (math.prod(sizes), len(sizes)) == (codebook_size, dim), "both follow from levels"
+        levels = torch.tensor(sizes)
         self.register_buffer("levels", levels, persistent=False)
         basis = torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(dim=0)])
         self.register_buffer("basis", basis, persistent=False)
