@@ -86,3 +86,18 @@ def test_python_m_vqvae2_is_the_command() -> None:
     program = [sys.executable, "-m", "vqvae2", "--help"]
     result = subprocess.run(program, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("usage: vqvae2 SUBCOMMAND")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_long_functions_have_a_comment_at_the_head_of_their_paragraphs(path: Path) -> None:
+    """A function of more than 25 lines, its docstring aside, says what its parts are for."""
+    text = path.read_text()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        if body and body[-1].end_lineno - body[0].lineno >= 25:  # type: ignore[operator]
+            code = lines[node.lineno : body[-1].end_lineno]
+            comments = [line for line in code if line.strip().startswith("#")]
+            assert comments, f"{path}:{node.lineno} {node.name}"

@@ -164,7 +164,7 @@ def test_the_start_is_skipped_after_loading() -> None:
     first(torch.randn(2, 2, 3, 3))
     second.load_state_dict(first.state_dict())
     codebook = second.codebook.clone()
-    second._start(torch.randn(18, 2))
+    second._initialise_codebook(torch.randn(18, 2))
     assert torch.equal(second.codebook, codebook)
 
 
