@@ -33,7 +33,7 @@ from tests.conftest import (
     vqvae2,
     write_images,
 )
-from tests.test_sources import numbered_tars, spoil
+from tests.images import numbered_tars, spoil
 from vqvae2 import VQVAE2
 from vqvae2.config import DataConfig
 from vqvae2.data import load_images, to_images

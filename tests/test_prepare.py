@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, command, kill_when, two_processes, write_images
-from tests.test_sources import items_of, load, numbered_tars, spoil
+from tests.images import items_of, load, numbered_tars, spoil
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageSplits

@@ -52,11 +52,8 @@ class ImageDataset(Dataset):
         return None if self.source.labels is None else self.source.labels[self.indices[index]]
 
     def changed(self, index: int, choose: Choice) -> Tensor:
-        """One picture, changed as chosen for its size: `(C, H, W)`.
-
-        Raises:
-            BadImage: naming the picture and what is wrong with it.
-        """
+        """One picture, changed as chosen for its size: `(C, H, W)`. Raises BadImage: naming the
+        picture and what is wrong with it."""
         row, table = self.indices[index], self.source
         if choose is no_change and self.prepared is not None:
             return torch.from_numpy(self.prepared.pixels([row])[0])
@@ -136,10 +133,7 @@ class ImageDataset(Dataset):
 
 def _as_prepared(source: ImageTable, config: PreprocessingConfig) -> PreparedPictures | None:
     """The pixels, if they were prepared as configured; in another size they are prepared anew.
-
-    Raises:
-        UserError: they were prepared in another way.
-    """
+    Raises UserError: they were prepared in another way."""
     if not isinstance(source.cells, PreparedPictures):
         return None
     made = source.cells.config
@@ -165,10 +159,9 @@ class AugmentedImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = [index % len(self) for index in indices]
+        images: list[Tensor] = []
         if self.config.crop == "off":  # then the pixels in memory will do
-            images = list(self.images.pixel_rows(rows))
-        else:
-            images = []
+            images += self.images.pixel_rows(rows)
         for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
             name = self.images.source.ids[self.images.indices[row]]
             change = partial(random_change, self.config, self.images.config)
@@ -195,14 +188,15 @@ class ImageSplits:
 
     def facts(self) -> dict[str, str]:
         """What a run is bound to: names, labels and splits, of skipped images too; and marks."""
-        lines, marks = [repr(self.class_names)], []
+        lines = [repr(self.class_names)]
+        marks: list[int] = []
         for split, dataset in self.items():
             table = dataset.source
             for i in sorted([*dataset.indices, *dataset.left_out]):
                 label = table.labels[i] if table.labels is not None else None
                 lines.append(f"{split} {table.ids[i]} {label}\n")
             if split == "train" or table is not self.train.source:
-                marks += map(table.mark, splits.marked(len(table)))
+                marks += table.marks()
         return splits.image_facts(lines, marks)
 
     def skipped_hash(self) -> str | None:
@@ -217,11 +211,8 @@ class ImageSplits:
 
 
 def split_table(opened: Sources, config: PreprocessingConfig) -> ImageSplits:
-    """The training and the held-out images of a table, not decoded yet.
-
-    Raises:
-        UserError: the source is a stream, or no training image is left.
-    """
+    """The training and the held-out images of a table, not decoded yet. Raises UserError: the
+    source is a stream, or no training image is left."""
     # What is held out explicitly, by the source's own split, or by name.
     train = sources.refuse_stream(opened.train)
     if opened.held_out is None:
@@ -321,16 +312,9 @@ def _held_out_of_stream(opened: Sources, config: PreprocessingConfig) -> ImageDa
 def stream_facts(opened: Sources, config: PreprocessingConfig) -> dict[str, str]:
     """What a run on a stream is bound to: its shards, and what is held out."""
     train, held_out = opened
-    assert isinstance(train, ImageStream)
-    content: list[Any] = [config.validation_fraction]
-    marks: list[object] = [*train.marks()]
-    if isinstance(held_out, ImageTable):
-        content = list(held_out.ids)
-        marks += map(held_out.mark, splits.marked(len(held_out)))
-    elif held_out is not None:
-        content = held_out.shard_names
-        marks += held_out.marks()
-    line = json.dumps([train.shard_names, held_out is None, content])
+    content: list[Any] = [config.validation_fraction] if held_out is None else held_out.names
+    marks = [mark for source in opened if source is not None for mark in source.marks()]
+    line = json.dumps([train.names, held_out is None, content])
     return splits.image_facts([line], marks)
 
 

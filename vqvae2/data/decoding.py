@@ -18,10 +18,10 @@ Picture = Image.Image | np.ndarray
 """What Pillow holds without loss, or an array (H, W) or (H, W, C) of anything else: more bits,
 floats, more bands."""
 
-PICTURE_SUFFIXES = frozenset(
-    ".png .bmp .gif .tif .tiff .ppm .pgm .npy "
-    ".jpg .jpeg .jfif .webp .avif .heic .jp2".split()
-)  # fmt: skip
+PICTURE_SUFFIXES = {
+    *(".png", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"),
+    *(".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".jp2"),
+}
 MAX_PIXELS = 178_956_970  # twice Pillow's warning: more is an attack or a mistake
 
 
@@ -66,21 +66,16 @@ def read_picture_file(path: str) -> Picture:
         UserError: the file is missing, or is no picture.
     """
     try:
-        with readable(path, "read as a picture"):
-            return read_cell(Path(path).expanduser())
-    except UserError as error:
-        message = str(error)
-        raise UserError(message if message.startswith(path) else f"{path}: {message}") from None
+        return read_cell(Path(path).expanduser())
+    except Exception as error:  # decoders raise many kinds
+        what = f"{path} cannot be read as a picture ({first_line(error)})"
+        raise UserError(f"{what}: check the file.") from None
 
 
 def read_cell(cell: Any) -> Picture:
     """A picture as a table holds it: a path, encoded bytes, {"bytes", "path"} as `datasets` stores
-    them, an array; or an error, to be raised.
-
-    Raises:
-        UserError: it is none of these, or cannot be held without loss.
-        Exception: of many kinds, for what is no picture.
-    """
+    them, an array; or an error, to be raised. Raises UserError: it is none of these, or cannot be
+    held without loss. Exception: of many kinds, for what is no picture."""
     if isinstance(cell, Exception):
         raise cell
     if isinstance(cell, np.ndarray):
@@ -129,7 +124,7 @@ def _decode(file: Path | io.BytesIO, suffix: str) -> Picture:
     if frames > 1 and image.format != "MPO":  # MPO: a photo with its preview
         raise UserError(f"it has {frames} frames: save the one you want, or each as a file.")
     if image.mode in ("RGB", "RGBA", "LA") and image.format in ("PNG", "PPM"):
-        layout = image.tile[0][3]  # as the decoder gets it: RGB;16B, or (RGB, largest value)
+        layout: Any = image.tile[0][3]  # as the decoder gets it: RGB;16B, or (RGB, largest value)
         if ";16" in layout if isinstance(layout, str) else layout[-1] > 255:
             what = f"it is a {image.format} with 16 bits in several channels"
             raise UserError(f"{what}, of which Pillow keeps 8: save it as TIFF or .npy.")

@@ -92,11 +92,16 @@ class ImageTable:
         """Whether the pictures have labels."""
         return self.labels is not None
 
-    def mark(self, index: int) -> int:
-        """Something cheap that tells a picture from another of the same name."""
+    @property
+    def names(self) -> list[str]:
+        """What tells these images from others (of a stream, its shards' names)."""
+        return list(self.ids)
+
+    def marks(self) -> list[int]:
+        """Something cheap of some pictures that tells them from others of the same names."""
         if isinstance(self.cells, PreparedPictures):
-            return zlib.crc32(self.cells.pixels([index]).tobytes())
-        return mark_cell(self.cells[index])
+            return [zlib.crc32(self.cells.pixels([i]).tobytes()) for i in splits.marked(len(self))]
+        return [mark_cell(self.cells[i]) for i in splits.marked(len(self))]
 
     def choose(self, rows: Sequence[int]) -> "ImageTable":
         """These rows alone."""
@@ -180,17 +185,14 @@ def load_table(data: ImagesConfig, config: PreprocessingConfig) -> ImageTable:
     Raises:
         UserError: see `open_source`; or the source is a stream.
     """
-    tables = [table for table in open_source(data, config) if table is not None]
-    ids = [name for table in map(refuse_stream, tables) for name in table.ids]
+    opened = open_source(data, config)
+    tables = [refuse_stream(table) for table in opened if table is not None]
+    ids = [name for table in tables for name in table.ids]
     return ImageTable(tables[0].name, ids, ConcatDataset([table.cells for table in tables]))
 
 
 def refuse_stream(source: ImageTable | ImageStream) -> ImageTable:
-    """For what needs images in any order.
-
-    Raises:
-        UserError: the source is a stream.
-    """
+    """For what needs images in any order. Raises UserError: the source is a stream."""
     if isinstance(source, ImageStream):
         what_to_do = "run vqvae2 prepare on it, and give the prepared folder"
         raise UserError(f"{source.name} is a stream, which is read in order: {what_to_do}.")
@@ -330,11 +332,8 @@ def expand_ranges(pattern: str) -> list[str]:
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits).
-
-    Raises:
-        UserError: there are such, and pictures beside them.
-    """
+    """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits). Raises UserError:
+    there are such, and pictures beside them."""
     for suffix in ("parquet", "arrow", "tar", "tar.gz"):
         shards = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*/*.{suffix}")])
         stray = list(islice(_pictures_below(folder), MAX_STRAY + 1)) if shards else []
@@ -436,7 +435,8 @@ def _open_list(path: Path, data: ImagesConfig) -> Sources:
     missing = next((file for file in files if not file.exists()), None)
     if missing is not None:
         raise UserError(f"{path} names {missing}, which does not exist: paths start at the list.")
-    labels = label and ([row[label] for row in rows], f"{path}: the column {label!r}", None)
+    values = [row[label] for row in rows] if label else []
+    labels = (values, f"{path}: the column {label!r}", None) if label else None
     row_splits = [row.get("split", "train") for row in rows]
     return make_table(str(path), ids, files, labels=labels, row_splits=row_splits, files=files)
 

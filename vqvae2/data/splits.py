@@ -103,11 +103,7 @@ def number_classes(
 
 
 def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
-    """Every image has a label, or none has.
-
-    Raises:
-        UserError: this one differs from the first.
-    """
+    """Every image has a label, or none has. Raises UserError: this one differs from the first."""
     if has_label != labelled:
         this, first = ("a label", "none") if has_label else ("no label", "one")
         what = f"{image} has {this}, but the first has {first}"
@@ -115,11 +111,8 @@ def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
 
 
 def check_names(names: Iterable[str], source: str) -> None:
-    """Every image needs a name of its own, in characters that can be written down.
-
-    Raises:
-        UserError: naming one that occurs twice, or is not UTF-8.
-    """
+    """Every image needs a name of its own, in characters that can be written down. Raises
+    UserError: naming one that occurs twice, or is not UTF-8."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vqvae2.common.errors import UserError
 from vqvae2.common.threads import ordered
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data.augmentation import Choice, decode, no_change, random_change
+from vqvae2.data.augmentation import decode, no_change, random_change
 from vqvae2.data.decoding import PICTURE_SUFFIXES, BadImage, first_line, readable
 from vqvae2.data.splits import is_held_out, marked
 
@@ -59,7 +59,7 @@ class ImageStream:
         return [Path(path) for path in paths if "://" not in path]
 
     @property
-    def shard_names(self) -> list[str]:
+    def names(self) -> list[str]:
         """The shards' names, which tell these images from others."""
         return [PurePosixPath(url).name for url in self.urls]
 
@@ -70,10 +70,7 @@ class ImageStream:
 
     def rows(self, number: int, *, contents: bool = True) -> Iterator[StreamRow]:
         """The rows of one shard, in order; without `contents` their names alone, read faster.
-
-        Raises:
-            UserError: the shard is absent or broken, or its labels are not numbers.
-        """
+        Raises UserError: the shard is absent or broken, or its labels are not numbers."""
         url = self.urls[number]
         with _opened(url) as file:
             if url.endswith(".parquet"):
@@ -96,10 +93,6 @@ class ImageStream:
         """The lengths of some local shards."""
         urls = [self.urls[i] for i in marked(len(self))]
         return [Path(url).stat().st_size if "://" not in url else None for url in urls]
-
-    def decode(self, row: StreamRow, config: PreprocessingConfig, choose: Choice) -> Tensor:
-        """A row's pixels `(C, H, W)`, changed as chosen for its size. Raises BadImage."""
-        return decode(self.name, row.id, row.cell, config, choose)
 
 
 def shard_stem(name: str) -> str:
@@ -132,11 +125,8 @@ def find_columns(
     data: ImagesConfig,
     names: Sequence[str] = IMAGE_COLUMNS,
 ) -> tuple[str, str | None]:
-    """The columns of pictures and of classes: those set in `data`, else by type or name.
-
-    Raises:
-        UserError: there is no such column, or none of pictures.
-    """
+    """The columns of pictures and of classes: those set in `data`, else by type or name. Raises
+    UserError: there is no such column, or none of pictures."""
     import datasets
 
     columns = f"{source} has the columns {list(features)}"
@@ -347,7 +337,7 @@ class StreamedImages:
         change = partial(random_change, self.data.augmentation, self.config)
         choose = partial(change, seed=self.seed, epoch=epoch, name=row.id)
         try:
-            return self.stream.decode(row, self.config, choose)
+            return decode(self.stream.name, row.id, row.cell, self.config, choose)
         except BadImage as error:
             if self.data.on_error == "stop":
                 raise
@@ -358,7 +348,7 @@ class StreamedImages:
         """The first training image that can be read, for a batch of which none can."""
         for row in filter(self._trains, self.stream.all_rows()):
             try:
-                return self.stream.decode(row, self.config, no_change)
+                return decode(self.stream.name, row.id, row.cell, self.config, no_change)
             except BadImage:
                 continue
         raise UserError(f"{self.stream.name}: no training image can be read: check data.path.")
@@ -383,7 +373,7 @@ class StreamedImages:
 
     def _shuffled(self, number: int, epoch: int) -> Iterator[StreamRow]:
         """The training rows of a shard, each drawn from a window of rows."""
-        generator = random.Random(f"{self.seed} {epoch} {self.stream.shard_names[number]}")
+        generator = random.Random(f"{self.seed} {epoch} {self.stream.names[number]}")
         size = max(1, self.data.shuffle_buffer // self.num_lanes)
         window: list[StreamRow] = []
         for row in filter(self._trains, self.stream.rows(number)):

@@ -22,7 +22,7 @@ from vqvae2.common.files import file_hash, read_json, write_json
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.threads import ordered
 from vqvae2.config import ImagesConfig, PreprocessingConfig
-from vqvae2.data.augmentation import Choice
+from vqvae2.data.augmentation import Choice, decode
 from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
 from vqvae2.data.decoding import BadImage
 from vqvae2.data.open_source import ImageTable, PythonImages, open_source
@@ -91,10 +91,7 @@ class Parts:
 
 def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, size: int) -> Parts:
     """Cut each split of a table into parts of `size` images; of a stream every shard is a part.
-
-    Raises:
-        UserError: see `open_source`.
-    """
+    Raises UserError: see `open_source`."""
     opened = open_source(data, config)
     train, held_out = opened
     if isinstance(train, ImageTable):
@@ -134,7 +131,8 @@ def _shards(
     def items(number: int) -> Iterator[Item]:
         for row in stream.rows(number):
             held_out = len(splits) > 1 and is_held_out(row.id, config.validation_fraction)
-            yield Item(splits[held_out], row.id, row.label, partial(stream.decode, row, config))
+            pixels = partial(decode, stream.name, row.id, row.cell, config)
+            yield Item(splits[held_out], row.id, row.label, pixels)
 
     return [Part(i, splits, partial(items, i), None) for i in range(len(stream))]
 
