@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from tests.conftest import command
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageSplits, load_images, open_source
 from vqvae2.data.augmentation import no_change
@@ -62,6 +63,11 @@ def stream(
 def shades(batches: Iterator[dict[str, torch.Tensor]], number: int) -> list[int]:
     """Which rows of `numbered_tars` these batches hold."""
     return [int(image[0, 0, 0]) for batch in islice(batches, number) for image in batch["images"]]
+
+
+def shell(line: str, *more: object, code: int = 0) -> None:
+    """Run a line of the command line (no word of it holds a space), and demand its exit code."""
+    command(*line.split(), *more, code=code)
 
 
 def encoded(shade: int = 100, size: int = 28) -> bytes:
