@@ -226,13 +226,8 @@ def split_table(opened: Sources, config: PreprocessingConfig) -> ImageSplits:
 
     # A file that is held out under any name is not trained on.
     if held_out_rows and train.is_of_files and held_out.is_of_files:
-        files = [train.files[i] for i in rows]
-        apart = splits.not_held_out(files, [held_out.files[i] for i in held_out_rows])
-        rows = [i for i, is_apart in zip(rows, apart, strict=True) if is_apart]
-        if not all(apart):
-            number = len(files) - len(rows)
-            text = "%s: %d images are held out under another name, and not trained on."
-            splits.logger.info(text, train.name, number)
+        files = [held_out.files[i] for i in held_out_rows]
+        rows = splits.drop_held_out(rows, train.files, files, train.name)
     if not rows:
         what_to_do = "add images, or hold out fewer"
         raise UserError(f"{train.name}: all {len(train)} images are held out: {what_to_do}.")

@@ -66,6 +66,20 @@ class PreparedPictures:
 
 
 @dataclass(frozen=True)
+class TableColumn:
+    """A column of a `datasets` table, row by row (twice as fast as its own lazy columns)."""
+
+    table: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.table[index][self.column]
+
+
+@dataclass(frozen=True)
 class ImageTable:
     """Named pictures, each with a label or none, that can be read in any order."""
 
@@ -498,7 +512,7 @@ def _open_table(path: str, table: Any, files: Sequence[Path], data: ImagesConfig
         if isinstance(features["split"], datasets.ClassLabel):
             row_splits = features["split"].int2str(row_splits)
     files = files or [Path(file["filename"]) for file in table.cache_files]
-    cells = table.select_columns([image])[image]
+    cells = TableColumn(table.select_columns([image]), image)
     return make_table(path, ids, cells, labels=labels, row_splits=row_splits, files=files)
 
 

@@ -68,6 +68,18 @@ def not_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> list[bool]:
     return [_file(path) not in known for path in train]
 
 
+def drop_held_out(
+    rows: Sequence[int], train: Sequence[Path], held_out: Iterable[Path], source: str
+) -> list[int]:
+    """The rows of training pictures whose files are not held out under any name."""
+    apart = not_held_out([train[i] for i in rows], held_out)
+    kept = [i for i, is_apart in zip(rows, apart, strict=True) if is_apart]
+    if not all(apart):
+        text = "%s: %d images are held out under another name, and not trained on."
+        logger.info(text, source, len(rows) - len(kept))
+    return kept
+
+
 def _file(path: Path) -> object:
     """The same for all names of a file."""
     try:
