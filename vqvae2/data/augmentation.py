@@ -45,8 +45,9 @@ def no_change(size: tuple[int, int]) -> Change:
 def decode(
     source: str, name: str, cell: Any, config: PreprocessingConfig, choose: Choice
 ) -> Tensor:
-    """The pixels `(C, H, W)` of a cell (see `read_cell`), changed as chosen for its size. Raises
-    BadImage: naming the picture and what is wrong with it."""
+    """The pixels `(C, H, W)` of a cell (see `read_cell`), changed as chosen for its size.
+
+    Raises BadImage: naming the picture and what is wrong with it."""
     try:
         picture = read_cell(cell)
         return torch.from_numpy(choose(picture_size(picture)).apply(picture, config))
@@ -89,8 +90,9 @@ def known_views() -> list[str]:
 
 
 def view_change(view: str, image: PreprocessingConfig, size: tuple[int, int]) -> Change:
-    """The change of a view: original, flip, a corner (top_left, ...), or flip_ and a corner. Raises
-    UserError: no such view."""
+    """The change of a view: original, flip, a corner (top_left, ...), or flip_ and a corner.
+
+    Raises UserError: no such view."""
     if view not in known_views():
         raise UserError(f"unknown view {view!r}: choose among {', '.join(known_views())}.")
     corner, flip = view.removeprefix("flip").removeprefix("_"), view.startswith("flip")

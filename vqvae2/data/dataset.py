@@ -211,8 +211,9 @@ class ImageSplits:
 
 
 def split_table(opened: Sources, config: PreprocessingConfig) -> ImageSplits:
-    """The training and the held-out images of a table, not decoded yet. Raises UserError: the
-    source is a stream, or no training image is left."""
+    """The training and the held-out images of a table, not decoded yet.
+
+    Raises UserError: the source is a stream, or no training image is left."""
     # What is held out explicitly, by the source's own split, or by name.
     train = sources.refuse_stream(opened.train)
     if opened.held_out is None:
@@ -282,11 +283,12 @@ def held_out_images(
     Raises:
         UserError: see `load_images`.
     """
-    opened, skip = sources.open_source(data, config), data.on_error == "skip"
+    opened = sources.open_source(data, config)
     if isinstance(opened.train, ImageTable):
-        return _checked(opened, config, skip, False, show_progress).validation
-    images = _held_out_of_stream(opened, config)
-    images.check(skip=skip, show_progress=show_progress)
+        images = split_table(opened, config).validation
+    else:
+        images = _held_out_of_stream(opened, config)
+    images.check(skip=data.on_error == "skip", show_progress=show_progress)
     return images
 
 

@@ -130,21 +130,17 @@ class ImageTable:
     def with_classes_of(self, train: "ImageTable | ImageStream") -> "ImageTable":
         """This table with its labels numbered as in the training images.
 
-        Raises:
-            UserError: it has other classes, or none where the training images have some.
-        """
+        Raises UserError: it has other classes, or none where the training images have some."""
         if isinstance(train, ImageStream):  # its classes are numbers
-            class_names, expected = self.class_names, "has numbers"
+            class_names, expected = self.class_names, "numbers"
             numbers = {name: int(name) for name in class_names if name.isdecimal()}
         elif train.labels is None:
             return replace(self, labels=None, class_names=())
         else:
-            class_names, expected = train.class_names, f"has {list(train.class_names)}"
+            class_names, expected = train.class_names, str(list(train.class_names))
             numbers = {name: number for number, name in enumerate(class_names)}
-            expected = expected if self.labelled else f"{expected}, one for each image"
-        labelled_alike = self.labelled or isinstance(train, ImageStream)
-        if not (labelled_alike and set(self.class_names) <= set(numbers)):
-            what = f"{self.name} has the classes {list(self.class_names)}, but {train.name}"
+        if not set(self.class_names) <= set(numbers) or (class_names and not self.labelled):
+            what = f"{self.name} has the classes {list(self.class_names)}, but {train.name} has"
             raise UserError(f"{what} {expected}: give held-out images the training's classes.")
         labels = self.labels and [numbers[self.class_names[label]] for label in self.labels]
         return replace(self, labels=labels, class_names=class_names)
@@ -346,8 +342,9 @@ def expand_ranges(pattern: str) -> list[str]:
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits). Raises UserError:
-    there are such, and pictures beside them."""
+    """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits).
+
+    Raises UserError: there are such, and pictures beside them."""
     for suffix in ("parquet", "arrow", "tar", "tar.gz"):
         shards = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*/*.{suffix}")])
         stray = list(islice(_pictures_below(folder), MAX_STRAY + 1)) if shards else []

@@ -71,8 +71,9 @@ class PreparedManifest:
 
 
 def open_prepared(folder: Path) -> Sources:
-    """The prepared images of a folder, split as they were when they were prepared. Raises
-    UserError: a broken manifest, or missing or broken shards."""
+    """The prepared images of a folder, split as they were when they were prepared.
+
+    Raises UserError: a broken manifest, or missing or broken shards."""
     manifest = _read_manifest(folder)
     for shard in manifest.shards:
         path = folder / shard.name

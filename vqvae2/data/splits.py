@@ -123,8 +123,9 @@ def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
 
 
 def check_names(names: Iterable[str], source: str) -> None:
-    """Every image needs a name of its own, in characters that can be written down. Raises
-    UserError: naming one that occurs twice, or is not UTF-8."""
+    """Every image needs a name of its own, in characters that can be written down.
+
+    Raises UserError: naming one that occurs twice, or is not UTF-8."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

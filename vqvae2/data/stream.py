@@ -125,8 +125,9 @@ def find_columns(
     data: ImagesConfig,
     names: Sequence[str] = IMAGE_COLUMNS,
 ) -> tuple[str, str | None]:
-    """The columns of pictures and of classes: those set in `data`, else by type or name. Raises
-    UserError: there is no such column, or none of pictures."""
+    """The columns of pictures and of classes: those set in `data`, else by type or name.
+
+    Raises UserError: there is no such column, or none of pictures."""
     import datasets
 
     columns = f"{source} has the columns {list(features)}"
