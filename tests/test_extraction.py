@@ -1,13 +1,11 @@
-"""Codes on disk: one row per image, in order, the same however they were made; readable by anyone."""
+"""Codes on disk: a row per image, in order, the same however made; readable by anyone."""
 
 import errno
-import io
 import json
 import os
 import re
 import shutil
 import signal
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -17,11 +15,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from pipelines.commands.train import train
 
 from pipelines.cli import parse
 from pipelines.commands.extract import encode_lanes, extract
-from prior.manifest import CodeDataset, read_manifest
 from prior.shards import smallest_type
 from tests.conftest import (
     ROOT,
@@ -33,35 +29,35 @@ from tests.conftest import (
     vqvae2,
     write_images,
 )
-from tests.test_sources import numbered_tars, spoil
+from tests.images import numbered_tars, shell, spoil, write_tar
 from vqvae2 import VQVAE2
 from vqvae2.config import DataConfig
-from vqvae2.data import load_images, to_images
+from vqvae2.data import ImageSplits, load_images, to_images
+from vqvae2.training import train
 
 
 def extract_command(run: Path, photos: Path, output_dir: Path, *more: object) -> list[object]:
-    return [
-        "extract",
-        "--vqvae",
-        run / "vqvae",
-        "--data.path",
-        photos,
-        "--output-dir",
-        output_dir,
-        *more,
-    ]
+    line = f"extract --vqvae {run / 'vqvae'} --data.path {photos} --output-dir {output_dir}"
+    return [*line.split(), *more]
+
+
+def extract_on_two(run: Path, photos: Path, output_dir: Path, *more: object) -> None:
+    """Extraction on two processes."""
+    _, *arguments = extract_command(run, photos, output_dir, *more)
+    two_processes(ROOT / "scripts" / "extract.py", *arguments)
+
+
+def load_splits(model: VQVAE2, photos: Path) -> ImageSplits:
+    return load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False)
 
 
 def assert_same_codes(one: Path, other: Path) -> None:
     """The same shards with the same rows in the same order, and the same manifest."""
-    files = [
-        sorted(p.relative_to(folder) for p in folder.rglob("*.parquet")) for folder in (one, other)
-    ]
-    assert files[0] == files[1]
-    assert all(pq.read_table(one / f).equals(pq.read_table(other / f)) for f in files[0])
-    assert json.loads((one / "manifest.json").read_text()) == json.loads(
-        (other / "manifest.json").read_text()
-    )
+    files, others = (sorted(p.relative_to(x) for p in x.rglob("*.parquet")) for x in (one, other))
+    assert files == others
+    assert all(pq.read_table(one / f).equals(pq.read_table(other / f)) for f in files)
+    manifest, expected = (json.loads((x / "manifest.json").read_text()) for x in (one, other))
+    assert manifest == expected
 
 
 def test_rows_are_the_images_in_order_and_codes_those_of_the_model(run: Path, photos: Path) -> None:
@@ -69,31 +65,25 @@ def test_rows_are_the_images_in_order_and_codes_those_of_the_model(run: Path, ph
     manifest = read_manifest(run / "codes")
     assert manifest.encoder_hash == model.content_hash()
     assert (manifest.grids, manifest.codebook_sizes) == (((2, 2), (4, 4)), (16, 32))
-    for split, images in load_images(
-        DataConfig(path=str(photos)), model.config.image, show_progress=False
-    ).items():
+    for split, images in load_splits(model, photos).items():
         table = pq.read_table(run / "codes" / split)
         assert table["id"].to_pylist() == images.ids
         batch = images.__getitems__(range(len(images)))
         assert table["label"].to_pylist() == batch["labels"].tolist()
         read = CodeDataset(run / "codes", manifest, split).__getitems__(range(len(images)))
         with torch.no_grad():
-            for codes, level in zip(
-                read["codes"], model.encode(to_images(batch["images"])), strict=True
-            ):
-                assert (
-                    codes != level.codes
-                ).float().mean() < 0.001  # another batch size: near ties may fall differently
+            levels = model.encode(to_images(batch["images"]))
+        for codes, level in zip(read["codes"], levels, strict=True):
+            # In a batch of another size near ties may fall differently.
+            assert (codes != level.codes).float().mean() < 0.001
         assert torch.equal(read["labels"], batch["labels"])
 
 
 def test_anyone_can_open_it(run: Path) -> None:
     opened = datasets.load_dataset(str(run / "codes"))
     manifest = read_manifest(run / "codes")
-    assert {name: len(split) for name, split in opened.items()} == {
-        "train": manifest.num_train,
-        "validation": manifest.num_validation,
-    }
+    numbers = {"train": manifest.num_train, "validation": manifest.num_validation}
+    assert {name: len(split) for name, split in opened.items()} == numbers
     assert opened["train"].features["codes_1"] == datasets.List(datasets.Value("uint8"), length=16)
 
 
@@ -109,55 +99,39 @@ def test_two_processes_give_every_row_once_and_the_same_codes(
     run: Path, photos: Path, tmp_path: Path
 ) -> None:
     command(*extract_command(run, photos, tmp_path / "one", "--shard-size", 20))
-    two_processes(
-        ROOT / "scripts" / "extract.py",
-        *extract_command(run, photos, tmp_path / "two", "--shard-size", 20)[1:],
-    )
+    extract_on_two(run, photos, tmp_path / "two", "--shard-size", 20)
     assert_same_codes(tmp_path / "one", tmp_path / "two")
-    ids = [
-        name
-        for split in ("train", "validation")
-        for name in pq.read_table(tmp_path / "two" / split)["id"].to_pylist()
-    ]
+    ids: list[str] = []
+    for split in ("train", "validation"):
+        ids += pq.read_table(tmp_path / "two" / split)["id"].to_pylist()
     assert len(ids) == len(set(ids)) == 150
 
 
 def test_killed_and_continued_is_uninterrupted(run: Path, photos: Path, tmp_path: Path) -> None:
     command(*extract_command(run, photos, tmp_path / "whole", "--shard-size", 2))
     killed = tmp_path / "killed"
-    code = kill_when(
-        lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5,
-        *extract_command(run, photos, killed, "--shard-size", 2),
-    )
+    again = extract_command(run, photos, killed, "--shard-size", 2)
+    code = kill_when(lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5, *again)
     if code == -signal.SIGKILL:
         assert not (killed / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in killed.rglob("[0-9]*.parquet")}
-    two_processes(
-        ROOT / "scripts" / "extract.py",
-        *extract_command(run, photos, killed, "--shard-size", 2)[1:],
-    )  # on another number of processes
-    assert_same_codes(tmp_path / "whole", killed)
-    assert all(
-        path.stat().st_mtime_ns == time for path, time in kept.items()
-    )  # finished shards are not made again
+    extract_on_two(run, photos, killed, "--shard-size", 2)  # another number of processes
+    assert_same_codes(tmp_path / "whole", killed)  # and finished shards are not made again
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
     model = VQVAE2.from_pretrained(run / "vqvae")
-    pixels = load_images(
-        DataConfig(path=str(photos)), model.config.image, show_progress=False
-    ).train.__getitems__(range(32))["images"]
+    pixels = load_splits(model, photos).train.pixel_rows(range(32))
     whole = encode_lanes(model, pixels)
     for number in (1, 3, 8):
-        assert all(
-            torch.equal(part, codes[:number])
-            for part, codes in zip(encode_lanes(model, pixels[:number]), whole, strict=True)
-        )
+        pairs = zip(encode_lanes(model, pixels[:number]), whole, strict=True)
+        assert all(torch.equal(some, codes[:number]) for some, codes in pairs)
     assert not any(codes.requires_grad for codes in whole)
 
 
 def test_other_images_are_not_mixed_in(run: Path, photos: Path, tmp_path: Path) -> None:
-    """An extraction that was killed and goes on after the folder changed would repeat some rows and lose others."""
+    """Going on after the folder changed would repeat some rows and lose others."""
     mine = shutil.copytree(photos, tmp_path / "photos")
     again = extract_command(run, mine, tmp_path / "codes", "--shard-size", 20)
     command(*again)
@@ -184,18 +158,14 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
     shard = tmp_path / "codes" / "train" / "00001.parquet"
     before = shard.read_bytes()
     shard.unlink()
-    edited = (
-        tmp_path / "codes" / "train" / "00000.parquet"
-    )  # must not become one of the dataset's because another is missing
-    untouched, manifest = edited.read_bytes(), (tmp_path / "codes" / "manifest.json").read_bytes()
+    # An edited shard must not become one of the dataset's because another is missing.
+    edited, record = shard.with_name("00000.parquet"), tmp_path / "codes" / "manifest.json"
+    untouched, manifest = edited.read_bytes(), record.read_bytes()
     table = pq.read_table(edited)
     pq.write_table(table.set_column(0, "id", table["id"].take(list(range(50))[::-1])), edited)
     command(*again)
-    assert (
-        shard.read_bytes(),
-        edited.read_bytes(),
-        (tmp_path / "codes" / "manifest.json").read_bytes(),
-    ) == (before, untouched, manifest)
+    assert (shard.read_bytes(), edited.read_bytes()) == (before, untouched)
+    assert record.read_bytes() == manifest
     assert not list((tmp_path / "codes").rglob(".*"))
 
 
@@ -217,9 +187,8 @@ def test_other_images_of_the_same_names_are_not_mixed_in(
     """Rows of a stack have numbers for names; a folder may be exported anew."""
     paths = []
     for name, shade in (("a", 0), ("b", 9)):
-        arrays = [
-            np.array(Image.open(path)) // (1 + shade) for path in sorted(photos.rglob("*.png"))[:40]
-        ]
+        files = sorted(photos.rglob("*.png"))[:40]
+        arrays = [np.array(Image.open(path)) // (1 + shade) for path in files]
         (tmp_path / name).mkdir()
         if kind == "npy":
             paths.append(tmp_path / name / "x.npy")
@@ -230,22 +199,13 @@ def test_other_images_of_the_same_names_are_not_mixed_in(
         paths.append(tmp_path / name)
         if kind == "stream":
             paths[-1] = tmp_path / name / "x.tar"
-            with tarfile.open(paths[-1], "w") as archive:
-                for i in range(40 - shade):
-                    archive.add(tmp_path / name / f"{i}.png", f"{i}.png")
+            members = [f"{i}.png" for i in range(40 - shade)]
+            write_tar(paths[-1], {m: (tmp_path / name / m).read_bytes() for m in members})
     flags = ["--data.streaming"] if kind == "stream" else []
     command(*extract_command(run, paths[0], tmp_path / "codes", *flags))
-    command(
-        "codes",
-        "view",
-        "--codes",
-        tmp_path / "codes",
-        "--vqvae",
-        run / "vqvae",
-        "--rows",
-        0,
-        "--output-dir",
-        tmp_path,
+    shell(
+        f"codes view --codes {tmp_path / 'codes'} --vqvae {run / 'vqvae'} --rows 0 "
+        f"--output-dir {tmp_path}",
     )
     for begun in (False, True):
         if begun:
@@ -267,14 +227,8 @@ def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "bag" / "broken.png").write_bytes(b"")
     skip = ["--data.on-error", "skip"]
-    command(
-        "train",
-        "--config",
-        "tiny",
-        "--num-steps",
-        1,
-        "--data.path",
-        folder,
+    shell(
+        f"train --config tiny --num-steps 1 --data.path {folder}",
         *skip,
         "--output-dir",
         tmp_path / "vqvae",
@@ -283,43 +237,26 @@ def test_who_cannot_be_sure_that_the_split_is_the_training_s_is_warned(
         (run / "vqvae", photos, False),
         (run / "vqvae", tmp_path / "prepared", False),
         (run / "vqvae", photos / "bag", True),
-        (tmp_path / "vqvae", folder, False),  # skipped images are part of what a training is bound to
+        (tmp_path / "vqvae", folder, False),  # a training is bound to skipped images too
     ]):  # fmt: skip
         capsys.readouterr()
-        command(
-            "extract",
-            "--vqvae",
-            vqvae,
-            "--data.path",
-            path,
+        shell(
+            f"extract --vqvae {vqvae} --data.path {path}",
             *skip,
             "--output-dir",
             tmp_path / f"codes_{number}",
         )
         assert ("may have trained it" in capsys.readouterr().err) is warned
-    command(
-        *extract_command(
-            run, photos / "bag" / "..", tmp_path / "no", "--data.validation-path", apart
-        ),
-        code=2,
-    )
+    same = extract_command(run, photos / "bag" / "..", tmp_path / "no")
+    command(*same, "--data.validation-path", apart, code=2)
     assert "trained with None" in capsys.readouterr().err
 
 
 def test_a_prior_does_not_continue_on_other_rows(copy_of_run: Path, tmp_path: Path) -> None:
     edit_manifest(copy_of_run / "codes", rows_hash="0")
-    again = [
-        "train-prior",
-        "--config",
-        "tiny",
-        "--codes",
-        copy_of_run / "codes",
-        "--level",
-        "top",
-        "--output-dir",
-        copy_of_run / "prior_0",
-    ]
-    refused = vqvae2(*again, "--num-steps", 20, check=False)
+    again = f"train-prior --config tiny --codes {copy_of_run / 'codes'} --level top "
+    again += f"--output-dir {copy_of_run / 'prior_0'} --num-steps 20"
+    refused = vqvae2(*again.split(), check=False)
     assert refused.returncode == 2
     assert "rows_hash" in refused.stderr
 
@@ -333,32 +270,23 @@ def rows_of(codes: Path, split: str = "train") -> dict[tuple[str, str], dict]:
 
 
 def test_views_are_rows_of_changed_images(run: Path, photos: Path, tmp_path: Path) -> None:
-    command(
-        *extract_command(run, photos, tmp_path / "codes", "--views", "original", "flip", "top_left")
-    )
+    views = ["--views", "original", "flip", "top_left"]
+    command(*extract_command(run, photos, tmp_path / "codes", *views))
     manifest, original = read_manifest(tmp_path / "codes"), rows_of(run / "codes")
     found = rows_of(tmp_path / "codes")
     assert [key for key in found if key[1] == "original"] == list(original)
     assert len(found) == manifest.num_train == 3 * len(original)
     assert all(found[key] == row for key, row in original.items())
-    assert list(found)[:3] == [
-        (next(iter(original))[0], view) for view in ("original", "flip", "top_left")
-    ]
-    assert rows_of(tmp_path / "codes", "validation") == rows_of(
-        run / "codes", "validation"
-    )  # never changed
+    first, _ = next(iter(original))
+    assert list(found)[:3] == [(first, view) for view in ("original", "flip", "top_left")]
+    held_out = (rows_of(codes, "validation") for codes in (tmp_path / "codes", run / "codes"))
+    assert next(held_out) == next(held_out)  # never changed
     model = VQVAE2.from_pretrained(run / "vqvae")
-    images = load_images(
-        DataConfig(path=str(photos)), model.config.image, show_progress=False
-    ).train
-    mirrored = encode_lanes(model, images.__getitems__(range(20))["images"].flip(-1))
+    images = load_splits(model, photos).train
+    mirrored = encode_lanes(model, images.pixel_rows(range(20)).flip(-1))
     assert [found[name, "flip"]["codes_1"] for name in images.ids[:20]] == mirrored[1].tolist()
-    assert (
-        vqvae2(
-            *extract_command(run, photos, tmp_path / "no", "--views", "sideways"), check=False
-        ).returncode
-        == 2
-    )
+    sideways = extract_command(run, photos, tmp_path / "no", "--views", "sideways")
+    assert vqvae2(*sideways, check=False).returncode == 2
     command(*extract_command(run, photos, tmp_path / "flips", "--views", "flip"))
     for codes in ("codes", "flips"):
         command("codes", "verify", "--codes", tmp_path / codes)
@@ -376,27 +304,15 @@ def test_streamed_codes_are_those_of_the_same_images_read_at_once(
 ) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=5, rows=30)
     command(*extract_command(run, tars, tmp_path / "whole", "--shard-size", 40))
-    two_processes(
-        ROOT / "scripts" / "extract.py",
-        *extract_command(run, tars, tmp_path / "stream", "--data.streaming")[1:],
-    )
+    extract_on_two(run, tars, tmp_path / "stream", "--data.streaming")
     for split in ("train", "validation"):
         assert rows_of(tmp_path / "stream", split) == rows_of(tmp_path / "whole", split)
         assert list(rows_of(tmp_path / "stream", split)) == list(rows_of(tmp_path / "whole", split))
     assert read_manifest(tmp_path / "stream").class_names == tuple(map(str, range(150)))
     assert not list((tmp_path / "stream").rglob(".*.json"))
-    command(
-        "train-prior",
-        "--config",
-        "tiny",
-        "--codes",
-        tmp_path / "stream",
-        "--level",
-        "top",
-        "--num-steps",
-        2,
-        "--output-dir",
-        tmp_path / "prior",
+    shell(
+        f"train-prior --config tiny --codes {tmp_path / 'stream'} --level top --num-steps 2 "
+        f"--output-dir {tmp_path / 'prior'}",
     )
 
 
@@ -404,38 +320,27 @@ def test_broken_images_are_named_or_skipped(run: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "photos", 60)
     command(*extract_command(run, folder, tmp_path / "clean"))
     bad = spoil(folder)
-    stopped, mended = (
-        extract_command(run, folder, tmp_path / name) for name in ("stopped", "mended")
-    )
+    stopped = extract_command(run, folder, tmp_path / "stopped")
+    mended = extract_command(run, folder, tmp_path / "mended")
     for begun in (stopped, mended):
         command(*begun, code=2)
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     command(*stopped, "--data.on-error", "skip")  # as the message says
-    said = vqvae2(
-        *extract_command(
-            run, folder, tmp_path / "codes", "--data.on-error", "skip", "--shard-size", 20
-        )
-    ).stdout
-    assert f"{len(bad)} images could not be read" in said
-    assert {
-        json.loads(line)["image"]
-        for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()
-    } == bad
+    skip = ["--data.on-error", "skip", "--shard-size", 20]
+    output = vqvae2(*extract_command(run, folder, tmp_path / "codes", *skip)).stdout
+    assert f"{len(bad)} images could not be read" in output
+    lines = (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()
+    assert {json.loads(line)["image"] for line in lines} == bad
     for split in ("train", "validation"):
-        assert (
-            rows_of(tmp_path / "codes", split)
-            == rows_of(tmp_path / "stopped", split)
-            == rows_of(tmp_path / "clean", split)
-        )
+        clean = rows_of(tmp_path / "clean", split)
+        assert rows_of(tmp_path / "codes", split) == clean
+        assert rows_of(tmp_path / "stopped", split) == clean
     good = next((folder / "dress").glob("*.png"))
     for name in bad:
         shutil.copy(good, folder / name)
-    command(
-        *mended
-    )  # a run goes on when broken images were mended, though their lengths are others now
-    assert read_manifest(tmp_path / "mended").num_train + read_manifest(
-        tmp_path / "mended"
-    ).num_validation == 60 + len(bad)
+    command(*mended)  # goes on when broken images were replaced, though their lengths changed
+    manifest = read_manifest(tmp_path / "mended")
+    assert manifest.num_train + manifest.num_validation == 60 + len(bad)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -443,14 +348,11 @@ def test_shards_without_rows_have_the_labels_of_the_others(
     streaming: bool, run: Path, tmp_path: Path
 ) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=2, rows=20)
-    with tarfile.open(tars / "002.tar", "w") as archive:
-        for i in range(20):
-            archive.addfile(tarfile.TarInfo(f"{i}.png"))
-            label = tarfile.TarInfo(f"{i}.cls")
-            label.size = 1
-            archive.addfile(label, io.BytesIO(b"1"))
-    with tarfile.open(tars / "003.tar", "w"):
-        pass
+    broken: dict[str, bytes | str] = {}
+    for i in range(20):
+        broken |= {f"{i}.png": b"", f"{i}.cls": b"1"}
+    write_tar(tars / "002.tar", broken)
+    write_tar(tars / "003.tar", {})
     flags = ["--data.on-error", "skip", "--shard-size", 5, *["--data.streaming"] * streaming]
     command(*extract_command(run, tars, tmp_path / "codes", *flags))
     command("codes", "verify", "--codes", tmp_path / "codes")
@@ -493,12 +395,11 @@ def test_bf16_says_how_many_codes_it_changes(
     command(*extract_command(run, photos, tmp_path / "codes", "--mixed-precision", "bf16"))
     shares = [float(share) for share in re.findall(r"([0-9.]+)% of level", capsys.readouterr().out)]
     one, other = rows_of(tmp_path / "codes"), rows_of(run / "codes")
-    for level, said in enumerate(shares):
-        codes = [
-            np.array([row[f"codes_{level}"] for row in list(rows.values())[:128]])
-            for rows in (one, other)
-        ]
-        assert (codes[0] != codes[1]).mean() * 100 == pytest.approx(said, abs=0.01)
+    for level, share in enumerate(shares):
+        pairs = list(zip(one.values(), other.values(), strict=True))[:128]
+        codes = np.array([[row[f"codes_{level}"] for row in pair] for pair in pairs])
+        different = codes[:, 0] != codes[:, 1]
+        assert different.mean() * 100 == pytest.approx(share, abs=0.01)
     assert len(shares) == 2
 
 
@@ -506,64 +407,27 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
     """Five bands of floats, from memory to samples."""
     bands = np.random.default_rng(0).normal(size=(48, 5, 16, 16)).clip(-3, 3).astype(np.float32)
     data = {"images": bands, "labels": ["sea", "land"] * 24}
-    flags = [
-        "--config",
-        "tiny",
-        "--image.channels",
-        "5",
-        "--image.value-range",
-        "-3",
-        "3",
-        "--image.validation-fraction",
-        "0.2",
-    ]
-    train(
-        parse("train", [*flags, "--data.path", "memory", "--output-dir", str(tmp_path / "vqvae")]),
-        images=data,
-    )
-    config = parse(
-        "extract",
-        [
-            "--vqvae",
-            str(tmp_path / "vqvae"),
-            "--data.path",
-            "memory",
-            "--output-dir",
-            str(tmp_path / "codes"),
-        ],
-    )
-    extract(config, images=data)
-    np.savez(
-        tmp_path / "stack.npz", images=bands.transpose(0, 2, 3, 1), labels=np.array(data["labels"])
-    )
-    command(
-        "extract",
-        "--vqvae",
-        tmp_path / "vqvae",
-        "--data.path",
-        tmp_path / "stack.npz",
-        "--output-dir",
-        tmp_path / "same",
+    flags = "--config tiny --image.channels 5 --image.value-range -3 3 "
+    flags += f"--image.validation-fraction 0.2 --output-dir {tmp_path / 'vqvae'}"
+    train(parse("train", [*flags.split(), "--data.path", "memory"]), images=data)
+    flags = f"--vqvae {tmp_path / 'vqvae'} --output-dir {tmp_path / 'codes'}"
+    extract(parse("extract", [*flags.split(), "--data.path", "memory"]), images=data)
+    stack = bands.transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "stack.npz", images=stack, labels=np.array(data["labels"]))
+    shell(
+        f"extract --vqvae {tmp_path / 'vqvae'} --data.path {tmp_path / 'stack.npz'} "
+        f"--output-dir {tmp_path / 'same'}",
     )
     assert_same_columns(tmp_path / "codes", tmp_path / "same")
     command("doctor", "--vqvae", tmp_path / "vqvae", "--codes", tmp_path / "same")
     for level in (0, 1):
-        command(
-            "train-prior",
-            "--config",
-            "tiny",
-            "--codes",
-            tmp_path / "codes",
-            "--level",
-            level,
-            "--output-dir",
-            tmp_path / f"prior_{level}",
+        shell(
+            f"train-prior --config tiny --codes {tmp_path / 'codes'} --level {level} "
+            f"--output-dir {tmp_path / f'prior_{level}'}",
         )
     priors = ["--priors", tmp_path / "prior_0", tmp_path / "prior_1"]
-    command(
-        "sample",
-        "--vqvae",
-        tmp_path / "vqvae",
+    shell(
+        f"sample --vqvae {tmp_path / 'vqvae'}",
         *priors,
         "--num-images",
         3,
@@ -571,29 +435,20 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
         "--output-dir",
         tmp_path / "out",
     )
-    sampled = [tifffile.imread(path) for path in sorted((tmp_path / "out").glob("*.tif"))]
-    assert [
-        (image.shape, image.dtype, -3 <= image.min() <= image.max() <= 3) for image in sampled
-    ] == [((16, 16, 5), np.float32, True)] * 3
-    assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], np.stack(sampled))
-    command(
-        "reconstruct",
-        "--vqvae",
-        tmp_path / "vqvae",
-        tmp_path / "stack.npz",
-        "--num-images",
-        2,
-        "--output-dir",
-        tmp_path / "again",
+    files = sorted((tmp_path / "out").glob("*.tif"))
+    sampled = np.stack([tifffile.imread(path) for path in files])
+    assert (sampled.shape, sampled.dtype) == ((3, 16, 16, 5), np.float32)
+    assert -3 <= sampled.min() <= sampled.max() <= 3
+    assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], sampled)
+    shell(
+        f"reconstruct --vqvae {tmp_path / 'vqvae'} --data.path {tmp_path / 'stack.npz'} --num-images 2 "
+        f"--output-dir {tmp_path / 'again'}",
     )
     assert len(list((tmp_path / "again").glob("*.tif"))) == 2
 
 
 def test_doctor_knows_views(copy_of_run: Path, photos: Path) -> None:
-    shutil.rmtree(copy_of_run / "codes")
-    command(
-        *extract_command(
-            copy_of_run, photos, copy_of_run / "codes", "--views", "original", "flip_top_left"
-        )
-    )
+    codes, views = copy_of_run / "codes", ["--views", "original", "flip_top_left"]
+    shutil.rmtree(codes)
+    command(*extract_command(copy_of_run, photos, codes, *views))
     command("doctor", "--vqvae", copy_of_run / "vqvae", "--codes", copy_of_run / "codes")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, command, kill_when, two_processes, write_images
-from tests.test_sources import items_of, load, numbered_tars, spoil
+from tests.images import items_of, load, numbered_tars, shell, spoil
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageSplits
@@ -29,32 +29,21 @@ def assert_same(one: ImageSplits, other: ImageSplits) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*.parquet"))
-    }
+    shards = sorted(folder.rglob("*.parquet"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in shards}
 
 
 def test_prepared_images_are_those_of_the_source(photos: Path, tmp_path: Path) -> None:
     command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
     assert_same(load(tmp_path / "x", IMAGE), load(photos, IMAGE))
     assert load(tmp_path / "x", IMAGE).train.prepared
-    smaller = load(
-        tmp_path / "x", replace(IMAGE, size=(16,))
-    )  # prepared once more, for random crops
+    # Prepared once more in another size, for random crops.
+    smaller = load(tmp_path / "x", replace(IMAGE, size=(16,)))
     assert smaller.train.pixels(0).shape == (3, 16, 16)
-    image = [
-        "--image.channels",
-        3,
-        "--image.background",
-        "white",
-        "--image.validation-fraction",
-        0.2,
-    ]
-    command(
-        "train",
-        "--config",
-        "tiny",
+    image = ["--image.channels", 3, "--image.background", "white"]
+    image += ["--image.validation-fraction", 0.2]
+    shell(
+        "train --config tiny",
         *image,
         "--data.path",
         tmp_path / "x",
@@ -86,12 +75,8 @@ def test_broken_images_are_skipped_and_listed(tmp_path: Path) -> None:
     bad = spoil(folder)
     command("prepare", "--data.path", folder, "--output-dir", tmp_path / "x", *FLAGS, code=2)
     assert not (tmp_path / "x" / "prepared.json").exists()
-    command(
-        "prepare",
-        "--data.path",
-        folder,
-        "--output-dir",
-        tmp_path / "y",
+    shell(
+        f"prepare --data.path {folder} --output-dir {tmp_path / 'y'}",
         *FLAGS,
         "--data.on-error",
         "skip",
@@ -106,47 +91,35 @@ def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=3, rows=20)
     image = PreprocessingConfig(size=(28,), channels=1, validation_fraction=0.2)
     flags = ["--image.size", 28, "--image.channels", 1, "--image.validation-fraction", "0.2"]
-    command(
-        "prepare",
-        "--data.path",
-        tars / "{000..002}.tar",
-        "--data.streaming",
-        "--output-dir",
-        tmp_path / "x",
+    shell(
+        f"prepare --data.path {tars / '{000..002}.tar'} --data.streaming "
+        f"--output-dir {tmp_path / 'x'}",
         *flags,
     )
     prepared = load(tmp_path / "x", image)
     assert prepared.class_names == tuple(map(str, range(60)))
     for split, images in prepared.items():
-        items = [
-            item for item in items_of(ImagesConfig(path=str(tars)), image) if item.split == split
-        ]
+        every = items_of(ImagesConfig(path=str(tars)), image)
+        items = [item for item in every if item.split == split]
         batch = images.__getitems__(range(len(images)))
         assert images.ids == [item.id for item in items]
         assert batch["labels"].tolist() == [item.label for item in items]
         pixels = np.stack([item.pixels(no_change) for item in items])
         assert np.array_equal(batch["images"], pixels)
-    np.save(
-        tmp_path / "depth.npy",
-        np.random.default_rng(0).normal(size=(20, 28, 28)).astype(np.float32),
-    )
+    depth = np.random.default_rng(0).normal(size=(20, 28, 28)).astype(np.float32)
+    np.save(tmp_path / "depth.npy", depth)
     floats = replace(image, value_range=(-8, 8))
-    command(
-        "prepare",
-        "--data.path",
-        tmp_path / "depth.npy",
-        "--output-dir",
-        tmp_path / "z",
+    shell(
+        f"prepare --data.path {tmp_path / 'depth.npy'} --output-dir {tmp_path / 'z'}",
         *flags,
         "--image.value-range",
         -8,
         8,
     )
     assert_same(load(tmp_path / "z", floats), load(tmp_path / "depth.npy", floats))
-    again = load(tmp_path / "z", replace(floats, size=(14,))).train.__getitems__(range(8))["images"]
-    straight = load(tmp_path / "depth.npy", replace(floats, size=(14,))).train.__getitems__(
-        range(8)
-    )["images"]
+    smaller = replace(floats, size=(14,))
+    again = load(tmp_path / "z", smaller).train.pixel_rows(range(8))
+    straight = load(tmp_path / "depth.npy", smaller).train.pixel_rows(range(8))
     assert (again - straight).abs().max() < 1e-5
     for other in (replace(floats, value_range=(-9, 8)), replace(floats, validation_fraction=0.5)):
         with pytest.raises(UserError, match="prepare the images again"):
@@ -156,39 +129,26 @@ def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
 def test_held_out_images_may_be_prepared_apart(photos: Path, tmp_path: Path) -> None:
     image = replace(IMAGE, validation_fraction=0)
     for name, part in (("train", "bag"), ("held_out", "coat")):
-        command(
-            "prepare",
-            "--data.path",
-            photos / part,
-            "--output-dir",
-            tmp_path / name,
+        shell(
+            f"prepare --data.path {photos / part} --output-dir {tmp_path / name}",
             *FLAGS,
             "--image.validation-fraction",
             0,
         )
     splits = load(tmp_path / "train", image, validation_path=str(tmp_path / "held_out"))
-    assert [len(dataset) for _, dataset in splits.items()] == [
-        len(list((photos / part).iterdir())) for part in ("bag", "coat")
-    ]
+    numbers = [len(list((photos / part).iterdir())) for part in ("bag", "coat")]
+    assert [len(dataset) for _, dataset in splits.items()] == numbers
 
 
 def test_labels_of_some_images_only_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=2, rows=5)
-    shutil.copy(
-        numbered_tars(tmp_path / "others", shards=1, rows=5, labelled=False) / "000.tar",
-        tars / "002.tar",
-    )
-    command(
-        "prepare",
-        "--data.path",
-        tars,
-        "--data.streaming",
-        "--output-dir",
-        tmp_path / "x",
-        "--image.size",
-        28,
+    others = numbered_tars(tmp_path / "others", shards=1, rows=5, labelled=False)
+    shutil.copy(others / "000.tar", tars / "002.tar")
+    shell(
+        f"prepare --data.path {tars} --data.streaming --output-dir {tmp_path / 'x'} "
+        "--image.size 28",
         code=2,
     )
     assert "label all images, or none" in capsys.readouterr().err
@@ -210,18 +170,13 @@ def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) ->
             load(tmp_path / "x", IMAGE)
         command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
         assert shard.read_bytes() == whole
-    said = json.loads(manifest.read_text())
-    for change in (
-        {"class_names": ["bag"]},
-        {"image": {**said["image"], "channels": 4}},
-        {"num_train": 7},
-    ):
-        manifest.write_text(json.dumps({**said, **change}))
+    record = json.loads(manifest.read_text())
+    image = {**record["image"], "channels": 4}
+    for change in ({"class_names": ["bag"]}, {"image": image}, {"num_train": 7}):
+        manifest.write_text(json.dumps({**record, **change}))
+        channels = change.get("image", record["image"])["channels"]
         with pytest.raises(UserError):
-            load(
-                tmp_path / "x",
-                replace(IMAGE, channels=change.get("image", said["image"])["channels"]),
-            )
+            load(tmp_path / "x", replace(IMAGE, channels=channels))
     manifest.unlink()
     with pytest.raises(UserError, match="unfinished prepared images"):
         load(tmp_path / "x", IMAGE)

@@ -26,21 +26,10 @@ from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.runs import RunRecord, last_names, versions
-from vqvae2.common.skipped import list_skipped, report_skipped
-from vqvae2.data import PythonImages, to_images
+from vqvae2.data import PythonImages, to_images, work_parts
 from vqvae2.data.augmentation import ORIGINAL, Choice, known_views, no_change, view_change
 from vqvae2.data.splits import SPLITS
-from vqvae2.data.work_parts import (
-    Part,
-    Parts,
-    ReadItem,
-    find_parts,
-    note_path,
-    read_items,
-    reopen,
-    skipped_images,
-    write_parts,
-)
+from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 from vqvae2.model import VQVAE2
 from vqvae2.training import read_training, same_place
 
@@ -68,9 +57,8 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     training = read_training(config.vqvae)
     if training:
         _refuse_other_split(config, training)
-    found = find_parts(
-        config.data if images is None else images, model.config.image, config.shard_size
-    )
+    source = config.data if images is None else images
+    found = work_parts.find_parts(source, model.config.image, config.shard_size)
     run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
     finished = is_complete(output_dir)
@@ -83,7 +71,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     if state.is_main_process:
         run.write(output_dir)
         if (output_dir / MANIFEST_NAME).exists():
-            reopen(output_dir / MANIFEST_NAME, _notes(output_dir))
+            work_parts.reopen(output_dir / MANIFEST_NAME, _notes(output_dir))
         if training and training.get("image_names_hash") != found.facts["image_names_hash"]:
             logger.warning(
                 "%s was trained on other images than these, or on the same under other names. "
@@ -101,8 +89,8 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images stay as they are
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
     write = partial(_write_part, output_dir, model, encode, views, found.labelled)
-    skip = config.data.on_error == "skip"
-    write_parts(found, output_dir, write, choices, state, description="extracting", skip=skip)
+    options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
+    work_parts.write_parts(found, output_dir, write, choices, state, **options)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(output_dir, config, model, found)
@@ -114,11 +102,9 @@ def _refuse_other_split(config: ExtractConfig, training: Mapping[str, Any]) -> N
     path, validation_path = training["data"]["path"], training["data"].get("validation_path")
     given = config.data.validation_path
     if same_place(path, config.data.path) and not same_place(validation_path, given):
-        raise UserError(
-            f"--data.validation-path is {given!r}, but {config.vqvae} was trained with "
-            f"{validation_path!r}: give the same, or images that trained the autoencoder would "
-            f"validate the priors."
-        )
+        what = f"--data.validation-path is {given!r}, but {config.vqvae} was trained with"
+        why = "else images that trained the autoencoder would validate the priors"
+        raise UserError(f"{what} {validation_path!r}: give the same, {why}.")
 
 
 def _notes(output_dir: Path) -> dict[Path, dict[str, Any]]:
@@ -156,7 +142,7 @@ class _Rows:
         self.ids: list[str] = []
         self.views: list[str] = []
         self.labels: list[int | None] = []
-        self.waiting: list[np.ndarray] = []
+        self.waiting: list[Tensor] = []
         self.codes: list[list[np.ndarray]] = []  # per level; an empty array says what it would hold
         for (height, width), size in zip(
             model.config.grids, model.config.codebook_size_per_level, strict=True
@@ -175,7 +161,7 @@ class _Rows:
     def flush(self) -> None:
         if not self.waiting:
             return
-        levels = self.encode(torch.from_numpy(np.stack(self.waiting)))
+        levels = self.encode(torch.stack(self.waiting))
         for chunks, codes in zip(self.codes, levels, strict=True):
             chunks.append(codes.numpy().astype(chunks[0].dtype))
         self.waiting = []
@@ -189,17 +175,12 @@ def _write_part(
     labelled: bool,
     part: Part,
     items: Iterator[ReadItem],
-) -> Iterator[int]:
+    skipped: Mapping[str, list],
+) -> None:
     """Encode the images of a part and write its shards, each whole or not at all."""
     rows = {split: _Rows(model, encode) for split in part.splits}
-    skipped: dict[str, list[tuple[str, str]]] = {split: [] for split in part.splits}
     for row in items:
-        split = row.item.split
-        if row.error is not None:
-            skipped[split].append((row.error.name, row.error.reason))
-        else:
-            rows[split].add(row, views[split])
-        yield 1
+        rows[row.item.split].add(row, views[row.item.split])
     for split, shard in reversed(rows.items()):
         shard.flush()
         path = part.path(output_dir, split)
@@ -218,20 +199,18 @@ def _write_part(
 def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts) -> None:
     """Write the manifest, which says that everything is there."""
     # What each shard was noted to hold.
-    paths = {split: found.paths(output_dir, split) for split in SPLITS}
-    all_paths = [path for split in SPLITS for path in paths[split]]
+    paths = [path for split in SPLITS for path in found.paths(output_dir, split)]
     records: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
-    for split in SPLITS:
-        for path in paths[split]:
-            note = note_path(path)
-            records[split].append(from_dict(ShardRecord, read_json(note), str(note)))
+    for path in paths:
+        note = note_path(path)
+        records[path.parent.name].append(from_dict(ShardRecord, read_json(note), str(note)))
 
     # What the codes mean.
     manifest = Manifest(
         encoder_hash=model.content_hash(),
         grids=model.config.grids,
         codebook_sizes=model.config.codebook_size_per_level,
-        class_names=found.classes(all_paths),
+        class_names=found.classes(paths),
         rows_hash=found.facts["image_names_hash"],
         preprocessing=to_dict(model.config.image),
         train=tuple(records["train"]),
@@ -242,23 +221,21 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
     )
     if not manifest.num_train:
         raise UserError(f"{found.source}: no training image can be read: check data.path.")
-    list_skipped(output_dir, skipped_images(all_paths))
-    write_manifest(output_dir, manifest)
-    for path in all_paths:
-        note_path(path).unlink(missing_ok=True)
+    work_parts.finish(output_dir, paths, partial(write_manifest, output_dir, manifest))
     numbers = manifest.num_train, manifest.num_validation
     logger.info("%s: codes of %d training rows and %d held out.", output_dir, *numbers)
-    report_skipped(output_dir)
 
 
 def _report_changes(model: VQVAE2, part: Part) -> None:
     """Say how many codes of some images are others in bf16."""
     items = islice(part.items(), 4 * LANES)
     choices = {split: [no_change] for split in SPLITS}
-    pixels = [row.pixels[0] for row in read_items(items, choices, skip=True) if row.pixels]
+    pixels = [
+        row.pixels[0] for row in work_parts.read_items(items, choices, skip=True) if row.pixels
+    ]
     changed, total = [0] * model.config.num_levels, [0] * model.config.num_levels
     for first in range(0, len(pixels), LANES):
-        batch = torch.from_numpy(np.stack(pixels[first : first + LANES]))
+        batch = torch.stack(pixels[first : first + LANES])
         pairs = zip(encode_lanes(model, batch), encode_lanes(model, batch, bf16=True), strict=True)
         for level, (exact, rounded) in enumerate(pairs):
             changed[level] += int((exact != rounded).sum())

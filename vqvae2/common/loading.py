@@ -87,13 +87,17 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def ordered(function: Callable[[T], R], items: Iterable[T], *, num_threads: int) -> Generator[R]:
-    """Like `map`, on several threads, and never far ahead of the caller: memory stays flat."""
+def ordered(
+    function: Callable[[T], R], items: Iterable[T], *, num_threads: int, ahead: int | None = None
+) -> Generator[R]:
+    """Like `map`, on several threads, with at most `ahead` results (16 per thread) not yet taken:
+    memory stays flat."""
+    ahead = 16 * num_threads if ahead is None else ahead
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 16 * num_threads:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

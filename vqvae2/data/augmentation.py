@@ -4,12 +4,15 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vqvae2.common.errors import UserError
 from vqvae2.config import AugmentationConfig, PreprocessingConfig
-from vqvae2.data.decoding import Picture
+from vqvae2.data.decoding import BadImage, Picture, picture_size, read_cell
 from vqvae2.data.preprocessing import Window, prepare
 
 ORIGINAL = "original"
@@ -37,6 +40,19 @@ Choice = Callable[[tuple[int, int]], Change]
 def no_change(size: tuple[int, int]) -> Change:
     """The choice that leaves a picture as it is."""
     return Change()
+
+
+def decode(
+    source: str, name: str, cell: Any, config: PreprocessingConfig, choose: Choice
+) -> Tensor:
+    """The pixels `(C, H, W)` of a cell (see `read_cell`), changed as chosen for its size.
+
+    Raises BadImage: naming the picture and what is wrong with it."""
+    try:
+        picture = read_cell(cell)
+        return torch.from_numpy(choose(picture_size(picture)).apply(picture, config))
+    except Exception as error:  # decoders raise many kinds
+        raise BadImage(source, name, error) from None
 
 
 def random_change(
@@ -68,25 +84,22 @@ def random_change(
     return Change(_window(size, ratio, side, across, down), flip)
 
 
+def known_views() -> list[str]:
+    """The names of all views."""
+    return [ORIGINAL, "flip", *CORNERS, *(f"flip_{corner}" for corner in CORNERS)]
+
+
 def view_change(view: str, image: PreprocessingConfig, size: tuple[int, int]) -> Change:
     """The change of a view: original, flip, a corner (top_left, ...), or flip_ and a corner.
 
-    Raises:
-        UserError: no such view.
-    """
+    Raises UserError: no such view."""
     if view not in known_views():
         raise UserError(f"unknown view {view!r}: choose among {', '.join(known_views())}.")
-    corner = view.removeprefix("flip").removeprefix("_")
-    flip = view.startswith("flip")
+    corner, flip = view.removeprefix("flip").removeprefix("_"), view.startswith("flip")
     if corner not in CORNERS:
         return Change(flip=flip)
     height, width = image.height_width
     return Change(_window(size, width / height, CORNER_SIDE, *CORNERS[corner]), flip)
-
-
-def known_views() -> list[str]:
-    """The names of all views."""
-    return [ORIGINAL, "flip", *CORNERS, *(f"flip_{corner}" for corner in CORNERS)]
 
 
 def _window(size: tuple[int, int], ratio: float, side: float, across: float, down: float) -> Window:

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,58 +15,28 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.loading import Loader, ShuffledLoader
-from vqvae2.common.threads import ordered
+from vqvae2.common.loading import Loader, ShuffledLoader, ordered
 from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
+from vqvae2.data import open_source as sources
 from vqvae2.data import splits
-from vqvae2.data.augmentation import Choice, no_change, random_change
-from vqvae2.data.decoding import BadImage, picture_size
-from vqvae2.data.open_source import (
-    ImageTable,
-    PreparedPictures,
-    PythonImages,
-    Sources,
-    open_source,
-    refuse_stream,
-)
-from vqvae2.data.preprocessing import BYTES
-from vqvae2.data.stream import ImageStream, StreamedImages, StreamRow
+from vqvae2.data.augmentation import Choice, decode, no_change, random_change
+from vqvae2.data.decoding import BadImage
+from vqvae2.data.open_source import ImageTable, PreparedPictures, PythonImages, Sources
+from vqvae2.data.stream import ImageStream, StreamedImages
 
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
-MAX_HELD_OUT = 1024  # images of a stream that are held out by name
 
 
 class ImageDataset(Dataset):
-    """Pictures of a table as batches {"images": (B, C, H, W) uint8 or float32, "labels": (B,)}.
-
-    Decoded pictures are kept in memory where all of them fit into `CACHE_BYTES`.
-
-    Args:
-        shared: keep them where processes of a loader see them too.
-        cached: whether to keep them at all; not where each is read once.
-    """
+    """Pictures of a table as batches {"images": (B, C, H, W) uint8 or float32, "labels": (B,)}."""
 
     def __init__(
-        self,
-        source: ImageTable,
-        indices: Sequence[int],
-        config: PreprocessingConfig,
-        *,
-        shared: bool = False,
-        cached: bool = True,
+        self, source: ImageTable, indices: Sequence[int], config: PreprocessingConfig
     ) -> None:
         self.source, self.indices, self.config = source, indices, config
         self.left_out: Sequence[int] = ()
+        self.cache: Tensor | None = None
         self.prepared = _as_prepared(source, config)
-        shape = (len(indices), config.channels, *config.height_width)
-        kind = torch.uint8 if config.value_range == BYTES else torch.float32
-        fits = int(np.prod(shape, dtype=np.int64)) * kind.itemsize <= CACHE_BYTES
-        keep = cached and fits and len(indices) and self.prepared is None
-        self.cache = torch.empty(shape, dtype=kind) if keep else None
-        self.cached = torch.zeros(len(indices) if keep else 0, dtype=torch.bool)
-        if shared and self.cache is not None:
-            self.cache.share_memory_()
-            self.cached.share_memory_()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -78,112 +46,102 @@ class ImageDataset(Dataset):
         """The pictures' names, in order."""
         return [self.source.ids[i] for i in self.indices]
 
-    def changed(self, index: int, choose: Choice) -> Tensor:
-        """One picture, changed as chosen for its size: `(C, H, W)`.
+    def label(self, index: int) -> int | None:
+        """A picture's label, if there are labels."""
+        return None if self.source.labels is None else self.source.labels[self.indices[index]]
 
-        Raises:
-            BadImage: naming the picture and what is wrong with it.
-        """
-        row = self.indices[index]
-        try:
-            picture = self.source.read(row)
-            change = choose(picture_size(picture))
-            return torch.from_numpy(change.apply(picture, self.config))
-        except Exception as error:  # decoders raise many kinds
-            raise BadImage(self.source.name, self.source.ids[row], error) from None
+    def changed(self, index: int, choose: Choice) -> Tensor:
+        """One picture, changed as chosen for its size: `(C, H, W)`. Raises BadImage: naming the
+        picture and what is wrong with it."""
+        row, table = self.indices[index], self.source
+        if choose is no_change and self.prepared is not None:
+            return torch.from_numpy(self.prepared.pixels([row])[0])
+        return decode(table.name, table.ids[row], table.cells[row], self.config, choose)
 
     def pixels(self, index: int) -> Tensor:
-        """One picture, `(C, H, W)`.
+        """One picture, `(C, H, W)`. Raises BadImage."""
+        return self.pixel_rows([index])[0]
 
-        Raises:
-            BadImage: naming the picture and what is wrong with it.
-        """
+    def pixel_rows(self, indices: Sequence[int]) -> Tensor:
+        """Several pictures, `(B, C, H, W)`. Raises BadImage."""
         if self.prepared is not None:
-            return torch.from_numpy(self.prepared.pixels([self.indices[index]])[0])
-        if self.cache is None:
-            return self.changed(index, no_change)
-        if not self.cached[index]:
-            self.cache[index] = self.changed(index, no_change)
-            self.cached[index] = True
-        return self.cache[index]
+            return torch.from_numpy(self.prepared.pixels([self.indices[i] for i in indices]))
+        if self.cache is not None:
+            return self.cache[list(indices)]
+        return torch.stack([self.changed(i, no_change) for i in indices])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         return self.batch(self.pixel_rows(indices), indices)
-
-    def pixel_rows(self, indices: Sequence[int]) -> Tensor:
-        """Several pictures, `(B, C, H, W)`."""
-        if self.prepared is not None:
-            return torch.from_numpy(self.prepared.pixels([self.indices[i] for i in indices]))
-        return torch.stack([self.pixels(i) for i in indices])
 
     def batch(self, images: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:
         """Images with their labels, if there are labels."""
         if self.source.labels is None:
             return {"images": images}
-        labels = [self.source.labels[self.indices[i]] for i in indices]
-        return {"images": images, "labels": torch.tensor(labels)}
+        return {"images": images, "labels": torch.tensor([self.label(i) for i in indices])}
 
-    def check(self, *, skip: bool = False, show_progress: bool = True) -> dict[int, BadImage]:
-        """Decode every picture once, in parallel, so that a broken one stops the run at its start.
+    def check(
+        self, *, skip: bool = False, shared: bool = False, show_progress: bool = True
+    ) -> list[BadImage]:
+        """Decode every picture once, so that a broken one stops the run at its start; and keep
+        their pixels in memory where all of them fit into `CACHE_BYTES`.
 
         Args:
-            skip: find all broken ones instead of stopping at the first.
+            skip: leave broken ones out, and return what is wrong with them.
+            shared: keep the pixels where the processes of a loader see them too.
 
         Raises:
-            BadImage: naming the first broken picture.
+            BadImage: naming the first broken picture, unless they are skipped.
         """
-        if self.prepared is not None:
-            return {}
+        if self.prepared is not None or not len(self):
+            return []
 
-        def attempt(index: int) -> BadImage | None:
+        def attempt(index: int) -> Tensor | BadImage:
             try:
-                self.pixels(index)
+                return self.changed(index, no_change)
             except BadImage as error:
                 return error
-            return None
 
-        broken: dict[int, BadImage] = {}
+        # Decode, on all cores, into the cache.
+        good: list[int] = []
+        broken: list[BadImage] = []
         results = ordered(attempt, range(len(self)), num_threads=os.cpu_count() or 1)
-        disable = not show_progress
-        bar = tqdm(
-            results, "checking images", len(self), unit="image", disable=disable, leave=False
-        )
-        for index, error in enumerate(bar):
-            if error is not None and not skip:
-                results.close()
-                raise error
-            if error is not None:
-                broken[index] = error
-        return broken
+        hide, number = not show_progress, len(self)
+        bar = tqdm(results, "checking images", number, unit="image", disable=hide, leave=False)
+        for index, result in enumerate(bar):
+            if isinstance(result, BadImage):
+                if not skip:
+                    results.close()
+                    raise result
+                broken.append(result)
+                continue
+            if not good and result.nbytes * number <= CACHE_BYTES:
+                self.cache = torch.empty((number, *result.shape), dtype=result.dtype)
+                self.cache = self.cache.share_memory_() if shared else self.cache
+            if self.cache is not None:
+                self.cache[len(good)] = result
+            good.append(index)
 
-    def without(self, bad: Container[int]) -> "ImageDataset":
-        """The same images but for those at these indices."""
-        kept = [i for i in range(len(self)) if i not in bad]
-        rows = [self.indices[i] for i in kept]
-        rest = ImageDataset(self.source, rows, self.config, cached=False)
-        rest.left_out = [self.indices[i] for i in range(len(self)) if i in bad]
-        if self.cache is not None:
-            rest.cache, rest.cached = self.cache[kept], self.cached[kept]
-        return rest
+        # Leave broken ones out.
+        if broken:
+            kept = set(good)
+            self.left_out = [row for i, row in enumerate(self.indices) if i not in kept]
+            self.indices = [self.indices[i] for i in good]
+            self.cache = self.cache[: len(good)] if self.cache is not None else None
+        return broken
 
 
 def _as_prepared(source: ImageTable, config: PreprocessingConfig) -> PreparedPictures | None:
     """The pixels, if they were prepared as configured; in another size they are prepared anew.
-
-    Raises:
-        UserError: they were prepared in another way.
-    """
-    if source.prepared is None:
+    Raises UserError: they were prepared in another way."""
+    if not isinstance(source.cells, PreparedPictures):
         return None
-    made = source.prepared.config
+    made = source.cells.config
     resized = replace(made, size=config.size, fit=config.fit)
     for key, old, new in differences(PreprocessingConfig, to_dict(resized), to_dict(config)):
-        raise UserError(
-            f"{source.name} was prepared with image.{key} {old!r}, not {new!r}: "
-            f"set the same, or prepare the images again."
-        )
+        what = f"{source.name} was prepared with image.{key} {old!r}, not {new!r}"
+        raise UserError(f"{what}: set the same, or prepare the images again.")
     same = (made.height_width, made.fit) == (config.height_width, config.fit)
-    return source.prepared if same else None
+    return source.cells if same else None
 
 
 class AugmentedImages(Dataset):
@@ -200,23 +158,18 @@ class AugmentedImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = [index % len(self) for index in indices]
-        choices = [self._choice(index) for index in indices]
-        if self.config.crop != "off":
-            images = []
-            for row, choose in zip(rows, choices, strict=True):
+        images: list[Tensor] = []
+        if self.config.crop == "off":  # then the pixels in memory will do
+            images += self.images.pixel_rows(rows)
+        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            name = self.images.source.ids[self.images.indices[row]]
+            change = partial(random_change, self.config, self.images.config)
+            choose = partial(change, seed=self.seed, epoch=index // len(self), name=name)
+            if self.config.crop != "off":
                 images.append(self.images.changed(row, choose))
-        else:  # then the pixels in memory will do
-            images = list(self.images.pixel_rows(rows))
-            for place, choose in enumerate(choices):
-                if choose((1, 1)).flip:
-                    images[place] = images[place].flip(-1)
+            elif choose((1, 1)).flip:
+                images[place] = images[place].flip(-1)
         return self.images.batch(torch.stack(images), rows)
-
-    def _choice(self, index: int) -> Choice:
-        epoch, row = divmod(index, len(self))
-        name = self.images.source.ids[self.images.indices[row]]
-        change = partial(random_change, self.config, self.images.config)
-        return partial(change, seed=self.seed, epoch=epoch, name=name)
 
 
 @dataclass(frozen=True)
@@ -235,15 +188,14 @@ class ImageSplits:
     def facts(self) -> dict[str, str]:
         """What a run is bound to: names, labels and splits, of skipped images too; and marks."""
         lines = [repr(self.class_names)]
-        for split, dataset in self.items():
-            labels = dataset.source.labels
-            for i in sorted([*dataset.indices, *dataset.left_out]):
-                label = labels[i] if labels is not None else None
-                lines.append(f"{split} {dataset.source.ids[i]} {label}\n")
-        tables = {id(dataset.source): dataset.source for _, dataset in self.items()}
         marks: list[int] = []
-        for table in tables.values():
-            marks += map(table.mark, splits.marked(len(table)))
+        for split, dataset in self.items():
+            table = dataset.source
+            for i in sorted([*dataset.indices, *dataset.left_out]):
+                label = table.labels[i] if table.labels is not None else None
+                lines.append(f"{split} {table.ids[i]} {label}\n")
+            if split == "train" or table is not self.train.source:
+                marks += table.marks()
         return splits.image_facts(lines, marks)
 
     def skipped_hash(self) -> str | None:
@@ -257,31 +209,30 @@ class ImageSplits:
         yield "validation", self.validation
 
 
-def split_table(sources: Sources, config: PreprocessingConfig) -> ImageSplits:
+def split_table(opened: Sources, config: PreprocessingConfig) -> ImageSplits:
     """The training and the held-out images of a table, not decoded yet.
 
-    Raises:
-        UserError: the source is a stream, or no training image is left.
-    """
-    train, held_out = sources
-    refuse_stream(train)
-    assert isinstance(train, ImageTable)
-    if held_out is None:
-        chosen = splits.choose_held_out(train.ids, train.files, config.validation_fraction)
+    Raises UserError: the source is a stream, or no training image is left."""
+    # What is held out explicitly, by the source's own split, or by name.
+    train = sources.refuse_stream(opened.train)
+    if opened.held_out is None:
+        held_out, share = train, config.validation_fraction
+        chosen = [splits.is_held_out(name, share) for name in train.ids]
+        held_out_rows = [i for i, is_chosen in enumerate(chosen) if is_chosen]
         rows = [i for i, is_chosen in enumerate(chosen) if not is_chosen]
-        held_out, held_out_rows = train, [i for i, is_chosen in enumerate(chosen) if is_chosen]
     else:
-        if isinstance(held_out, ImageStream):
-            held_out = _stack(held_out, held_out.all_rows(), config, skip=False)[0].source
+        held_out = sources.refuse_stream(opened.held_out)
         rows, held_out_rows = list(range(len(train))), list(range(len(held_out)))
-        if train.is_of_files and held_out.is_of_files:
-            rows = splits.drop_held_out_files(train.files, held_out.files, train.name)
+
+    # A file that is held out under any name is not trained on.
+    if held_out_rows and train.is_of_files and held_out.is_of_files:
+        files = [held_out.files[i] for i in held_out_rows]
+        rows = splits.drop_held_out(rows, train.files, files, train.name)
     if not rows:
-        what_to_do = "add images or lower image.validation_fraction"
+        what_to_do = "add images, or hold out fewer"
         raise UserError(f"{train.name}: all {len(train)} images are held out: {what_to_do}.")
     return ImageSplits(
-        ImageDataset(train, rows, config, cached=False),
-        ImageDataset(held_out, held_out_rows, config, cached=False),
+        ImageDataset(train, rows, config), ImageDataset(held_out, held_out_rows, config)
     )
 
 
@@ -303,91 +254,63 @@ def load_images(
         UserError: no images, a broken image, held-out images among the training images, or other
             classes; or the source is a stream.
     """
-    found = split_table(open_source(data, config), config)
+    opened = sources.open_source(data, config)
     if not check:
-        return found
+        return split_table(opened, config)
     skip = isinstance(data, ImagesConfig) and data.on_error == "skip"
-    kept: list[ImageDataset] = []
+    return _checked(opened, config, skip, num_workers > 0, show_progress)
+
+
+def _checked(
+    opened: Sources, config: PreprocessingConfig, skip: bool, shared: bool, show_progress: bool
+) -> ImageSplits:
+    found = split_table(opened, config)
     skipped: list[BadImage] = []
-    for _, split in found.items():
-        images = ImageDataset(split.source, split.indices, config, shared=num_workers > 0)
-        broken = images.check(skip=skip, show_progress=show_progress)
-        kept.append(images.without(broken) if broken else images)
-        skipped += broken.values()
-    if not len(kept[0]):
+    for _, images in found.items():
+        skipped += images.check(skip=skip, shared=shared, show_progress=show_progress)
+    if not len(found.train):
         name, reason = found.train.source.name, skipped[0].reason
         raise UserError(f"{name}: no training image can be read ({reason}): check data.path.")
-    return ImageSplits(kept[0], kept[1], tuple(skipped))
+    return replace(found, skipped=tuple(skipped))
 
 
 def held_out_images(
     data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool = True
 ) -> ImageDataset:
-    """The held-out images of a table or stream, at hand; of a stream at most `MAX_HELD_OUT`.
+    """The held-out images of a table or stream, at hand; of a stream the first of them.
 
     Raises:
         UserError: see `load_images`.
     """
-    sources = open_source(data, config)
-    if isinstance(sources.train, ImageStream):
-        return _held_out_of_stream(sources, data, config)[0]
-    return load_images(data, config, show_progress=show_progress).validation
+    opened = sources.open_source(data, config)
+    if isinstance(opened.train, ImageTable):
+        images = split_table(opened, config).validation
+    else:
+        images = _held_out_of_stream(opened, config)
+    images.check(skip=data.on_error == "skip", show_progress=show_progress)
+    return images
 
 
-def _held_out_of_stream(
-    sources: Sources, data: ImagesConfig, config: PreprocessingConfig
-) -> tuple[ImageDataset, list[BadImage]]:
-    """The stream's explicit held-out set, or its first images that are held out by name."""
-    train, held_out = sources
+def _held_out_of_stream(opened: Sources, config: PreprocessingConfig) -> ImageDataset:
+    """The explicit held-out set of a stream, or its first images that are held out by name."""
+    train, held_out = opened
     assert isinstance(train, ImageStream)
-    skip = data.on_error == "skip"
-    if isinstance(held_out, ImageTable):
-        images = ImageDataset(held_out, range(len(held_out)), config)
-        broken = images.check(skip=skip)
-        return images.without(broken) if broken else images, list(broken.values())
-    if held_out is not None:
-        return _stack(held_out, held_out.all_rows(), config, skip=skip)
-    rows: Iterable[StreamRow] = ()  # where nothing is held out, nothing need be read
     share = config.validation_fraction
-    if share:
-        rows = (row for row in train.all_rows() if splits.is_held_out(row.id, share))
-    return _stack(train, rows, config, skip=skip)
+    if isinstance(held_out, ImageStream):
+        held_out = sources.first_rows(held_out, held_out.all_rows())
+    elif held_out is None:  # where nothing is held out, nothing need be read
+        rows = train.all_rows() if share else iter(())
+        chosen = (row for row in rows if splits.is_held_out(row.id, share))
+        held_out = sources.first_rows(train, chosen)
+    return ImageDataset(held_out, range(len(held_out)), config)
 
 
-def _stack(
-    stream: ImageStream, rows: Iterable[StreamRow], config: PreprocessingConfig, *, skip: bool
-) -> tuple[ImageDataset, list[BadImage]]:
-    """The first rows of a stream in memory, and those that could not be read."""
-    ids: list[str] = []
-    pixels: list[np.ndarray] = []
-    skipped: list[BadImage] = []
-    for row in islice(rows, MAX_HELD_OUT):
-        try:
-            pixels.append(stream.decode(row, config, no_change))
-            ids.append(row.id)
-        except BadImage as error:
-            if not skip:
-                raise
-            skipped.append(error)
-    empty = np.zeros((0, config.channels, *config.height_width), np.uint8)
-    pictures = PreparedPictures(config, np.stack(pixels) if pixels else empty)
-    table = ImageTable(stream.name, ids, pictures.read, pictures.mark, prepared=pictures)
-    return ImageDataset(table, range(len(ids)), config), skipped
-
-
-def stream_facts(sources: Sources, config: PreprocessingConfig) -> dict[str, str]:
+def stream_facts(opened: Sources, config: PreprocessingConfig) -> dict[str, str]:
     """What a run on a stream is bound to: its shards, and what is held out."""
-    train, held_out = sources
-    assert isinstance(train, ImageStream)
-    content: list[Any] = [config.validation_fraction]
-    marks: list[object] = [*train.marks()]
-    if isinstance(held_out, ImageTable):
-        content = list(held_out.ids)
-        marks += map(held_out.mark, splits.marked(len(held_out)))
-    elif held_out is not None:
-        content = held_out.shard_names()
-        marks += held_out.marks()
-    line = json.dumps([train.shard_names(), held_out is None, content])
+    train, held_out = opened
+    content: list[Any] = [config.validation_fraction] if held_out is None else held_out.names
+    marks = [mark for source in opened if source is not None for mark in source.marks()]
+    line = json.dumps([train.names, held_out is None, content])
     return splits.image_facts([line], marks)
 
 
@@ -427,20 +350,22 @@ def open_training_images(
         UserError: see `open_source` and `load_images`.
     """
     # A stream, in an order of its own.
-    sources = open_source(data, config) if images is None else None
-    if sources is not None and isinstance(sources.train, ImageStream):
-        validation, skipped = _held_out_of_stream(sources, data, config)
-        share = config.validation_fraction if sources.held_out is None else 0.0
-        stream = sources.train
+    opened, skip = (
+        sources.open_source(data if images is None else images, config),
+        data.on_error == "skip",
+    )
+    if isinstance(opened.train, ImageStream):
+        stream, held_out = opened.train, _held_out_of_stream(opened, config)
+        skipped = held_out.check(skip=skip, show_progress=show_progress)
+        share = config.validation_fraction if opened.held_out is None else 0.0
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
-        summary = f"{len(stream)} shards, {len(validation)} images held out"
-        facts = stream_facts(sources, config)
-        return TrainingImages(loader, validation, validation, facts, summary, skipped)
+        summary = f"{len(stream)} shards, {len(held_out)} images held out"
+        facts = stream_facts(opened, config)
+        return TrainingImages(loader, held_out, held_out, facts, summary, skipped)
 
     # A table, shuffled anew in every epoch.
     workers = data.num_workers
-    source = data if images is None else images
-    found = load_images(source, config, num_workers=workers, show_progress=show_progress)
+    found = _checked(opened, config, skip and images is None, workers > 0, show_progress)
     train: Any = found.train
     if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
         train = AugmentedImages(found.train, data.augmentation, place["seed"])

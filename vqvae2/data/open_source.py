@@ -7,22 +7,22 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ImageColor
+from torch.utils.data import ConcatDataset, Subset
 
 from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import splits
-from vqvae2.data.decoding import PICTURE_SUFFIXES, Picture, first_line, read_cell, read_picture
-from vqvae2.data.stream import ImageStream, find_columns, row_ids, shard_stem
+from vqvae2.data.decoding import PICTURE_SUFFIXES, mark_cell, readable
+from vqvae2.data.stream import ImageStream, StreamRow, find_columns, row_ids, shard_stem
 
 logger = logging.getLogger(__name__)
 
@@ -39,35 +39,44 @@ METADATA = ("metadata.csv", "metadata.jsonl")  # what `datasets` reads beside pi
 FILE_COLUMNS = ("path", "file_name", "file", "image", "filename")
 JUNK = {"__MACOSX", "lost+found", "System Volume Information"}  # folders that nobody made
 MAX_STRAY = 10  # pictures beside shards that are a banner; more are a dataset of their own
+MAX_HELD_OUT = 1024  # images of a stream that are held in memory to validate on
 PATTERN = re.compile(r"[*?\[\]{}]")
 
 
 @dataclass(frozen=True)
 class PreparedPictures:
-    """Pixels in their final form, uint8 or float32 in [-1, 1]: an array `(N, C, H, W)`, or the
-    Arrow-formatted column `pixels` of a `datasets` table."""
+    """Pixels in their final form: the Arrow-formatted column `pixels` of a `datasets` table, with
+    uint8 values, or float32 in [-1, 1]."""
 
     config: PreprocessingConfig
     rows: Any
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
         """The pixels `(B, C, H, W)` of these rows."""
-        if isinstance(self.rows, np.ndarray):
-            return self.rows[list(indices)]
         column = self.rows[list(indices)]["pixels"].combine_chunks()
         values = column.flatten().to_numpy(zero_copy_only=False)
         return values.reshape(-1, self.config.channels, *self.config.height_width).copy()
 
-    def read(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> np.ndarray:
         """As an array that can be prepared once more, in another size."""
         values = np.moveaxis(self.pixels([index])[0], 0, -1)
         low, high = self.config.value_range
         is_bytes = values.dtype == np.uint8
         return values if is_bytes else ((values + 1) / 2 * (high - low) + low).clip(low, high)
 
-    def mark(self, index: int) -> int:
-        """A checksum of the values."""
-        return zlib.crc32(self.pixels([index]).tobytes())
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of a `datasets` table, row by row (twice as fast as its own lazy columns)."""
+
+    table: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.table[index][self.column]
 
 
 @dataclass(frozen=True)
@@ -77,20 +86,12 @@ class ImageTable:
     name: str
     ids: Sequence[str]
     """A name for each picture: it decides the split and goes into the code dataset."""
-    read: Callable[[int], Picture]
-    """One picture; what it raises for a broken one is reported with the picture's name."""
-    mark: Callable[[int], int]
-    """Something cheap that tells a picture from another of the same name."""
+    cells: Any
+    """A picture for each index: a path, bytes, an array (see `decoding.read_cell`)."""
     labels: Sequence[int] | None = None
     class_names: tuple[str, ...] = ()
     files: Sequence[Path] = ()
     """The files behind it, where they are known: one for each picture, or shards of many."""
-    prepared: PreparedPictures | None = None
-
-    def __post_init__(self) -> None:
-        strange = re.search("[^\n]*[\ud800-\udfff][^\n]*", "\n".join(self.ids))
-        if strange:
-            raise UserError(f"{self.name} holds {strange[0]!r}, which is not UTF-8: rename it.")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,62 +101,49 @@ class ImageTable:
         """Whether each picture is a file of its own."""
         return len(self.files) == len(self)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the pictures have labels."""
+        return self.labels is not None
+
+    @property
+    def names(self) -> list[str]:
+        """What tells these images from others (of a stream, its shards' names)."""
+        return list(self.ids)
+
+    def marks(self) -> list[int]:
+        """Something cheap of some pictures that tells them from others of the same names."""
+        if isinstance(self.cells, PreparedPictures):
+            return [zlib.crc32(self.cells.pixels([i]).tobytes()) for i in splits.marked(len(self))]
+        return [mark_cell(self.cells[i]) for i in splits.marked(len(self))]
+
     def choose(self, rows: Sequence[int]) -> "ImageTable":
         """These rows alone."""
         return replace(
             self,
             ids=[self.ids[i] for i in rows],
-            read=partial(_of_chosen, self.read, rows),
-            mark=partial(_of_chosen, self.mark, rows),
+            cells=Subset(self.cells, rows),
             labels=None if self.labels is None else [self.labels[i] for i in rows],
             files=[self.files[i] for i in rows] if self.is_of_files else self.files,
         )
 
-    def joined(self, other: "ImageTable") -> "ImageTable":
-        """The pictures of both, without labels."""
-        read = partial(_of_either, self.read, other.read, len(self))
-        mark = partial(_of_either, self.mark, other.mark, len(self))
-        return ImageTable(self.name, [*self.ids, *other.ids], read, mark)
-
-    def with_classes_of(self, train: "ImageTable") -> "ImageTable":
+    def with_classes_of(self, train: "ImageTable | ImageStream") -> "ImageTable":
         """This table with its labels numbered as in the training images.
 
-        Raises:
-            UserError: it has other classes, or none where the training images have some.
-        """
-        if train.labels is None:
+        Raises UserError: it has other classes, or none where the training images have some."""
+        if isinstance(train, ImageStream):  # its classes are numbers
+            class_names, expected = self.class_names, "numbers"
+            numbers = {name: int(name) for name in class_names if name.isdecimal()}
+        elif train.labels is None:
             return replace(self, labels=None, class_names=())
-        if self.labels is None or not set(self.class_names) <= set(train.class_names):
-            classes, expected = list(self.class_names), list(train.class_names)
-            raise UserError(
-                f"{self.name} has the classes {classes}, but {train.name} has {expected}: "
-                f"held-out images need the training images' classes."
-            )
-        labels = [train.class_names.index(self.class_names[label]) for label in self.labels]
-        return replace(self, labels=labels, class_names=train.class_names)
-
-    def with_numbers_for_classes(self) -> "ImageTable":
-        """This table with the labels of a stream: the numbers that its classes are named by.
-
-        Raises:
-            UserError: its classes have other names.
-        """
-        if not all(name.isdecimal() for name in self.class_names):
-            classes = list(self.class_names)
-            what = f"{self.name} has the classes {classes}, but those of a stream are numbers"
-            raise UserError(f"{what} from 0 on: number them alike.")
-        labels = self.labels and [int(self.class_names[label]) for label in self.labels]
-        return replace(self, labels=labels)
-
-
-def _of_chosen(function: Callable[[int], Any], rows: Sequence[int], index: int) -> Any:
-    return function(rows[index])
-
-
-def _of_either(
-    first: Callable[[int], Any], second: Callable[[int], Any], number: int, index: int
-) -> Any:
-    return first(index) if index < number else second(index - number)
+        else:
+            class_names, expected = train.class_names, str(list(train.class_names))
+            numbers = {name: number for number, name in enumerate(class_names)}
+        if not set(self.class_names) <= set(numbers) or (class_names and not self.labelled):
+            what = f"{self.name} has the classes {list(self.class_names)}, but {train.name} has"
+            raise UserError(f"{what} {expected}: give held-out images the training's classes.")
+        labels = self.labels and [numbers[self.class_names[label]] for label in self.labels]
+        return replace(self, labels=labels, class_names=class_names)
 
 
 class Sources(NamedTuple):
@@ -169,58 +157,91 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
     """Open what the configuration names, or take {"images", "labels"} from Python.
 
     Raises:
-        UserError: no images, held-out images among the training images, or other classes.
+        UserError: no images, shards of held-out images among the training's, or other classes.
     """
     try:
         ImageColor.getrgb(config.background)
     except ValueError:
-        colour = config.background
-        raise UserError(f"image.background is {colour!r}: give a colour name or #rrggbb.") from None
+        what = f"image.background is {config.background!r}"
+        raise UserError(f"{what}: give a colour name or #rrggbb.") from None
     if not isinstance(data, ImagesConfig):
         return _open_arrays(data, config.channels, "data")
 
-    # An explicit held-out set wins over the source's own, and shares no file with the training
+    # An explicit held-out set wins over the source's own, and shares no shard with the training
     # images. (Files of one image each are compared where they are split: a link is no mistake.)
     train, held_out = _open(data.path, data, config.channels)
     if data.validation_path is not None:
-        at_once = replace(data, streaming=data.streaming and "://" in data.validation_path)
-        held_out, rest = _open(data.validation_path, at_once, config.channels)
-        if rest is not None and not (isinstance(rest, ImageTable) and not len(rest)):
-            path = data.validation_path
+        path = data.validation_path
+        at_once = replace(data, streaming=data.streaming and "://" in path)
+        held_out, others = _open(path, at_once, config.channels)
+        if others is not None and not (isinstance(others, ImageTable) and not len(others)):
             raise UserError(f"{path} is split itself: name its held-out part alone.")
-        if not (train.is_of_files and held_out.is_of_files):
-            splits.refuse_shared_files(train.files, held_out.files, train.name)
+        for_sure = splits.not_held_out(train.files, held_out.files)
+        if not (all(for_sure) or (train.is_of_files and held_out.is_of_files)):
+            shared = train.files[for_sure.index(False)]
+            raise UserError(f"{shared} is held out, but would be trained on too: keep them apart.")
 
-    # Held-out images number their classes as the training images do; a stream has numbers alone.
-    if isinstance(held_out, ImageTable):
-        if isinstance(train, ImageTable):
-            held_out = held_out.with_classes_of(train)
-        else:
-            held_out = held_out.with_numbers_for_classes()
+    # Beside a table the held-out images are one too, with their classes numbered alike.
+    if isinstance(train, ImageTable) and isinstance(held_out, ImageStream):
+        held_out = first_rows(held_out, held_out.all_rows())
+    elif isinstance(held_out, ImageTable):
+        held_out = held_out.with_classes_of(train)
     return Sources(train, held_out)
 
 
 def load_table(data: ImagesConfig, config: PreprocessingConfig) -> ImageTable:
-    """All images of a table, held out or not.
+    """All images of a table, held out or not, without their labels.
 
     Raises:
         UserError: see `open_source`; or the source is a stream.
     """
-    train, held_out = open_source(data, config)
-    refuse_stream(train)
-    assert isinstance(train, ImageTable)
-    return train.joined(held_out) if isinstance(held_out, ImageTable) else train
+    opened = open_source(data, config)
+    tables = [refuse_stream(table) for table in opened if table is not None]
+    ids = [name for table in tables for name in table.ids]
+    return ImageTable(tables[0].name, ids, ConcatDataset([table.cells for table in tables]))
 
 
-def refuse_stream(source: ImageTable | ImageStream) -> None:
-    """For what needs images in any order.
-
-    Raises:
-        UserError: the source is a stream.
-    """
+def refuse_stream(source: ImageTable | ImageStream) -> ImageTable:
+    """For what needs images in any order. Raises UserError: the source is a stream."""
     if isinstance(source, ImageStream):
         what_to_do = "run vqvae2 prepare on it, and give the prepared folder"
         raise UserError(f"{source.name} is a stream, which is read in order: {what_to_do}.")
+    return source
+
+
+def first_rows(stream: ImageStream, rows: Iterable[StreamRow]) -> ImageTable:
+    """The first of these rows of a stream as a table, without labels."""
+    kept = list(islice(rows, MAX_HELD_OUT))
+    return ImageTable(stream.name, [row.id for row in kept], [row.cell for row in kept])
+
+
+def make_table(
+    name: str,
+    ids: Sequence[str],
+    cells: Any,
+    *,
+    labels: tuple[Sequence[Any], str, Sequence[str] | None] | None = None,
+    row_splits: Sequence[str] = (),
+    files: Sequence[Path] = (),
+) -> Sources:
+    """A table of these rows, split in two where each names its split (train, or held out).
+
+    Args:
+        labels: the arguments of `number_classes`.
+
+    Raises:
+        UserError: a name occurs twice, a row has no class, or no row trains.
+    """
+    splits.check_names(map(os.path.normpath, ids), name)
+    numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
+    table = ImageTable(name, ids, cells, numbers, class_names, files)
+    train = [i for i, split in enumerate(row_splits) if split == "train"]
+    if len(train) == len(row_splits):
+        return Sources(table, None)
+    if not train:
+        raise UserError(f"{name}: no row has the split 'train': give some.")
+    held_out = [i for i, split in enumerate(row_splits) if split != "train"]
+    return Sources(table.choose(train), table.choose(held_out))
 
 
 def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
@@ -269,37 +290,6 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")
 
 
-def make_table(
-    name: str,
-    ids: Sequence[str],
-    read: Callable[[int], Picture],
-    mark: Callable[[int], int],
-    *,
-    labels: tuple[Sequence[Any], str, Sequence[str] | None] | None = None,
-    row_splits: Sequence[str] | None = None,
-    files: Sequence[Path] = (),
-) -> Sources:
-    """A table of these rows, split in two where each names its split (train, or held out).
-
-    Args:
-        labels: the arguments of `number_classes`.
-
-    Raises:
-        UserError: a name occurs twice, a row has no class, or no row trains.
-    """
-    splits.refuse_repeated([os.path.normpath(image) for image in ids], name)
-    numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
-    table = ImageTable(name, ids, read, mark, numbers, class_names, files)
-    rows: dict[bool, list[int]] = {True: [], False: []}
-    for i, split in enumerate(row_splits or ()):
-        rows[split == "train"].append(i)
-    if not rows[False]:
-        return Sources(table, None)
-    if not rows[True]:
-        raise UserError(f"{name}: no row has the split 'train': give some.")
-    return Sources(table.choose(rows[True]), table.choose(rows[False]))
-
-
 # Shards
 
 
@@ -313,25 +303,22 @@ def _open_stream(path: str, urls: Sequence[str], data: ImagesConfig) -> Sources:
     if not urls:
         raise UserError(f"{path} holds no .tar or .parquet shard: check data.path.")
     what = f"{path} (names of shards, with which those of their rows begin)"
-    splits.refuse_repeated([shard_stem(url) for url in urls], what)
+    splits.check_names(map(shard_stem, urls), what)
     by_split = splits.split_files(map(Path, urls))
-    streams: list[ImageStream | None] = []
-    for split in splits.pick_splits(by_split, path):
-        shards = tuple(url for url in urls if Path(url) in by_split.get(split or "", ()))
-        streams.append(ImageStream(path, shards, data) if shards else None)
-    assert streams[0] is not None
-    return Sources(streams[0], streams[1])
+    streams: list[Any] = [None, None]
+    for place, split in enumerate(splits.pick_splits(by_split, path)):
+        if split is not None:
+            shards = tuple(url for url in urls if Path(url) in by_split[split])
+            streams[place] = ImageStream(path, shards, data)
+    return Sources(*streams)
 
 
 def _expand(pattern: str) -> list[str]:
     """The files or URLs of a pattern with *, ?, [...] or {000..127}, in order of their names."""
     import fsspec
 
-    try:
+    with readable(pattern, "listed", "check data.path"):
         system, _, names = fsspec.get_fs_token_paths(expand_ranges(pattern))
-    except Exception as error:  # each file system raises its own kinds
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{pattern} cannot be listed ({reason}): check data.path.") from None
     names = list(dict.fromkeys(names))
     if "://" in pattern:
         return [system.unstrip_protocol(name) for name in names]
@@ -357,9 +344,7 @@ def expand_ranges(pattern: str) -> list[str]:
 def _find_shards(folder: Path) -> list[Path]:
     """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits).
 
-    Raises:
-        UserError: there are such, and pictures beside them.
-    """
+    Raises UserError: there are such, and pictures beside them."""
     for suffix in ("parquet", "arrow", "tar", "tar.gz"):
         shards = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*/*.{suffix}")])
         stray = list(islice(_pictures_below(folder), MAX_STRAY + 1)) if shards else []
@@ -384,10 +369,8 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
     if "train" not in map(splits.split_of, folders):
         return _open_pictures(root, data)
     if not all(map(splits.split_of, folders)):
-        raise UserError(
-            f"{root} holds the folders {', '.join(folders)}, of which 'train' is no class: name "
-            f"{root / 'train'} as data.path, and the held-out folder as data.validation_path."
-        )
+        what = f"{root} holds the folders {', '.join(folders)}, of which 'train' is no class"
+        raise UserError(f"{what}: name it as data.path, and another as data.validation_path.")
     train, held_out = splits.pick_splits(folders, str(root))
     table = _open_pictures(root / train, data).train
     return Sources(table, _open_pictures(root / held_out, data).train if held_out else None)
@@ -411,7 +394,8 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
     if loose and len(loose) < len(ids):
         logger.info("%s: no classes, because %s lies in no class folder.", root, loose[0])
     labels = None if loose else ([name.split("/")[0] for name in ids], str(root), None)
-    return _file_table(str(root), ids, [by_name[name] for name in ids], labels)
+    files = [by_name[name] for name in ids]
+    return make_table(str(root), ids, files, labels=labels, files=files)
 
 
 def _is_junk(name: str) -> bool:
@@ -437,7 +421,22 @@ def _pictures_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterat
 def _open_list(path: Path, data: ImagesConfig) -> Sources:
     """A list of picture files, relative to its own folder: a path a line (.txt), or with the
     columns path, label and split. Rows whose split is not train are held out."""
-    rows = _read_rows(path)
+    # Rows, by the file's suffix.
+    with (
+        readable(str(path), "read as a list"),
+        open(path, encoding="utf-8-sig", newline="") as file,
+    ):
+        lines = (line for line in file if line.strip())
+        if path.suffix == ".txt":
+            rows = [{"path": line.strip()} for line in lines]
+        elif path.suffix == ".jsonl":
+            rows = list(map(json.loads, lines))
+        else:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} holds no rows with columns: put one image on each line.")
+
+    # Files and labels.
     image, label = find_columns(rows[0], str(path), data, FILE_COLUMNS)
     for column in (image, label):
         if column is not None and any(row.get(column) is None for row in rows):
@@ -447,42 +446,10 @@ def _open_list(path: Path, data: ImagesConfig) -> Sources:
     missing = next((file for file in files if not file.exists()), None)
     if missing is not None:
         raise UserError(f"{path} names {missing}, which does not exist: paths start at the list.")
-    labels = label and ([row[label] for row in rows], f"{path}: the column {label!r}", None)
-    return _file_table(str(path), ids, files, labels, [row.get("split", "train") for row in rows])
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.suffix == ".txt":
-                rows: list[dict[str, Any]] = [
-                    {"path": line.strip()} for line in file if line.strip()
-                ]
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        reason = first_line(error)
-        raise UserError(f"{path} cannot be read as a list ({reason}): check the file.") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} holds no rows with columns: put one image on each line.")
-    return rows
-
-
-def _file_table(
-    name: str, ids: Sequence[str], files: Sequence[Path], labels: Any, row_splits: Any = None
-) -> Sources:
-    read, mark = partial(_read_file, files), partial(_file_length, files)
-    return make_table(name, ids, read, mark, labels=labels, row_splits=row_splits, files=files)
-
-
-def _read_file(files: Sequence[Path], index: int) -> Picture:  # can be sent to loader processes
-    return read_picture(files[index])
-
-
-def _file_length(files: Sequence[Path], index: int) -> int:
-    return files[index].stat().st_size if files[index].exists() else -1
+    values = [row[label] for row in rows] if label else []
+    labels = (values, f"{path}: the column {label!r}", None) if label else None
+    row_splits = [row.get("split", "train") for row in rows]
+    return make_table(str(path), ids, files, labels=labels, row_splits=row_splits, files=files)
 
 
 # Tables
@@ -495,7 +462,7 @@ def _open_tables(
     import datasets
 
     by_split = splits.split_files(files)
-    try:
+    with readable(path, "read as a dataset", "check data.path"):
         if saved:
             loaded = datasets.load_from_disk(path)
         elif files:
@@ -503,11 +470,6 @@ def _open_tables(
             loaded = datasets.load_dataset(files[0].suffix.removeprefix("."), data_files=names)
         else:
             loaded = datasets.load_dataset(path)
-    except Exception as error:  # `datasets` and the Hub's client raise many kinds
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"{path} cannot be read as a dataset ({reason}): check data.path."
-        ) from None
     loaded = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     train, held_out = splits.pick_splits(loaded, path)
     sources = _open_table(path, loaded[train], by_split.get(train, []), data)
@@ -519,46 +481,40 @@ def _open_tables(
 
 def _open_table(path: str, table: Any, files: Sequence[Path], data: ImagesConfig) -> Sources:
     import datasets
+    import pyarrow.parquet as pq
 
     # Pictures, still encoded.
     features = table.features
     image, label = find_columns(features, path, data)
     if isinstance(features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
-    pictures = table.select_columns([image])
-    read, mark = partial(_read_cell, pictures, image), partial(_cell_length, pictures, image)
 
     # Names: the table's own, else of shard and row, else numbers.
     if "id" in features:
         ids = list(map(str, table["id"]))
     elif files and files[0].suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        numbers = {file.name: pq.read_metadata(file).num_rows for file in files}
-        ids = [name for file, number in numbers.items() for name in row_ids(file, number)]
+        ids = []
+        for file in files:
+            ids += row_ids(file.name, pq.read_metadata(file).num_rows)
     else:
-        ids = [f"{i:09d}" for i in range(len(table))]
+        ids = _numbered(len(table))
 
     # Labels and splits, as their columns' types or their values say.
-    labels = None
+    labels, row_splits = None, []
     if label is not None:
-        known = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
-        labels = (list(table[label]), f"{path}: the column {label!r}", known)
-    row_splits = list(table["split"]) if "split" in features else None
-    if row_splits and isinstance(features["split"], datasets.ClassLabel):
-        row_splits = features["split"].int2str(row_splits)
-    files = list(files) or [Path(file["filename"]) for file in table.cache_files]
-    return make_table(path, ids, read, mark, labels=labels, row_splits=row_splits, files=files)
+        names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
+        labels = (list(table[label]), f"{path}: the column {label!r}", names)
+    if "split" in features:
+        row_splits = list(table["split"])
+        if isinstance(features["split"], datasets.ClassLabel):
+            row_splits = features["split"].int2str(row_splits)
+    files = files or [Path(file["filename"]) for file in table.cache_files]
+    cells = TableColumn(table.select_columns([image]), image)
+    return make_table(path, ids, cells, labels=labels, row_splits=row_splits, files=files)
 
 
-def _read_cell(table: Any, column: str, index: int) -> Picture:
-    return read_cell(table[index][column])
-
-
-def _cell_length(table: Any, column: str, index: int) -> int:
-    cell = table[index][column]
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    return len(content) if isinstance(content, bytes) else -1
+def _numbered(number: int) -> list[str]:
+    return [f"{i:09d}" for i in range(number)]
 
 
 # Arrays
@@ -566,13 +522,10 @@ def _cell_length(table: Any, column: str, index: int) -> int:
 
 def _open_array_file(path: Path, channels: int) -> Sources:
     """A stack in a .npy file (mapped from the disk), or `images` (and `labels`) in a .npz file."""
-    try:
+    with readable(str(path), "read as arrays"):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         is_archive = isinstance(loaded, np.lib.npyio.NpzFile)
         arrays = dict(loaded.items()) if is_archive else {"images": loaded}
-    except Exception as error:  # NumPy raises many kinds
-        reason = first_line(error)
-        raise UserError(f"{path} cannot be read as arrays ({reason}): check the file.") from None
     number = len(arrays.get("images", ()))
     for name, array in arrays.items():
         if name not in ("images", "labels") and array.ndim and len(array) == number:
@@ -615,14 +568,4 @@ def _open_arrays(
             what = f"{name} has {len(images)} images, but labels of shape {values.shape}"
             raise UserError(f"{what}: give one for each image.")
         labels = (values.tolist(), f"{name}: labels", None)
-    ids = [f"{i:09d}" for i in range(len(images))]
-    read, mark = partial(_read_row, images), partial(_row_checksum, images)
-    return make_table(name, ids, read, mark, labels=labels, files=files)
-
-
-def _read_row(images: np.ndarray, index: int) -> Picture:
-    return np.array(images[index])
-
-
-def _row_checksum(images: np.ndarray, index: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(images[index]).tobytes())
+    return make_table(name, _numbered(len(images)), images, labels=labels, files=files)

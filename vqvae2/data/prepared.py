@@ -14,32 +14,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from vqvae2.common.accelerate import processes
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
 from vqvae2.common.runs import RunRecord, last_names
-from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.config import PrepareConfig, PreprocessingConfig
+from vqvae2.data import work_parts
 from vqvae2.data.augmentation import no_change
-from vqvae2.data.decoding import first_line
+from vqvae2.data.decoding import readable
 from vqvae2.data.open_source import PREPARED, UNFINISHED, ImageTable, PreparedPictures, Sources
 from vqvae2.data.splits import SPLITS
-from vqvae2.data.work_parts import (
-    Part,
-    Parts,
-    ReadItem,
-    find_parts,
-    note_path,
-    reopen,
-    skipped_images,
-    write_parts,
-)
+from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 
 logger = logging.getLogger(__name__)
 ROW_GROUP = 256  # rows that are written, and held in memory, at once
@@ -47,10 +39,9 @@ ROW_GROUP = 256  # rows that are written, and held in memory, at once
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedShard:
-    """What the manifest says of a shard."""
+    """What the manifest says of a shard; `name` is its path in the folder, train/00000.parquet."""
 
     name: str
-    """Its path in the folder: train/00000.parquet."""
     rows: int
     num_bytes: int
     sha256: str
@@ -67,11 +58,9 @@ class PreparedManifest:
     class_names: tuple[str, ...]
     """Names of the classes that labels number, or empty."""
     has_labels: bool
-    """Whether the rows have labels."""
     num_train: int
-    """Rows in train/."""
+    """Rows in train/; so for validation/."""
     num_validation: int
-    """Rows in validation/."""
     num_skipped: int
     """Images that could not be read; skipped.jsonl lists them."""
     shards: tuple[PreparedShard, ...] = ()
@@ -84,9 +73,7 @@ class PreparedManifest:
 def open_prepared(folder: Path) -> Sources:
     """The prepared images of a folder, split as they were when they were prepared.
 
-    Raises:
-        UserError: a broken manifest, or missing or broken shards.
-    """
+    Raises UserError: a broken manifest, or missing or broken shards."""
     manifest = _read_manifest(folder)
     for shard in manifest.shards:
         path = folder / shard.name
@@ -105,42 +92,26 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
 
     # Rows, ids and labels; an empty split has no shard to open.
     image, files = manifest.image, sorted((folder / split).glob("*.parquet"))
-    length = image.channels * image.height_width[0] * image.height_width[1]
+    length = expected = image.channels * image.height_width[0] * image.height_width[1]
     ids: list[str] = []
     labels: list[int] = []
-    rows = np.zeros((0, image.channels, *image.height_width), np.uint8)
+    rows: Any = None
     if number:
-        try:
+        with readable(str(folder / split), "read", "run vqvae2 prepare again"):
             names = list(map(str, files))
             table = datasets.load_dataset("parquet", data_files=names, split="train")
             ids, labels = list(table["id"]), list(table["label"])
             rows = table.select_columns(["pixels"]).with_format("arrow")  # numpy's widens to int64
             length = table.features["pixels"].length
-        except Exception as error:  # `datasets` raises many kinds
-            raise UserError(
-                f"{folder / split} cannot be read ({type(error).__name__}: {first_line(error)}): "
-                f"run vqvae2 prepare again."
-            ) from None
 
     # They are what the manifest says.
-    expected = image.channels * image.height_width[0] * image.height_width[1]
     classes = set(range(len(manifest.class_names))) if manifest.has_labels else {None}
     if (len(ids), length) != (number, expected) or not set(labels) <= classes:
-        raise UserError(
-            f"{folder / split} does not hold the {number} images of {expected} values and the "
-            f"labels that {PREPARED} names: run vqvae2 prepare again."
-        )
-    pictures = PreparedPictures(image, rows)
-    return ImageTable(
-        str(folder) if split == "train" else str(folder / split),
-        ids,
-        pictures.read,
-        pictures.mark,
-        labels if manifest.has_labels else None,
-        manifest.class_names,
-        files,
-        pictures,
-    )
+        what = f"{folder / split} does not hold the {number} images that {PREPARED} describes"
+        raise UserError(f"{what}: run vqvae2 prepare again.")
+    name = str(folder if split == "train" else folder / split)
+    given = labels if manifest.has_labels else None
+    return ImageTable(name, ids, PreparedPictures(image, rows), given, manifest.class_names, files)
 
 
 # Writing
@@ -154,7 +125,7 @@ def prepare_command(config: PrepareConfig) -> None:
     """
     # The run that the folder holds is this one; a finished folder is looked through again.
     output_dir, state = Path(config.output_dir), processes()
-    found = find_parts(config.data, config.image, config.shard_size)
+    found = work_parts.find_parts(config.data, config.image, config.shard_size)
     run = RunRecord("prepare", config, UNFINISHED, facts=found.facts)
     run.check(output_dir)
     state.wait_for_everyone()
@@ -162,21 +133,16 @@ def prepare_command(config: PrepareConfig) -> None:
         run.write(output_dir)
         if (output_dir / PREPARED).exists():
             shards = _read_manifest(output_dir).shards
-            reopen(output_dir / PREPARED, {output_dir / s.name: asdict(s) for s in shards})
+            notes = {output_dir / shard.name: asdict(shard) for shard in shards}
+            work_parts.reopen(output_dir / PREPARED, notes)
     state.wait_for_everyone()
 
     # Shards, then the manifest.
-    began = time.perf_counter()
-    write_parts(
-        found,
-        output_dir,
-        partial(_write_part, output_dir, config.image),
-        {split: [no_change] for split in SPLITS},
-        state,
-        description="preparing",
-        skip=config.data.on_error == "skip",
-        num_threads=config.num_threads,
-    )
+    began, skip = time.perf_counter(), config.data.on_error == "skip"
+    write = partial(_write_part, output_dir, config.image)
+    choices = {split: [no_change] for split in SPLITS}
+    options: Any = {"description": "preparing", "num_threads": config.num_threads}
+    work_parts.write_parts(found, output_dir, write, choices, state, skip=skip, **options)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(output_dir, config, found, time.perf_counter() - began)
@@ -184,14 +150,17 @@ def prepare_command(config: PrepareConfig) -> None:
 
 
 def _write_part(
-    output_dir: Path, image: PreprocessingConfig, part: Part, rows: Iterator[ReadItem]
-) -> Iterator[int]:
-    """Write a part's shards, each whole or not at all, and yield how many images were added."""
+    output_dir: Path,
+    image: PreprocessingConfig,
+    part: Part,
+    rows: Iterator[ReadItem],
+    skipped: Mapping[str, list],
+) -> None:
+    """Write a part's shards, each whole or not at all."""
     height, width = image.height_width
     kind = pa.uint8() if image.value_range == (0, 255) else pa.float32()
     pixels = pa.list_(kind, image.channels * height * width)
     schema = pa.schema({"id": pa.string(), "label": pa.int64(), "pixels": pixels})
-    skipped: dict[str, list[tuple[str, str]]] = {split: [] for split in part.splits}
     waiting: dict[str, list[ReadItem]] = {split: [] for split in part.splits}
     with ExitStack() as stack:
         # A file per split, beside its place until it is whole.
@@ -205,28 +174,23 @@ def _write_part(
         # Rows, a few at a time.
         for row in rows:
             split = row.item.split
-            if row.error is not None:
-                skipped[split].append((row.error.name, row.error.reason))
-                continue
             waiting[split].append(row)
             if len(waiting[split]) == ROW_GROUP:
                 _write_rows(writers[split], waiting[split])
                 waiting[split] = []
-                yield ROW_GROUP
-        for split, rest in waiting.items():
-            _write_rows(writers[split], rest)
+        for split, last in waiting.items():
+            if last:
+                _write_rows(writers[split], last)
             writers[split].add_key_value_metadata({"skipped": json.dumps(skipped[split])})
-            yield len(rest)
 
 
 def _write_rows(writer: pq.ParquetWriter, rows: list[ReadItem]) -> None:
-    if not rows:
-        return
-    pixels = np.stack([row.pixels[0] for row in rows]).reshape(len(rows), -1)
+    pixels = torch.stack([row.pixels[0] for row in rows]).numpy()
+    values = pa.array(pixels.reshape(-1))
     columns: Mapping[str, object] = {
         "id": [row.item.id for row in rows],
         "label": [row.item.label for row in rows],
-        "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels.shape[1]),
+        "pixels": pa.FixedSizeListArray.from_arrays(values, pixels[0].size),
     }
     writer.write_table(pa.table(columns, schema=writer.schema))
 
@@ -247,19 +211,14 @@ def _noted_file(path: Path) -> Iterator[Path]:
 
 def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: float) -> None:
     """Write the manifest, which says that all shards are there."""
-    shards: list[PreparedShard] = []
     paths = [path for split in SPLITS for path in found.paths(output_dir, split)]
-    for path in paths:
-        shards.append(from_dict(PreparedShard, read_json(note_path(path)), str(note_path(path))))
+    notes = [note_path(path) for path in paths]
+    shards = [from_dict(PreparedShard, read_json(note), str(note)) for note in notes]
     numbers = dict.fromkeys(SPLITS, 0)
     for shard in shards:
         numbers[shard.name.split("/")[0]] += shard.rows
     if not numbers["train"]:
-        raise UserError(
-            f"{config.data.path}: none of the training images can be read: check data.path."
-        )
-    skipped = skipped_images(paths)
-    list_skipped(output_dir, skipped)
+        raise UserError(f"{config.data.path}: no training image can be read: check data.path.")
     manifest = PreparedManifest(
         source=last_names(config.data.path),
         image=config.image,
@@ -267,12 +226,10 @@ def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: floa
         has_labels=found.labelled,
         num_train=numbers["train"],
         num_validation=numbers["validation"],
-        num_skipped=len(skipped),
+        num_skipped=len(work_parts.skipped_images(paths)),
         shards=tuple(shards),
     )
-    write_json(output_dir / PREPARED, to_dict(manifest))
-    for path in paths:
-        note_path(path).unlink()
+    write = partial(write_json, output_dir / PREPARED, to_dict(manifest))
+    work_parts.finish(output_dir, paths, write)
     number, size = sum(numbers.values()), sum(shard.num_bytes for shard in shards) / 2**20
     logger.info("%s: %d images in %.1f MiB, %.0f s.", output_dir, number, size, seconds)
-    report_skipped(output_dir)

@@ -50,18 +50,14 @@ def prepare(
     if isinstance(picture, np.ndarray):
         return _prepare_array(picture, config, window)
     if config.channels not in MODES:
-        raise UserError(
-            f"it is a picture of {len(picture.getbands())} channels, but image.channels is "
-            f"{config.channels}: set it to 1, 2, 3 or 4."
-        )
+        what = f"it has {len(picture.getbands())} channels, but image.channels is {config.channels}"
+        raise UserError(f"{what}: set it to 1, 2, 3 or 4.")
     upright = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         return _prepare_array(np.array(upright), config, window)
     if config.value_range != BYTES:
-        raise UserError(
-            f"it is an 8-bit picture, but image.value_range is {config.value_range}: "
-            f"convert it, or leave the range at (0, 255)."
-        )
+        what = f"it is an 8-bit picture, but image.value_range is {config.value_range}"
+        raise UserError(f"{what}: convert it, or leave the range at (0, 255).")
 
     # 8-bit pictures stay bytes; what padding leaves free shows the background.
     image = _convert(upright, MODES[config.channels], config.background)
@@ -106,14 +102,10 @@ def _prepare_array(
     array = array[..., None] if array.ndim == 2 else array
     if 0 in array.shape:
         raise UserError(f"it is an array of shape {array.shape}, without a pixel: remove it.")
-    fits = array.ndim == 3 and (
-        array.shape[-1] == config.channels or (array.shape[-1], config.channels) == (1, 3)
-    )
-    if not fits:
-        raise UserError(
-            f"it is an array of shape {array.shape}, but expected (H, W, {config.channels}): "
-            f"set image.channels, or convert it."
-        )
+    accepted = (1, 3) if config.channels == 3 else (config.channels,)
+    if array.ndim != 3 or array.shape[-1] not in accepted:
+        what = f"it is an array of shape {array.shape}, but expected (H, W, {config.channels})"
+        raise UserError(f"{what}: set image.channels, or convert it.")
 
     # Each band is resized by itself, in floating point unless it holds plain bytes.
     of_bytes = array.dtype == np.uint8 and config.value_range == BYTES
@@ -134,18 +126,13 @@ def _scale(array: np.ndarray, config: PreprocessingConfig) -> np.ndarray:
     """Values to [-1, 1] by the declared range."""
     low, high = config.value_range
     if array.dtype.kind in "ui" and np.iinfo(array.dtype).max < high:
-        raise UserError(
-            f"it holds {array.dtype} values, which end before image.value_range "
-            f"{config.value_range}: convert it, or correct the range."
-        )
+        what = f"it holds {array.dtype} values, which end before image.value_range"
+        raise UserError(f"{what} {config.value_range}: convert it, or correct the range.")
     values = f"it holds {array.dtype} values from {array.min()} to {array.max()}"
     if config.value_range == BYTES:
-        raise UserError(
-            f"{values}, not 8-bit pixels: set --image.value-range LOW HIGH to the values of "
-            f"black and white (0 65535 for 16 bits)."
-        )
+        what_to_do = "set --image.value-range to those of black and white (0 65535 for 16 bits)"
+        raise UserError(f"{values}, not 8-bit pixels: {what_to_do}.")
     if not (np.isfinite(array).all() and low <= array.min() and array.max() <= high):
-        raise UserError(
-            f"{values}, outside of image.value_range {config.value_range}: widen the range."
-        )
+        what = f"{values}, outside of image.value_range {config.value_range}"
+        raise UserError(f"{what}: widen the range.")
     return ((array.astype(np.float64) - low) / (high - low) * 2 - 1).astype(np.float32)

@@ -2,6 +2,7 @@
 
 - Held out is what the user names, else the source's own split, else images chosen by a hash of
   their names: the same in every stage, also when images are added.
+- A file that is held out under any name is not trained on.
 - Every image has a label, or none has.
 - A run belongs to its images' names, labels and splits, and to marks of some of their contents.
 """
@@ -9,6 +10,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def split_files(files: Iterable[Path]) -> dict[str, list[Path]]:
     """Files by split: their folder, or the first word of their name, may say which; else train."""
     by_split: dict[str, list[Path]] = {}
     for path in files:
-        word = path.name.replace("_", "-").replace(".", "-").split("-")[0]
+        word = re.split("[-_.]", path.name)[0]
         split = split_of(path.parent.name) or split_of(word) or "train"
         by_split.setdefault(split, []).append(path)
     return by_split
@@ -60,42 +62,22 @@ def is_held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
 
 
-def choose_held_out(names: Sequence[str], files: Sequence[Path], fraction: float) -> list[bool]:
-    """Whether each image is held out. All names (links) of a file go where its first goes."""
-    chosen = [is_held_out(name, fraction) for name in names]
-    if fraction and len(files) == len(names):
-        first: dict[object, int] = {}
-        chosen = [chosen[first.setdefault(_file(path), i)] for i, path in enumerate(files)]
-    return chosen
-
-
-def drop_held_out_files(train: Sequence[Path], held_out: Sequence[Path], source: str) -> list[int]:
-    """The indices of the training images whose files are not held out under another name.
-
-    Raises:
-        UserError: many are, which is a mistake rather than a link.
-    """
+def not_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> list[bool]:
+    """Whether each training file is not held out too, whatever names it (a link, a spelling)."""
     known = {_file(path) for path in held_out}
-    kept = [i for i, path in enumerate(train) if _file(path) not in known]
-    if len(train) - len(kept) > len(train) // 10:
-        refuse_shared_files(train, held_out, source)
-    if len(kept) < len(train):
-        number = len(train) - len(kept)
-        logger.info("%s: %d links to held-out images are not trained on.", source, number)
+    return [_file(path) not in known for path in train]
+
+
+def drop_held_out(
+    rows: Sequence[int], train: Sequence[Path], held_out: Iterable[Path], source: str
+) -> list[int]:
+    """The rows of training pictures whose files are not held out under any name."""
+    apart = not_held_out([train[i] for i in rows], held_out)
+    kept = [i for i, is_apart in zip(rows, apart, strict=True) if is_apart]
+    if not all(apart):
+        text = "%s: %d images are held out under another name, and not trained on."
+        logger.info(text, source, len(rows) - len(kept))
     return kept
-
-
-def refuse_shared_files(train: Iterable[Path], held_out: Iterable[Path], source: str) -> None:
-    """No file is trained on and held out, whatever names it (a link, another spelling).
-
-    Raises:
-        UserError: naming one that would be.
-    """
-    known = {_file(path) for path in train}
-    shared = next((path for path in held_out if _file(path) in known), None)
-    if shared is not None:
-        where = f"is among the training images of {source} too, and would be trained on"
-        raise UserError(f"{shared} is held out, but {where}: keep them apart (look for links).")
 
 
 def _file(path: Path) -> object:
@@ -128,33 +110,28 @@ def number_classes(
         raise UserError(f"{source} does not give every row a class (found {found}): fill it in.")
     if names is not None:
         return list(values), tuple(names)
-    known = {value: number for number, value in enumerate(sorted(set(values)))}
-    return [known[value] for value in values], tuple(map(str, known))
+    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
+    return [numbers[value] for value in values], tuple(map(str, numbers))
 
 
 def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
-    """Every image has a label, or none has.
-
-    Raises:
-        UserError: this one differs from the first.
-    """
+    """Every image has a label, or none has. Raises UserError: this one differs from the first."""
     if has_label != labelled:
         this, first = ("a label", "none") if has_label else ("no label", "one")
-        raise UserError(
-            f"{image} has {this}, but the first has {first}: label all images, or none."
-        )
+        what = f"{image} has {this}, but the first has {first}"
+        raise UserError(f"{what}: label all images, or none.")
 
 
-def refuse_repeated(ids: Sequence[str], source: str) -> None:
-    """Every image needs a name of its own.
+def check_names(names: Iterable[str], source: str) -> None:
+    """Every image needs a name of its own, in characters that can be written down.
 
-    Raises:
-        UserError: naming one that occurs twice.
-    """
+    Raises UserError: naming one that occurs twice, or is not UTF-8."""
     seen: set[str] = set()
-    for name in ids:
+    for name in names:
         if name in seen:
             raise UserError(f"{source} names {name!r} more than once: give each its own name.")
+        if not name.isascii() and re.search("[\ud800-\udfff]", name):
+            raise UserError(f"{source} holds {name!r}, which is not UTF-8: rename it.")
         seen.add(name)
 
 

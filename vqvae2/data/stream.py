@@ -8,32 +8,22 @@ import gzip
 import json
 import random
 import tarfile
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.loading import ordered
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data.augmentation import Choice, no_change, random_change
-from vqvae2.data.decoding import (
-    PICTURE_SUFFIXES,
-    BadImage,
-    Picture,
-    first_line,
-    picture_size,
-    read_cell,
-    read_picture,
-)
+from vqvae2.data.augmentation import decode, no_change, random_change
+from vqvae2.data.decoding import PICTURE_SUFFIXES, BadImage, first_line, readable
 from vqvae2.data.splits import is_held_out, marked
 
 AHEAD = 3  # batches that are decoded while one is trained on
@@ -45,8 +35,9 @@ class StreamRow(NamedTuple):
     """A row of a shard as it is met."""
 
     id: str
-    label: int | None
-    read: Callable[[], Picture]
+    label: Any
+    cell: Any
+    """The picture (see `decoding.read_cell`)."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +47,10 @@ class ImageStream:
     name: str
     urls: tuple[str, ...]
     data: ImagesConfig
+    is_of_files = False  # as a table, whose pictures may each be a file
 
     def __len__(self) -> int:
         return len(self.urls)
-
-    @property
-    def is_of_files(self) -> bool:
-        """Whether each picture is a file of its own: never."""
-        return False
 
     @property
     def files(self) -> list[Path]:
@@ -71,12 +58,19 @@ class ImageStream:
         paths = [url.removeprefix("file://") for url in self.urls]
         return [Path(path) for path in paths if "://" not in path]
 
+    @property
+    def names(self) -> list[str]:
+        """The shards' names, which tell these images from others."""
+        return [PurePosixPath(url).name for url in self.urls]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the first rows have labels; then all must."""
+        return any(row.label is not None for row in islice(self.all_rows(), 64))
+
     def rows(self, number: int, *, contents: bool = True) -> Iterator[StreamRow]:
         """The rows of one shard, in order; without `contents` their names alone, read faster.
-
-        Raises:
-            UserError: the shard is absent or broken, or its labels are not numbers.
-        """
+        Raises UserError: the shard is absent or broken, or its labels are not numbers."""
         url = self.urls[number]
         with _opened(url) as file:
             if url.endswith(".parquet"):
@@ -84,13 +78,10 @@ class ImageStream:
             else:
                 rows = _tar_rows(file, url, contents or "://" in url)
             for row in rows:
-                label = row.label
-                is_class = type(label) is int and 0 <= label < MAX_CLASSES
-                if contents and label is not None and not is_class:
-                    raise UserError(
-                        f"{url} has the label {label!r}, but classes of a stream are numbers from "
-                        f"0 to {MAX_CLASSES - 1:,}: number them in the shards."
-                    )
+                is_class = type(row.label) is int and 0 <= row.label < MAX_CLASSES
+                if contents and row.label is not None and not is_class:
+                    what = f"{url} has the label {row.label!r}, but classes of a stream are numbers"
+                    raise UserError(f"{what} below {MAX_CLASSES:,}: number them in the shards.")
                 yield row
 
     def all_rows(self) -> Iterator[StreamRow]:
@@ -98,30 +89,10 @@ class ImageStream:
         for number in range(len(self)):
             yield from self.rows(number)
 
-    def labelled(self) -> bool:
-        """Whether the first rows have labels; then all must."""
-        return any(row.label is not None for row in islice(self.all_rows(), 64))
-
-    def shard_names(self) -> list[str]:
-        """The shards' names, which tell these images from others."""
-        return [PurePosixPath(url).name for url in self.urls]
-
     def marks(self) -> list[int | None]:
         """The lengths of some local shards."""
         urls = [self.urls[i] for i in marked(len(self))]
         return [Path(url).stat().st_size if "://" not in url else None for url in urls]
-
-    def decode(self, row: StreamRow, config: PreprocessingConfig, choice: Choice) -> np.ndarray:
-        """A row's pixels `(C, H, W)`, changed as chosen for its size.
-
-        Raises:
-            BadImage: naming it and what is wrong with it.
-        """
-        try:
-            picture = row.read()
-            return choice(picture_size(picture)).apply(picture, config)
-        except Exception as error:  # decoders raise many kinds
-            raise BadImage(self.name, row.id, error) from None
 
 
 def shard_stem(name: str) -> str:
@@ -139,13 +110,8 @@ def row_ids(shard: str, number: int) -> list[str]:
 def _opened(url: str) -> Iterator[BinaryIO]:
     import fsspec
 
-    try:
+    with readable(url, "opened", "check data.path and your access to it"):
         file = fsspec.open(url, "rb").open()
-    except Exception as error:  # each file system raises its own kinds
-        raise UserError(
-            f"{url} cannot be opened ({type(error).__name__}: {first_line(error)}): "
-            f"check data.path and your access to it."
-        ) from None
     with file:
         yield file
 
@@ -161,9 +127,7 @@ def find_columns(
 ) -> tuple[str, str | None]:
     """The columns of pictures and of classes: those set in `data`, else by type or name.
 
-    Raises:
-        UserError: there is no such column, or none of pictures.
-    """
+    Raises UserError: there is no such column, or none of pictures."""
     import datasets
 
     columns = f"{source} has the columns {list(features)}"
@@ -183,18 +147,15 @@ def _parquet_rows(
     file: BinaryIO, url: str, data: ImagesConfig, contents: bool
 ) -> Iterator[StreamRow]:
     import datasets
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with readable(url, "read as Parquet", "restore or remove it"):
         # Columns: a table that `datasets` wrote says which hold pictures and classes.
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
         if "split" in schema.names:
-            raise UserError(
-                f"{url} has a column 'split', but a stream is held out by whole shards: "
-                f"write each split to shards of its own."
-            )
+            what = f"{url} has a column 'split', but a stream is held out by whole shards"
+            raise UserError(f"{what}: write each split to shards of its own.")
         typed = datasets.Features.from_arrow_schema(schema)
         image, label = find_columns({n: typed.get(n) for n in schema.names}, url, data)
         has_ids = "id" in schema.names
@@ -207,155 +168,95 @@ def _parquet_rows(
             for cells in batch.to_pylist():
                 name = cells["id"] if has_ids else next(generated)
                 if name is None or str(name) in seen:
-                    raise UserError(
-                        f"{url} has the id {name!r} twice, or a row without one: "
-                        f"give each image a name of its own, or rename the column."
-                    )
+                    what = f"{url} has the id {name!r} twice, or a row without one"
+                    raise UserError(f"{what}: give each image a name, or rename the column.")
                 seen.add(str(name))
-                yield StreamRow(str(name), cells.get(label), partial(read_cell, cells.get(image)))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{url} cannot be read as Parquet ({first_line(error)}): restore or remove it."
-        ) from None
+                yield StreamRow(str(name), cells.get(label), cells.get(image))
 
 
 # Tar
 
 
-@dataclass
-class _TarGroup:
-    """The members of one key as they are met."""
+class _Member(NamedTuple):
+    """A file in a tar, or a link: then its content is empty."""
 
     key: str
-    members: list[str] = field(default_factory=list)
-    pictures: list[tuple[bytes, str]] = field(default_factory=list)
-    label: Any = None
-    fault: str = ""
-
-    def add(self, name: str, content: bytes, *, is_link: bool) -> None:
-        """One member: a picture, a label, or something else."""
-        base = PurePosixPath(name)
-        self.members.append(f"{base.name}, a link" if is_link else base.name)
-        if is_link:
-            return
-        if base.suffix.lower() in PICTURE_SUFFIXES:
-            self.pictures.append((content, base.suffix))
-        elif base.name.partition(".")[2].lower() == "cls":
-            text = content.decode(errors="replace").strip()
-            self.label = int(text) if text.isdecimal() else text
-        elif base.name.partition(".")[2].lower() == "json":
-            try:
-                values = json.loads(content or b"{}")
-            except (ValueError, RecursionError) as error:
-                self.fault = f"{base.name} cannot be read as a label ({first_line(error)}): fix it."
-                return
-            if isinstance(values, dict):
-                self.label = values.get("label", self.label)
-
-    def row(self, shard: str) -> StreamRow:
-        """The row, whose faults are raised when its picture is read."""
-        names = ", ".join(self.members)
-        fault = self.fault
-        if not self.pictures:
-            fault = f"it has no picture of a known kind (only {names}): convert it, or remove it."
-        elif len(self.pictures) > 1:
-            fault = (
-                f"it has {len(self.pictures)} pictures ({names}; what follows the first dot is "
-                f"the kind): keep one, or rename the others."
-            )
-        read = partial(_raise_fault, fault) if fault else partial(read_picture, *self.pictures[0])
-        return StreamRow(f"{shard}/{self.key}", self.label, read)
-
-
-def _raise_fault(fault: str) -> Picture:
-    raise UserError(fault)
+    path: PurePosixPath
+    is_link: bool
+    content: bytes
 
 
 def _tar_rows(file: BinaryIO, url: str, contents: bool) -> Iterator[StreamRow]:
     """Rows whose ids begin with the shard's name, since keys may repeat from shard to shard."""
-    shard, group, seen = shard_stem(url), _TarGroup(""), {""}
-    try:
-        if url.endswith(".gz"):
-            file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        watched = _WatchedFile(file)
-        mode = "r|" if contents or url.endswith(".gz") else "r:"  # r: jumps from header to header
-        with tarfile.open(fileobj=cast(BinaryIO, watched), mode=mode) as archive:  # type: ignore[call-overload]
-            for member in archive:
-                # Pass over folders, hidden files, and links to what is neither picture nor label.
-                base = PurePosixPath(member.name)
-                is_link = member.islnk() or member.issym()
-                known = base.suffix.lower() in {*PICTURE_SUFFIXES, ".cls", ".json"}
-                if not (member.isfile() or (is_link and known)) or base.name.startswith("."):
-                    continue
-
-                # A new key begins a new row.
-                key = str(base.parent / base.name.partition(".")[0])
-                if key != group.key:
-                    if group.key:
-                        yield group.row(shard)
-                    if key in seen:
-                        raise UserError(
-                            f"{url}: {member.name} comes apart from the row {key!r} that it "
-                            f"belongs to: write a row's members side by side."
-                        )
-                    seen.add(key)
-                    group = _TarGroup(key)
-                content = b"" if is_link or not contents else _content(archive, member)
-                group.add(member.name, content, is_link=is_link)
-        watched.check_end(archive.offset)
-        if group.key:
-            yield group.row(shard)
-    except UserError:
-        raise
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{url} cannot be read as a tar shard ({first_line(error)}): restore or remove it."
-        ) from None
+    seen: set[str] = set()
+    with readable(url, "read as a tar shard", "restore or remove it"):
+        for key, group in groupby(_members(file, url, contents), key=lambda member: member.key):
+            members = list(group)
+            if key in seen:
+                what = f"{url}: {members[0].path} comes apart from the row {key!r} it belongs to"
+                raise UserError(f"{what}: write a row's members side by side.")
+            seen.add(key)
+            yield _tar_row(f"{shard_stem(url)}/{key}", members)
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    opened = archive.extractfile(member)
-    content = opened.read() if opened is not None else b""
-    if len(content) != member.size:
-        raise EOFError(f"{member.name} is cut off")
-    return content
+def _members(file: BinaryIO, url: str, contents: bool) -> Iterator[_Member]:
+    """Members of a tar, but for folders, hidden files and links to neither picture nor label."""
+    if url.endswith(".gz"):
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    mode = "r|" if contents or url.endswith(".gz") else "r:"  # r: jumps from header to header
+    with tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
+        for member in archive:
+            path = PurePosixPath(member.name)
+            is_link = member.islnk() or member.issym()
+            known = path.suffix.lower() in {*PICTURE_SUFFIXES, ".cls", ".json"}
+            if not (member.isfile() or (is_link and known)) or path.name.startswith("."):
+                continue
+            opened = None if is_link or not contents else archive.extractfile(member)
+            content = opened.read() if opened is not None else b""
+            if opened is not None and len(content) != member.size:
+                raise EOFError(f"{member.name} is cut off")
+            key = str(path.parent / path.name.partition(".")[0])
+            yield _Member(key, path, is_link, content)
 
-
-class _WatchedFile:
-    """A file that remembers where its last byte other than 0 was read: `tarfile` takes any end of
-    the file for the end of the archive, also that of a shard that was cut off."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.last_block = file, b""
-        self.position = self.end_of_data = 0
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        self.position = self.file.seek(position, whence)
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        content = self.file.read(size)
-        if content:
-            self.last_block = content[-tarfile.BLOCKSIZE :]
-            data = content.rstrip(b"\0")
-            if data:
-                self.end_of_data = max(self.end_of_data, self.position + len(data))
-            self.position += len(content)
-        return content
-
-    def check_end(self, archive_end: int) -> None:
-        """The archive ends with its mark, and the file with the archive."""
-        if self.last_block.strip(b"\0"):
+        # `tarfile` takes any end of the file, and any zeros, for the end of the archive.
+        rest: Any = archive.fileobj
+        if rest.tell() < archive.offset + tarfile.BLOCKSIZE:
             raise EOFError("it is cut off: the mark of its end is missing")
-        while self.read(1 << 20):
-            pass
-        if self.end_of_data > archive_end:
-            raise ValueError(
-                "it goes on after the mark of its end, as when shards were joined with cat"
-            )
+        while block := rest.read(1 << 20):
+            if block.strip(b"\0"):
+                raise ValueError("it goes on after the mark of its end, as when joined with cat")
+
+
+def _tar_row(name: str, members: Sequence[_Member]) -> StreamRow:
+    """A row of members; what is wrong with it is raised when its picture is read."""
+    label: Any = None
+    pictures: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for member in members:
+        kind = member.path.name.partition(".")[2].lower()
+        if member.is_link:
+            continue
+        if member.path.suffix.lower() in PICTURE_SUFFIXES:
+            pictures.append({"bytes": member.content, "path": member.path.name})
+        elif kind == "cls":
+            text = member.content.decode(errors="replace").strip()
+            label = int(text) if text.isdecimal() else text
+        elif kind == "json":
+            try:
+                values = json.loads(member.content or b"{}")
+                label = values.get("label", label) if isinstance(values, dict) else label
+            except (ValueError, RecursionError) as error:
+                file = member.path.name
+                faults.append(f"{file} cannot be read as a label ({first_line(error)}): fix it.")
+
+    # One picture.
+    names = ", ".join(f"{m.path.name}{', a link' * m.is_link}" for m in members)
+    if not pictures:
+        faults.append(f"it has no picture of a known kind (only {names}): convert or remove it.")
+    elif len(pictures) > 1:
+        what = f"it has {len(pictures)} pictures ({names}; what follows the first dot is the kind)"
+        faults.append(f"{what}: keep one, or rename the others.")
+    return StreamRow(name, label, UserError(faults[-1]) if faults else pictures[0])
 
 
 # Training
@@ -405,54 +306,52 @@ class StreamedImages:
 
     def start_at(self, index: int) -> Iterator[dict[str, Tensor]]:
         """The batches of this process from the `index`-th on, without end."""
+        size = len(self.places)
+        num_threads = max(1, self.data.num_workers)
+        decoded = ordered(
+            self._decode, self._rows(index), num_threads=num_threads, ahead=AHEAD * size
+        )
+        while True:
+            images: list[Tensor] = []
+            for image in islice(decoded, size):
+                if isinstance(image, Tensor):
+                    images.append(image)
+                elif image.name not in self._skipped:
+                    self._skipped.add(image.name)
+                    self.on_skipped(image.name, image.reason)
+            images = images or [self._stand_in]
+            yield {"images": torch.stack([images[i % len(images)] for i in range(size)])}
+
+    def _rows(self, index: int) -> Iterator[tuple[StreamRow, int]]:
+        """The rows of this process from the `index`-th batch on, with their epochs."""
         numbers = sorted({place // self.rows_per_lane for place in self.places})
-        lanes = {lane: self._lane(lane, index * self.rows_per_lane) for lane in numbers}
-        waiting: deque[list[tuple[StreamRow, Future[np.ndarray]]]] = deque()
-        with ThreadPoolExecutor(max(1, self.data.num_workers)) as pool:
-            while True:
-                while len(waiting) < AHEAD:
-                    waiting.append(self._begin_batch(lanes, pool))
-                yield self._finish_batch(waiting.popleft())
+        lanes = {number: self._lane(number, index * self.rows_per_lane) for number in numbers}
+        while True:
+            for number, lane in lanes.items():
+                first = number * self.rows_per_lane
+                for place, row in enumerate(islice(lane, self.rows_per_lane), first):
+                    if place in self.places:
+                        yield row
 
-    def _begin_batch(
-        self, lanes: Mapping[int, Iterator[tuple[StreamRow, int]]], pool: ThreadPoolExecutor
-    ) -> list[tuple[StreamRow, Future[np.ndarray]]]:
-        """Read a batch's rows, and have those of this process decoded."""
-        rows = []
-        for lane, stream in lanes.items():
-            for place in range(lane * self.rows_per_lane, (lane + 1) * self.rows_per_lane):
-                row, epoch = next(stream)
-                if place in self.places:
-                    augmentation = partial(random_change, self.data.augmentation, self.config)
-                    choice = partial(augmentation, seed=self.seed, epoch=epoch, name=row.id)
-                    rows.append((row, pool.submit(self.stream.decode, row, self.config, choice)))
-        return rows
-
-    def _finish_batch(
-        self, rows: Sequence[tuple[StreamRow, Future[np.ndarray]]]
-    ) -> dict[str, Tensor]:
-        images: list[Tensor] = []
-        for row, future in rows:
-            try:
-                images.append(torch.from_numpy(future.result()))
-            except BadImage as error:
-                if self.data.on_error == "stop":
-                    raise
-                if row.id not in self._skipped:
-                    self._skipped.add(row.id)
-                    self.on_skipped(error.name, error.reason)
-        images = images or [self._stand_in]
-        return {"images": torch.stack([images[i % len(images)] for i in range(len(rows))])}
+    def _decode(self, row_and_epoch: tuple[StreamRow, int]) -> Tensor | BadImage:
+        row, epoch = row_and_epoch
+        change = partial(random_change, self.data.augmentation, self.config)
+        choose = partial(change, seed=self.seed, epoch=epoch, name=row.id)
+        try:
+            return decode(self.stream.name, row.id, row.cell, self.config, choose)
+        except BadImage as error:
+            if self.data.on_error == "stop":
+                raise
+            return error
 
     @cached_property
     def _stand_in(self) -> Tensor:
         """The first training image that can be read, for a batch of which none can."""
-        for row in self.stream.all_rows():
-            if self._trains(row):
-                try:
-                    return torch.from_numpy(self.stream.decode(row, self.config, no_change))
-                except BadImage:
-                    continue
+        for row in filter(self._trains, self.stream.all_rows()):
+            try:
+                return decode(self.stream.name, row.id, row.cell, self.config, no_change)
+            except BadImage:
+                continue
         raise UserError(f"{self.stream.name}: no training image can be read: check data.path.")
 
     def _lane(self, lane: int, skip: int) -> Iterator[tuple[StreamRow, int]]:
@@ -465,22 +364,17 @@ class StreamedImages:
                 if skip and skip >= self._size(number):
                     skip -= self._size(number)
                     continue
-                for row in self._shuffled(number, epoch):
-                    if skip:
-                        skip -= 1
-                    else:
-                        yield row, epoch
+                for row in islice(self._shuffled(number, epoch), skip, None):
+                    yield row, epoch
+                skip = 0
             if epoch == 0 and not any(self._size(number) for number in order):
-                raise UserError(
-                    f"{self.stream.name} holds no training image: "
-                    f"check the shards, or lower image.validation_fraction."
-                )
+                what = f"{self.stream.name} holds no training image"
+                raise UserError(f"{what}: check the shards, or lower image.validation_fraction.")
             epoch += 1
 
     def _shuffled(self, number: int, epoch: int) -> Iterator[StreamRow]:
         """The training rows of a shard, each drawn from a window of rows."""
-        shard = PurePosixPath(self.stream.urls[number]).name
-        generator = random.Random(f"{self.seed} {epoch} {shard}")
+        generator = random.Random(f"{self.seed} {epoch} {self.stream.names[number]}")
         size = max(1, self.data.shuffle_buffer // self.num_lanes)
         window: list[StreamRow] = []
         for row in filter(self._trains, self.stream.rows(number)):

@@ -12,16 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow.parquet as pq
 from accelerate.state import PartialState
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, write_json
-from vqvae2.common.threads import ordered
+from vqvae2.common.loading import ordered
+from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.config import ImagesConfig, PreprocessingConfig
-from vqvae2.data.augmentation import Choice, no_change
+from vqvae2.data.augmentation import Choice, decode
 from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
 from vqvae2.data.decoding import BadImage
 from vqvae2.data.open_source import ImageTable, PythonImages, open_source
@@ -35,7 +36,7 @@ class Item(NamedTuple):
     split: str
     id: str
     label: int | None
-    pixels: Callable[[Choice], np.ndarray]
+    pixels: Callable[[Choice], Tensor]
     """Reads it: `(C, H, W)`, changed as chosen for its size. Raises BadImage."""
 
 
@@ -43,7 +44,7 @@ class ReadItem(NamedTuple):
     """An image that was read, or why it could not be."""
 
     item: Item
-    pixels: list[np.ndarray]
+    pixels: list[Tensor]
     error: BadImage | None
 
 
@@ -82,78 +83,58 @@ class Parts:
         """The classes' names; of a stream, the numbers from 0 to the highest in these shards."""
         if self.class_names is not None:
             return self.class_names
-        highest = -1
-        for path in shards:
-            if self.labelled:
-                labels = pq.read_table(path, columns=["label"])["label"].to_pylist()
-                highest = max([highest, *labels])
-        return tuple(map(str, range(highest + 1)))
+        labels = [-1]
+        for path in shards if self.labelled else ():
+            labels += pq.read_table(path, columns=["label"])["label"].unique().to_pylist()
+        return tuple(map(str, range(max(labels) + 1)))
 
 
 def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, size: int) -> Parts:
     """Cut each split of a table into parts of `size` images; of a stream every shard is a part.
-
-    Raises:
-        UserError: see `open_source`.
-    """
-    sources = open_source(data, config)
-    train, held_out = sources
-    parts: list[Part] = []
+    Raises UserError: see `open_source`."""
+    opened = open_source(data, config)
+    train, held_out = opened
     if isinstance(train, ImageTable):
-        splits = split_table(sources, config)
-        for split, images in splits.items():
-            parts += _cut(split, images, size)
-        labelled = train.labels is not None
-        return Parts(tuple(parts), train.name, splits.facts(), labelled, train.class_names)
+        found = split_table(opened, config)
+        parts = [part for split, images in found.items() for part in _cut(split, images, size)]
+        return Parts(tuple(parts), train.name, found.facts(), train.labelled, train.class_names)
 
     # A stream: without a held-out set, each shard holds images of both splits.
     both = held_out is None and config.validation_fraction > 0
-    parts += _shards(train, SPLITS if both else SPLITS[:1], config)
-    labelled = train.labelled()
+    parts = _shards(train, SPLITS if both else SPLITS[:1], config)
+    labelled = train.labelled
+    if held_out is not None:
+        check_labelled(held_out.labelled, labelled, held_out.name)
     if isinstance(held_out, ImageStream):
         parts += _shards(held_out, SPLITS[1:], config)
-        check_labelled(held_out.labelled(), labelled, held_out.name)
     elif held_out is not None:
-        images = ImageDataset(held_out, range(len(held_out)), config, cached=False)
-        parts += _cut("validation", images, size)
-        check_labelled(held_out.labels is not None, labelled, held_out.name)
-    return Parts(tuple(parts), train.name, stream_facts(sources, config), labelled, None)
+        parts += _cut(SPLITS[1], ImageDataset(held_out, range(len(held_out)), config), size)
+    return Parts(tuple(parts), train.name, stream_facts(opened, config), labelled, None)
+
+
+def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
+    def items(rows: range) -> Iterator[Item]:
+        for i in rows:
+            name = images.source.ids[images.indices[i]]
+            yield Item(split, name, images.label(i), partial(images.changed, i))
+
+    parts = []
+    for number, first in enumerate(range(0, len(images), size)):
+        rows = range(first, min(first + size, len(images)))
+        parts.append(Part(number, (split,), partial(items, rows), len(rows)))
+    return parts
 
 
 def _shards(
     stream: ImageStream, splits: tuple[str, ...], config: PreprocessingConfig
 ) -> list[Part]:
-    numbers = range(len(stream))
-    return [Part(i, splits, partial(_rows, stream, i, splits, config), None) for i in numbers]
+    def items(number: int) -> Iterator[Item]:
+        for row in stream.rows(number):
+            held_out = len(splits) > 1 and is_held_out(row.id, config.validation_fraction)
+            pixels = partial(decode, stream.name, row.id, row.cell, config)
+            yield Item(splits[held_out], row.id, row.label, pixels)
 
-
-def _rows(
-    stream: ImageStream, number: int, splits: tuple[str, ...], config: PreprocessingConfig
-) -> Iterator[Item]:
-    for row in stream.rows(number):
-        held_out = len(splits) > 1 and is_held_out(row.id, config.validation_fraction)
-        yield Item(splits[held_out], row.id, row.label, partial(stream.decode, row, config))
-
-
-def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
-    parts = []
-    for number, first in enumerate(range(0, len(images), size)):
-        rows = range(first, min(first + size, len(images)))
-        parts.append(Part(number, (split,), partial(_range, split, images, rows), len(rows)))
-    return parts
-
-
-def _range(split: str, images: ImageDataset, rows: range) -> Iterator[Item]:
-    table = images.source
-    for row in rows:
-        index = images.indices[row]
-        label = table.labels[index] if table.labels is not None else None
-        yield Item(split, table.ids[index], label, partial(_pixels, images, row))
-
-
-def _pixels(images: ImageDataset, row: int, choice: Choice) -> np.ndarray:
-    changed = images.pixels(row) if choice is no_change else images.changed(row, choice)
-    return changed.numpy()
+    return [Part(i, splits, partial(items, i), None) for i in range(len(stream))]
 
 
 def read_items(
@@ -187,7 +168,7 @@ def read_items(
 def write_parts(
     found: Parts,
     output_dir: Path,
-    write: Callable[[Part, Iterator[ReadItem]], Iterator[int]],
+    write: Callable[[Part, Iterator[ReadItem], Mapping[str, list]], None],
     choices: Mapping[str, Sequence[Choice]],
     state: PartialState,
     *,
@@ -198,31 +179,35 @@ def write_parts(
     """Write the shards that are not done; each process takes its share of the parts.
 
     Args:
-        write: writes the shards of a part, with their notes, from its images as they are read;
-            yields how many images were added.
+        write: writes the shards of a part, with their notes, from its images as they are read; and
+            into each the (name, reason) pairs of its split that were skipped by then, as JSON in
+            the metadata `skipped`.
 
     Raises:
         UserError: a broken image, or some images with labels and some without.
     """
+
+    def good(rows: Iterator[ReadItem], skipped: Mapping[str, list]) -> Iterator[ReadItem]:
+        for row in rows:
+            bar.update()
+            if row.error is not None:
+                skipped[row.item.split].append((row.error.name, row.error.reason))
+                continue
+            check_labelled(row.item.label is not None, found.labelled, row.item.id)
+            yield row
+
     parts = found.parts[state.process_index :: state.num_processes]
     sizes = [part.num_items for part in parts]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    disable = not state.is_main_process
-    with tqdm(desc=description, total=total, unit="image", disable=disable) as bar:
+    hide = not state.is_main_process
+    with tqdm(desc=description, total=total, unit="image", disable=hide) as bar:
         for part in parts:
-            if all(is_done(part.path(output_dir, split)) for split in part.splits):
+            if all(_is_done(part.path(output_dir, split)) for split in part.splits):
                 bar.update(part.num_items or 0)
                 continue
             rows = read_items(part.items(), choices, skip=skip, num_threads=num_threads)
-            for number in write(part, _checked(rows, found.labelled)):
-                bar.update(number)
-
-
-def _checked(rows: Iterator[ReadItem], labelled: bool) -> Iterator[ReadItem]:
-    for row in rows:
-        if row.error is None:
-            check_labelled(row.item.label is not None, labelled, row.item.id)
-        yield row
+            skipped: dict[str, list] = {split: [] for split in part.splits}
+            write(part, good(rows, skipped), skipped)
 
 
 # Resume
@@ -233,7 +218,7 @@ def note_path(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.json")
 
 
-def is_done(shard: Path) -> bool:
+def _is_done(shard: Path) -> bool:
     """Whether a shard is there, and is the file that was noted when it was written."""
     if not (shard.exists() and note_path(shard).exists()):
         return False
@@ -248,6 +233,15 @@ def reopen(manifest: Path, notes: Mapping[Path, Mapping[str, Any]]) -> None:
     for shard, note in notes.items():
         write_json(note_path(shard), dict(note))
     manifest.unlink()
+
+
+def finish(output_dir: Path, shards: Sequence[Path], write_manifest: Callable[[], None]) -> None:
+    """List what was skipped, write the manifest, and remove the notes, which it replaces."""
+    list_skipped(output_dir, skipped_images(shards))
+    write_manifest()
+    for path in shards:
+        note_path(path).unlink(missing_ok=True)
+    report_skipped(output_dir)
 
 
 def skipped_images(shards: Iterable[Path]) -> list[tuple[str, str]]:
