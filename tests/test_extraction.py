@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipelines.cli import parse
 from pipelines.commands.extract import encode_lanes, extract
+from prior.manifest import CodeDataset, read_manifest
 from prior.shards import smallest_type
 from tests.conftest import (
     ROOT,
