@@ -1,7 +1,9 @@
 """`vqvae2 extract`: images to a code dataset, one row per image and view, in input order.
 
-The rows are the same for any number of processes, and after any kill: each shard holds a fixed part
-of the images, and counts once it is whole.
+A *view* is the image itself (original), or mirrored or cropped in a way that its name says. A *part*
+is a fixed share of the images; its rows make one *shard* (a file) per split, and a *note* beside
+the shard says what it holds until the manifest does. So the rows are the same for any number of
+processes, and a killed job goes on with the shards that are missing.
 """
 
 import json
@@ -26,9 +28,9 @@ from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.runs import RunRecord, last_names, versions
+from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, to_images, work_parts
-from vqvae2.data.augmentation import ORIGINAL, Choice, known_views, no_change, view_change
-from vqvae2.data.splits import SPLITS
+from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 from vqvae2.model import VQVAE2
 from vqvae2.training import read_training, same_place
@@ -47,7 +49,8 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     Raises:
         UserError: bad images, no such model, or an output folder that holds another run.
     """
-    # The autoencoder and the images; both must be those of the run that the folder holds.
+    # The autoencoder and the images must be those of the run that the folder holds. What can be
+    # compared before the images are looked through is compared first.
     unknown = sorted(set(config.views) - set(known_views()))
     check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
     output_dir, state = Path(config.output_dir), processes()
@@ -62,12 +65,12 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
     finished = is_complete(output_dir)
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # all have looked before the first one writes
     if finished:
         logger.info("%s: all codes are extracted already.", output_dir)
         return
 
-    # A dataset that lost shards goes on from the others.
+    # Of a finished dataset that lost shards, only these are written again.
     if state.is_main_process:
         run.write(output_dir)
         if (output_dir / MANIFEST_NAME).exists():
@@ -79,7 +82,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
                 "have trained it, and make the priors look better than they are.",
                 config.vqvae,
             )
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # the notes are there
 
     # Shards, then the manifest.
     model.to(state.device)
@@ -91,7 +94,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     write = partial(_write_part, output_dir, model, encode, views, found.labelled)
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
     work_parts.write_parts(found, output_dir, write, choices, state, **options)
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # all shards are there
     if state.is_main_process:
         _finish(output_dir, config, model, found)
     state.wait_for_everyone()
@@ -181,7 +184,7 @@ def _write_part(
     rows = {split: _Rows(model, encode) for split in part.splits}
     for row in items:
         rows[row.item.split].add(row, views[row.item.split])
-    for split, shard in reversed(rows.items()):
+    for split, shard in rows.items():
         shard.flush()
         path = part.path(output_dir, split)
         write_shard(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.vocabulary import ORIGINAL
 from vqvae2.config import AugmentationConfig, PreprocessingConfig
 from vqvae2.data.decoding import BadImage, Picture, picture_size, read_cell
 from vqvae2.data.preprocessing import Window, prepare
 
-ORIGINAL = "original"
 CORNER_SIDE = 0.9  # side of a corner crop, as a share of the largest window of the right ratio
 CORNERS = {"top_left": (0, 0), "top_right": (1, 0), "bottom_left": (0, 1), "bottom_right": (1, 1)}
 

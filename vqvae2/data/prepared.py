@@ -25,12 +25,12 @@ from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
 from vqvae2.common.runs import RunRecord, last_names
+from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data import work_parts
 from vqvae2.data.augmentation import no_change
 from vqvae2.data.decoding import readable
 from vqvae2.data.open_source import PREPARED, UNFINISHED, ImageTable, PreparedPictures, Sources
-from vqvae2.data.splits import SPLITS
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 
 logger = logging.getLogger(__name__)

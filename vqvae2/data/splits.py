@@ -20,7 +20,6 @@ from vqvae2.common.runs import SAMPLE_NAME
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation")
 SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),

@@ -21,12 +21,13 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, write_json
 from vqvae2.common.loading import ordered
 from vqvae2.common.skipped import list_skipped, report_skipped
+from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Choice, decode
 from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
 from vqvae2.data.decoding import BadImage
 from vqvae2.data.open_source import ImageTable, PythonImages, open_source
-from vqvae2.data.splits import SPLITS, check_labelled, is_held_out
+from vqvae2.data.splits import check_labelled, is_held_out
 from vqvae2.data.stream import ImageStream
 
 
