@@ -1,9 +1,9 @@
 """`vqvae2 extract`: images to a code dataset, one row per image and view, in input order.
 
-A *view* is the image itself (original), or mirrored or cropped in a way that its name says. A *part*
-is a fixed share of the images; its rows make one *shard* (a file) per split, and a *note* beside
-the shard says what it holds until the manifest does. So the rows are the same for any number of
-processes, and a killed job goes on with the shards that are missing.
+A *view* is the image itself (original), or mirrored or cropped in a way that its name says. A
+*part* is a fixed share of the images; its rows make one *shard* (a file) per split, and a *note*
+beside the shard says what it holds until the manifest does. So the rows are the same for any number
+of processes, and a killed job goes on with the shards that are missing.
 """
 
 import json
