@@ -20,39 +20,36 @@ from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
 from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
 
+Layer = Callable[[int, int], nn.Module]  # from numbers of input and output features
+read_earlier = partial(attend, causal=True)
+
 
 class GatedBlock(nn.Module):
-    """x + a * sigmoid(b), where a and b come from two layers over x, and from a context.
+    """x + a * sigmoid(b), where a and b come from two layers over x: PixelSNAIL's residual block.
 
-    The residual block of PixelSNAIL; the gate is that of van den Oord et al. 2016 (equation 4)
-    without the tanh.
-
-    Args:
-        layer: makes a layer from its numbers of input and output features.
-        context: features of what shifts a and b, or 0 for none.
-        beside: features of a second input, or 0 for none.
+    The gate is that of van den Oord et al. 2016 (equation 4) without the tanh. A context of this
+    many features (0 for none) shifts a and b; a second input `beside` joins the hidden features.
     """
 
     def __init__(
         self,
-        width: int,
+        size: int,
         hidden: int,
-        layer: Callable[[int, int], nn.Module],
+        layer: Layer,
         dropout: float,
-        *,
         context: int = 0,
         beside: int = 0,
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.first, self.second = layer(width, hidden), layer(hidden, 2 * width)
-        self.from_context = nn.Linear(context, 2 * width, bias=False) if context else None
+        self.first, self.second = layer(size, hidden), layer(hidden, 2 * size)
+        self.from_context = nn.Linear(context, 2 * size, bias=False) if context else None
         self.from_beside = nn.Linear(beside, hidden, bias=False) if beside else None
 
     def forward(
-        self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None
+        self, x: Tensor, context: Tensor | None = None, beside: Tensor | None = None
     ) -> Tensor:
-        """`(..., width)` to the same; leading dimensions of context and beside may be 1."""
+        """`(..., size)` to the same; leading dimensions of context and beside may be 1."""
         hidden = self.first(F.elu(x))
         if self.from_beside is not None and beside is not None:
             hidden = hidden + self.from_beside(F.elu(beside))
@@ -66,9 +63,8 @@ class CausalAttention(nn.Module):
     """The attention block of PixelSNAIL: each position reads all positions up to itself.
 
     Keys and values come from the code just before a position, its features and its coordinates,
-    queries from the latter two. None of these contains the position's own code, so it may attend to
-    itself, and sees every code before it, also those that no stack of convolutions reaches (the
-    first position of a row does not see the end of the row above).
+    queries from the latter two. None of these contains its own code, so it may attend to itself. It
+    also sees codes that convolutions do not reach, as the end of the row above from the next one.
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
@@ -82,40 +78,27 @@ class CausalAttention(nn.Module):
         self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
 
     def forward(
-        self,
-        x: Tensor,
-        before: Tensor,
-        places: Tensor,
-        cache: KVCache | None = None,
-        position: int | Tensor = 0,
+        self, x: Tensor, before: Tensor, places: Tensor, attend: Callable = read_earlier
     ) -> Tensor:
-        """`(B, T, W)` to the same; with a cache, T = 1 and all are at `position`.
+        """`(B, T, W)` to the same; in sampling T = 1, and `attend` is that of the cache.
 
         Args:
             before: `(B, T, W)`, embeddings of the codes just before.
             places: `(B, T, 2)`, coordinates.
         """
         placed = torch.cat([x, places], dim=-1)
-        q = self._heads(self.to_queries(self.read_queries(placed)))
-        keys_values = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
-        keys, values = keys_values.chunk(2, dim=-1)
-        k, v = self._heads(keys), self._heads(values)  # (B, n, T, d)
-        if cache is None:
-            attended = attend(q, k, v, causal=True)
-        else:
-            attended = cache.attend(position, q, k, v)
+        q = self.to_queries(self.read_queries(placed))
+        kv = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
+        heads = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, *kv.chunk(2, dim=-1)))
+        attended = attend(*(y.transpose(1, 2) for y in heads))  # all (B, n, T, d)
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
-
-    def _heads(self, features: Tensor) -> Tensor:
-        """`(B, T, n*d)` to `(B, n, T, d)`."""
-        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class ConditionNetwork(nn.Module):
     """Reads the codes of all coarser levels, and lays the result over the level's grid.
 
-    From coarse to fine: a level's codes are added to what the levels before it gave, residual
+    From coarse to fine: a level's codes are added to the result of the levels before it, residual
     blocks (the conditioning stack of the VQ-VAE-2 paper, section 3.2) read the sum, and each
     position is repeated over the finer ones it covers, plus an offset for each of these.
     """
@@ -126,10 +109,8 @@ class ConditionNetwork(nn.Module):
         self.embeddings = nn.ModuleList(nn.Embedding(k, width) for k in config.codebook_sizes[:-1])
         self.stacks, self.offsets = nn.ModuleList(), nn.ParameterList()
         for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True):
-            blocks = (
-                GatedBlock(width, network.residual_channels, Conv3x3, network.dropout)
-                for _ in range(network.num_condition_blocks)
-            )
+            sizes = (width, network.residual_channels, Conv3x3, network.dropout)
+            blocks = (GatedBlock(*sizes) for _ in range(network.num_condition_blocks))
             self.stacks.append(nn.Sequential(*blocks))
             up, across = fine[0] // coarse[0], fine[1] // coarse[1]
             self.offsets.append(nn.Parameter(torch.zeros(up, across, width)))
@@ -152,17 +133,15 @@ class Block(nn.Module):
     def __init__(self, config: PixelSNAILConfig, *, context: int) -> None:
         super().__init__()
         conv = partial(CausalConv, kernel_size=config.kernel_size)
-        width, hidden, dropout = config.width, config.residual_channels, config.dropout
-        self.residuals = nn.ModuleList(
-            GatedBlock(width, hidden, conv, dropout, context=context)
-            for _ in range(config.num_residual_blocks)
-        )
+        sizes = (config.width, config.residual_channels, conv, config.dropout, context)
+        residuals = (GatedBlock(*sizes) for _ in range(config.num_residual_blocks))
+        self.residuals = nn.ModuleList(residuals)
         self.attention = CausalAttention(config) if config.num_heads else None
 
     def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor | None) -> Tensor:
         """`(B, h, w, W)` to the same; the rest as in `GatedBlock` and `CausalAttention`."""
         for residual in self.residuals:
-            x = residual(x, context=context)
+            x = residual(x, context)
         if self.attention is None:
             return x
         return self.attention(x.flatten(1, 2), before, places).unflatten(1, x.shape[1:3])
@@ -171,9 +150,9 @@ class Block(nn.Module):
 class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
-    def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.first = CausalConvSteps(cast(CausalConv, block.first), batch_size, width, dtype)
-        self.second = CausalConvSteps(cast(CausalConv, block.second), batch_size, width, dtype)
+    def __init__(self, block: Any, batch_size: int, width: int, dtype: torch.dtype) -> None:
+        self.first = CausalConvSteps(block.first, batch_size, width, dtype)
+        self.second = CausalConvSteps(block.second, batch_size, width, dtype)
         rows = batch_size * width
         self.from_context = block.from_context and pack_linears(block.from_context, rows, dtype)
 
@@ -216,8 +195,7 @@ class PixelSNAIL(Prior):
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
         self.config = config
-        network, classes = config.network, config.num_classes
-        width, hidden = network.width, network.residual_channels
+        network, classes, width = config.network, config.num_classes, config.network.width
 
         # What positions read: codes, the class (the last entry means no label), coarser codes.
         self.codebook_size = config.codebook_sizes[-1]
@@ -230,8 +208,8 @@ class PixelSNAIL(Prior):
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
         blocks = (Block(network, context=context) for _ in range(network.num_blocks))
         self.blocks = nn.ModuleList(blocks)
-        make_gated = partial(GatedBlock, width, hidden, nn.Linear, network.dropout)
-        gated = (make_gated() for _ in range(network.num_output_blocks))
+        sizes = (width, network.residual_channels, nn.Linear, network.dropout)
+        gated = (GatedBlock(*sizes) for _ in range(network.num_output_blocks))
         self.output = nn.Sequential(*gated, nn.ELU(), nn.Linear(width, self.codebook_size))
 
         # Coordinates from -1 to 1, for attention.
@@ -275,22 +253,19 @@ class PixelSNAIL(Prior):
     ) -> SamplingState:
         """Run the condition network once, pack the weights, and take the buffers."""
         width, reach = self.config.grids[-1][1], self.stem.reach
-        blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]] = []
-        for block in cast(Sequence[Block], self.blocks):
-            residuals = [
-                GatedBlockSteps(cast(GatedBlock, residual), batch_size, width, dtype)
-                for residual in block.residuals
-            ]
+        blocks = []
+        for block in cast(Any, self.blocks):
+            steps = [GatedBlockSteps(each, batch_size, width, dtype) for each in block.residuals]
             attention = block.attention and pack_linears(block.attention, batch_size, dtype)
-            blocks.append((residuals, attention, KVCache(self.config.num_positions)))
+            blocks.append((steps, attention, KVCache(self.config.num_positions)))
         places = torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1)
         return SamplingState(
-            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
-            places=places.contiguous(),
-            context=self.context(batch_size, condition, labels),
-            stem=CausalConvSteps(self.stem, batch_size, width, dtype),
-            blocks=blocks,
-            output=pack_linears(self.output, batch_size, dtype),
+            F.pad(self.embedding.weight, (0, 0, 0, 1)),
+            places.contiguous(),
+            self.context(batch_size, condition, labels),
+            CausalConvSteps(self.stem, batch_size, width, dtype),
+            blocks,
+            pack_linears(self.output, batch_size, dtype),
         )
 
     def start_row(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> None:
@@ -323,7 +298,8 @@ class PixelSNAIL(Prior):
             for residual in residuals:
                 x = residual.step(x, places)
             if attention is not None:
-                x = attention(x[:, None], before[:, None], coordinates, cache, position)[:, 0]
+                cached = partial(cache.attend, position)
+                x = attention(x[:, None], before[:, None], coordinates, cached)[:, 0]
         return state.output(x)
 
 
