@@ -32,29 +32,21 @@ class GatedBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        size: int,
-        hidden: int,
-        layer: Layer,
-        dropout: float,
-        context: int = 0,
-        beside: int = 0,
+        self, size: int, hidden: int, make: Layer, dropout: float, context: int = 0, beside: int = 0
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.first, self.second = layer(size, hidden), layer(hidden, 2 * size)
+        self.first, self.second = make(size, hidden), make(hidden, 2 * size)
         self.from_context = nn.Linear(context, 2 * size, bias=False) if context else None
         self.from_beside = nn.Linear(beside, hidden, bias=False) if beside else None
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, beside: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Any = None, beside: Any = None) -> Tensor:
         """`(..., size)` to the same; leading dimensions of context and beside may be 1."""
         hidden = self.first(F.elu(x))
-        if self.from_beside is not None and beside is not None:
+        if self.from_beside is not None:
             hidden = hidden + self.from_beside(F.elu(beside))
         gated = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
-        if self.from_context is not None and context is not None:
+        if self.from_context is not None:
             gated = gated + self.from_context(context)
         return x + F.glu(gated, dim=-1)
 
@@ -80,12 +72,8 @@ class CausalAttention(nn.Module):
     def forward(
         self, x: Tensor, before: Tensor, places: Tensor, attend: Callable = read_earlier
     ) -> Tensor:
-        """`(B, T, W)` to the same; in sampling T = 1, and `attend` is that of the cache.
-
-        Args:
-            before: `(B, T, W)`, embeddings of the codes just before.
-            places: `(B, T, 2)`, coordinates.
-        """
+        """`(B, T, W)` to the same, by embeddings of the codes just before, `(B, T, W)`, and
+        coordinates `(B, T, 2)`. In sampling T = 1, and `attend` is that of the cache."""
         placed = torch.cat([x, places], dim=-1)
         q = self.to_queries(self.read_queries(placed))
         kv = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
@@ -138,7 +126,7 @@ class Block(nn.Module):
         self.residuals = nn.ModuleList(residuals)
         self.attention = CausalAttention(config) if config.num_heads else None
 
-    def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor) -> Tensor:
         """`(B, h, w, W)` to the same; the rest as in `GatedBlock` and `CausalAttention`."""
         for residual in self.residuals:
             x = residual(x, context)
@@ -156,7 +144,7 @@ class GatedBlockSteps:
         rows = batch_size * width
         self.from_context = block.from_context and pack_linears(block.from_context, rows, dtype)
 
-    def start_row(self, context: Tensor | None) -> None:
+    def start_row(self, context: Tensor) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
         self.first.start_row()
         self.second.start_row(None if self.from_context is None else self.from_context(context))
@@ -173,8 +161,8 @@ class SamplingState(NamedTuple):
     """What a PixelSNAIL keeps between positions."""
 
     embedding: Tensor  # (K + 1, W); the last, zeros, stands before the first position
-    places: Tensor  # (w, r + 1), for each column: see CausalConvSteps.output
-    context: Tensor | None  # (B, h, w, W) or (B, 1, 1, W): the class and the coarser codes
+    places: Tensor  # (r + 1,), those of column 0: see CausalConvSteps.output
+    context: Tensor  # (B, h, w, W) or (B, 1, 1, W): the class and the coarser codes
     stem: CausalConvSteps
     blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]]
     output: nn.Module  # from features to logits (packed)
@@ -232,16 +220,13 @@ class PixelSNAIL(Prior):
             x = block(x, before, places, context)
         return rearrange(self.output(x), "b h w k -> b k h w")
 
-    def context(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> Tensor | None:
-        """The class and the coarser codes: `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
-        context = self.labels(labels)[:, None, None] if self.labels is not None else None
-        if self.condition is None:
-            return context
-        if context is None:
+    def context(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
+        """The class and the coarser codes: `(B, h, w, W)`, or `(B, 1, 1, W)` on the top level."""
+        if self.labels is not None:
+            context = self.labels(labels)[:, None, None]
+        else:
             context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
-        return self.condition(condition, context)
+        return context if self.condition is None else self.condition(condition, context)
 
     def attention(self) -> Attention | None:
         """See `Prior.attention`."""
@@ -252,33 +237,28 @@ class PixelSNAIL(Prior):
         self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> SamplingState:
         """Run the condition network once, pack the weights, and take the buffers."""
-        width, reach = self.config.grids[-1][1], self.stem.reach
-        blocks = []
+        width, blocks = self.config.grids[-1][1], []
         for block in cast(Any, self.blocks):
             steps = [GatedBlockSteps(each, batch_size, width, dtype) for each in block.residuals]
             attention = block.attention and pack_linears(block.attention, batch_size, dtype)
             blocks.append((steps, attention, KVCache(self.config.num_positions)))
-        places = torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1)
-        return SamplingState(
-            F.pad(self.embedding.weight, (0, 0, 0, 1)),
-            places.contiguous(),
-            self.context(batch_size, condition, labels),
-            CausalConvSteps(self.stem, batch_size, width, dtype),
-            blocks,
-            pack_linears(self.output, batch_size, dtype),
-        )
+        embedding = F.pad(self.embedding.weight, (0, 0, 0, 1))
+        places = torch.arange(self.stem.reach + 1, device=self.device)
+        context = self.context(batch_size, condition, labels)
+        stem = CausalConvSteps(self.stem, batch_size, width, dtype)
+        output = pack_linears(self.output, batch_size, dtype)
+        return SamplingState(embedding, places, context, stem, blocks, output)
 
     def start_row(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> None:
         """What the rows above and the context give to a whole row; see `Prior.start_row`."""
-        state.stem.put(F.embedding(previous, state.embedding), state.places[-1, -1:])
+        width, context = self.config.grids[-1][1], state.context
+        state.stem.put(F.embedding(previous, state.embedding), state.places[-1:] + (width - 1))
         state.stem.start_row()
-        context = state.context
-        if context is not None:
-            row = position // self.config.grids[-1][1] % context.shape[1]
-            context = at(context, row)[:, 0]  # (B, w, W) or (B, 1, W)
+        row = position // width % context.shape[1]
+        row_context = at(context, row)[:, 0]  # (B, w, W) or (B, 1, W)
         for residuals, _, _ in state.blocks:
             for residual in residuals:
-                residual.start_row(context)
+                residual.start_row(row_context)
 
     def step(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> Tensor:
         """Logits `(B, K)` of one position; see `Prior.step`."""
@@ -289,8 +269,8 @@ class PixelSNAIL(Prior):
         # The stem reads the code before. At the start of a row that belongs to the row above and is
         # read already; its place here, the last one, is overwritten before it is read.
         before = F.embedding(previous, state.embedding)  # (B, W)
-        state.stem.put(before, at(state.places, (position - 1) % width, dim=0)[0, -1:])
-        places = at(state.places, position % width, dim=0)[0]
+        state.stem.put(before, state.places[-1:] + (position - 1) % width)
+        places = state.places + position % width
         x = state.stem.output(places)  # (B, W)
 
         coordinates = at(self.places, position).expand(len(x), -1, -1)  # (B, 1, 2)
