@@ -1,9 +1,7 @@
-"""The contract between the stages: a folder of Parquet shards with the codes of every image, and a
-manifest that says what they mean.
+"""The contract between the stages: a folder of Parquet shards with the codes of every image (see
+`prior.shards`), and a manifest that says what they mean.
 
     manifest.json   train/00000.parquet ...   validation/00000.parquet ...
-
-A row is a view of an image; `prior.shards` says what a shard holds.
 """
 
 import hashlib
@@ -118,21 +116,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a code dataset.
-
-    Raises:
-        UserError: there is none, it is broken, or it was edited.
-    """
+    """The manifest of a code dataset; a `UserError` if it is absent, broken or edited."""
     path = folder / MANIFEST_NAME
     if not path.exists():
         reason = "is not a finished code dataset" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {reason}: make the code dataset with vqvae2 extract.")
     manifest = from_dict(Manifest, read_json(path), str(path))
-    if manifest.codes_hash != manifest.content_hash():
-        raise UserError(
-            f"{path} was edited: it says codes_hash {manifest.codes_hash[:12]}, but its content "
-            f"has {manifest.content_hash()[:12]}: restore it, or {REMAKE}."
-        )
+    recorded, actual = manifest.codes_hash, manifest.content_hash()
+    if recorded != actual:
+        seen = f"it says codes_hash {recorded[:12]}, but its content has {actual[:12]}"
+        raise UserError(f"{path} was edited: {seen}: restore it, or {REMAKE}.")
     return manifest
 
 
@@ -155,14 +148,11 @@ def parse_level(level: str, num_levels: int) -> int:
 
 class CodeDataset(Dataset):
     """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
-    int64 per level, "labels": `(B,)` int64 if there are classes}.
+    int64 per level, "labels": `(B,)` int64 if there are classes}. Raises as `load_columns`.
 
     Args:
         num_levels: levels, from the top; all if not given.
         cache_dir: where codes too large for memory are decoded to; else `folder`/.decoded.
-
-    Raises:
-        UserError: see `load_columns`.
     """
 
     def __init__(
@@ -218,10 +208,8 @@ def load_columns(
 
     They are in memory if they take at most `MEMORY_BYTES`, else decoded once into files that are
     mapped. The files' folder is named by the dataset's content hash, so they are never those of
-    other codes; they may be removed when nothing trains on them.
-
-    Raises:
-        UserError: see `read_shard`; the disk has no room, or a file is broken.
+    other codes; they may be removed when nothing trains on them. Raises as `read_shard`, and a
+    `UserError` if the disk has no room, or a file is broken.
     """
     # The shape and type of every column.
     rows = manifest.num_rows(split)
@@ -243,20 +231,18 @@ def load_columns(
     target.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes[name] for name in missing), shutil.disk_usage(target).free
     if needed > free:
-        raise UserError(
-            f"{target} needs {needed / 2**30:.1f} GiB for decoded codes, but its disk has "
-            f"{free / 2**30:.1f} GiB: set another codes_cache."
+        seen = (
+            f"{needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB"
         )
+        raise UserError(f"{target} needs {seen}: set another codes_cache.")
 
     # All missing columns in one pass over the shards, whole or not at all.
     with ExitStack() as files:
         arrays: dict[str, Any] = {}
         for name in missing:
-            path, (shape, kind) = (
-                files.enter_context(whole_file(target / f"{name}.npy")),
-                layout[name],
-            )
-            arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            shape, kind = layout[name]
+            path = files.enter_context(whole_file(target / f"{name}.npy"))
+            arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
         _decode(folder, manifest, split, arrays)
         for array in arrays.values():
             array.flush()
@@ -287,11 +273,8 @@ def _decode(folder: Path, manifest: Manifest, split: str, columns: dict[str, np.
 def read_shard(
     folder: Path, manifest: Manifest, split: str, shard: ShardRecord, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
-    """Columns of a shard, as tables that fit into memory, each checked before it is yielded.
-
-    Raises:
-        UserError: the shard is missing, broken or not the manifest's, or a number is out of range.
-    """
+    """Columns of a shard, as tables that fit into memory, each checked before it is yielded: a
+    `UserError` if the shard is missing, broken or not the manifest's, or a number out of range."""
     path, rows = folder / split / shard.name, 0
     shards.check_file(path, shard)
     for table in shards.row_groups(path, manifest.schema, columns):

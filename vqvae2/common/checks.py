@@ -26,13 +26,12 @@ def check(name: str, advice: str) -> Callable[[Callable[..., str | None]], Calla
     def decorate(function: Callable[..., str | None]) -> Callable[..., Any]:
         @functools.wraps(function)
         @torch.no_grad()
-        def checked(*given: Any) -> Finding | None:
-            full_name = name.format(*given)
+        def checked(*inputs: Any) -> Finding | None:
             try:
-                seen = function(*given)
+                seen = function(*inputs)
             except Failed as failure:
-                return Finding(full_name, False, f"{failure}. {advice}")
-            return None if seen is None else Finding(full_name, True, f"{seen}.")
+                return Finding(name.format(*inputs), False, f"{failure}. {advice}")
+            return None if seen is None else Finding(name.format(*inputs), True, f"{seen}.")
 
         return checked
 
