@@ -93,7 +93,7 @@ def check_forward(prior: Prior) -> str:
     return f"logits of shape {expected}, finite, the same twice; using the prior changes no weight"
 
 
-@check("causality", "A position must see the codes before it alone: look at shifts and masks.")
+@check("causality", "A position must see earlier codes only: look at shifts and masks.")
 def check_causality(prior: Prior) -> str:
     """Changing a code changes no logit at or before its position, and some at the next position
     (to the right, at the end of a row below: every field of view reaches it)."""
@@ -174,16 +174,16 @@ def check_condition_matters(prior: Prior) -> str | None:
 @check("labels", "The prior cannot tell classes apart: feed the label to every position.")
 def check_labels_matter(prior: Prior) -> str | None:
     """Another label changes every position's logits. Nothing to check with fewer than two."""
-    config = prior.config
-    values = config.num_classes + (config.label_dropout > 0)  # the last one means no label
-    if not config.num_classes or values < 2:
+    classes = prior.config.num_classes
+    values = classes + (prior.config.label_dropout > 0)  # the last one means no label
+    if not classes or values < 2:
         return None
     rows = probes.random_rows(prior, min(values, probes.affordable_rows(prior)))
     labels = torch.tensor(spread(values, len(rows.codes)), device=prior.device)
     others = (labels + 1) % values
     changed = probes.changed_logits(prior, rows._replace(labels=labels), labels=others)
     names = [f"label {label} to {other}" for label, other in zip(labels, others, strict=True)]
-    demand(changed, True, names, config.grids[-1])
+    demand(changed, True, names, prior.config.grids[-1])
     return f"changed {len(labels)} of {values} labels: every position's logits change"
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`.
 Stepper = Callable[[int, Tensor], Tensor]
-"""A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`."""
-
 cuda_graph = partial(torch.compile, mode="reduce-overhead")
 
 

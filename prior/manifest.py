@@ -139,11 +139,10 @@ def is_complete(folder: Path) -> bool:
 
 def parse_level(level: str, num_levels: int) -> int:
     """'top', 'bottom' or a number, as a level's number; a `UserError` if there is no such level."""
-    named = {"top": 0, "bottom": num_levels - 1}
-    number = named.get(level, int(level) if level.isdecimal() else -1)
+    names = {"top": 0, "bottom": num_levels - 1, **{str(i): i for i in range(num_levels)}}
     allowed = f"top, bottom, or a number from 0 to {num_levels - 1}"
-    check(0 <= number < num_levels, "level", level, allowed)
-    return number
+    check(level in names, "level", level, allowed)
+    return names[level]
 
 
 class CodeDataset(Dataset):
@@ -169,7 +168,6 @@ class CodeDataset(Dataset):
         columns = load_columns(folder, manifest, split, self.num_levels, cache_dir)
         self.codes = [columns[column_name(level)] for level in range(self.num_levels)]
         self.labels = columns.get("label")
-        self._counts: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -187,13 +185,11 @@ class CodeDataset(Dataset):
 
     def counts(self, level: int) -> np.ndarray:
         """How often each code of a level occurs: `(K,)`."""
-        if level not in self._counts:
-            counts = np.zeros(self.manifest.codebook_sizes[level], np.int64)
-            for first in range(0, len(self), 4096):  # counting needs rows as int64
-                rows = self.codes[level][first : first + 4096]
-                counts += np.bincount(rows.reshape(-1), minlength=len(counts))
-            self._counts[level] = counts
-        return self._counts[level]
+        counts = np.zeros(self.manifest.codebook_sizes[level], np.int64)
+        for first in range(0, len(self), 4096):  # counting needs rows as int64
+            rows = self.codes[level][first : first + 4096]
+            counts += np.bincount(rows.reshape(-1), minlength=len(counts))
+        return counts
 
     def unigram_bits(self, level: int) -> float:
         """Entropy of a level's code frequencies in bits: the cost of a code without a model."""

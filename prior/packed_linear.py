@@ -20,9 +20,8 @@ class PackedLinear(nn.Module):
     torch, weights that are not fp32) it is a plain linear layer; on CUDA its weights are `dtype`.
 
     Args:
-        weight: `(out, in)`; the bias is `(out,)`.
+        weight: `(out, in)`; the bias is `(out,)`, and `dtype` fp32 or bf16.
         rows: how many rows will be multiplied at once; other numbers are slower, not wrong.
-        dtype: fp32 or bf16.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class CausalAttention(nn.Module):
 
     Keys and values come from the code just before a position, its features and its coordinates,
     queries from the latter two. None of these contains its own code, so it may attend to itself. It
-    also sees codes that convolutions do not reach, as the end of the row above from the next one.
+    also sees codes that convolutions do not reach, such as the end of the row above.
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
@@ -78,7 +78,7 @@ class CausalAttention(nn.Module):
         q = self.to_queries(self.read_queries(placed))
         kv = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
         heads = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, *kv.chunk(2, dim=-1)))
-        attended = attend(*(y.transpose(1, 2) for y in heads))  # all (B, n, T, d)
+        attended = attend(*(y.transpose(1, 2) for y in heads))  # (B, n, T, d), like q, k and v
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
 
@@ -207,9 +207,7 @@ class PixelSNAIL(Prior):
         _initialise(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster here
 
-    def forward(
-        self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, codes: Tensor, condition: Any = (), labels: Any = None) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         context = self.context(len(codes), condition, labels)
         places = self.places.expand(len(codes), -1, -1)
@@ -222,10 +220,9 @@ class PixelSNAIL(Prior):
 
     def context(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
         """The class and the coarser codes: `(B, h, w, W)`, or `(B, 1, 1, W)` on the top level."""
+        context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
         if self.labels is not None:
             context = self.labels(labels)[:, None, None]
-        else:
-            context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
         return context if self.condition is None else self.condition(condition, context)
 
     def attention(self) -> Attention | None:
