@@ -221,8 +221,8 @@ def check_start_loss(prior: Prior) -> str:
 
 @check("attention", "Look at the masks, windows and blocks of attend and KVCache at this length.")
 def check_attention(prior: Prior, device: torch.device | None = None) -> str | None:
-    """Attention at the prior's real length and window is what its definition says: large priors are
-    checked on smaller grids above, where `attend` takes other code paths. In float64, in which a
+    """Attention at the prior's real length and window is what its definition says: the checks above
+    see large priors on smaller grids, where `attend` takes other code paths. In float64, in which a
     leak shows however small, at some positions, those at the window's edges among them."""
     # Which positions to try, and random inputs that are affordable.
     if (facts := prior.attention()) is None:
@@ -273,10 +273,8 @@ def check_condition_helps(prior: Prior, rows: Rows) -> str | None:
     others = [codes.roll(number // 2, dims=0) for codes in rows.condition]
     if all(map(torch.equal, rows.condition, others)):
         return f"the coarser codes of all {number} rows are the same: there is nothing to use"
-    own, other = (
-        probes.nats_per_code(prior, rows),
-        probes.nats_per_code(prior, rows._replace(condition=others)),
-    )
+    own = probes.nats_per_code(prior, rows)
+    other = probes.nats_per_code(prior, rows._replace(condition=others))
     seen = f"a code costs {own:.3f} nats given the coarser codes of its own image, and {other:.3f}"
     seen = f"{seen} given those of another one ({number} rows)"
     if not own < other:

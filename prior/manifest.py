@@ -163,10 +163,9 @@ class CodeDataset(Dataset):
         num_levels: int | None = None,
         cache_dir: Path | None = None,
     ) -> None:
-        self.manifest = manifest
-        self.num_levels = num_levels or manifest.num_levels
-        columns = load_columns(folder, manifest, split, self.num_levels, cache_dir)
-        self.codes = [columns[column_name(level)] for level in range(self.num_levels)]
+        self.manifest, number = manifest, num_levels or manifest.num_levels
+        columns = load_columns(folder, manifest, split, number, cache_dir)
+        self.codes = [columns[column_name(level)] for level in range(number)]
         self.labels = columns.get("label")
 
     def __len__(self) -> int:

@@ -203,7 +203,6 @@ class PixelSNAIL(Prior):
         # Coordinates from -1 to 1, for attention.
         rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
         self.register_buffer("places", torch.cartesian_prod(rows, columns)[None], persistent=False)
-
         _initialise(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster here
 
@@ -284,15 +283,14 @@ def _initialise(prior: PixelSNAIL) -> None:
     """Layers keep the variance of their input, residual branches and logits start small."""
     gated = [module for module in prior.modules() if isinstance(module, GatedBlock)]
     for module in prior.modules():
-        if isinstance(module, CausalConv):  # its two convolutions are one sum
-            fan_in = module.above.weight[0].numel() + module.left.weight[0].numel()
-            for conv in (module.above, module.left):
-                nn.init.normal_(conv.weight, std=fan_in**-0.5)
-            nn.init.zeros_(cast(Tensor, module.above.bias))
-        elif isinstance(module, Conv3x3 | nn.Linear):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, CausalConv | Conv3x3 | nn.Linear):
+            weights = [each for each in module.parameters() if each.ndim > 1]
+            fan_in = sum(weight[0].numel() for weight in weights)  # a CausalConv's are one sum
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=fan_in**-0.5)
+                else:
+                    nn.init.zeros_(parameter)
         elif isinstance(module, ConditionNetwork):
             for offsets in module.offsets:
                 nn.init.normal_(offsets, std=0.02)
