@@ -72,13 +72,13 @@ class PixelSNAILConfig:
 class PriorConfig:
     """What a prior's codes are, from the code dataset's manifest; each family adds its network."""
 
-    level: int  # 0 is the top; the levels before it are its condition
-    grids: tuple[tuple[int, ...], ...]  # (h, w) of level 0 up to this one
-    codebook_sizes: tuple[int, ...]  # K of level 0 up to this one
-    class_names: tuple[str, ...] = ()  # of the classes it is conditioned on; empty for none
-    label_dropout: float = 0.0  # share of hidden labels; above 0, sampling may do without labels
-    encoder_hash: str = ""  # content hash of the encoder that made the codes
-    codes_hash: str = ""  # content hash of the code dataset that it was trained on
+    level: int  #: 0 is the top; the levels before it are its condition
+    grids: tuple[tuple[int, ...], ...]  #: (h, w) of level 0 up to this one
+    codebook_sizes: tuple[int, ...]  #: K of level 0 up to this one
+    class_names: tuple[str, ...] = ()  #: of the classes it is conditioned on; empty for none
+    label_dropout: float = 0.0  #: share of hidden labels; above 0, sampling may do without labels
+    encoder_hash: str = ""  #: content hash of the encoder that made the codes
+    codes_hash: str = ""  #: content hash of the code dataset that it was trained on
 
     def __post_init__(self) -> None:
         fits = len(self.grids) == len(self.codebook_sizes) == self.level + 1

@@ -37,18 +37,18 @@ NOT_CONTENT = ("source", "versions", "codes_hash")  # keys that do not say what 
 class Manifest:
     """What the codes of a dataset mean. Written last: a folder without it is unfinished."""
 
-    encoder_hash: str  # content hash of the encoder that made the codes
-    grids: tuple[tuple[int, ...], ...]  # (h, w) of every level, coarse to fine
-    codebook_sizes: tuple[int, ...]  # K of every level
-    class_names: tuple[str, ...]  # of the classes that labels count, or empty
-    rows_hash: str  # content hash of which images the rows are: names, labels and splits
-    preprocessing: Any  # how the images were prepared (stage 1's business; here for people)
-    train: tuple[ShardRecord, ...] = ()  # the shards of train/, in order
-    validation: tuple[ShardRecord, ...] = ()  # the shards of validation/, in order
-    views: tuple[str, ...] = (ORIGINAL,)  # each training image has a row of each
-    source: str = ""  # where the images came from
-    versions: Any = field(default_factory=dict)  # of the packages that wrote it
-    codes_hash: str = ""  # content hash of all but `NOT_CONTENT` and file bytes; priors store it
+    encoder_hash: str  #: content hash of the encoder that made the codes
+    grids: tuple[tuple[int, ...], ...]  #: (h, w) of every level, coarse to fine
+    codebook_sizes: tuple[int, ...]  #: K of every level
+    class_names: tuple[str, ...]  #: of the classes that labels count, or empty
+    rows_hash: str  #: content hash of which images the rows are: names, labels and splits
+    preprocessing: Any  #: how the images were prepared (stage 1's business; here for people)
+    train: tuple[ShardRecord, ...] = ()  #: the shards of train/, in order
+    validation: tuple[ShardRecord, ...] = ()  #: the shards of validation/, in order
+    views: tuple[str, ...] = (ORIGINAL,)  #: each training image has a row of each
+    source: str = ""  #: where the images came from
+    versions: Any = field(default_factory=dict)  #: of the packages that wrote it
+    codes_hash: str = ""  #: content hash of all but `NOT_CONTENT` and file bytes; priors store it
 
     def __post_init__(self) -> None:
         grids, sizes = self.grids, self.codebook_sizes

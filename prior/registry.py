@@ -27,5 +27,6 @@ def load_prior(name: str | Path, *, revision: str | None = None) -> Prior:
     for family in FAMILIES:
         if family.__name__ == architecture:
             return family.from_pretrained(folder)
-    expected = " or ".join(family.__name__ for family in FAMILIES)
-    raise UserError(f"{folder} holds a model of kind {architecture!r}, not {expected}: check it.")
+    names = " or ".join(family.__name__ for family in FAMILIES)
+    seen = f"{folder} holds a model of kind {architecture!r}"
+    raise UserError(f"{seen}, but a prior ({names}) was expected: check the path.")

@@ -49,8 +49,8 @@ class SamplingConfig:
 class Known(NamedTuple):
     """Codes of one level that are given rather than drawn."""
 
-    codes: Tensor  # (B, h, w) int64
-    mask: Tensor  # (B, h, w) bool: where the codes are given
+    codes: Tensor  #: (B, h, w) int64
+    mask: Tensor  #: (B, h, w) bool: where the codes are given
 
     def instead_of(self, drawn: Tensor, position: int) -> Tensor:
         """The codes `(B,)` at a position: the given ones, else those drawn."""

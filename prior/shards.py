@@ -32,10 +32,10 @@ REMAKE = "remove it and run vqvae2 extract again"
 class ShardRecord:
     """What the manifest says about a shard."""
 
-    name: str  # of the file inside the split's folder
+    name: str  #: of the file inside the split's folder
     rows: int
-    sha256: str  # of the file's bytes: whether it is this file
-    content_hash: str  # of the rows in order, however compressed: whether these are the same rows
+    sha256: str  #: of the file's bytes: whether it is this file
+    content_hash: str  #: of the rows in order, however compressed: whether these are the same rows
 
     def __post_init__(self) -> None:
         is_name = self.name.endswith(".parquet") and not set(self.name) & set("/\\\0")
