@@ -103,9 +103,8 @@ class KVCache:
         query meets all keys, under a mask.
         """
         if self.keys is None or self.values is None:
-            self.keys, self.values = (
-                x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (k, v)
-            )
+            shape = (*k.shape[:2], self.length, k.shape[3])
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         if isinstance(position, Tensor):
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)

@@ -1,8 +1,8 @@
 """The audit of a prior: rules that every family must keep, seen in the logits when inputs change.
 
-Two of three public VQ-VAE-2 priors see the future, and all that their users noticed was a splendid
-loss and samples of noise. So these checks run before every training (`stop_if_unsound`), and
-`vqvae2 doctor` runs them on trained priors. They use a prior's interface alone.
+Two of three public VQ-VAE-2 priors see the future; their users saw only a good loss and samples of
+noise. So these checks, which use a prior's interface alone, run before every training
+(`stop_if_unsound`), and in `vqvae2 doctor`.
 
 Letters: B batch, h w the level's code grid, T = h*w positions in raster order, K codebook size.
 """
@@ -16,39 +16,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prior import probes
 from prior.attention import KVCache, attend, attend_written_out
 from prior.base import Prior
 from prior.manifest import CodeDataset
-from prior.probes import (
-    Rows,
-    affordable_rows,
-    change_one_each,
-    changed_logits,
-    fresh_copy,
-    nats_per_code,
-    num_weights,
-    place,
-    random_rows,
-    spread,
-)
+from prior.probes import Rows, place, spread
 from prior.sampling import SamplingConfig, draw, uniforms
 from vqvae2.common.checks import Failed, Finding, check
 from vqvae2.common.errors import UserError
 
 MOST_STEPS = 256  # of cached sampling; of a larger grid the first rows are checked
-MOST_KEYS = 8192  # beyond, attention takes no other ways
-STEP_WORK = 5e9  # the same for one row through all steps
-ATTENTION_WORK = 1e9  # the same for one attention
+MOST_KEYS = 8192  # beyond, attention takes no other code path
+STEP_WORK = 5e9  # multiplications for one row through all steps
+ATTENTION_WORK = 1e9  # multiplications in one attention
 
 
 def audit(prior: Prior, device: torch.device | None = None) -> Iterator[Finding]:
-    """All structural checks: they hold for any weights, so a fresh copy (on `device`, if given) is
-    asked. Neither the prior nor torch's random numbers change."""
+    """All structural checks. They hold for any weights, so that most look at a fresh copy (on
+    `device`, if given). Neither the prior nor torch's random numbers change."""
     yield check_weights(prior)
-    fresh = fresh_copy(prior, device, noise=True)
+    fresh = probes.fresh_copy(prior, device, noise=True)
     checks = [check_forward, check_causality, check_cache, check_condition_matters]
     checks += [check_labels_matter, check_gradients, check_start_loss]
-    yield from filter(None, (ask(fresh) for ask in checks))
+    yield from filter(None, (run(fresh) for run in checks))
     yield from filter(None, [check_attention(prior, device)])
 
 
@@ -86,7 +76,7 @@ def check_weights(prior: Prior) -> str:
 @check("forward", "Correct forward: nothing random and nothing stored in evaluation mode.")
 def check_forward(prior: Prior) -> str:
     """Logits `(B, K, h, w)` are finite and the same twice; no forward or step changes a weight."""
-    rows, state = random_rows(prior, 2), copy.deepcopy(prior.state_dict())
+    rows, state = probes.random_rows(prior, 2), copy.deepcopy(prior.state_dict())
     first, second = prior(*rows), prior(*rows)
     first_code = torch.full((2,), prior.config.codebook_sizes[-1], device=prior.device)
     prior.step(prior.start(2, rows.condition, rows.labels), 0, first_code)
@@ -103,16 +93,14 @@ def check_forward(prior: Prior) -> str:
     return f"logits of shape {expected}, finite, the same twice; using the prior changes no weight"
 
 
-@check(
-    "causality", "A position must see the codes before it and no other: look at shifts and masks."
-)
+@check("causality", "A position must see earlier codes only: look at shifts and masks.")
 def check_causality(prior: Prior) -> str:
     """Changing a code changes no logit at or before its position, and some at the next position
     (to the right, at the end of a row below: every field of view reaches it)."""
     grid, length = prior.config.grids[-1], prior.config.num_positions
-    rows = random_rows(prior, min(length, affordable_rows(prior)))
-    codes, positions = change_one_each(rows.codes, prior.config.codebook_sizes[-1])
-    changed = changed_logits(prior, rows, codes=codes)
+    rows = probes.random_rows(prior, min(length, probes.affordable_rows(prior)))
+    codes, positions = probes.change_one_each(rows.codes, prior.config.codebook_sizes[-1])
+    changed = probes.changed_logits(prior, rows, codes=codes)
     at, own = torch.arange(length, device=prior.device), positions[:, None]
     following = own + torch.where((own + 1) % grid[1] > 0, 1, grid[1])
     expected = (at == following) | (changed & (at > own))
@@ -124,15 +112,13 @@ def check_causality(prior: Prior) -> str:
 @check("cache", "Samples would not be what was learned: bring start and step in line with forward.")
 def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     """Steps through caches give the forward pass's logits for `rows` (random codes if not given),
-    and on small grids `sample` draws what they say.
-
-    In float64: in float32 a deep network may amplify rounding until it looks like a bug.
-    """
-    prior, rows = copy.deepcopy(prior).double(), rows or random_rows(prior, 2)
+    and on small grids `sample` draws from these. In float64: in float32 a deep network may amplify
+    rounding until it looks like a bug."""
+    prior, rows = copy.deepcopy(prior).double(), rows or probes.random_rows(prior, 2)
     grid, length = prior.config.grids[-1], prior.config.num_positions
 
     # The logits of the steps.
-    steps = int(min(length, MOST_STEPS, max(8, STEP_WORK // num_weights(prior))))
+    steps = int(min(length, MOST_STEPS, max(8, STEP_WORK // probes.num_weights(prior))))
     plain, flat = prior(*rows).flatten(2), rows.codes.flatten(1)
     before = F.pad(flat[:, :-1], (1, 0), value=prior.config.codebook_sizes[-1])
     state = prior.start(len(flat), rows.condition, rows.labels)
@@ -144,12 +130,11 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
             off = f"off by {error:.2g} (logits reach {scale:.2g})"
             raise Failed(f"at {place(t, grid)} the logits of the cached step are {off}")
     seen = f"the steps' logits equal the forward pass's at {steps} of {length} positions"
-    seen = f"{seen} (largest difference {max(errors):.1g})"
     if steps < length:
         return seen
 
-    # The codes of `sample`: those that the logits over them give, which for causal logits is the
-    # comparison with the plain loop, in one forward instead of T.
+    # Drawing from the logits over the codes of `sample` gives the same codes. For causal logits
+    # this is the comparison with the plain loop, in one forward instead of T.
     seeds = range(len(flat))
     codes = prior.sample(len(flat), rows.condition, rows.labels, seeds=seeds)
     logits = prior(codes, rows.condition, rows.labels).flatten(2).transpose(1, 2).flatten(0, 1)
@@ -168,17 +153,17 @@ def check_condition_matters(prior: Prior) -> str | None:
     config, total, tried = prior.config, 0, 0
     for level, size in enumerate(config.codebook_sizes[:-1]):
         # Other codes everywhere.
-        grid, rows = config.grids[level], random_rows(prior, 2)
+        grid, rows = config.grids[level], probes.random_rows(prior, 2)
         condition = list(rows.condition)
         condition[level] = (condition[level] + 1) % size
-        changed = changed_logits(prior, rows, condition=condition)
+        changed = probes.changed_logits(prior, rows, condition=condition)
         demand(changed, True, [f"all codes of level {level}"] * 2, config.grids[-1])
 
         # Another code at one position of each row.
-        rows = random_rows(prior, min(math.prod(grid), affordable_rows(prior)))
+        rows = probes.random_rows(prior, min(math.prod(grid), probes.affordable_rows(prior)))
         condition = list(rows.condition)
-        condition[level], positions = change_one_each(condition[level], size)
-        changed = changed_logits(prior, rows, condition=condition).any(dim=1, keepdim=True)
+        condition[level], positions = probes.change_one_each(condition[level], size)
+        changed = probes.changed_logits(prior, rows, condition=condition).any(dim=1, keepdim=True)
         names = [f"the code of level {level} at {place(t, grid)}" for t in positions]
         demand(changed, True, names, grid)
         total, tried = total + math.prod(grid), tried + len(positions)
@@ -189,18 +174,17 @@ def check_condition_matters(prior: Prior) -> str | None:
 @check("labels", "The prior cannot tell classes apart: feed the label to every position.")
 def check_labels_matter(prior: Prior) -> str | None:
     """Another label changes every position's logits. Nothing to check with fewer than two."""
-    config = prior.config
-    values = config.num_classes + (config.label_dropout > 0)  # the last one is a hidden label
-    if not config.num_classes or values < 2:
+    classes = prior.config.num_classes
+    values = classes + (prior.config.label_dropout > 0)  # the last one means no label
+    if not classes or values < 2:
         return None
-    rows = random_rows(prior, min(values, affordable_rows(prior)))
+    rows = probes.random_rows(prior, min(values, probes.affordable_rows(prior)))
     labels = torch.tensor(spread(values, len(rows.codes)), device=prior.device)
     others = (labels + 1) % values
-    changed = changed_logits(prior, rows._replace(labels=labels), labels=others)
+    changed = probes.changed_logits(prior, rows._replace(labels=labels), labels=others)
     names = [f"label {label} to {other}" for label, other in zip(labels, others, strict=True)]
-    demand(changed, True, names, config.grids[-1])
-    hidden = " (a hidden one is among them)" if config.label_dropout else ""
-    return f"changed {len(labels)} of {values} labels{hidden}: every position's logits change"
+    demand(changed, True, names, prior.config.grids[-1])
+    return f"changed {len(labels)} of {values} labels: every position's logits change"
 
 
 @check("gradients", "Use every weight in forward or remove it, and look for divisions by zero.")
@@ -209,13 +193,13 @@ def check_gradients(prior: Prior) -> str | None:
     column, where weights for what lies above or beside get none."""
     if min(prior.config.grids[-1]) < 2:
         return None
-    rows = random_rows(prior, 2)
+    rows = probes.random_rows(prior, 2)
     weights = {name: weight for name, weight in prior.named_parameters() if weight.requires_grad}
     with torch.enable_grad():
         loss = F.cross_entropy(prior(*rows).float(), rows.codes)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-    sums = dict(zip(weights, (gradient.abs().sum().item() for gradient in gradients), strict=True))
-    without = [name for name, size in sums.items() if not 0 < size < math.inf]
+    sizes = [gradient.abs().sum().item() for gradient in gradients]
+    without = [name for name, size in zip(weights, sizes, strict=True) if not 0 < size < math.inf]
     if without:
         seen = f"{len(without)} of {len(weights)} weights receive no finite gradient"
         raise Failed(f"{seen}, the first is {without[0]}")
@@ -226,8 +210,8 @@ def check_gradients(prior: Prior) -> str | None:
 def check_start_loss(prior: Prior) -> str:
     """With fresh weights the loss on random codes is about ln K, that of a uniform distribution:
     random codes cannot be predicted."""
-    rows = random_rows(prior, min(8, affordable_rows(prior)))
-    logits = fresh_copy(prior, noise=False)(*rows).float()
+    rows = probes.random_rows(prior, min(8, probes.affordable_rows(prior)))
+    logits = probes.fresh_copy(prior, noise=False)(*rows).float()
     loss, uniform = F.cross_entropy(logits, rows.codes).item(), math.log(logits.shape[1])
     seen = f"with fresh weights the loss on random codes is {loss:.3f} nats, ln K = {uniform:.3f}"
     if not uniform - 0.1 <= loss <= uniform + 1:
@@ -237,15 +221,11 @@ def check_start_loss(prior: Prior) -> str:
 
 @check("attention", "Look at the masks, windows and blocks of attend and KVCache at this length.")
 def check_attention(prior: Prior, device: torch.device | None = None) -> str | None:
-    """Attention at the prior's real length and window is what its definition says.
-
-    The other checks see a large prior on smaller grids, where attention takes other ways (see
-    `attend`). Random queries, keys and values go through all of them, in float64, in which a leak
-    shows however small. Of the positions compared some are at the window's edges.
-    """
+    """Attention at the prior's real length and window is what its definition says: the checks above
+    see large priors on smaller grids, where `attend` takes other code paths. In float64, in which a
+    leak shows however small, at some positions, those at the window's edges among them."""
     # Which positions to try, and random inputs that are affordable.
-    facts = prior.attention()
-    if facts is None:
+    if (facts := prior.attention()) is None:
         return None
     length, grid = min(prior.config.num_positions, MOST_KEYS), prior.config.grids[-1]
     reach = facts.window or length  # how many keys before its own a position sees
@@ -253,11 +233,11 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
     positions = sorted({*spread(length, 9), *edges})
     work = 2 * length * min(length, 2 * reach) * facts.head_dim
     heads = int(max(1, min(facts.num_heads, ATTENTION_WORK // work)))
-    shape = (1, heads, length, facts.head_dim)
-    qkv = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    shape = (3, 1, heads, length, facts.head_dim)
+    qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     q, k, v = qkv.to(device or prior.device, torch.float64)
 
-    # All ways, against the definition over the keys that a position sees.
+    # Every code path, against the definition over the keys that a position sees.
     attended = attend(q, k, v, causal=True, window=facts.window)
     cache = KVCache(length, window=facts.window)
     cache.keys, cache.values = k.clone(), v.clone()
@@ -265,21 +245,21 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
         new = [x[:, :, t : t + 1] for x in (q, k, v)]
         keys, values = (x[:, :, max(0, t - reach) : t + 1] for x in (k, v))
         expected = attend_written_out(new[0], keys, values, None)
-        ways = {
+        results = {
             "attention": attended[:, :, t : t + 1],
             "attention through the cache": cache.attend(t, *new),
             "attention in fixed shapes": cache.attend(torch.tensor([t], device=q.device), *new),
         }
-        for name, found in ways.items():
-            error = (found - expected).abs().max().item()
+        for name, result in results.items():
+            error = (result - expected).abs().max().item()
             if not error <= 1e-9:
                 where = f"{place(t, grid)} of {length} (window {facts.window or 'none'})"
                 raise Failed(f"{name} is off by {error:.2g} at {where}")
-    facts_tried = f"window {facts.window or 'none'}, {heads} heads of {facts.head_dim} features"
-    return f"it follows its definition at {len(positions)} of {length} positions ({facts_tried})"
+    sizes = f"window {facts.window or 'none'}, {heads} heads of {facts.head_dim} features"
+    return f"it follows its definition at {len(positions)} of {length} positions ({sizes})"
 
 
-# The checks of what a prior has learned: they need its own weights and real codes.
+# The checks of what a prior has learned, which need its own weights and real codes.
 
 
 @check("condition helps", "Train it longer, or extract again if rows of levels do not match.")
@@ -289,11 +269,12 @@ def check_condition_helps(prior: Prior, rows: Rows) -> str | None:
     number = len(rows.codes)
     if not prior.config.level or number < 2:
         return None
-    # From half of the rows away: neighbours are often of the same class.
+    # The others' come from half of the rows away: neighbours are often of the same class.
     others = [codes.roll(number // 2, dims=0) for codes in rows.condition]
     if all(map(torch.equal, rows.condition, others)):
         return f"the coarser codes of all {number} rows are the same: there is nothing to use"
-    own, other = nats_per_code(prior, rows), nats_per_code(prior, rows._replace(condition=others))
+    own = probes.nats_per_code(prior, rows)
+    other = probes.nats_per_code(prior, rows._replace(condition=others))
     seen = f"a code costs {own:.3f} nats given the coarser codes of its own image, and {other:.3f}"
     seen = f"{seen} given those of another one ({number} rows)"
     if not own < other:
@@ -306,7 +287,7 @@ def check_beats_frequencies(prior: Prior, rows: Rows, train: CodeDataset) -> str
     """The prior predicts codes better than their frequencies among the training rows do (each code
     counted once more, so that none has probability zero)."""
     counts = torch.from_numpy(train.counts(prior.config.level)).double() + 1
-    bits = nats_per_code(prior, rows) / math.log(2)
+    bits = probes.nats_per_code(prior, rows) / math.log(2)
     alone = -(counts / counts.sum()).log2()[rows.codes.cpu()].mean().item()
     seen = f"a code costs {bits:.3f} bits, by frequency alone {alone:.3f} ({len(rows.codes)} rows)"
     if not bits < alone:

@@ -41,20 +41,15 @@ class CausalConv(nn.Module):
         super().__init__()
         self.reach = reach = kernel_size // 2
         self.above = nn.Conv2d(in_features, out_features, (reach, kernel_size), padding=reach)
-        self.left = nn.Conv2d(
-            in_features,
-            out_features,
-            (1, reach if strict else reach + 1),
-            padding=(0, reach),
-            bias=False,
-        )
+        own_row = (1, reach if strict else reach + 1)
+        self.left = nn.Conv2d(in_features, out_features, own_row, padding=(0, reach), bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, h, w, C)` to `(B, h, w, C')`."""
         height, width = features.shape[1:3]
         x = rearrange(features, "b h w c -> b c h w")
         # With padding on all sides, output i sees the rows (or columns) that end just before i.
-        # The outputs beyond the grid, which look at what comes later, are cropped.
+        # Outputs beyond the grid, which look at what comes later, are cropped.
         y = self.above(x)[:, :, :height, :width] + self.left(x)[:, :, :height, :width]
         return rearrange(y, "b c h w -> b h w c")
 

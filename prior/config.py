@@ -1,9 +1,10 @@
 """Configuration of stage 2. Torch-free."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from vqvae2.common.config import TrainingConfig, check, may_change
+from vqvae2.common.config import TrainingConfig, check, check_at_least, may_change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         fits = self.num_heads >= 1 and self.width >= 1 and self.width % (4 * self.num_heads) == 0
         check(fits, "width", self.width, f"divisible by 4 x num_heads = {4 * self.num_heads}")
-        _check_counts(self, num_layers=1, num_condition_layers=0, attention_rows=0)
+        check_at_least(self, 1, "num_layers")
+        check_at_least(self, 0, "num_condition_layers", "attention_rows")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
@@ -61,38 +63,22 @@ class PixelSNAILConfig:
         check(size >= 3 and size % 2 == 1, "kernel_size", size, "an odd number from 3 on")
         fits = heads == 0 or (heads > 0 and width // 2 % heads == 0)
         check(fits, "num_heads", heads, f"0, or a divisor of half the width = {width // 2}")
-        _check_counts(self, residual_channels=1, num_blocks=1, num_residual_blocks=1)
-        _check_counts(self, num_condition_blocks=0, num_output_blocks=0)
+        check_at_least(self, 1, "residual_channels", "num_blocks", "num_residual_blocks")
+        check_at_least(self, 0, "num_condition_blocks", "num_output_blocks")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-
-
-def _check_counts(config: Any, **lowest: int) -> None:
-    for name, least in lowest.items():
-        allowed = f"at least {least}" if least else "0 or more"
-        check(getattr(config, name) >= least, name, getattr(config, name), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """What a prior's codes are; each family adds its network.
+    """What a prior's codes are, from the code dataset's manifest; each family adds its network."""
 
-    It comes from the code dataset's manifest, never from a flag.
-    """
-
-    level: int
-    """Which level it models: 0 is the top. The levels before it are its condition."""
-    grids: tuple[tuple[int, ...], ...]
-    """`(h, w)` of level 0 up to this one."""
-    codebook_sizes: tuple[int, ...]
-    """K of level 0 up to this one."""
-    class_names: tuple[str, ...] = ()
-    """Names of the classes it is conditioned on; empty for none."""
-    label_dropout: float = 0.0
-    """Share of training rows with a hidden label; above 0, labels are optional in sampling."""
-    encoder_hash: str = ""
-    """Content hash of the encoder that made the codes."""
-    codes_hash: str = ""
-    """Content hash of the code dataset that it was trained on."""
+    level: int  #: 0 is the top; the levels before it are its condition
+    grids: tuple[tuple[int, ...], ...]  #: (h, w) of level 0 up to this one
+    codebook_sizes: tuple[int, ...]  #: K of level 0 up to this one
+    class_names: tuple[str, ...] = ()  #: of the classes it is conditioned on; empty for none
+    label_dropout: float = 0.0  #: share of hidden labels; above 0, sampling may do without labels
+    encoder_hash: str = ""  #: content hash of the encoder that made the codes
+    codes_hash: str = ""  #: content hash of the code dataset that it was trained on
 
     def __post_init__(self) -> None:
         fits = len(self.grids) == len(self.codebook_sizes) == self.level + 1
@@ -109,8 +95,7 @@ class PriorConfig:
     @property
     def num_positions(self) -> int:
         """Codes per image on this level."""
-        height, width = self.grids[-1]
-        return height * width
+        return math.prod(self.grids[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +103,6 @@ class TransformerPriorConfig(PriorConfig):
     """A transformer prior."""
 
     network: TransformerConfig = field(default_factory=TransformerConfig)
-    """Sizes of the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +110,6 @@ class PixelSNAILPriorConfig(PriorConfig):
     """A PixelSNAIL prior."""
 
     network: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
-    """Sizes of the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +149,5 @@ class TrainPriorConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
-        share = self.token_corruption
-        check(0 <= share < 1, "token_corruption", share, "in [0, 1)")
+        for key in ("label_dropout", "token_corruption"):
+            check(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")

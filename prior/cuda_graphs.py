@@ -5,25 +5,21 @@ depends on them, and the sampling state of the first batch is refilled for the b
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+# A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`.
 Stepper = Callable[[int, Tensor], Tensor]
-"""A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`."""
-
 cuda_graph = partial(torch.compile, mode="reduce-overhead")
 
 
-@dataclass
-class RecordedSteps:
+class RecordedSteps(NamedTuple):
     """The recorded steps of a prior for batches of one size and type."""
 
-    weights: list[tuple[int, int]]
-    """Address and version of each weight: the state may hold copies of them."""
+    weights: list[tuple[int, int]]  # address and version of each: the state may hold copies
     state: Any
     step: Callable[[Tensor, Tensor], Tensor]
     start_row: Callable[[Tensor, Tensor], None]
@@ -35,18 +31,15 @@ def graphed_stepper(
     key: tuple[int, torch.dtype],
     record: Callable[[Callable], Callable] = cuda_graph,
 ) -> Stepper:
-    """The steps of a prior for one batch, recorded once per key and kept in the prior.
+    """The steps of a prior with `fixed_shapes` for one batch, whose sampling state `start` makes.
 
-    Args:
-        prior: a `Prior` with `fixed_shapes`.
-        start: makes the batch's sampling state.
-        key: the batch size, and the type of the products.
-        record: compiles a function of tensors.
+    They are recorded (`record` compiles a function of tensors) once per `key`, the batch size and
+    the type of the products, and stay in the prior until its weights change.
     """
     # What was recorded is of no use after the weights have changed.
     weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
-    kept: dict[Any, RecordedSteps] = vars(prior).setdefault("_recorded_steps", {})
-    recorded = kept.get(key)
+    by_key: dict[Any, RecordedSteps] = vars(prior).setdefault("_recorded_steps", {})
+    recorded = by_key.get(key)
     if recorded is None or recorded.weights != weights:
         # The first step makes the caches; from then on no tensor of the state moves.
         state = start()
@@ -55,14 +48,13 @@ def graphed_stepper(
         for tensor in state_tensors(state).values():
             torch._dynamo.mark_static_address(tensor, guard=False)
         step, start_row = partial(prior.step, state), partial(prior.start_row, state)
-        recorded = RecordedSteps(weights, state, record(step), record(start_row))
-        kept[key] = recorded
+        recorded = by_key[key] = RecordedSteps(weights, state, record(step), record(start_row))
 
     # Caches of a fresh state do not exist yet. Old ones may stay: later positions are not read.
     fresh = state_tensors(start())
-    for name, tensor in state_tensors(recorded.state).items():
-        if name in fresh:
-            tensor.copy_(fresh[name])
+    recorded_tensors = state_tensors(recorded.state)
+    for name, tensor in fresh.items():
+        recorded_tensors[name].copy_(tensor)
 
     # A step copies its position and codes to where the graph reads them, and replays it.
     positions = torch.arange(prior.config.num_positions, device=prior.device)
@@ -78,20 +70,18 @@ def graphed_stepper(
 
 
 def state_tensors(state: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors of a sampling state by name, those of its lists and objects included.
-
-    Modules are left out: their tensors never change between steps, and stay where they are anyway.
-    """
+    """The tensors of a sampling state by name, those of its lists and objects included; not those
+    of modules, which never change between steps, and stay where they are anyway."""
     if isinstance(state, Tensor):
         return {name: state}
     if isinstance(state, list | tuple):
         items = dict(enumerate(state))
     else:
         items = {} if isinstance(state, nn.Module) else getattr(state, "__dict__", {})
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in items.items():
-        found |= state_tensors(value, f"{name}.{key}")
-    return found
+        tensors |= state_tensors(value, f"{name}.{key}")
+    return tensors
 
 
 def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:

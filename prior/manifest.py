@@ -1,16 +1,14 @@
-"""The contract between the stages: a folder of Parquet shards with the codes of every image, and a
-manifest that says what they mean.
+"""The contract between the stages: a folder of Parquet shards with the codes of every image (see
+`prior.shards`), and a manifest that says what they mean.
 
     manifest.json   train/00000.parquet ...   validation/00000.parquet ...
-
-A row is a view of an image; `prior.shards` says what a shard holds.
 """
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +21,8 @@ from einops import rearrange
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from prior.shards import (
-    REMAKE,
-    ShardRecord,
-    check_file,
-    column_name,
-    flat_values,
-    row_groups,
-    shard_schema,
-    smallest_type,
-)
+from prior import shards
+from prior.shards import REMAKE, ShardRecord, column_name, flat_values
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, whole_file, write_json
@@ -41,39 +31,24 @@ from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 MANIFEST_NAME = "manifest.json"
 MEMORY_BYTES = 2 << 30  # a split of codes up to this size is held in memory, by every process
 NOT_CONTENT = ("source", "versions", "codes_hash")  # keys that do not say what the codes are
-Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What the codes of a dataset mean. Written last: a folder without it is unfinished."""
 
-    encoder_hash: str
-    """Content hash of the encoder that made the codes."""
-    grids: tuple[tuple[int, ...], ...]
-    """`(h, w)` of every level, coarse to fine."""
-    codebook_sizes: tuple[int, ...]
-    """K of every level."""
-    class_names: tuple[str, ...]
-    """Names of the classes that labels count, or empty."""
-    rows_hash: str
-    """Content hash of which images the rows are (names, labels, splits): the `image_names_hash`
-    that the run records of stage 1 and of the extraction hold."""
-    preprocessing: Any
-    """How the images were prepared (stage 1's business; here for people)."""
-    train: tuple[ShardRecord, ...] = ()
-    """The shards of train/, in order."""
-    validation: tuple[ShardRecord, ...] = ()
-    """The shards of validation/, in order."""
-    views: tuple[str, ...] = (ORIGINAL,)
-    """The views that each training image has a row of."""
-    source: str = ""
-    """Where the images came from."""
-    versions: Any = field(default_factory=dict)
-    """What wrote it: package -> version."""
-    codes_hash: str = ""
-    """Content hash of all rows and of everything above except source, versions and the files'
-    bytes. Priors store it."""
+    encoder_hash: str  #: content hash of the encoder that made the codes
+    grids: tuple[tuple[int, ...], ...]  #: (h, w) of every level, coarse to fine
+    codebook_sizes: tuple[int, ...]  #: K of every level
+    class_names: tuple[str, ...]  #: of the classes that labels count, or empty
+    rows_hash: str  #: content hash of which images the rows are: names, labels and splits
+    preprocessing: Any  #: how the images were prepared (stage 1's business; here for people)
+    train: tuple[ShardRecord, ...] = ()  #: the shards of train/, in order
+    validation: tuple[ShardRecord, ...] = ()  #: the shards of validation/, in order
+    views: tuple[str, ...] = (ORIGINAL,)  #: each training image has a row of each
+    source: str = ""  #: where the images came from
+    versions: Any = field(default_factory=dict)  #: of the packages that wrote it
+    codes_hash: str = ""  #: content hash of all but `NOT_CONTENT` and file bytes; priors store it
 
     def __post_init__(self) -> None:
         grids, sizes = self.grids, self.codebook_sizes
@@ -117,7 +92,7 @@ class Manifest:
 
     @property
     def values_per_image(self) -> int:
-        """Channels times height times width of the images that the codes were made of."""
+        """Channels x height x width of the images that the codes were made of."""
         size = self.preprocessing["size"]
         return self.preprocessing["channels"] * size[0] * size[-1]
 
@@ -125,7 +100,7 @@ class Manifest:
     def schema(self) -> pa.Schema:
         """The columns of every shard."""
         grid_sizes = [math.prod(grid) for grid in self.grids]
-        return shard_schema(grid_sizes, self.codebook_sizes, labelled=bool(self.class_names))
+        return shards.shard_schema(grid_sizes, self.codebook_sizes, labelled=bool(self.class_names))
 
     def content_hash(self) -> str:
         """What `codes_hash` must be."""
@@ -141,21 +116,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a code dataset.
-
-    Raises:
-        UserError: there is none, it is broken, or it was edited.
-    """
+    """The manifest of a code dataset; a `UserError` if it is absent, broken or edited."""
     path = folder / MANIFEST_NAME
     if not path.exists():
         reason = "is not a finished code dataset" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {reason}: make the code dataset with vqvae2 extract.")
     manifest = from_dict(Manifest, read_json(path), str(path))
-    if manifest.codes_hash != manifest.content_hash():
-        raise UserError(
-            f"{path} was edited: it says codes_hash {manifest.codes_hash[:12]}, but its content "
-            f"has {manifest.content_hash()[:12]}: restore it, or {REMAKE}."
-        )
+    recorded, actual = manifest.codes_hash, manifest.content_hash()
+    if recorded != actual:
+        seen = f"it says codes_hash {recorded[:12]}, but its content has {actual[:12]}"
+        raise UserError(f"{path} was edited: {seen}: restore it, or {REMAKE}.")
     return manifest
 
 
@@ -163,33 +133,25 @@ def is_complete(folder: Path) -> bool:
     """Whether the manifest and every shard that it names are there; raises as `read_manifest`."""
     if not (folder / MANIFEST_NAME).exists():
         return False
-    shards = read_manifest(folder).all_shards
-    return all((folder / split / shard.name).exists() for split, shard in shards)
+    records = read_manifest(folder).all_shards
+    return all((folder / split / shard.name).exists() for split, shard in records)
 
 
 def parse_level(level: str, num_levels: int) -> int:
     """'top', 'bottom' or a number, as a level's number; a `UserError` if there is no such level."""
-    named = {"top": 0, "bottom": num_levels - 1}
-    number = named.get(level, int(level) if level.isdecimal() else -1)
+    names = {"top": 0, "bottom": num_levels - 1, **{str(i): i for i in range(num_levels)}}
     allowed = f"top, bottom, or a number from 0 to {num_levels - 1}"
-    check(0 <= number < num_levels, "level", level, allowed)
-    return number
+    check(level in names, "level", level, allowed)
+    return names[level]
 
 
 class CodeDataset(Dataset):
-    """One split of a code dataset, as batches {"codes": one (B, h, w) int64 per level, "labels":
-    (B,) int64 if there are classes}.
-
-    Codes and labels keep the type that they are stored in: in memory if they take at most
-    `MEMORY_BYTES`, else decoded once into files that are mapped (see `decode_to_disk`).
+    """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
+    int64 per level, "labels": `(B,)` int64 if there are classes}. Raises as `load_columns`.
 
     Args:
-        split: "train" or "validation".
         num_levels: levels, from the top; all if not given.
         cache_dir: where codes too large for memory are decoded to; else `folder`/.decoded.
-
-    Raises:
-        UserError: a shard is missing, broken or not the manifest's, or a code is out of range.
     """
 
     def __init__(
@@ -201,16 +163,10 @@ class CodeDataset(Dataset):
         num_levels: int | None = None,
         cache_dir: Path | None = None,
     ) -> None:
-        self.manifest = manifest
-        self.num_levels = num_levels or manifest.num_levels
-        columns = decode_to_disk(folder, manifest, split, self.num_levels, cache_dir)
-        if columns is None:
-            layout = array_layout(manifest, split, self.num_levels)
-            columns = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
-            decode(folder, manifest, split, columns)
-        self.codes = [columns[column_name(level)] for level in range(self.num_levels)]
+        self.manifest, number = manifest, num_levels or manifest.num_levels
+        columns = load_columns(folder, manifest, split, number, cache_dir)
+        self.codes = [columns[column_name(level)] for level in range(number)]
         self.labels = columns.get("label")
-        self._counts: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -228,13 +184,11 @@ class CodeDataset(Dataset):
 
     def counts(self, level: int) -> np.ndarray:
         """How often each code of a level occurs: `(K,)`."""
-        if level not in self._counts:
-            counts = np.zeros(self.manifest.codebook_sizes[level], np.int64)
-            for first in range(0, len(self), 4096):  # counting needs rows as int64
-                rows = self.codes[level][first : first + 4096]
-                counts += np.bincount(rows.reshape(-1), minlength=len(counts))
-            self._counts[level] = counts
-        return self._counts[level]
+        counts = np.zeros(self.manifest.codebook_sizes[level], np.int64)
+        for first in range(0, len(self), 4096):  # counting needs rows as int64
+            rows = self.codes[level][first : first + 4096]
+            counts += np.bincount(rows.reshape(-1), minlength=len(counts))
+        return counts
 
     def unigram_bits(self, level: int) -> float:
         """Entropy of a level's code frequencies in bits: the cost of a code without a model."""
@@ -242,54 +196,51 @@ class CodeDataset(Dataset):
         return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
 
 
-def array_layout(manifest: Manifest, split: str, num_levels: int) -> Layout:
-    """Column -> shape and type of its array: `(N, h*w)` for codes, `(N,)` for labels."""
+def load_columns(
+    folder: Path, manifest: Manifest, split: str, num_levels: int, cache_dir: Path | None = None
+) -> dict[str, np.ndarray]:
+    """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels.
+
+    They are in memory if they take at most `MEMORY_BYTES`, else decoded once into files that are
+    mapped. The files' folder is named by the dataset's content hash, so they are never those of
+    other codes; they may be removed when nothing trains on them. Raises as `read_shard`, and a
+    `UserError` if the disk has no room, or a file is broken.
+    """
+    # The shape and type of every column.
     rows = manifest.num_rows(split)
-    layout: Layout = {}
+    layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for level in range(num_levels):
-        kind = smallest_type(manifest.codebook_sizes[level])
+        kind = shards.smallest_type(manifest.codebook_sizes[level])
         layout[column_name(level)] = ((rows, math.prod(manifest.grids[level])), kind)
     if manifest.class_names:
         layout["label"] = ((rows,), np.dtype(np.int32))
-    return layout
-
-
-def decode_to_disk(
-    folder: Path, manifest: Manifest, split: str, num_levels: int, cache_dir: Path | None = None
-) -> dict[str, np.ndarray] | None:
-    """Columns of a split as arrays mapped from files, or None if they fit into memory.
-
-    Missing files are made, whole or not at all. Their folder is named by the dataset's content
-    hash, so they are never those of other codes; they may be removed when nothing trains on them.
-
-    Raises:
-        UserError: see `read_shard`; the disk has no room, or a file is broken.
-    """
-    layout = array_layout(manifest, split, num_levels)
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in layout.items()}
     if sum(sizes.values()) <= MEMORY_BYTES:
-        return None
-    target = (cache_dir or folder / ".decoded") / manifest.codes_hash[:32] / split
-    missing = {name: layout[name] for name in layout if not (target / f"{name}.npy").exists()}
-    if missing:
-        # Running out of space while writing to a mapped file would kill the process.
-        target.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(sizes[name] for name in missing), shutil.disk_usage(target).free
-        if needed > free:
-            raise UserError(
-                f"{target} needs {needed / 2**30:.1f} GiB for decoded codes, but its disk has "
-                f"{free / 2**30:.1f} GiB: set another codes_cache."
-            )
+        columns = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
+        _decode(folder, manifest, split, columns)
+        return columns
 
-        # All missing columns in one pass over the shards.
-        arrays = {}
-        with ExitStack() as files:
-            for name, (shape, kind) in missing.items():
-                path = files.enter_context(whole_file(target / f"{name}.npy"))
-                arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-            decode(folder, manifest, split, arrays)
-            for array in arrays.values():
-                array.flush()
+    # Running out of space while writing to a mapped file would kill the process.
+    target = (cache_dir or folder / ".decoded") / manifest.codes_hash[:32] / split
+    missing = [name for name in layout if not (target / f"{name}.npy").exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes[name] for name in missing), shutil.disk_usage(target).free
+    if needed > free:
+        seen = (
+            f"{needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB"
+        )
+        raise UserError(f"{target} needs {seen}: set another codes_cache.")
+
+    # All missing columns in one pass over the shards, whole or not at all.
+    with ExitStack() as files:
+        arrays: dict[str, Any] = {}
+        for name in missing:
+            shape, kind = layout[name]
+            path = files.enter_context(whole_file(target / f"{name}.npy"))
+            arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
+        _decode(folder, manifest, split, arrays)
+        for array in arrays.values():
+            array.flush()
     return {name: _map(target / f"{name}.npy", *layout[name]) for name in layout}
 
 
@@ -303,11 +254,10 @@ def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
     return np.asarray(array)  # without the class memmap, which is slower to index
 
 
-def decode(folder: Path, manifest: Manifest, split: str, columns: Mapping[str, np.ndarray]) -> None:
-    """Read columns of a split's shards into arrays, one entry per row; raises as `read_shard`."""
-    first = 0
-    shards = manifest.shards(split)
-    for shard in tqdm(shards, f"reading {split} codes", unit="shard", delay=3, leave=False):
+def _decode(folder: Path, manifest: Manifest, split: str, columns: dict[str, np.ndarray]) -> None:
+    """Read columns of a split's shards into arrays, one entry per row; nothing for no columns."""
+    first, records = 0, manifest.shards(split) if columns else ()
+    for shard in tqdm(records, f"reading {split} codes", unit="shard", delay=3, leave=False):
         for table in read_shard(folder, manifest, split, shard, list(columns)):
             end = first + len(table)
             for name, array in columns.items():
@@ -318,14 +268,11 @@ def decode(folder: Path, manifest: Manifest, split: str, columns: Mapping[str, n
 def read_shard(
     folder: Path, manifest: Manifest, split: str, shard: ShardRecord, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
-    """Columns of a shard, as tables that fit into memory, each checked before it is yielded.
-
-    Raises:
-        UserError: the shard is missing, broken or not the manifest's, or a number is out of range.
-    """
+    """Columns of a shard, as tables that fit into memory, each checked before it is yielded: a
+    `UserError` if the shard is missing, broken or not the manifest's, or a number out of range."""
     path, rows = folder / split / shard.name, 0
-    check_file(path, shard)
-    for table in row_groups(path, manifest.schema, columns):
+    shards.check_file(path, shard)
+    for table in shards.row_groups(path, manifest.schema, columns):
         rows += len(table)
         if rows <= shard.rows:
             for name in columns:
@@ -342,25 +289,25 @@ def read_rows(folder: Path, manifest: Manifest, split: str, rows: Sequence[int])
     for row in rows:
         allowed = f"from 0 to {number - 1}, the rows of {folder / split}"
         check(0 <= row < number, "rows", row, allowed)
-    found: dict[int, pa.Table] = {}
+    by_row: dict[int, pa.Table] = {}
     for shard in manifest.shards(split):
         here = {row for row in rows if first <= row < first + shard.rows}
         if here:
             tables = read_shard(folder, manifest, split, shard, manifest.schema.names)
             table = pa.concat_tables(tables)
-            found |= {row: table.take([row - first]) for row in here}
+            by_row |= {row: table.take([row - first]) for row in here}
         first += shard.rows
-    return pa.concat_tables([manifest.schema.empty_table(), *(found[row] for row in rows)])
+    return pa.concat_tables([manifest.schema.empty_table(), *(by_row[row] for row in rows)])
 
 
 def check_range(path: Path, manifest: Manifest, column: str, numbers: pa.ChunkedArray) -> None:
     """Raise a `UserError` if a column of codes or labels holds a number out of range."""
     sizes = {column_name(level): (k, "codes") for level, k in enumerate(manifest.codebook_sizes)}
     sizes["label"] = (len(manifest.class_names), "classes")
-    size, what = sizes.get(column, (0, ""))
-    values = flat_values(numbers) if column in sizes else np.empty(0)
-    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
-        raise UserError(
-            f"{path}: {column} reaches from {values.min()} to {values.max()}, but there are "
-            f"{size} {what}: {REMAKE}."
-        )
+    if column not in sizes or not len(numbers):
+        return
+    values, (size, what) = flat_values(numbers), sizes[column]
+    low, high = int(values.min()), int(values.max())
+    if not 0 <= low <= high < size:
+        reach = f"{column} reaches from {low} to {high}, but there are {size} {what}"
+        raise UserError(f"{path}: {reach}: {REMAKE}.")

@@ -6,7 +6,6 @@ private to torch, so they are tried before they are used.
 """
 
 import copy
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,14 +20,9 @@ class PackedLinear(nn.Module):
     torch, weights that are not fp32) it is a plain linear layer; on CUDA its weights are `dtype`.
 
     Args:
-        weight: `(out, in)`.
-        bias: `(out,)`.
+        weight: `(out, in)`; the bias is `(out,)`, and `dtype` fp32 or bf16.
         rows: how many rows will be multiplied at once; other numbers are slower, not wrong.
-        dtype: fp32 or bf16.
     """
-
-    weight: Tensor
-    bias: Tensor | None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype = torch.float32
@@ -42,18 +36,16 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         if self.packed:
             self.weight = _pack(self.weight, rows)
-            self.multiply = _operator()  # looking it up takes microseconds
+            self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        dtype = x.dtype
-        if dtype != self.dtype:
-            x = x.to(self.dtype)
+        given = x if x.dtype == self.dtype else x.to(self.dtype)  # even an idle `to` takes time
         if self.packed:
-            y = self.multiply(x, self.weight, self.bias, "none", [], "")
+            y = self.multiply(given, self.weight, self.bias, "none", [], "")
         else:
-            y = F.linear(x, self.weight, self.bias)
-        return y if y.dtype == dtype else y.to(dtype)
+            y = F.linear(given, self.weight, self.bias)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def pack_linears(module: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -75,17 +67,13 @@ def can_pack(dtype: torch.dtype) -> bool:
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in shapes)
     try:
         packed = _pack(weight.to(dtype), rows=3)
-        found = _operator()(x.to(dtype), packed, bias.to(dtype), "none", [], "").float()
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        y = multiply(x.to(dtype), packed, bias.to(dtype), "none", [], "").float()
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
-    return bool((found - F.linear(x, weight, bias)).abs().max() < tolerance)
+    return bool((y - F.linear(x, weight, bias)).abs().max() < tolerance)
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-
-
-def _operator() -> Callable[..., Tensor]:
-    """x, packed weight, bias, and what may follow the product: nothing."""
-    return torch.ops.mkldnn._linear_pointwise.default

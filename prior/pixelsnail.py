@@ -20,44 +20,33 @@ from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
 from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
 
+Layer = Callable[[int, int], nn.Module]  # from numbers of input and output features
+read_earlier = partial(attend, causal=True)
+
 
 class GatedBlock(nn.Module):
-    """x + a * sigmoid(b), where a and b come from two layers over x, and from a context.
+    """x + a * sigmoid(b), where a and b come from two layers over x: PixelSNAIL's residual block.
 
-    The residual block of PixelSNAIL; the gate is that of van den Oord et al. 2016 (equation 4)
-    without the tanh.
-
-    Args:
-        layer: makes a layer from its numbers of input and output features.
-        context: features of what shifts a and b, or 0 for none.
-        beside: features of a second input, or 0 for none.
+    The gate is that of van den Oord et al. 2016 (equation 4) without the tanh. A context of this
+    many features (0 for none) shifts a and b; a second input `beside` joins the hidden features.
     """
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        layer: Callable[[int, int], nn.Module],
-        dropout: float,
-        *,
-        context: int = 0,
-        beside: int = 0,
+        self, size: int, hidden: int, make: Layer, dropout: float, context: int = 0, beside: int = 0
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.first, self.second = layer(width, hidden), layer(hidden, 2 * width)
-        self.from_context = nn.Linear(context, 2 * width, bias=False) if context else None
+        self.first, self.second = make(size, hidden), make(hidden, 2 * size)
+        self.from_context = nn.Linear(context, 2 * size, bias=False) if context else None
         self.from_beside = nn.Linear(beside, hidden, bias=False) if beside else None
 
-    def forward(
-        self, x: Tensor, *, context: Tensor | None = None, beside: Tensor | None = None
-    ) -> Tensor:
-        """`(..., width)` to the same; leading dimensions of context and beside may be 1."""
+    def forward(self, x: Tensor, context: Any = None, beside: Any = None) -> Tensor:
+        """`(..., size)` to the same; leading dimensions of context and beside may be 1."""
         hidden = self.first(F.elu(x))
-        if self.from_beside is not None and beside is not None:
+        if self.from_beside is not None:
             hidden = hidden + self.from_beside(F.elu(beside))
         gated = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
-        if self.from_context is not None and context is not None:
+        if self.from_context is not None:
             gated = gated + self.from_context(context)
         return x + F.glu(gated, dim=-1)
 
@@ -66,9 +55,8 @@ class CausalAttention(nn.Module):
     """The attention block of PixelSNAIL: each position reads all positions up to itself.
 
     Keys and values come from the code just before a position, its features and its coordinates,
-    queries from the latter two. None of these contains the position's own code, so it may attend to
-    itself, and sees every code before it, also those that no stack of convolutions reaches (the
-    first position of a row does not see the end of the row above).
+    queries from the latter two. None of these contains its own code, so it may attend to itself. It
+    also sees codes that convolutions do not reach, such as the end of the row above.
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
@@ -82,40 +70,23 @@ class CausalAttention(nn.Module):
         self.merge = GatedBlock(width, width, nn.Linear, dropout, beside=half)
 
     def forward(
-        self,
-        x: Tensor,
-        before: Tensor,
-        places: Tensor,
-        cache: KVCache | None = None,
-        position: int | Tensor = 0,
+        self, x: Tensor, before: Tensor, places: Tensor, attend: Callable = read_earlier
     ) -> Tensor:
-        """`(B, T, W)` to the same; with a cache, T = 1 and all are at `position`.
-
-        Args:
-            before: `(B, T, W)`, embeddings of the codes just before.
-            places: `(B, T, 2)`, coordinates.
-        """
+        """`(B, T, W)` to the same, by embeddings of the codes just before, `(B, T, W)`, and
+        coordinates `(B, T, 2)`. In sampling T = 1, and `attend` is that of the cache."""
         placed = torch.cat([x, places], dim=-1)
-        q = self._heads(self.to_queries(self.read_queries(placed)))
-        keys_values = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
-        keys, values = keys_values.chunk(2, dim=-1)
-        k, v = self._heads(keys), self._heads(values)  # (B, n, T, d)
-        if cache is None:
-            attended = attend(q, k, v, causal=True)
-        else:
-            attended = cache.attend(position, q, k, v)
+        q = self.to_queries(self.read_queries(placed))
+        kv = self.to_keys_values(self.read_keys(torch.cat([before, placed], dim=-1)))
+        heads = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, *kv.chunk(2, dim=-1)))
+        attended = attend(*(y.transpose(1, 2) for y in heads))  # (B, n, T, d), like q, k and v
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, W/2)
         return self.merge(x, beside=F.dropout(attended, self.dropout, self.training))
-
-    def _heads(self, features: Tensor) -> Tensor:
-        """`(B, T, n*d)` to `(B, n, T, d)`."""
-        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class ConditionNetwork(nn.Module):
     """Reads the codes of all coarser levels, and lays the result over the level's grid.
 
-    From coarse to fine: a level's codes are added to what the levels before it gave, residual
+    From coarse to fine: a level's codes are added to the result of the levels before it, residual
     blocks (the conditioning stack of the VQ-VAE-2 paper, section 3.2) read the sum, and each
     position is repeated over the finer ones it covers, plus an offset for each of these.
     """
@@ -126,10 +97,8 @@ class ConditionNetwork(nn.Module):
         self.embeddings = nn.ModuleList(nn.Embedding(k, width) for k in config.codebook_sizes[:-1])
         self.stacks, self.offsets = nn.ModuleList(), nn.ParameterList()
         for coarse, fine in zip(config.grids[:-1], config.grids[1:], strict=True):
-            blocks = (
-                GatedBlock(width, network.residual_channels, Conv3x3, network.dropout)
-                for _ in range(network.num_condition_blocks)
-            )
+            sizes = (width, network.residual_channels, Conv3x3, network.dropout)
+            blocks = (GatedBlock(*sizes) for _ in range(network.num_condition_blocks))
             self.stacks.append(nn.Sequential(*blocks))
             up, across = fine[0] // coarse[0], fine[1] // coarse[1]
             self.offsets.append(nn.Parameter(torch.zeros(up, across, width)))
@@ -152,17 +121,15 @@ class Block(nn.Module):
     def __init__(self, config: PixelSNAILConfig, *, context: int) -> None:
         super().__init__()
         conv = partial(CausalConv, kernel_size=config.kernel_size)
-        width, hidden, dropout = config.width, config.residual_channels, config.dropout
-        self.residuals = nn.ModuleList(
-            GatedBlock(width, hidden, conv, dropout, context=context)
-            for _ in range(config.num_residual_blocks)
-        )
+        sizes = (config.width, config.residual_channels, conv, config.dropout, context)
+        residuals = (GatedBlock(*sizes) for _ in range(config.num_residual_blocks))
+        self.residuals = nn.ModuleList(residuals)
         self.attention = CausalAttention(config) if config.num_heads else None
 
-    def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor, places: Tensor, context: Tensor) -> Tensor:
         """`(B, h, w, W)` to the same; the rest as in `GatedBlock` and `CausalAttention`."""
         for residual in self.residuals:
-            x = residual(x, context=context)
+            x = residual(x, context)
         if self.attention is None:
             return x
         return self.attention(x.flatten(1, 2), before, places).unflatten(1, x.shape[1:3])
@@ -171,13 +138,13 @@ class Block(nn.Module):
 class GatedBlockSteps:
     """A causal `GatedBlock`, position after position."""
 
-    def __init__(self, block: GatedBlock, batch_size: int, width: int, dtype: torch.dtype) -> None:
-        self.first = CausalConvSteps(cast(CausalConv, block.first), batch_size, width, dtype)
-        self.second = CausalConvSteps(cast(CausalConv, block.second), batch_size, width, dtype)
+    def __init__(self, block: Any, batch_size: int, width: int, dtype: torch.dtype) -> None:
+        self.first = CausalConvSteps(block.first, batch_size, width, dtype)
+        self.second = CausalConvSteps(block.second, batch_size, width, dtype)
         rows = batch_size * width
         self.from_context = block.from_context and pack_linears(block.from_context, rows, dtype)
 
-    def start_row(self, context: Tensor | None) -> None:
+    def start_row(self, context: Tensor) -> None:
         """Move on to the next row, whose context is `(B, w, W)` or `(B, 1, W)`."""
         self.first.start_row()
         self.second.start_row(None if self.from_context is None else self.from_context(context))
@@ -194,8 +161,8 @@ class SamplingState(NamedTuple):
     """What a PixelSNAIL keeps between positions."""
 
     embedding: Tensor  # (K + 1, W); the last, zeros, stands before the first position
-    places: Tensor  # (w, r + 1), for each column: see CausalConvSteps.output
-    context: Tensor | None  # (B, h, w, W) or (B, 1, 1, W): the class and the coarser codes
+    places: Tensor  # (r + 1,), those of column 0: see CausalConvSteps.output
+    context: Tensor  # (B, h, w, W) or (B, 1, 1, W): the class and the coarser codes
     stem: CausalConvSteps
     blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]]
     output: nn.Module  # from features to logits (packed)
@@ -216,8 +183,7 @@ class PixelSNAIL(Prior):
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
         self.config = config
-        network, classes = config.network, config.num_classes
-        width, hidden = network.width, network.residual_channels
+        network, classes, width = config.network, config.num_classes, config.network.width
 
         # What positions read: codes, the class (the last entry means no label), coarser codes.
         self.codebook_size = config.codebook_sizes[-1]
@@ -230,20 +196,17 @@ class PixelSNAIL(Prior):
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
         blocks = (Block(network, context=context) for _ in range(network.num_blocks))
         self.blocks = nn.ModuleList(blocks)
-        make_gated = partial(GatedBlock, width, hidden, nn.Linear, network.dropout)
-        gated = (make_gated() for _ in range(network.num_output_blocks))
+        sizes = (width, network.residual_channels, nn.Linear, network.dropout)
+        gated = (GatedBlock(*sizes) for _ in range(network.num_output_blocks))
         self.output = nn.Sequential(*gated, nn.ELU(), nn.Linear(width, self.codebook_size))
 
         # Coordinates from -1 to 1, for attention.
         rows, columns = (torch.linspace(-1, 1, size) for size in config.grids[-1])
         self.register_buffer("places", torch.cartesian_prod(rows, columns)[None], persistent=False)
-
         _initialise(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster here
 
-    def forward(
-        self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, codes: Tensor, condition: Any = (), labels: Any = None) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         context = self.context(len(codes), condition, labels)
         places = self.places.expand(len(codes), -1, -1)
@@ -254,16 +217,12 @@ class PixelSNAIL(Prior):
             x = block(x, before, places, context)
         return rearrange(self.output(x), "b h w k -> b k h w")
 
-    def context(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> Tensor | None:
-        """The class and the coarser codes: `(B, h, w, W)`, `(B, 1, 1, W)` or None."""
-        context = self.labels(labels)[:, None, None] if self.labels is not None else None
-        if self.condition is None:
-            return context
-        if context is None:
-            context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
-        return self.condition(condition, context)
+    def context(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
+        """The class and the coarser codes: `(B, h, w, W)`, or `(B, 1, 1, W)` on the top level."""
+        context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
+        if self.labels is not None:
+            context = self.labels(labels)[:, None, None]
+        return context if self.condition is None else self.condition(condition, context)
 
     def attention(self) -> Attention | None:
         """See `Prior.attention`."""
@@ -274,36 +233,28 @@ class PixelSNAIL(Prior):
         self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> SamplingState:
         """Run the condition network once, pack the weights, and take the buffers."""
-        width, reach = self.config.grids[-1][1], self.stem.reach
-        blocks: list[tuple[list[GatedBlockSteps], nn.Module | None, KVCache]] = []
-        for block in cast(Sequence[Block], self.blocks):
-            residuals = [
-                GatedBlockSteps(cast(GatedBlock, residual), batch_size, width, dtype)
-                for residual in block.residuals
-            ]
+        width, blocks = self.config.grids[-1][1], []
+        for block in cast(Any, self.blocks):
+            steps = [GatedBlockSteps(each, batch_size, width, dtype) for each in block.residuals]
             attention = block.attention and pack_linears(block.attention, batch_size, dtype)
-            blocks.append((residuals, attention, KVCache(self.config.num_positions)))
-        places = torch.arange(width + reach, device=self.device).unfold(0, reach + 1, 1)
-        return SamplingState(
-            embedding=F.pad(self.embedding.weight, (0, 0, 0, 1)),
-            places=places.contiguous(),
-            context=self.context(batch_size, condition, labels),
-            stem=CausalConvSteps(self.stem, batch_size, width, dtype),
-            blocks=blocks,
-            output=pack_linears(self.output, batch_size, dtype),
-        )
+            blocks.append((steps, attention, KVCache(self.config.num_positions)))
+        embedding = F.pad(self.embedding.weight, (0, 0, 0, 1))
+        places = torch.arange(self.stem.reach + 1, device=self.device)
+        context = self.context(batch_size, condition, labels)
+        stem = CausalConvSteps(self.stem, batch_size, width, dtype)
+        output = pack_linears(self.output, batch_size, dtype)
+        return SamplingState(embedding, places, context, stem, blocks, output)
 
     def start_row(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> None:
         """What the rows above and the context give to a whole row; see `Prior.start_row`."""
-        state.stem.put(F.embedding(previous, state.embedding), state.places[-1, -1:])
+        width, context = self.config.grids[-1][1], state.context
+        state.stem.put(F.embedding(previous, state.embedding), state.places[-1:] + (width - 1))
         state.stem.start_row()
-        context = state.context
-        if context is not None:
-            row = position // self.config.grids[-1][1] % context.shape[1]
-            context = at(context, row)[:, 0]  # (B, w, W) or (B, 1, W)
+        row = position // width % context.shape[1]
+        row_context = at(context, row)[:, 0]  # (B, w, W) or (B, 1, W)
         for residuals, _, _ in state.blocks:
             for residual in residuals:
-                residual.start_row(context)
+                residual.start_row(row_context)
 
     def step(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> Tensor:
         """Logits `(B, K)` of one position; see `Prior.step`."""
@@ -314,8 +265,8 @@ class PixelSNAIL(Prior):
         # The stem reads the code before. At the start of a row that belongs to the row above and is
         # read already; its place here, the last one, is overwritten before it is read.
         before = F.embedding(previous, state.embedding)  # (B, W)
-        state.stem.put(before, at(state.places, (position - 1) % width, dim=0)[0, -1:])
-        places = at(state.places, position % width, dim=0)[0]
+        state.stem.put(before, state.places[-1:] + (position - 1) % width)
+        places = state.places + position % width
         x = state.stem.output(places)  # (B, W)
 
         coordinates = at(self.places, position).expand(len(x), -1, -1)  # (B, 1, 2)
@@ -323,7 +274,8 @@ class PixelSNAIL(Prior):
             for residual in residuals:
                 x = residual.step(x, places)
             if attention is not None:
-                x = attention(x[:, None], before[:, None], coordinates, cache, position)[:, 0]
+                cached = partial(cache.attend, position)
+                x = attention(x[:, None], before[:, None], coordinates, cached)[:, 0]
         return state.output(x)
 
 
@@ -331,15 +283,14 @@ def _initialise(prior: PixelSNAIL) -> None:
     """Layers keep the variance of their input, residual branches and logits start small."""
     gated = [module for module in prior.modules() if isinstance(module, GatedBlock)]
     for module in prior.modules():
-        if isinstance(module, CausalConv):  # its two convolutions are one sum
-            fan_in = module.above.weight[0].numel() + module.left.weight[0].numel()
-            for conv in (module.above, module.left):
-                nn.init.normal_(conv.weight, std=fan_in**-0.5)
-            nn.init.zeros_(cast(Tensor, module.above.bias))
-        elif isinstance(module, Conv3x3 | nn.Linear):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, CausalConv | Conv3x3 | nn.Linear):
+            weights = [each for each in module.parameters() if each.ndim > 1]
+            fan_in = sum(weight[0].numel() for weight in weights)  # a CausalConv's are one sum
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=fan_in**-0.5)
+                else:
+                    nn.init.zeros_(parameter)
         elif isinstance(module, ConditionNetwork):
             for offsets in module.offsets:
                 nn.init.normal_(offsets, std=0.02)

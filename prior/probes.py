@@ -1,4 +1,4 @@
-"""What a prior is asked with: rows of codes, and copies that answer in seconds.
+"""What the audit feeds to a prior: rows of codes, and copies of it that take seconds.
 
 Letters: B batch, h w the level's code grid, T = h*w positions in raster order, K codebook size.
 """
@@ -51,9 +51,9 @@ def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
 def fresh_copy(prior: Prior, device: torch.device | None = None, *, noise: bool) -> Prior:
     """A prior of the same configuration with fresh weights, always the same, in evaluation mode.
 
-    A large prior gets smaller grids: the same layers, in seconds. With noise, weights that start at
-    zero (an output layer, a residual branch) hide nothing behind them: 0.1 on vectors, on matrices
-    and kernels 0.5 / sqrt(inputs), which deep networks do not amplify.
+    A large prior gets smaller grids: the same layers, in seconds. Noise (0.1 on vectors; on
+    matrices and kernels 0.5 / sqrt(inputs), which deep networks do not amplify) keeps weights that
+    start at zero from hiding what is behind them.
     """
     # Grids halved, while all sides can be, until a forward of 3 rows is affordable.
     grids = prior.config.grids
@@ -111,7 +111,7 @@ def change_one_each(codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def changed_logits(prior: Prior, rows: Rows, **changes: Any) -> Tensor:
     """Where other inputs change a row's logits, even by a bit: `(B, T)`. Both batches have the same
-    shape and order, for kernels may give other last bits at another place."""
+    shape and order, as kernels may give other last bits at another place."""
     return (prior(*rows) != prior(*rows._replace(**changes))).any(dim=1).flatten(1)
 
 

@@ -21,17 +21,12 @@ def make_prior(config: PriorConfig) -> Prior:
 
 def load_prior(name: str | Path, *, revision: str | None = None) -> Prior:
     """Load a prior of any family from a local folder or the Hub, in evaluation mode on the CPU.
-
-    Raises:
-        UserError: see `Artifact.from_pretrained`; or the folder holds no prior.
-    """
+    Raises as `Artifact.from_pretrained`, and a `UserError` if the folder holds no prior."""
     folder = local_folder(name, revision=revision)
     architecture = read_json(folder / CONFIG_NAME).get("architecture")
     for family in FAMILIES:
         if family.__name__ == architecture:
             return family.from_pretrained(folder)
-    known = ", ".join(family.__name__ for family in FAMILIES)
-    raise UserError(
-        f"{folder} holds a model of kind {architecture!r}, but a prior ({known}) was expected: "
-        "check the path."
-    )
+    names = " or ".join(family.__name__ for family in FAMILIES)
+    seen = f"{folder} holds a model of kind {architecture!r}"
+    raise UserError(f"{seen}, but a prior ({names}) was expected: check the path.")

@@ -6,7 +6,7 @@ Letters: B batch, h w code grid, T = h*w positions in raster order, K codebook s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,22 +26,19 @@ class SamplingConfig:
     top_k: int | None = None
     """Only the k most likely codes."""
     top_p: float | None = None
-    """Only the smallest set of most likely codes whose probability reaches p (Holtzman et al.
-    2020), after top_k."""
+    """After top_k, only the likeliest codes that together reach p (Holtzman et al. 2020)."""
     min_p: float | None = None
-    """Only codes at least this share as likely as the most likely one (Nguyen et al. 2024), after
-    top_p."""
+    """After top_p, only codes at least p times as likely as the likeliest (Nguyen et al. 2024)."""
     guidance_scale: float = 1.0
     """Classifier-free guidance (Ho and Salimans 2022): how far to go from the logits without the
     label to those with it; 1 is the prior itself."""
 
     def __post_init__(self) -> None:
-        check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
+        for key in ("temperature", "guidance_scale"):
+            check(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         check(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "in (0, 1]")
-        scale = self.guidance_scale
-        check(0 <= scale < math.inf, "guidance_scale", scale, "0 or more")
 
     @property
     def guided(self) -> bool:
@@ -52,10 +49,8 @@ class SamplingConfig:
 class Known(NamedTuple):
     """Codes of one level that are given rather than drawn."""
 
-    codes: Tensor
-    """`(B, h, w)` int64."""
-    mask: Tensor
-    """`(B, h, w)` bool: where the codes are given."""
+    codes: Tensor  #: (B, h, w) int64
+    mask: Tensor  #: (B, h, w) bool: where the codes are given
 
     def instead_of(self, drawn: Tensor, position: int) -> Tensor:
         """The codes `(B,)` at a position: the given ones, else those drawn."""
@@ -71,44 +66,35 @@ class Known(NamedTuple):
 
 
 def check_inputs(
-    config: PriorConfig,
-    batch_size: int,
-    condition: Sequence[Tensor],
-    labels: Tensor | None,
-    sampling: SamplingConfig,
+    config: PriorConfig, batch_size: int, condition: Any, labels: Any, sampling: SamplingConfig
 ) -> None:
     """Raise a `UserError` for a condition, labels or guidance that the prior is not made for."""
-    classes = config.num_classes
+    # The shapes of the condition, and the range of the labels.
+    classes, level = config.num_classes, config.level
     expected = [(batch_size, *grid) for grid in config.grids[:-1]]
     shapes = [tuple(codes.shape) for codes in condition]
     if shapes != expected:
-        raise UserError(
-            f"the condition has shapes {shapes}, but level {config.level} expects {expected}."
-        )
+        raise UserError(f"the condition has shapes {shapes}, but level {level} expects {expected}.")
     if (labels is None) != (classes == 0):
-        wanted = "labels" if classes else "no labels"
-        raise UserError(f"the prior has {classes} classes: give {wanted}.")
+        raise UserError(f"the prior has {classes} classes: give {'' if classes else 'no '}labels.")
     if labels is not None:
-        lowest, highest = int(labels.min()), int(labels.max())
-        allowed = classes if config.label_dropout else classes - 1
-        if lowest < 0 or highest > allowed:
-            raise UserError(
-                f"labels range from {lowest} to {highest}, but must be from 0 to {allowed}."
-            )
+        low, high = int(labels.min()), int(labels.max())
+        highest = classes if config.label_dropout else classes - 1
+        if low < 0 or high > highest:
+            raise UserError(f"labels range from {low} to {high}, but must be from 0 to {highest}.")
+
+    # Guidance needs logits without labels.
     if sampling.guided and not (classes and config.label_dropout):
         lacking = "label dropout" if classes else "classes"
         raise UserError(
-            f"guidance_scale is {sampling.guidance_scale}, but the prior of level {config.level} "
+            f"guidance_scale is {sampling.guidance_scale}, but the prior of level {level} "
             f"was trained without {lacking}: leave it at 1, or retrain with --label-dropout 0.1."
         )
 
 
 def guide(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Guided logits `(B, K)`: without label + scale * (with label - without label).
-
-    Args:
-        logits: `(2B, K)`, with labels and then without; unguided ones `(B, K)` stay as they are.
-    """
+    """Guided logits `(B, K)`, without label + scale * (with label - without label), of logits
+    `(2B, K)` with labels and then without; unguided ones `(B, K)` stay as they are."""
     if not sampling.guided:
         return logits
     labelled, unlabelled = logits.chunk(2)
@@ -138,12 +124,8 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
-    """One code per row, `(B,)` int64: the inverse of the cumulative distribution.
-
-    Args:
-        logits: `(B, K)`. If a row holds NaN, its code is K.
-        uniforms: `(B,)` in [0, 1).
-    """
+    """One code per row, `(B,)` int64, by the inverse of the cumulative distribution, of logits
+    `(B, K)` and uniform numbers `(B,)` in [0, 1). The code of a row that holds NaN is K."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     cumulative = probabilities(logits, sampling).cumsum(dim=-1)
@@ -153,11 +135,8 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def uniforms(seeds: Sequence[int], level: int, num_positions: int) -> Tensor:
-    """Uniform numbers in [0, 1), `(B, num_positions)` float64.
-
-    They are a function of (image's seed, level, position) alone: NumPy's counter-based generator
-    Philox gives an image the same numbers in any batch, order or process.
-    """
+    """Uniform numbers in [0, 1), `(B, num_positions)` float64, as a function of (image's seed,
+    level, position) alone: the same, by NumPy's counter-based generator Philox, in any batch."""
     rows = []
     for seed in seeds:
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, level]))
@@ -167,8 +146,5 @@ def uniforms(seeds: Sequence[int], level: int, num_positions: int) -> Tensor:
 
 def image_seeds(seed: int, first: int, number: int) -> list[int]:
     """A seed for each of `number` images from index `first` on: a function of (seed, index)."""
-    seeds = []
-    for index in range(first, first + number):
-        words = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
-        seeds.append(int(words[0]))
-    return seeds
+    sequences = [np.random.SeedSequence([seed, i]) for i in range(first, first + number)]
+    return [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]

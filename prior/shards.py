@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from vqvae2.common.config import check, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import whole_file, write_json
+from vqvae2.common.files import file_hash, whole_file, write_json
 from vqvae2.common.vocabulary import ORIGINAL
 
 ROW_GROUP_CODES = 1 << 24  # codes read at once: a row group of at most 32 MiB of uint16
@@ -32,14 +32,10 @@ REMAKE = "remove it and run vqvae2 extract again"
 class ShardRecord:
     """What the manifest says about a shard."""
 
-    name: str
-    """File name inside the split's folder."""
+    name: str  #: of the file inside the split's folder
     rows: int
-    """Number of rows."""
-    sha256: str
-    """Of the file's bytes: whether it is this file."""
-    content_hash: str
-    """Of the rows in order, however compressed: whether these are the same codes and images."""
+    sha256: str  #: of the file's bytes: whether it is this file
+    content_hash: str  #: of the rows in order, however compressed: whether these are the same rows
 
     def __post_init__(self) -> None:
         is_name = self.name.endswith(".parquet") and not set(self.name) & set("/\\\0")
@@ -84,11 +80,9 @@ def write_shard(
     """Write one Parquet file, whole or not at all; equal rows and pyarrow give equal bytes.
 
     Args:
-        ids: N names of images.
-        codes: `(N, h*w)` integers per level, coarse to fine.
-        codebook_sizes: K of every level.
+        ids: N names of images, and `views` N names of views (all `ORIGINAL` if not given).
+        codes: `(N, h*w)` integers per level, coarse to fine; their K are `codebook_sizes`.
         labels: `(N,)` class labels, if there are classes.
-        views: N names of views; all `ORIGINAL` if not given.
         facts: extra metadata for the file's schema.
         note: a JSON file that receives the record before the shard appears, so that a shard
             without a note was not written by this function.
@@ -126,12 +120,6 @@ def write_shard(
     return record
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def content_hash(tables: Sequence[pa.Table]) -> str:
     """SHA-256 over the rows of these tables, column after column: names, types and values."""
     digest = hashlib.sha256()
@@ -157,16 +145,14 @@ def _flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def check_file(path: Path, record: ShardRecord) -> None:
-    """Raise a `UserError` if a shard is missing or its bytes are not those of its record: to be
-    asked before any of it is parsed."""
+    """Raise a `UserError` if a shard is missing or its bytes are not those of its record; to be
+    called before any of it is parsed."""
     if not path.is_file():
         raise UserError(f"{path} is not there, but is in the manifest: run vqvae2 extract again.")
-    found = file_hash(path)
-    if found != record.sha256:
-        raise UserError(
-            f"{path} was changed: its SHA-256 is {found[:12]}, but the manifest says "
-            f"{record.sha256[:12]}: restore it, or {REMAKE}."
-        )
+    actual = file_hash(path)
+    if actual != record.sha256:
+        seen = f"its SHA-256 is {actual[:12]}, but the manifest says {record.sha256[:12]}"
+        raise UserError(f"{path} was changed: {seen}: restore it, or {REMAKE}.")
 
 
 def row_groups(

@@ -13,15 +13,10 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prior import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
 from prior.audit import stop_if_unsound
 from prior.base import Prior
-from prior.config import (
-    PixelSNAILPriorConfig,
-    PriorConfig,
-    TrainPriorConfig,
-    TransformerPriorConfig,
-)
-from prior.manifest import CodeDataset, Manifest, decode_to_disk, parse_level, read_manifest
+from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.registry import make_prior
 from vqvae2.common.accelerate import make_accelerator
 from vqvae2.common.artifact import load_weights, local_folder
@@ -64,7 +59,6 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
 
     # Open the codes: what is wrong with them leaves no run folder behind.
     train, validation = open_codes(config, manifest, network.level + 1, accelerator)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.write(output_dir)
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
@@ -91,15 +85,15 @@ def open_codes(
 ) -> list[CodeDataset]:
     """The training and the held-out rows; raises as `CodeDataset`."""
     folder = Path(config.codes)
-    cache_dir = Path(config.codes_cache) if config.codes_cache is not None else None
-
+    cache = Path(config.codes_cache) if config.codes_cache is not None else None
+    options: dict[str, Any] = {"num_levels": num_levels, "cache_dir": cache}
+    opened: list[CodeDataset] = []
     # Codes too large for memory are decoded by one process of all that share a disk.
-    for decodes in (accelerator.is_main_process, accelerator.is_local_main_process):
-        for split in SPLITS if decodes else ():
-            decode_to_disk(folder, manifest, split, num_levels, cache_dir)
+    for is_turn in (accelerator.is_main_process, accelerator.is_local_main_process, True):
+        if is_turn and not opened:
+            opened = [CodeDataset(folder, manifest, split, **options) for split in SPLITS]
         accelerator.wait_for_everyone()
-    options: dict[str, Any] = {"num_levels": num_levels, "cache_dir": cache_dir}
-    return [CodeDataset(folder, manifest, split, **options) for split in SPLITS]
+    return opened
 
 
 def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
@@ -145,7 +139,7 @@ def evaluate(
     """Figures on held-out codes, the same for any number of processes (each row is seen once).
 
     `loss` and `nats`: mean negative log-likelihood of a code in nats; `bits_per_code`: in bits;
-    `unigram_bits`: what a code of these rows costs without a model, by its frequency alone;
+    `unigram_bits`: what a code of these rows costs by its frequency alone;
     `code_bits_per_image_value`: this level's bits over all values of the image, a rate of a lossy
     code and not a likelihood of pixels.
     """

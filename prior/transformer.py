@@ -178,9 +178,7 @@ class TransformerPrior(Prior):
                 nn.init.normal_(module.from_heads.weight, std=small)
                 nn.init.normal_(module.down.weight, std=small)
 
-    def forward(
-        self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, codes: Tensor, condition: Any = (), labels: Any = None) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         # Position t reads the code at t - 1.
         flat = rearrange(codes, "b h w -> b (h w)")
@@ -193,9 +191,7 @@ class TransformerPrior(Prior):
                 x = block(x, self.angles)
         return rearrange(self.head(self.norm(x)), "b (h w) k -> b k h w", h=codes.shape[1])
 
-    def background(
-        self, batch_size: int, condition: Sequence[Tensor], labels: Tensor | None
-    ) -> Tensor:
+    def background(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
         """The place, the class and the coarser codes at every position, `(B, T, W)`."""
         where = self.positions().expand(batch_size, -1, -1)
         context = torch.zeros_like(where[:, :1])

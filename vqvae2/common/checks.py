@@ -8,7 +8,7 @@ import torch
 
 
 class Finding(NamedTuple):
-    """What a check found: what was seen and, where the check failed, what to do."""
+    """What a check saw and, where it failed, what to do."""
 
     name: str
     passed: bool
@@ -20,20 +20,18 @@ class Failed(Exception):
 
 
 def check(name: str, advice: str) -> Callable[[Callable[..., str | None]], Callable[..., Any]]:
-    """Make a check of a function that returns what it saw, or None where there is nothing to check,
-    and raises `Failed`: it then returns a `Finding` or None. In `name`, {1} is the second argument.
-    """
+    """Make a check, which returns a `Finding` or None, of a function that returns what it saw or
+    None (nothing to check), or raises `Failed`. In `name`, {1} is the second argument."""
 
     def decorate(function: Callable[..., str | None]) -> Callable[..., Any]:
         @functools.wraps(function)
         @torch.no_grad()
-        def checked(*given: Any) -> Finding | None:
-            full_name = name.format(*given)
+        def checked(*inputs: Any) -> Finding | None:
             try:
-                seen = function(*given)
+                seen = function(*inputs)
             except Failed as failure:
-                return Finding(full_name, False, f"{failure}. {advice}")
-            return None if seen is None else Finding(full_name, True, f"{seen}.")
+                return Finding(name.format(*inputs), False, f"{failure}. {advice}")
+            return None if seen is None else Finding(name.format(*inputs), True, f"{seen}.")
 
         return checked
 
