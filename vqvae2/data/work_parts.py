@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, write_json
-from vqvae2.common.threads import ordered
+from vqvae2.common.loading import ordered
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Choice, no_change
 from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
