@@ -80,10 +80,7 @@ def _change_paths(value: Any, change: Callable[..., str], *place: Path) -> Any:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's command, its whole configuration, and facts that must stay the same (YAML).
-
-    `notes` are written for people: they may differ when the run is continued.
-    """
+    """A run's command, configuration and facts, none of which may change, and notes that may."""
 
     command: str
     config: Any

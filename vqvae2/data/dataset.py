@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.loading import Loader, ShuffledLoader
-from vqvae2.common.loading import ordered
+from vqvae2.common.loading import Loader, ShuffledLoader, ordered
 from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data import splits
 from vqvae2.data.augmentation import Choice, no_change, random_change
