@@ -55,8 +55,8 @@ def make_loss(
             loss, figures = loss + term, figures | adversarial_figures
 
         # How often each code was chosen, to be summed over a window of steps.
-        for number, (level, size) in enumerate(zip(output.levels, codebook_sizes, strict=True)):
-            figures[f"assignments_{number}"] = assignments(level.codes, size)
+        for number, size in enumerate(codebook_sizes):
+            figures[f"assignments_{number}"] = assignments(output.levels[number].codes, size)
         return loss, figures
 
     return loss_fn

@@ -111,19 +111,16 @@ class VGGFeatures(nn.Module):
         self.convolutions = nn.ModuleDict()
         for number in numbers:
             out_channels, in_channels, _, _ = state[f"{number}.weight"].shape
-            layer = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-            self.convolutions[str(number)] = layer
+            self.convolutions[str(number)] = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.convolutions.load_state_dict(dict(state))
         self.ends_stage = [after - number == 3 for number, after in pairwise(numbers)] + [True]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to what comes before each pooling and at the end."""
         stages, features = [], images.contiguous(memory_format=torch.channels_last)
-        for convolution, ends_stage in zip(
-            self.convolutions.values(), self.ends_stage, strict=True
-        ):
+        for convolution, ends in zip(self.convolutions.values(), self.ends_stage, strict=True):
             features = F.relu(convolution(features))
-            if ends_stage:
+            if ends:
                 stages.append(features)
                 features = F.max_pool2d(features, 2) if min(features.shape[2:]) > 1 else features
         return stages

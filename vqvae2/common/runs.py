@@ -102,10 +102,9 @@ class RunRecord:
         changed = [(k, old[k], fact) for k, fact in facts.items() if old.get(k, fact) != fact]
         settings = _change_paths(to_dict(self.config), _resolve, folder)
         for key, before, after in changed + differences(type(self.config), old, settings):
-            problem = (
-                f"{folder} holds a run with {key} = {before!r}, but this command says {after!r}"
-            )
-            raise UserError(f"{problem}: repeat its settings, or choose another --output-dir.")
+            problem = f"holds a run with {key} = {before!r}, but this command says {after!r}"
+            advice = "repeat the run's settings to continue it, or choose another --output-dir"
+            raise UserError(f"{folder} {problem}: {advice}.")
 
         # The same images, by the marks of most: a few may have been repaired meanwhile.
         pairs = list(zip_longest(marks, old_marks)) if marks and old_marks else []
