@@ -42,7 +42,7 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
 class Artifact(ModelHubMixin):
     """A model that saves as a folder, loads back strictly, and can be pushed to the Hub.
 
-    Subclasses are `nn.Module`s whose constructor takes one dataclass, named in `config_class`.
+    Subclasses are `nn.Module`s made from one dataclass, their `config_class`.
     """
 
     config_class: ClassVar[type]
@@ -84,10 +84,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     # The file.
     path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: let the training in this folder write it first.")
     try:
         state = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: let the earlier step write it first.") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}): remake it.") from None
 

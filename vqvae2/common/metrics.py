@@ -149,11 +149,11 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
         draw.text((left + 70 * i, 18), name, fill=colour, font=font)
 
     # The title and the ends of both axes.
-    draw.text((left, 4), title, fill="black", font=font)
-    draw.text((2, top), f"{high:.3g}", fill="black", font=font)
-    draw.text((2, bottom - 12), f"{low:.3g}", fill="black", font=font)
-    draw.text((left, bottom + 4), f"{x_name} {first:.3g}", fill="black", font=font)
-    draw.text((right, bottom + 4), f"{last:.6g}", fill="black", font=font, anchor="ra")
+    draw.text((left, 4), title, "black", font)
+    draw.text((2, top), f"{high:.3g}", "black", font)
+    draw.text((2, bottom - 12), f"{low:.3g}", "black", font)
+    draw.text((left, bottom + 4), f"{x_name} {first:.3g}", "black", font)
+    draw.text((right, bottom + 4), f"{last:.6g}", "black", font, anchor="ra")
     return panel
 
 
