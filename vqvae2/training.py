@@ -198,7 +198,7 @@ def read_training(vqvae: str) -> dict[str, Any]:
 def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
     """Whether a model was trained on the images at `path`, and with which explicit held-out set."""
     data = read_training(vqvae).get("data", {})
-    same = bool(data) and same_place(data["path"], path)
+    same = same_place(data.get("path"), path)
     return same, data.get("validation_path") if same else None
 
 

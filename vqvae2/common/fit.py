@@ -130,8 +130,7 @@ def fit(
                 update_average(averaged, plain, step, config.weight_ema_decay)
             bar.update()
 
-            # What to do after this step. Processes stop at the same one; to agree on it they must
-            # exchange messages.
+            # What to do after this step. Processes agree on stopping, which costs an exchange.
             report = last or step % config.log_every == 0
             validate = evaluate is not None and (last or step % config.validate_every == 0)
             save = last or step % config.checkpoint_every == 0

@@ -142,8 +142,8 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
     # The curves, and their names in the same colours.
     for i, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
         x, y = np.array(points, dtype=float).T
-        across = left + (right - left) * (x - first) / (last - first)
-        down = bottom - (bottom - top) * (y.clip(low, high) - low) / (high - low)
+        across = left + (right - left) * ((x - first) / (last - first))
+        down = bottom - (bottom - top) * ((y.clip(low, high) - low) / (high - low))
         pixels = np.stack([across, down], axis=1).ravel().tolist()  # x, y, x, y, ...
         draw.line(pixels, fill=colour, width=2, joint="curve")
         draw.text((left + 70 * i, 18), name, fill=colour, font=font)
