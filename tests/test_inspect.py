@@ -55,7 +55,7 @@ def test_the_split_finds_a_level_that_carries_nothing(images: ImageDataset) -> N
     with torch.no_grad():
         model.image_decoder[0].weight[:, :8] = 0
         model.image_decoder[0].weight *= 5
-    found = inspect(model, images, torch.device("cpu"), show_progress=False)
+    found = inspect(model, images, torch.device("cpu"))
     split = found.split
     assert split.shuffled[0] == split.neutral[0] == pytest.approx(split.kept, rel=1e-6)
     assert split.shuffled[1] != pytest.approx(split.kept, rel=1e-4)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from pipelines.cli import load_recipe
 from tests.conftest import command, kill_when, write_images
 from tests.test_sources import numbered_tars
 from tests.worker_two_processes import Images, small_model
@@ -34,9 +36,11 @@ def words(flags: tuple[object, ...]) -> list[object]:
     return [word for several in split for word in several]
 
 
-def train_command(photos: Path, output_dir: Path, *flags: object) -> list[object]:
+def train_command(
+    photos: Path, output_dir: Path, *flags: object, recipe: object = "tiny"
+) -> list[object]:
     needed = ("--data.path", photos, "--output-dir", output_dir, "--num-steps", STEPS)
-    return ["train", "--config", "tiny", *needed, *words(flags)]
+    return ["train", "--config", recipe, *needed, *words(flags)]
 
 
 def prior_command(run: Path, output_dir: Path, *flags: object) -> list[object]:
@@ -45,13 +49,13 @@ def prior_command(run: Path, output_dir: Path, *flags: object) -> list[object]:
 
 
 def stream_command(tars: Path, output_dir: Path, *flags: object) -> list[object]:
-    settings = "--data.streaming --data.on-error skip --model.image.validation-fraction 0.2"
+    settings = "--data.streaming --data.on-error skip --image.validation-fraction 0.2"
     return train_command(tars, output_dir, settings, *flags)
 
 
-def train(photos: Path, output_dir: Path, *flags: object) -> Path:
+def train(photos: Path, output_dir: Path, *flags: object, recipe: object = "tiny") -> Path:
     """A run of a few steps, or of as many as the flags say."""
-    command(*train_command(photos, output_dir, *flags))
+    command(*train_command(photos, output_dir, *flags, recipe=recipe))
     return output_dir
 
 
@@ -157,7 +161,7 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(
     before = times(x)
     capsys.readouterr()
     train(photos, x)
-    assert "done already" in capsys.readouterr().out
+    assert f"all {STEPS} steps are done" in capsys.readouterr().out
     assert times(x) == before
 
     train(photos, x, "--num-steps", STEPS + 4)
@@ -198,7 +202,7 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
 def test_compiled_training_is_the_same_training(
     adversary: bool, photos: Path, tmp_path: Path
 ) -> None:
-    options = ["--num-steps 4 --mixed-precision no --model.image.size 16 --log-every 1"]
+    options = ["--num-steps 4 --mixed-precision no --image.size 16 --log-every 1"]
     if adversary:
         options.append("--discriminator.weight 0.8 --discriminator.num-layers 1")
         options.append("--discriminator.start-step 2")
@@ -212,15 +216,25 @@ def test_compiled_training_is_the_same_training(
 
 
 def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) -> None:
-    """No flag is accepted and dropped."""
+    """No flag is accepted and dropped, and no setting of a recipe either."""
     settings = ["--batch-size 8", "--learning-rate 1e-2", "--warmup-steps 5", "--weight-decay 0.5"]
-    settings += ["--adam-betas 0.5 0.5", "--max-grad-norm 0.001", "--seed 1"]
+    settings += ["--max-grad-norm 0.001", "--seed 1"]
     settings += ["--mixed-precision no" if native_bf16() else "--mixed-precision bf16"]
-    settings += ["--reconstruction-loss l1", "--model.quantizer.beta 2"]
+    settings += ["--reconstruction-loss l1"]
     base = trained_weights(train(photos, tmp_path / "base", "--num-steps 8"))
     for setting in settings:
         other = train(photos, tmp_path / setting, "--num-steps 8", setting)
         assert trained_weights(other) != base, setting
+
+    # Settings without a flag.
+    model = load_recipe("tiny")["train"]["model"] | {"quantizer": {"beta": 2}}
+    for name, value in {"adam_betas": [0.5, 0.5], "model": model}.items():
+        sections = load_recipe("tiny")
+        sections["train"][name] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(sections))
+        other = train(photos, tmp_path / name, "--num-steps 8", recipe=path)
+        assert trained_weights(other) != base, name
 
 
 def test_every_setting_of_a_prior_changes_something(run: Path, tmp_path: Path) -> None:
@@ -332,6 +346,6 @@ def test_a_stream_s_broken_images_are_listed_and_counted(
     assert sorted(json.loads(line)["image"] for line in text.splitlines()) == sorted(broken)
     assert "0x" not in text  # an address would list each image again when the run continues
 
-    none_held_out = "--num-steps 12 --model.image.validation-fraction 0"
+    none_held_out = "--num-steps 12 --image.validation-fraction 0"
     command(*stream_command(tars, tmp_path / "y", none_held_out))
     assert "30 images could not be read and were skipped" in "".join(capsys.readouterr())

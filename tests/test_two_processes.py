@@ -48,7 +48,7 @@ def test_the_script_is_the_command(photos: Path, tmp_path: Path) -> None:
     assert len(list(last_checkpoint(two).glob("random_states_*.pkl"))) == 2
     assert_close_figures(one, two, 0.02)
     some = ("--num-images", 3, "--output-dir", tmp_path / "out")
-    command("reconstruct", "--vqvae", two, photos, *some)
+    command("reconstruct", "--vqvae", two, "--data.path", photos, *some)
 
 
 def test_a_prior_on_two_processes(run: Path, tmp_path: Path) -> None:

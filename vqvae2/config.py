@@ -25,8 +25,7 @@ class PreprocessingConfig:
     background: str = "white"
     """Colour behind padding and transparency, a name or #rrggbb (arrays: their lowest value)."""
     validation_fraction: float = 0.05
-    """Share of the images held out, if the data has no held-out set. An image's own name decides,
-    so the split never changes."""
+    """Share of the images held out, chosen by their names, if the data has no held-out set."""
 
     def __post_init__(self) -> None:
         sides = len(self.size) in (1, 2) and min(self.size) > 0
@@ -63,8 +62,7 @@ class QuantizerConfig:
     revival_threshold: float = 0.03
     """Replace a code when its share of the assignments falls below this times 1/K; 0 is off."""
     fsq_levels: tuple[int, ...] = (8, 8, 8)
-    """fsq: values per dimension. Their product is the number of codes, their count the dimension
-    of a code."""
+    """fsq: values per dimension of a code. Their product is the number of codes."""
     search_megabytes: float = recipe_only(64.0)
     """Memory for the distances between features and codes that are compared at once."""
 
@@ -85,9 +83,8 @@ class VQVAE2Config:
     image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     """How files become images."""
     strides: tuple[int, ...] = (2, 4)
-    """Per level, how much coarser its grid is than the next finer one (for the bottom: than the
-    image). Powers of two. One level is a VQ-VAE, two a VQ-VAE-2, three the paper's for 1024
-    pixels."""
+    """Per level, how much coarser its grid is than the next finer one (the bottom's: than the
+    image). Powers of two. Two levels are a VQ-VAE-2, three the paper's for 1024 pixels."""
     codebook_sizes: tuple[int, ...] = (512,)
     """K, the number of codes: one number for all levels, or one per level (not for fsq)."""
     code_dims: tuple[int, ...] = (64,)
@@ -106,10 +103,9 @@ class VQVAE2Config:
 
     def __post_init__(self) -> None:
         # Every level's numbers.
-        check(len(self.strides) >= 1, "strides", self.strides, "one number per level")
-        for stride in self.strides:
-            power = stride >= 2 and stride & (stride - 1) == 0
-            check(power, "strides", self.strides, "powers of two from 2 on")
+        powers = [stride >= 2 and stride & (stride - 1) == 0 for stride in self.strides]
+        fits = bool(powers) and all(powers)
+        check(fits, "strides", self.strides, "powers of two from 2 on, one per level")
         for name, least in (("codebook_sizes", 2), ("code_dims", 1)):
             values = getattr(self, name)
             fits = len(values) in (1, self.num_levels)
@@ -213,8 +209,7 @@ class DataConfig(ImagesConfig):
 class PrepareConfig:
     """Decode and resize images once, into Parquet shards that are read at the speed of memory.
 
-    Use the folder as any other source: vqvae2 train --data.path prepared. For random crops, make
-    the images larger here than in training.
+    Train with --data.path PREPARED. For random crops, make the images larger here than there.
 
     Example: vqvae2 prepare --data.path photos --image.size 128 --output-dir prepared
     """
@@ -242,8 +237,7 @@ class PerceptualConfig:
     weight: float = 0.0
     """Its weight beside the reconstruction loss; 0 is off, 0.1 to 1 usual."""
     weights_file: str | None = may_change(None)
-    """torchvision's VGG weights (.pth or .safetensors). With LPIPS's lin0 to lin4 in the same file
-    the distance is LPIPS."""
+    """torchvision's VGG weights (.pth or .safetensors); LPIPS if its lin0 to lin4 are there too."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "weight")
@@ -260,8 +254,7 @@ class DiscriminatorConfig:
     weight: float = 0.0
     """Weight of fooling it, relative to the reconstruction's pull; 0 is off, 0.8 VQGAN's."""
     start_step: int = 5000
-    """Step from which the autoencoder tries to fool it, a little at first. Let the reconstruction
-    become good before."""
+    """Step from which the autoencoder tries to fool it: when the reconstruction is good already."""
     learning_rate_factor: float = recipe_only(0.2)
     """Its learning rate, as a multiple of the autoencoder's."""
     adam_betas: tuple[float, float] = recipe_only((0.5, 0.9))

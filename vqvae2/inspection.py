@@ -1,111 +1,89 @@
 """What a trained autoencoder has learned: use of its codebooks, each level's share, quality."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.data import ImageDataset, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
 
-@dataclass(frozen=True)
-class InformationSplit:
+class InformationSplit(NamedTuple):
     """Mean squared errors in [-1, 1] with the codes of levels kept or taken away."""
 
-    kept: float
-    """All codes kept: the reconstruction."""
-    shuffled: tuple[float, ...]
-    """Per level: its codes taken from another image."""
-    neutral: tuple[float, ...]
-    """Per level: its codes replaced by the most frequent one of each position."""
-    alone: tuple[float, ...]
-    """Per level: all *other* levels' codes replaced so."""
+    kept: float  # all codes kept: the reconstruction
+    shuffled: tuple[float, ...]  # per level: its codes taken from another image
+    neutral: tuple[float, ...]  # per level: its codes replaced by each position's most frequent one
+    alone: tuple[float, ...]  # per level: all *other* levels' codes replaced so
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """Figures over a whole set of images."""
+class Inspection(NamedTuple):
+    """Figures over a whole set of N images."""
 
-    counts: tuple[Tensor, ...]
-    """How often each code occurs, `(K,)` per level."""
-    codes: tuple[Tensor, ...]
-    """All codes, `(N, h, w)` per level, on the CPU."""
-    neutral_codes: tuple[Tensor, ...]
-    """The most frequent code of each position, `(h, w)` per level."""
+    counts: tuple[Tensor, ...]  # how often each code occurs, (K,) per level
+    codes: tuple[Tensor, ...]  # (N, h, w) per level, on the CPU
+    neutral_codes: tuple[Tensor, ...]  # the most frequent code of each position, (h, w) per level
     split: InformationSplit
-    psnr: float
-    """Mean over the images of 10 log10(4 / MSE), in decibels: [-1, 1] is 2 from end to end."""
-    ssim: float
-    """Mean structural similarity, at most 1."""
+    psnr: float  # mean of 10 log10(4 / MSE), in decibels: [-1, 1] is 2 from end to end
+    ssim: float  # mean structural similarity, at most 1
 
 
 @torch.no_grad()
 def inspect(
-    model: VQVAE2,
-    images: ImageDataset,
-    device: torch.device,
-    *,
-    batch_size: int = 64,
-    show_progress: bool = True,
+    model: VQVAE2, images: ImageDataset, device: torch.device, *, batch_size: int = 64
 ) -> Inspection:
     """Look at a model through a set of images, at least two of them."""
     # Encode all images.
     starts = range(0, len(images), batch_size)
     batches = [range(start, min(start + batch_size, len(images))) for start in starts]
     encoded: list[list[Tensor]] = []
-    for rows in tqdm(batches, desc="encoding", disable=not show_progress, leave=False):
+    for rows in progress_bar(batches, desc="encoding", leave=False):
         levels = model.encode(_load(images, rows, device))
         encoded.append([level.codes.cpu() for level in levels])
     codes = tuple(torch.cat(level) for level in zip(*encoded, strict=True))  # (N, h, w) each
     neutral = tuple(level.mode(dim=0).values for level in codes)
-    counts: list[Tensor] = []
-    for level_codes, size in zip(codes, model.config.codebook_size_per_level, strict=True):
-        counts.append(torch.bincount(level_codes.flatten(), minlength=size))
+    sizes = model.config.codebook_size_per_level
+    pairs = zip(codes, sizes, strict=True)
+    counts = tuple(torch.bincount(level.flatten(), minlength=size) for level, size in pairs)
 
-    # Decode them with some levels' codes taken away, and sum the errors of each such variant.
-    errors: dict[str, float] = {}
-    signal, similarity = 0.0, 0.0
-    for rows in tqdm(batches, desc="decoding", disable=not show_progress, leave=False):
+    # Decode them, also with some levels' codes replaced, and sum what is measured.
+    kept = psnr = similarity = 0.0
+    sums = {kind: [0.0] * len(codes) for kind in ("shuffled", "neutral", "alone")}
+    for rows in progress_bar(batches, desc="decoding", leave=False):
         originals = _load(images, rows, device)
         own = [level[rows.start : rows.stop].to(device) for level in codes]
         strange = [level.roll(-1, dims=0)[rows.start : rows.stop].to(device) for level in codes]
-        for name, variant in _variants(own, strange, neutral).items():
-            decoded = model.decode_codes(variant).clamp(-1, 1)
-            per_image = (decoded - originals).square().mean(dim=(1, 2, 3))
-            errors[name] = errors.get(name, 0.0) + per_image.sum().item()
-            if name == "kept":
-                signal += (10 * torch.log10(4 / per_image.clamp(min=1e-12))).sum().item()
-                similarity += ssim(decoded, originals).sum().item()
+        decoded, errors = _decode(model, own, originals)
+        kept += errors.sum().item()
+        psnr += (10 * torch.log10(4 / errors.clamp(min=1e-12))).sum().item()
+        similarity += ssim(decoded, originals).sum().item()
+        for level in range(len(codes)):
+            others = [*range(level), *range(level + 1, len(codes))]
+            shuffled = replace_levels(own, strange, [level])
+            without = replace_levels(own, neutral, [level])
+            alone = replace_levels(own, neutral, others)
+            for totals, variant in zip(sums.values(), (shuffled, without, alone), strict=True):
+                totals[level] += _decode(model, variant, originals)[1].sum().item()
 
     # Means over the images.
-    means = {name: total / len(images) for name, total in errors.items()}
-    kinds: list[tuple[float, ...]] = []
-    for kind in ("shuffled", "neutral", "alone"):
-        kinds.append(tuple(means[f"{kind}_{level}"] for level in range(len(codes))))
-    split, number = InformationSplit(means["kept"], *kinds), len(images)
-    return Inspection(tuple(counts), codes, neutral, split, signal / number, similarity / number)
+    number = len(images)
+    kinds = [tuple(total / number for total in totals) for totals in sums.values()]
+    split = InformationSplit(kept / number, *kinds)
+    return Inspection(counts, codes, neutral, split, psnr / number, similarity / number)
 
 
-def _variants(
-    own: Sequence[Tensor], strange: Sequence[Tensor], neutral: Sequence[Tensor]
-) -> dict[str, list[Tensor]]:
-    """Every way of replacing levels' codes `(B, h, w)` by a stranger's or by neutral ones."""
-    variants = {"kept": list(own)}
-    for level in range(len(own)):
-        others = [*range(level), *range(level + 1, len(own))]
-        variants[f"shuffled_{level}"] = replace_levels(own, strange, [level])
-        variants[f"neutral_{level}"] = replace_levels(own, neutral, [level])
-        variants[f"alone_{level}"] = replace_levels(own, neutral, others)
-    return variants
+def _decode(model: VQVAE2, codes: Sequence[Tensor], originals: Tensor) -> tuple[Tensor, Tensor]:
+    """Images from codes, and their mean squared errors `(B,)`."""
+    decoded = model.decode_codes(codes).clamp(-1, 1)
+    return decoded, (decoded - originals).square().mean(dim=(1, 2, 3))
 
 
 def replace_levels(
@@ -129,9 +107,9 @@ def decode_level(
     others = [other for other in range(len(codes)) if other != level]
     embeddings: list[Tensor] = []
     for number, level_codes in enumerate(replace_levels(codes, neutral, others)):
-        found = cast(Quantizer, model.quantizers[number]).lookup(level_codes)
-        left_out = model.config.level_dropout and number > level
-        embeddings.append(torch.zeros_like(found) if left_out else found)
+        looked_up = cast(Quantizer, model.quantizers[number]).lookup(level_codes)
+        left_out = model.config.level_dropout > 0 and number > level
+        embeddings.append(torch.zeros_like(looked_up) if left_out else looked_up)
     return model.decode(embeddings)
 
 
@@ -179,10 +157,8 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def code_patches(images: ImageDataset, codes: Tensor, code: int, *, number: int) -> Tensor:
-    """What a code stands for, `(n, C, 2s, 2s)` for stride s: cells with half a cell around them.
-
-    One cell of each of the first images that have the code, so that the patches differ.
-    """
+    """What a code stands for, `(n, C, 2s, 2s)` for stride s: a cell, and half a cell around it, of
+    each of the first `number` images that have the code."""
     patches: list[Tensor] = []
     for image in (codes == code).flatten(1).any(dim=1).nonzero()[:number, 0].tolist():
         row, column = (codes[image] == code).nonzero()[0].tolist()

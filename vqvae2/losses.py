@@ -22,18 +22,17 @@ RAMP = 500  # training batches over which the discriminator's weight rises from 
 def make_loss(
     kind: Literal["mse", "l1"],
     codebook_sizes: Sequence[int],
-    *,
     perceptual: Perceptual | None = None,
     perceptual_weight: float = 1.0,
+    *,
     adversarial: AdversarialTerm | None = None,
 ) -> LossFunction:
     """The loss function of stage 1, for `fit` (van den Oord et al. 2017, equation 3).
 
-        L = ||x - decode(e)||^2 + sum over levels of beta ||z - sg(e)||^2
-            [+ ||sg(z) - e||^2 where the codebook learns by gradient]
-            [+ perceptual_weight * perceptual(decode(e), x)] [+ the terms of a discriminator]
-
-    With an adversarial term the model must be an `AdversarialPair`.
+    L = ||x - decode(e)||^2 + sum over levels of beta ||z - sg(e)||^2
+        [+ ||sg(z) - e||^2 where the codebook learns by gradient]
+        [+ perceptual_weight * perceptual(decode(e), x)]
+        [+ the terms of a discriminator; the model is then an `AdversarialPair`]
     """
     distance = {"mse": F.mse_loss, "l1": F.l1_loss}[kind]
 
@@ -56,8 +55,8 @@ def make_loss(
             loss, figures = loss + term, figures | adversarial_figures
 
         # How often each code was chosen, to be summed over a window of steps.
-        for number, (level, size) in enumerate(zip(output.levels, codebook_sizes, strict=True)):
-            figures[f"assignments_{number}"] = assignments(level.codes, size)
+        for number, size in enumerate(codebook_sizes):
+            figures[f"assignments_{number}"] = assignments(output.levels[number].codes, size)
         return loss, figures
 
     return loss_fn
@@ -69,9 +68,9 @@ def make_adversarial_term(
     """What a discriminator D adds: weight * lambda * -D(decode(e)) + the hinge loss of D.
 
     See Esser et al. 2021, equations 5 to 7; `AdversarialPair` keeps the two gradients apart.
-    lambda follows from the gradients at `last_layer`, the weight that writes the image. The first
+    lambda follows from the gradients at `last_layer`. D learns from the first batch on. The first
     term counts from training batch `start` on and rises over `RAMP` batches: a sudden new pull
-    makes Adam leap and the codebooks collapse. D itself learns from the first batch on.
+    makes Adam leap and the codebooks collapse.
     """
 
     def term(output: AdversarialOutput, fidelity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,15 +85,12 @@ def make_adversarial_term(
 
 
 def adaptive_weight(fidelity: Tensor, generator: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Lambda: how much stronger fidelity pulls than the discriminator does, at most 10^4.
-
-    Gradients are averaged over all processes, as one would find them for the joint batch.
-    """
+    """Lambda: how much stronger fidelity pulls than the discriminator does, at most 10^4."""
     losses = (fidelity, generator)
     gradients = [torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in losses]
-    mean = sum_over_processes(torch.stack(gradients)) / world_size()
-    wanted, offered = mean.flatten(start_dim=1).norm(dim=1)
-    return (wanted / (offered + 1e-4)).clamp(max=1e4)
+    mean = sum_over_processes(torch.stack(gradients)) / world_size()  # those of the joint batch
+    ours, theirs = mean.flatten(start_dim=1).norm(dim=1)
+    return (ours / (theirs + 1e-4)).clamp(max=1e4)
 
 
 def assignments(codes: Tensor, codebook_size: int) -> Tensor:

@@ -1,7 +1,4 @@
-"""How different two images look to a network that was trained on photographs.
-
-The network is a VGG from a local file, with LPIPS's learned weights if the file holds them.
-"""
+"""How different two images look to a VGG from a local file, with LPIPS's weights if it has them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,17 +19,23 @@ URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def load_perceptual(config: PerceptualConfig) -> nn.Module:
-    """The distance that the configuration names, frozen.
-
-    It takes reconstructions and images `(B, C, H, W)` in [-1, 1] to their mean distance `()`.
+    """The `FeatureDistance` that the configuration names, frozen.
 
     Raises:
         UserError: no weights file, or one that does not hold the weights of a VGG.
     """
+    # Read the file.
     if config.weights_file is None:
         raise UserError(f"perceptual.weights_file is not set: download {URL} and give its path.")
     path = Path(config.weights_file).expanduser()
-    state = _read_weights(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: correct perceptual.weights_file.")
+    try:
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise many kinds
+        kind = type(error).__name__
+        raise UserError(f"{path} cannot be read as weights ({kind}): give {URL}.") from None
 
     # Torchvision's names: features.0.weight, ...; LPIPS's: lin0.model.1.weight, ...
     convolutions: dict[str, Tensor] = {}
@@ -50,18 +53,6 @@ def load_perceptual(config: PerceptualConfig) -> nn.Module:
     return FeatureDistance(network, layer_weights).requires_grad_(False).eval()
 
 
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: correct perceptual.weights_file.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise many kinds
-        kind = type(error).__name__
-        raise UserError(f"{path} cannot be read as weights ({kind}): give {URL}.") from None
-
-
 def as_rgb(images: Tensor) -> Tensor:
     """Three channels of `(B, C, H, W)`: grey (or grey + alpha) three times, else the first 3."""
     return images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] < 3 else images[:, :3]
@@ -70,12 +61,10 @@ def as_rgb(images: Tensor) -> Tensor:
 class FeatureDistance(nn.Module):
     """The squared difference of feature vectors of length 1, summed over the layers.
 
-    That is LPIPS (Zhang et al. 2018, equation 1) with `layer_weights`.
-
     Args:
         network: RGB images, normalized for ImageNet, to feature maps `(B, channels, h, w)`.
-        layer_weights: how much each channel of each layer counts `(channels,)`, as LPIPS learned
-            it from people's judgement; none of them where every channel counts 1.
+        layer_weights: how much each channel of each layer counts `(channels,)` in LPIPS (Zhang et
+            al. 2018, equation 1); without them every channel counts 1.
     """
 
     mean: Tensor
@@ -90,13 +79,12 @@ class FeatureDistance(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` twice to `()`; the gradient reaches the reconstruction alone."""
+        """Images `(B, C, H, W)` in [-1, 1] to their mean distance `()`; no gradient to `images`."""
         with torch.no_grad():
-            wanted = self._features(images)
+            others = self._features(images)
         distance = reconstruction.new_zeros(())
-        found = self._features(reconstruction)
-        for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
-            squares = (one - other).square()
+        for number, one in enumerate(self._features(reconstruction)):
+            squares = (one - others[number]).square()
             if self.num_weights:
                 squares = squares * getattr(self, f"layer_weights_{number}")
             distance = distance + reduce(squares, "b c h w -> b h w", "sum").mean()
@@ -110,12 +98,9 @@ class FeatureDistance(nn.Module):
 class VGGFeatures(nn.Module):
     """The convolutions of a VGG (Simonyan and Zisserman 2015), sized as their weights are.
 
-    Args:
-        state: `N.weight` and `N.bias` in torchvision's numbering: a ReLU follows each convolution,
-            and a pooling where there is a gap of one more.
-
-    Raises:
-        KeyError, ValueError, RuntimeError: these are not the weights of a VGG.
+    `state` has `N.weight` and `N.bias` in torchvision's numbering: a ReLU follows each convolution,
+    and a pooling where there is a gap of one more. Raises KeyError, ValueError or RuntimeError if
+    these are not the weights of a VGG.
     """
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
@@ -126,19 +111,16 @@ class VGGFeatures(nn.Module):
         self.convolutions = nn.ModuleDict()
         for number in numbers:
             out_channels, in_channels, _, _ = state[f"{number}.weight"].shape
-            layer = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-            self.convolutions[str(number)] = layer
+            self.convolutions[str(number)] = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.convolutions.load_state_dict(dict(state))
         self.ends_stage = [after - number == 3 for number, after in pairwise(numbers)] + [True]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to what comes before each pooling and at the end."""
-        stages = []
-        features = images.contiguous(memory_format=torch.channels_last)
-        layers = zip(self.convolutions.values(), self.ends_stage, strict=True)
-        for convolution, ends_stage in layers:
+        stages, features = [], images.contiguous(memory_format=torch.channels_last)
+        for convolution, ends in zip(self.convolutions.values(), self.ends_stage, strict=True):
             features = F.relu(convolution(features))
-            if ends_stage:
+            if ends:
                 stages.append(features)
                 features = F.max_pool2d(features, 2) if min(features.shape[2:]) > 1 else features
         return stages

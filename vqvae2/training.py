@@ -20,6 +20,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
 from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.skipped import list_skipped, report_skipped
+from vqvae2.common.vocabulary import TRAINING_RECORD
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import ImageDataset, PythonImages, open_training_images, to_images
 from vqvae2.discriminator import AdversarialPair
@@ -28,7 +29,6 @@ from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
 
-RECORD_NAME = "train_config.yaml"
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +45,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     # The folder: new, or that of the same run.
     output_dir = Path(config.output_dir)
     accelerator = make_accelerator(config, output_dir)
-    record = RunRecord("train", config, RECORD_NAME)
+    record = RunRecord("train", config, TRAINING_RECORD)
     record.check(output_dir)
     if is_finished(output_dir, config):
         logger.info("%s: all %d steps are done.", output_dir, config.num_steps)
@@ -58,8 +58,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     model = VQVAE2(config.model)
     if config.init_from is not None:
         load_weights(model, local_folder(config.init_from))
-    perceptual = None
-    if config.perceptual.weight:
+    perceptual, perceptual_weight = None, config.perceptual.weight
+    if perceptual_weight:
         perceptual = load_perceptual(config.perceptual).to(accelerator.device)
 
     # The images, and a record of what this run is made of.
@@ -67,10 +67,11 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if source.is_dir() and output_dir.resolve().is_relative_to(source.resolve()):
         problem = f"{output_dir} lies in {config.data.path}"
         raise UserError(f"{problem}: its own pictures would become data; choose another folder.")
+    num_parts = config.gradient_accumulation_steps
     data = open_training_images(
         config.data,
         config.model.image,
-        config.batch_size // config.gradient_accumulation_steps,
+        config.batch_size // num_parts,
         images=images,
         on_skipped=partial(_list_skipped, output_dir, accelerator.process_index),
         show_progress=accelerator.is_main_process,
@@ -84,9 +85,9 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if accelerator.is_main_process:
         record.write(output_dir)
         list_skipped(output_dir, [(error.name, error.reason) for error in data.skipped])
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
-    logger.info("%s; %s; %s", data.summary, size, place)
+    logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
     # saved, and the last one is kept: the one with the lowest error does not fool anybody.
@@ -95,7 +96,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if config.discriminator.weight:
         trained = AdversarialPair(model, config.discriminator)
         parameter_groups = trained.parameter_groups(config.discriminator)
-        start = (config.discriminator.start_step - 1) * config.gradient_accumulation_steps
+        start = (config.discriminator.start_step - 1) * num_parts
         adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
 
     def autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
@@ -104,21 +105,16 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     def validate(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
         figures = evaluate(autoencoder(net), data.validation, accelerator, config, perceptual)
         if adversarial is None:  # then the weights with the lowest "loss" are kept
-            seen = config.perceptual.weight * figures.get("perceptual", 0.0)
-            figures["loss"] = figures["reconstruction"] + seen
+            weighted = perceptual_weight * figures.get("perceptual", 0.0)
+            figures["loss"] = figures["reconstruction"] + weighted
         return figures
 
     def draw(net: VQVAE2 | AdversarialPair) -> Image.Image:
         return reconstruction_sheet(autoencoder(net), data.shown, accelerator.device, num_images=16)
 
     # The training itself. A stream may hold out nothing: then nothing is validated or drawn.
-    loss_fn = make_loss(
-        config.reconstruction_loss,
-        config.model.codebook_size_per_level,
-        perceptual=perceptual,
-        perceptual_weight=config.perceptual.weight,
-        adversarial=adversarial,
-    )
+    kind, sizes = config.reconstruction_loss, config.model.codebook_size_per_level
+    loss_fn = make_loss(kind, sizes, perceptual, perceptual_weight, adversarial=adversarial)
     fit(
         accelerator,
         trained,
@@ -137,7 +133,6 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
 
 
 def _list_skipped(output_dir: Path, process_index: int, name: str, reason: str) -> None:
-    """List an image that a stream could not read."""
     logger.info("skipped %s: %s", name, reason)
     list_skipped(output_dir, [(name, reason)], process_index)
 
@@ -151,10 +146,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Figures over a set of images, the same for any number of processes, which share the set.
 
-    Returns:
-        `mse` in [-1, 1] over all values; `reconstruction`, the same or the mean absolute error, as
-        the training minimises it; `perceptual` where there is such a loss; and for each level l
-        `perplexity_l` and `usage_l` over the whole set (see `vqvae2.codebook_stats`).
+    `mse` in [-1, 1] over all values; `reconstruction`, as the training minimises it (MSE or mean
+    absolute error); `perceptual` where there is such a loss; and for each level l `perplexity_l`
+    and `usage_l` over the whole set (see `vqvae2.codebook_stats`).
     """
     # Sums over this process's share: squared, absolute and perceptual errors, and code counts.
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
@@ -177,12 +171,12 @@ def evaluate(
 
     # Means over all processes.
     errors, *counts = cast(list[Tensor], accelerator.reduce(sums, reduction="sum"))
-    squared, absolute, seen = errors.tolist()
+    squared, absolute, perceived = errors.tolist()
     number = len(images) * model.config.image.channels * math.prod(model.config.image.height_width)
     minimised = squared if config.reconstruction_loss == "mse" else absolute
     figures = {"mse": squared / number, "reconstruction": minimised / number}
     if perceptual is not None:
-        figures["perceptual"] = seen / len(images)
+        figures["perceptual"] = perceived / len(images)
     for level, count in enumerate(counts):
         figures |= {f"perplexity_{level}": perplexity(count), f"usage_{level}": usage(count)}
     return figures
@@ -190,7 +184,7 @@ def evaluate(
 
 def read_training(vqvae: str) -> dict[str, Any]:
     """The record of a model folder's training; empty without one (from the Hub, or imported)."""
-    path = Path(vqvae).expanduser() / RECORD_NAME
+    path = Path(vqvae).expanduser() / TRAINING_RECORD
     if not path.exists():
         return {}
     record = read_record(path)
@@ -204,12 +198,12 @@ def read_training(vqvae: str) -> dict[str, Any]:
 def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
     """Whether a model was trained on the images at `path`, and with which explicit held-out set."""
     data = read_training(vqvae).get("data", {})
-    same = bool(data) and same_place(data["path"], path)
+    same = same_place(data.get("path"), path)
     return same, data.get("validation_path") if same else None
 
 
 def same_place(one: str | None, other: str | None) -> bool:
     """Whether two paths (or URLs, or ids) name the same."""
-    if one is None or other is None or "://" in one + other:
+    if one == other or one is None or other is None or "://" in one + other:
         return one == other
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()

@@ -1,20 +1,14 @@
 """What this machine can do, and the Accelerate object that a training runs on."""
 
 import ctypes
-import logging
 import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    parse_flag_from_env,
-)
 
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
@@ -51,25 +45,21 @@ def processes() -> PartialState:
     return PartialState(cpu=use_cpu(), timeout=PATIENCE)
 
 
-def say(sentence: str) -> None:  # to be removed: log instead
-    logging.getLogger(__name__).info(sentence)
-
-
 def use_cpu() -> bool:
     """Whether to compute on the CPU: by ACCELERATE_USE_CPU, or because there is no CUDA.
 
     Other accelerators are not used: some lack float64, in which figures are summed and codes
     sampled. Accelerate must know, or it starts no process group.
     """
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
 def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
-    """The Accelerate object for one training, in the precision that the configuration asks for.
+    """The Accelerate object for one training, in the configuration's precision.
 
     Raises:
-        UserError: fp16 without CUDA, a tracker that is not installed, or a batch that is no
-            multiple of the number of processes and accumulation steps.
+        UserError: fp16 without CUDA, a tracker that is not installed, or a batch size that the
+            processes and accumulation steps do not divide.
     """
     keep_freed_memory()
 
@@ -83,29 +73,25 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         AcceleratorState._reset_state()
 
     # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide
-    # it if they were not, and make a forward on one rank alone wait forever. (Its option is
-    # deprecated, but its successor is not in all versions of torch that we run on.)
+    # it if they were not, and make a forward on one rank alone wait forever. (Torch deprecates the
+    # option, but its successor is missing from older versions.)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
+    ddp = utils.DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision=precision,
         log_with=config.tracker,
         project_dir=str(output_dir),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
+        kwargs_handlers=[ddp, utils.InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
-    # Accelerate ignores a tracker that is not installed.
+    # Accelerate ignores a tracker that is not installed, and leaves the batches to us.
     tracker = config.tracker
     if tracker and not accelerator.log_with:
         raise UserError(f"tracker {tracker!r} is not installed: pip install it, or omit --tracker.")
-    pieces = accelerator.num_processes * config.gradient_accumulation_steps
-    if config.batch_size % pieces:
-        raise UserError(
-            f"batch_size is {config.batch_size}, but must be divisible by {pieces} "
-            f"({accelerator.num_processes} processes x {config.gradient_accumulation_steps} "
-            f"accumulation steps)."
-        )
+    processes, steps = accelerator.num_processes, config.gradient_accumulation_steps
+    if config.batch_size % (processes * steps):
+        factors = f"{processes} processes x {steps} accumulation steps"
+        allowed = f"divisible by {processes * steps} ({factors})"
+        raise UserError(f"batch_size is {config.batch_size}, but must be {allowed}.")
     return accelerator

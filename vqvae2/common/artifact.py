@@ -21,9 +21,10 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a local path, or of a Hub id once downloaded, or a `UserError`.
+    """The folder of a local path, or of a downloaded Hub id (never of what looks like a path).
 
-    What looks like a path never goes to the network.
+    Raises:
+        UserError: there is none.
     """
     path, wanted = Path(name).expanduser(), ["*.json", "*.safetensors"]
     if path.is_dir():
@@ -34,26 +35,21 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds; the user needs one sentence
         first_line = (str(error) or "no message").splitlines()[0]
-        raise UserError(
-            f"{name} is neither a local folder nor a repository that the Hub delivers "
-            f"({type(error).__name__}: {first_line})."
-        ) from None
+        problem = f"{name} is neither a local folder nor a repository that the Hub delivers"
+        raise UserError(f"{problem} ({type(error).__name__}: {first_line}).") from None
 
 
 class Artifact(ModelHubMixin):
     """A model that saves as a folder, loads back strictly, and can be pushed to the Hub.
 
-    Subclasses are `nn.Module`s whose constructor takes one dataclass, named in `config_class`.
+    Subclasses are `nn.Module`s made from one dataclass, their `config_class`.
     """
 
     config_class: ClassVar[type]
     config: Any
 
     def save_pretrained(self, save_directory: str | Path, **for_the_mixin: Any) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, each whole or not at all.
-
-        `push_to_hub(repo_id)` calls this, with arguments that change nothing here, and uploads.
-        """
+        """Write `config.json` and `model.safetensors`; `push_to_hub(repo_id)` does, and uploads."""
         folder = Path(save_directory)
         state: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         state = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -67,17 +63,14 @@ class Artifact(ModelHubMixin):
         """Load a local folder, or a Hub repository (`namespace/name`), for evaluation on the CPU.
 
         Raises:
-            UserError: the configuration is missing or broken, has a wrong key, or is of another
-                kind of model; or see `load_weights`.
+            UserError: a missing, broken or wrong configuration; or see `load_weights`.
         """
         folder = local_folder(name, revision=revision)
         data = read_json(folder / CONFIG_NAME)
         kind = data.pop("architecture", None)
         if kind != cls.__name__:
-            raise UserError(
-                f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected: "
-                f"check which folder goes where."
-            )
+            problem = f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected"
+            raise UserError(f"{problem}: check which folder goes where.")
         model = cls(from_dict(cls.config_class, data, str(folder / CONFIG_NAME)))
         load_weights(model, folder)  # type: ignore[arg-type]
         return model.eval()  # type: ignore[attr-defined]
@@ -89,35 +82,32 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: the file is missing or broken, or does not hold exactly the model's weights.
     """
-    # Read the file.
+    # The file.
     path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: let the training in this folder write it first.")
     try:
         state = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: let the earlier step write it first.") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}): remake it.") from None
 
     # Refuse the first weight that does not fit.
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
+        problem = None
         if name not in state:
             problem = f"{path} lacks the weight {name!r}"
         elif name not in expected:
             problem = f"{path} holds the unknown weight {name!r}"
         elif (shape := tuple(state[name].shape)) != (right := tuple(expected[name].shape)):
             problem = f"{path}: {name!r} has shape {shape} instead of {right}"
-        else:
-            continue
-        raise UserError(f"{problem}: the weights belong to another configuration.")
+        if problem:
+            raise UserError(f"{problem}: the weights belong to another configuration.")
     model.load_state_dict(state)
 
 
 def content_hash(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of a configuration and named tensors: equal exactly when the content is.
-
-    Names, types, shapes and bytes of the tensors count; their order does not.
-    """
+    """SHA-256 of a configuration and of tensors' names, types, shapes and bytes, in any order."""
     digest = hashlib.sha256()
     plain = to_dict(config) if dataclasses.is_dataclass(config) else config
     digest.update(json.dumps(plain, sort_keys=True).encode())

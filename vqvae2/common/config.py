@@ -5,13 +5,12 @@
 """
 
 import contextlib
-import dataclasses
 import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -55,16 +54,13 @@ class TrainingConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
     compile: bool = may_change(False)
-    """Compile the model (torch.compile). Worth it on a GPU; slow to start and little faster on a
-    CPU."""
+    """Compile the model (torch.compile): slow to start, and worth it on a GPU alone."""
     weight_ema_decay: float = 0.999
-    """Decay of the weights' running average, which is what is validated and saved; 0 turns it off.
-    It warms up with the steps."""
+    """Decay of the weights' running average, which is what is validated and saved; 0 for none."""
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     init_from: str | None = None
-    """Fine-tune: start from the weights of this model folder. (To continue a run, repeat its
-    command instead.)"""
+    """Fine-tune: start from the weights of this model folder. (A run continues by itself.)"""
     validate_every: int = 500
     """Steps between validations on held-out data. The output folder holds the best weights."""
     checkpoint_every: int = 500
@@ -103,36 +99,32 @@ def check_at_least(config: Any, least: float, *keys: str) -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain dictionaries, lists and scalars, ready for JSON or YAML."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(asdict(config)))
 
 
 def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) -> T:
     """Build the dataclass `cls` from plain data; `where` (a file or a key) begins error messages.
 
-    Args:
-        missing: what stands in for an absent required value; without it that is an error.
+    `missing` stands in for absent required values; without it they are an error.
 
     Raises:
         UserError: unknown key, wrong type, missing or impossible value.
     """
     # Every key must be a field.
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} is {data!r}, but must be a mapping of keys to values.")
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    check(isinstance(data, Mapping), where, data, "a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
-        if key not in names:
-            raise UserError(f"{where}: unknown key {key!r}; {suggest(str(key), names)}.")
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; {suggest(str(key), known)}.")
 
     # Every field takes its value from the data, from its default, or from `missing`.
-    hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for f in fields(cls):  # type: ignore[arg-type]
-        name, hint = f.name, hints[f.name]
+    for name, f in known.items():
         required = f.default is MISSING and f.default_factory is MISSING
-        if name in data:
-            values[name] = _convert(hint, data[name], f"{where}: {name}", missing)
-        elif is_dataclass(hint) and missing is not MISSING:
-            values[name] = _convert(hint, {}, f"{where}: {name}", missing)
+        if name in data or (is_dataclass(hints[name]) and missing is not MISSING):
+            given = data.get(name, {})
+            values[name] = _convert(hints[name], given, f"{where}: {name}", missing)
         elif required and missing is MISSING:
             raise UserError(f"{where}: the key {name!r} is missing; add it.")
         elif required:
@@ -145,45 +137,41 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
         raise UserError(f"{where}: {error}") from None
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Collection[str]) -> str:
     """'did you mean ...' for a near miss of a known word, else the list of known words."""
-    known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
     """A plain value as the hint says: a dataclass, X | None, Literal, tuple, or scalar."""
+    # Types made of others.
     if is_dataclass(hint):
         return from_dict(hint, value, where, missing=missing)  # type: ignore[arg-type]
     origin, arguments = get_origin(hint), get_args(hint)
-
-    # Generic types.
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         (hint,) = (a for a in arguments if a is not type(None))
         return _convert(hint, value, where, missing)
     if origin is Literal:
-        if value not in arguments:
-            allowed = ", ".join(map(repr, arguments))
-            raise UserError(f"{where} is {value!r}, but must be one of {allowed}.")
+        check(value in arguments, where, value, f"one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where} is {value!r}, but must be a list.")
+        check(isinstance(value, list | tuple), where, value, "a list")
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise UserError(f"{where} has {len(value)} values, but must have {len(arguments)}.")
         item = arguments[0]
         return tuple(_convert(item, v, f"{where}[{i}]", missing) for i, v in enumerate(value))
 
     # Scalars. YAML reads 1e-4 as text; a bool is no number, though Python counts it as an int.
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int | str) and not is_bool:
         with contextlib.suppress(ValueError):
             return float(value)
-    is_bool_for_int = hint is int and isinstance(value, bool)
-    if hint is not Any and (not isinstance(value, hint) or is_bool_for_int):
-        raise UserError(f"{where} is {value!r}, but must be of type {hint.__name__}.")
+    if hint is not Any:
+        fits = isinstance(value, hint) and not (hint is int and is_bool)
+        check(fits, where, value, f"of type {hint.__name__}")
     return value
 
 
@@ -207,10 +195,8 @@ def differences(
     changed: list[tuple[str, Any, Any]] = []
     for f in fields(cls):
         before, after = old.get(f.name), new.get(f.name)
-        if f.metadata.get("may_change") or before == after:
-            continue
         if is_dataclass(hints[f.name]) and isinstance(before, dict) and isinstance(after, dict):
             changed += differences(hints[f.name], before, after, f"{prefix}{f.name}.")
-        else:
+        elif before != after and not f.metadata.get("may_change"):
             changed.append((prefix + f.name, before, after))
     return changed

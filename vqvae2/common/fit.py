@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from vqvae2.common.errors import Stopped
 from vqvae2.common.files import remove_folder
 from vqvae2.common.loading import Loader
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.metrics import Describe, Metrics, save_curves
+from vqvae2.common.metrics import Describe, Metrics, save_curves, scalar_means
 from vqvae2.common.pictures import save_picture
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def fit(
     *,
     evaluate: Evaluate | None = None,
     draw: Draw | None = None,
-    describe: Describe | None = None,
+    describe: Describe = scalar_means,
     shown: Sequence[str] = (),
     parameter_groups: ParameterGroups | None = None,
 ) -> None:
@@ -65,12 +65,11 @@ def fit(
         loader: batches of `batch_size / gradient_accumulation_steps` rows over all processes.
         evaluate: figures on held-out data, the same on every process. The weights with the lowest
             "loss" among them are kept; without it, or without a "loss", the last weights.
-        draw: a picture of what the model does now, for images/; called on the main process alone.
-        describe: turns the step, the sums of the figures since the last report, and their number
-            into numbers; without it, the means of the scalars.
-        shown: which of these numbers stand on the progress bar, besides the loss.
+        draw: a picture of what the model does now; called on the main process alone.
+        describe: see `Metrics`; by default the means of the scalars.
+        shown: which of its figures stand on the progress bar, besides the loss.
         parameter_groups: groups of the optimizer, each with its "params" and its own settings
-            ("betas", ...); "rate" multiplies the learning rate. Without it there is one.
+            ("betas", ...); "rate" multiplies the learning rate. One by default.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
@@ -81,33 +80,31 @@ def fit(
     set_seed(int(seed.generate_state(1)[0]))
 
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
-    averaged = None
-    if config.weight_ema_decay:
-        averaged = copy.deepcopy(model).to(accelerator.device).eval()
+    averages = config.weight_ema_decay > 0
+    averaged = copy.deepcopy(model).to(accelerator.device).eval() if averages else None
     if config.compile:
         model.compile()  # in place: names of weights stay as they are
     groups = parameter_groups or [{"params": list(model.parameters())}]
-    net, optimizer = accelerator.prepare(model, _make_optimizer(groups, accelerator.device, config))
+    net, optimizer = accelerator.prepare(model, _make_optimizer(groups, config))
     plain = accelerator.unwrap_model(net)
     result: Any = plain if averaged is None else averaged  # what is validated, drawn, saved
 
     # Everything that must survive: Accelerate's own (weights, optimizer, random numbers), and this.
-    metrics = Metrics(output_dir, accelerator, config, describe or _scalars)
+    metrics = Metrics(output_dir, accelerator, config, describe)
     state = _TrainingState(output_dir / "checkpoints", accelerator, averaged, metrics)
     state.load_latest()
     if state.step >= config.num_steps:
         return
     metrics.begin(state.step)
-    weights = output_dir / WEIGHTS_NAME
-    num_parts = config.gradient_accumulation_steps
+    num_steps, num_parts = config.num_steps, config.gradient_accumulation_steps
     batches = loader.start_at(state.step * num_parts)
-    progress = {"total": config.num_steps, "initial": state.step, "unit": "step"}
-    bar = progress_bar(desc=output_dir.name, **progress)
+    bar = progress_bar(desc=output_dir.name, total=num_steps, initial=state.step, unit="step")
+    is_main = accelerator.is_main_process
 
     with _signals() as received, bar:
-        while state.step < config.num_steps:
+        while state.step < num_steps:
             state.step += 1
-            step, last = state.step, state.step == config.num_steps
+            step, last = state.step, state.step == num_steps
 
             # One update, from the gradients of all parts of a batch.
             net.train()
@@ -133,11 +130,16 @@ def fit(
                 update_average(averaged, plain, step, config.weight_ema_decay)
             bar.update()
 
-            # Report. Only here does the host wait for the device.
+            # What to do after this step. Processes agree on stopping, which costs an exchange.
             report = last or step % config.log_every == 0
             validate = evaluate is not None and (last or step % config.validate_every == 0)
             save = last or step % config.checkpoint_every == 0
-            if report or validate or save:
+            stop = bool(received)
+            if accelerator.num_processes > 1:
+                stop = report and any(gather_object([stop]))
+
+            # Report. Only here does the host wait for the device.
+            if report or validate or save or stop:
                 metrics.check_finite(step)
             if report:
                 means = metrics.write_means(step, learning_rate(step, config))
@@ -146,45 +148,35 @@ def fit(
                 texts.append(f"{means['data_wait_share']:.0%} of the time waiting for data")
                 bar.set_postfix_str(", ".join(texts))
 
-            # Stop at a step at which every process does; asking the others costs an exchange.
-            stop = bool(received)
-            if accelerator.num_processes > 1:
-                stop = report and _any_process(accelerator, stop)
-
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
             if validate and evaluate is not None:
-                result.eval()
                 with torch.no_grad(), accelerator.autocast():
-                    held_out = evaluate(result)
+                    held_out = evaluate(result.eval())
                 metrics.write(step, {f"validation/{name}": v for name, v in held_out.items()})
                 texts = [f"{name} {value:.4g}" for name, value in held_out.items()]
                 logger.info("step %d: held out %s", step, ", ".join(texts))
                 is_best = held_out.get("loss", -math.inf) < state.best
                 state.best = min(state.best, held_out.get("loss", state.best))
-                if accelerator.is_main_process:
+                if is_main:
                     save_curves(output_dir)
-                    if is_best:
-                        result.save_pretrained(output_dir)
+                if is_main and is_best:
+                    result.save_pretrained(output_dir)
             draw_now = config.picture_every > 0 and (last or step % config.picture_every == 0)
-            if draw is not None and draw_now and accelerator.is_main_process:
-                result.eval()
-                picture = draw(result)
+            if draw is not None and draw_now and is_main:
+                picture = draw(result.eval())
                 save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
                 metrics.write_picture(step, picture)
 
             # Save the last weights if there are no best ones, and the state to continue from.
-            if last and accelerator.is_main_process and not (evaluate and weights.exists()):
+            if last and is_main and not (evaluate and (output_dir / WEIGHTS_NAME).exists()):
                 result.save_pretrained(output_dir)
             if save or stop:
-                metrics.check_finite(step)
                 state.save(config.keep_checkpoints)
             if stop and not last:
-                raise Stopped(
-                    f"{output_dir}: stopped at step {step} of {config.num_steps}, state saved; "
-                    f"the same command continues.",
-                    received[0] if received else signal.SIGTERM,
-                )
+                number = received[0] if received else signal.SIGTERM
+                done = f"stopped at step {step} of {num_steps}, state saved"
+                raise Stopped(f"{output_dir}: {done}; the same command continues.", number)
             metrics.started += time.perf_counter() - pause
     metrics.close()
 
@@ -213,36 +205,18 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
         old.copy_(new)
 
 
-def _scalars(step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    return {name: total.item() / count for name, total in sums.items() if total.ndim == 0}
-
-
-def _make_optimizer(
-    groups: ParameterGroups, device: torch.device, config: TrainingConfig
-) -> torch.optim.Optimizer:
+def _make_optimizer(groups: ParameterGroups, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW, in which matrices and kernels decay and vectors do not."""
     split = []
     for group in groups:
-        learned = [p for p in group["params"] if p.requires_grad]
-        matrices = [p for p in learned if p.ndim >= 2]
-        vectors = [p for p in learned if p.ndim < 2]
-        common = {"rate": 1.0, **group}
-        split.append({**common, "params": matrices, "weight_decay": config.weight_decay})
-        split.append({**common, "params": vectors, "weight_decay": 0.0})
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(split, config.learning_rate, betas=config.adam_betas, fused=fused)
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    votes = torch.tensor(float(flag), device=accelerator.device)
-    return bool(accelerator.reduce(votes, reduction="sum").item())
+        for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
+            learned = [p for p in group["params"] if p.requires_grad and (p.ndim > 1) == is_matrix]
+            split.append({"rate": 1.0, **group, "params": learned, "weight_decay": decay})
+    return torch.optim.AdamW(split, config.learning_rate, betas=config.adam_betas, fused=True)
 
 
 class _TrainingState:
-    """What must survive besides Accelerate's own state, and the folders `step_N` that hold both.
-
-    The step, the best held-out loss, the averaged weights, the figures that are not yet reported.
-    """
+    """What must survive besides Accelerate's own state, and the folders `step_N` that hold both."""
 
     def __init__(
         self, folder: Path, accelerator: Accelerator, averaged: nn.Module | None, metrics: Metrics
@@ -252,13 +226,11 @@ class _TrainingState:
         accelerator.register_for_checkpointing(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """For Accelerate."""
         averaged = self.averaged.state_dict() if self.averaged is not None else {}
         figures = {"sums": self.metrics.sums, "count": self.metrics.count}
         return {"step": self.step, "best": self.best, "averaged": averaged, **figures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For Accelerate."""
         self.step, self.best, self.metrics.count = state["step"], state["best"], state["count"]
         self.metrics.sums = send_to_device(state["sums"], self.accelerator.device)
         if self.averaged is not None:
@@ -287,10 +259,7 @@ class _TrainingState:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying from them; a second Ctrl-C interrupts at once.
-
-    Outside of the main thread Python allows no handlers: whoever runs the thread sets them.
-    """
+    """Collect SIGTERM and SIGINT instead of dying from them; a second Ctrl-C interrupts at once."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
@@ -298,9 +267,9 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    before = {number: signal.signal(number, receive) for number in numbers}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:

@@ -18,37 +18,37 @@ from vqvae2.common.pictures import save_picture, sheet
 
 Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
 Points = Sequence[tuple[float, float]]
-PANEL, MARGIN = (340, 240), 34  # pixels
+PANEL, FRAME = (340, 240), (48, 34, 328, 216)  # width, height; left, top, right, bottom
 COLOURS = ("#4477aa", "#cc5522", "#228833", "#aa3377", "#777777")
 
 
-class Metrics:
-    """Means over all steps and processes since the last line of metrics.jsonl.
+def scalar_means(step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    """The means of the scalars among the figures."""
+    return {name: total.item() / count for name, total in sums.items() if total.ndim == 0}
 
-    The main process writes them there and to the tracker.
+
+class Metrics:
+    """The figures since the last line of metrics.jsonl, summed over steps and processes.
+
+    `describe(step, sums, count)` turns their sums over `count` batches into the line's numbers.
     """
 
     def __init__(
-        self, output_dir: Path, accelerator: Accelerator, config: TrainingConfig, describe: Describe
+        self, folder: Path, accelerator: Accelerator, config: TrainingConfig, describe: Describe
     ) -> None:
-        self.path, self.accelerator = output_dir / "metrics.jsonl", accelerator
+        self.path, self.accelerator = folder / "metrics.jsonl", accelerator
         self.config, self.describe = config, describe
         self.sums: dict[str, Tensor] = {}
         self.count = 0  # batches in the sums
-        self._start_clock()
 
     def _start_clock(self) -> None:
-        self.timed = 0  # batches since this process started its clock
-        self.waited = 0.0  # seconds in which the loop stood still for the next batch
-        self.started = time.perf_counter()
+        self.started, self.timed = time.perf_counter(), 0  # batches since then
+        self.waited = 0.0  # seconds since then in which the loop had no batch
 
     def begin(self, step: int) -> None:
-        """Start the tracker and the clock, and drop the lines of steps that will be made again.
-
-        A killed run has written those after its last checkpoint.
-        """
-        if self.config.tracker:
-            self.accelerator.init_trackers(self.path.parent.name)
+        """Start the tracker and the clock, and drop the lines of steps that will be repeated: a
+        killed run wrote them after its last checkpoint."""
+        self.accelerator.init_trackers(self.path.parent.name)
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
@@ -63,21 +63,17 @@ class Metrics:
         self.timed += 1
 
     def check_finite(self, step: int) -> None:
-        """Stop before lost weights are validated or saved, on every process alike.
+        """Raise a `UserError` on every process if the loss was not finite at any step.
 
-        A loss that was not finite at any step stays so in the sum. Afterwards every process has
-        the mean of all processes' sums: the state that is saved is the main process's.
-
-        Raises:
-            UserError: the loss is not finite.
+        Afterwards every process has the mean of all processes' sums: the state that is saved is the
+        main process's.
         """
         if self.sums and self.accelerator.num_processes > 1:
             self.sums = self.accelerator.reduce(self.sums, reduction="mean")
         if self.sums and not math.isfinite(loss := self.sums["loss"].item()):
             raise UserError(
-                f"{self.path.parent}: the loss is {loss} at step {step}. The last checkpoint and "
-                f"the best model are intact; try a lower learning_rate or --mixed-precision no, "
-                f"in a new --output-dir."
+                f"{self.path.parent}: the loss is {loss} at step {step}; try a lower learning_rate "
+                f"or --mixed-precision no in a new --output-dir (what is saved here is intact)."
             )
 
     def write_means(self, step: int, rate: float) -> dict[str, float]:
@@ -97,8 +93,7 @@ class Metrics:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self.config.tracker:
-            self.accelerator.log(dict(figures), step=step)
+        self.accelerator.log(dict(figures), step=step)
 
     def write_picture(self, step: int, picture: Image.Image) -> None:
         """Log a picture to the trackers that take one."""
@@ -108,69 +103,61 @@ class Metrics:
                 tracker.log_images({"picture": np.asarray(picture)[None]}, step=step, **layout)
 
     def close(self) -> None:
-        """Let the tracker finish."""
-        if self.config.tracker:
-            self.accelerator.end_training()
+        """Let the tracker finish; `accelerator.end_training` would end the process group too."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def save_curves(run: Path) -> None:
     """Write a run's curves.png: a panel for each figure of both training and held-out data."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    held_out = [name for line in lines for name in line if name.startswith("validation/")]
-    names = [name.removeprefix("validation/") for name in dict.fromkeys(held_out)]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if math.isfinite(value):
+                points.setdefault(name, []).append((line["step"], value))
 
     # The held-out loss lacks what only training pays, so its components are shown instead.
-    if len(names) > 1:
-        names = [name for name in names if name != "loss"]
+    names = [name.removeprefix("validation/") for name in points if name.startswith("validation/")]
     panels = []
     for name in names:
-        training, validation = _points(lines, name), _points(lines, f"validation/{name}")
-        if min(len(training), len(validation)) >= 2:
-            panels.append(draw_panel(name, {"training": training, "held out": validation}))
+        training, held_out = points.get(name, []), points[f"validation/{name}"]
+        if min(len(training), len(held_out)) >= 2 and (name != "loss" or len(names) == 1):
+            panels.append(draw_panel(name, {"training": training, "held out": held_out}))
     rows = [panels[i : i + 3] for i in range(0, len(panels), 3)]
     if rows:
         save_picture(sheet(rows), run / "curves.png")
 
 
 def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -> Image.Image:
-    """Curves of points (x, y) in one frame.
-
-    The first twentieth of the points does not set its height, so that later ones can be told apart.
-    """
+    """Curves of points (x, y) in one frame, whose height the first twentieth does not set."""
     # The frame and the ranges of both axes.
-    width, height = PANEL
     panel = Image.new("RGB", PANEL, "white")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(11)
+    draw.rectangle(FRAME, outline="#bbbbbb")
+    left, top, right, bottom = FRAME
     first, last = _range(x for points in curves.values() for x, _ in points)
     low, high = _range(y for points in curves.values() for _, y in points[len(points) // 20 :])
-    left, top, right, bottom = MARGIN + 14, MARGIN, width - 12, height - 24
-    draw.rectangle((left, top, right, bottom), outline="#bbbbbb")
 
     # The curves, and their names in the same colours.
     for i, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
-        pixels = []
-        for x, y in points:
-            across = (x - first) / (last - first)
-            up = (min(max(y, low), high) - low) / (high - low)
-            pixels.append((left + (right - left) * across, bottom - (bottom - top) * up))
+        x, y = np.array(points, dtype=float).T
+        across = left + (right - left) * ((x - first) / (last - first))
+        down = bottom - (bottom - top) * ((y.clip(low, high) - low) / (high - low))
+        pixels = np.stack([across, down], axis=1).ravel().tolist()  # x, y, x, y, ...
         draw.line(pixels, fill=colour, width=2, joint="curve")
         draw.text((left + 70 * i, 18), name, fill=colour, font=font)
 
     # The title and the ends of both axes.
-    draw.text((left, 4), title, fill="black", font=font)
-    draw.text((2, top), f"{high:.3g}", fill="black", font=font)
-    draw.text((2, bottom - 12), f"{low:.3g}", fill="black", font=font)
-    draw.text((left, bottom + 4), f"{x_name} {first:.3g}", fill="black", font=font)
-    draw.text((right, bottom + 4), f"{last:.6g}", fill="black", font=font, anchor="ra")
+    draw.text((left, 4), title, "black", font)
+    draw.text((2, top), f"{high:.3g}", "black", font)
+    draw.text((2, bottom - 12), f"{low:.3g}", "black", font)
+    draw.text((left, bottom + 4), f"{x_name} {first:.3g}", "black", font)
+    draw.text((right, bottom + 4), f"{last:.6g}", "black", font, anchor="ra")
     return panel
 
 
-def _points(lines: Iterable[dict[str, float]], name: str) -> Points:
-    with_name = (line for line in lines if name in line)
-    return [(line["step"], line[name]) for line in with_name if math.isfinite(line[name])]
-
-
 def _range(values: Iterable[float]) -> tuple[float, float]:
-    numbers = list(values)
-    low, high = min(numbers), max(numbers)
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
     return (low, high) if high > low else (low - 0.5, high + 0.5)

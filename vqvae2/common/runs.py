@@ -1,9 +1,8 @@
 """What a run folder says of the run that it holds: command, settings, facts, versions. Torch-free.
 
-Records are published with their models, so they hold no absolute path of the machine that made
-them: `write` stores it as `~/photos` in the home directory, elsewhere relative to the record's
-folder (`$RUN/../photos`), and `read_record` resolves it. Relative paths, URLs and Hub ids stay as
-they were given.
+Records are published with their models, so they hold no absolute path of a machine: `write` stores
+it as `~/photos` in the home directory, elsewhere relative to the record's folder
+(`$RUN/../photos`), and `read_record` resolves it. Relative paths, URLs and Hub ids stay as given.
 """
 
 import os
@@ -25,8 +24,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import check_empty, write_text
 
 PACKAGES = ("vqvae2", "torch", "accelerate", "numpy", "pyarrow")
-SAMPLE_NAME = "image_sample"
-"""The fact that holds marks of some images, such as their files' lengths, separated by spaces."""
+SAMPLE_NAME = "image_sample"  # the fact that holds marks of some images, separated by spaces
 RUN = "$RUN/"
 ABSOLUTE = re.compile(r"(file://)?((?:\$RUN/|/|~).*)")
 
@@ -40,8 +38,8 @@ def command_line() -> str:
     """The command that started this process, as a shell takes it, with `last_names`."""
     words = []
     for word in sys.argv:
-        flag, sign, value = word.partition("=")
-        words.append(flag + sign + last_names(value) if word.startswith("--") else last_names(word))
+        flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(flag + sign + last_names(value))
     return shlex.join(words)
 
 
@@ -82,21 +80,16 @@ def _change_paths(value: Any, change: Callable[..., str], *place: Path) -> Any:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's command, the facts that it rests on, and its whole configuration (YAML)."""
+    """A run's command, configuration and facts, none of which may change, and notes that may."""
 
     command: str
     config: Any
     file_name: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What else is written down for people, and may differ when the run is continued."""
 
     def check(self, folder: Path) -> None:
-        """Refuse a folder that holds another run, or files of no run at all.
-
-        Raises:
-            UserError: naming the folder, or the key and both values.
-        """
+        """Raise a `UserError` if a folder holds another run, or files of no run at all."""
         path = folder / self.file_name
         if not path.exists():
             check_empty(folder, f"run of {self.command!r}")
@@ -104,28 +97,25 @@ class RunRecord:
 
         # The same command, facts and settings, as far as the record has them.
         old = read_record(path)
-        settings = _change_paths(to_dict(self.config), _resolve, folder)
         facts = {"command": self.command, **self.facts}
-        facts = {key: value for key, value in facts.items() if key in old}
-        marks = str(facts.pop(SAMPLE_NAME, "")).split()
-        changed = [(key, old[key], value) for key, value in facts.items() if old[key] != value]
+        marks, old_marks = (str(record.pop(SAMPLE_NAME, "")).split() for record in (facts, old))
+        changed = [(k, old[k], fact) for k, fact in facts.items() if old.get(k, fact) != fact]
+        settings = _change_paths(to_dict(self.config), _resolve, folder)
         for key, before, after in changed + differences(type(self.config), old, settings):
-            raise UserError(
-                f"{folder} holds a run with {key} = {before!r}, but this command says {after!r}: "
-                f"repeat the run's settings to continue it, or choose another --output-dir."
-            )
+            problem = f"holds a run with {key} = {before!r}, but this command says {after!r}"
+            advice = "repeat the run's settings to continue it, or choose another --output-dir"
+            raise UserError(f"{folder} {problem}: {advice}.")
 
         # The same images, by the marks of most: a few may have been repaired meanwhile.
-        pairs = list(zip_longest(marks, str(old.get(SAMPLE_NAME, "")).split())) if marks else []
-        if sum(new != before for new, before in pairs) > len(pairs) / 2:
-            raise UserError(
-                f"{folder} holds a run on other images, though they have the same names (most of "
-                f"{SAMPLE_NAME} differs): restore those, or choose another --output-dir."
-            )
+        pairs = list(zip_longest(marks, old_marks)) if marks and old_marks else []
+        if sum(mark != old_mark for mark, old_mark in pairs) > len(pairs) / 2:
+            problem = f"{folder} holds a run on other images, though they have the same names"
+            advice = "restore those, or choose another --output-dir"
+            raise UserError(f"{problem} (most of {SAMPLE_NAME} differs): {advice}.")
 
     def write(self, folder: Path) -> None:
         """Write the record, with the command line and the versions that run it."""
-        made_by = {"command_line": command_line(), "versions": versions(), **self.notes}
-        record = {"command": self.command, **self.facts, **to_dict(self.config), **made_by}
+        record = {"command": self.command, **self.facts, **to_dict(self.config)}
+        record |= {"command_line": command_line(), "versions": versions(), **self.notes}
         text = yaml.safe_dump(_change_paths(record, _hide_folders, folder), sort_keys=False)
         write_text(folder / self.file_name, text)
