@@ -39,7 +39,7 @@ class PipelineOutput:
 
 
 class VQVAE2Pipeline:
-    """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(9).images`."""
+    """An autoencoder and a prior per level: `VQVAE2Pipeline.from_pretrained(folder)(9).images`."""
 
     def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
         """Join parts that belong together, the priors top first.

@@ -56,7 +56,7 @@ def demo(config: DemoConfig) -> None:
 
 def _run(command: str, budget: float, **settings: Any) -> None:
     """A subcommand with the demo recipe's section and these settings."""
-    section = {**recipe_section(load_recipe("demo"), command, settings.get("level")), **settings}
+    section = recipe_section(load_recipe("demo"), command, settings.get("level", "")) | settings
     if "num_steps" in section:
         section["num_steps"] = max(1, round(section["num_steps"] * budget))
     logger.info(f"\nvqvae2 {command} -> {settings['output_dir']}")
