@@ -22,10 +22,7 @@ def mismatches(
 ) -> list[str]:
     """Why these do not belong together: clauses that name both sides; empty if they do.
 
-    `ADVICE` says what to do.
-
     Args:
-        manifest: of the code dataset.
         complete: whether it must be a whole pipeline, with one prior for every level.
         facts: what is compared.
     """
@@ -64,18 +61,18 @@ def _claims(
         claims["grids"].append((levels, f"{name} has the grids {', '.join(levels)}"))
 
     if vqvae is not None:
-        name, encoder = "the autoencoder", vqvae.content_hash()
-        claims["encoder"].append(([encoder], f"{name} is {encoder[:12]}"))
-        add(name, vqvae.config.grids, vqvae.config.codebook_size_per_level)
+        encoder = vqvae.content_hash()
+        claims["encoder"].append(([encoder], f"the autoencoder is {encoder[:12]}"))
+        add("the autoencoder", vqvae.config.grids, vqvae.config.codebook_size_per_level)
     sources: list[Any] = [] if manifest is None else [manifest]
     for source in sources + [prior.config for prior in priors]:
-        name, encoder_words, codes_words = "the code dataset", "holds codes of the encoder", "is"
+        name, verb, codes_verb = "the code dataset", "holds", "is"
         if source is not manifest:
             name, verb = f"the prior of level {source.level}", "was trained on"
-            encoder_words, codes_words = f"{verb} codes of the encoder", f"{verb} the code dataset"
+            codes_verb = "was trained on the code dataset"
         encoder, codes = source.encoder_hash, source.codes_hash
-        claims["encoder"].append(([encoder], f"{name} {encoder_words} {encoder[:12]}"))
-        claims["codes"].append(([codes], f"{name} {codes_words} {codes[:12]}"))
+        claims["encoder"].append(([encoder], f"{name} {verb} codes of the encoder {encoder[:12]}"))
+        claims["codes"].append(([codes], f"{name} {codes_verb} {codes[:12]}"))
         add(name, source.grids, source.codebook_sizes)
         if source.class_names or source is manifest:  # a prior may do without the classes
             classes = ", ".join(source.class_names) or "none"
