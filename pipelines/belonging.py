@@ -83,9 +83,3 @@ def _claims(
 def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[str]:
     """Every level in words: 8 x 8 of 512."""
     return [f"{h} x {w} of {size}" for (h, w), size in zip(grids, sizes, strict=True)]
-
-
-def describe_classes(names: Sequence[str]) -> str:
-    """The number of classes and the first of their names: 3 classes (bag, coat, dress)."""
-    shown = ", ".join([*names[:12], *["..."] * (len(names) > 12)])
-    return f"{len(names)} classes ({shown})" if names else "no classes"

@@ -12,7 +12,6 @@ import pyarrow as pa
 import torch
 from einops import rearrange
 from PIL import Image
-from tqdm.auto import tqdm
 
 from pipelines.belonging import describe_grids, refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
@@ -22,18 +21,19 @@ from prior.shards import ShardRecord, check_file, column_name, content_hash, fla
 from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.model import VQVAE2
 
 logger = logging.getLogger(__name__)
-SHOWN_CLASSES = 12  # the first ones are named
 DECODED_AT_ONCE = 32
+BAR = {"unit": "shard", "delay": 3, "leave": False}
 KEY = np.dtype("V16")  # of a row: a hash of its id and view
 
 
 def info(config: CodesInfoConfig) -> None:
-    """Print what a code dataset holds; see `code_info`."""
+    """Print what a code dataset holds."""
     print(code_info(Path(config.codes)))
 
 
@@ -44,7 +44,7 @@ def code_info(codes: Path) -> str:
     counts = [torch.zeros(size, dtype=torch.int64) for size in manifest.codebook_sizes]
     columns = [column_name(level) for level in range(manifest.num_levels)]
     shards, on_disk = manifest.all_shards, 0
-    for split, shard in tqdm(shards, "counting codes", unit="shard", delay=3, leave=False):
+    for split, shard in progress_bar(shards, "counting codes", **BAR):
         for table in read_shard(codes, manifest, split, shard, columns):
             for level, column in enumerate(columns):
                 values = torch.from_numpy(flat_values(table[column]).astype(np.int64))
@@ -53,12 +53,11 @@ def code_info(codes: Path) -> str:
 
     # What it is, and how each level is used.
     rows, classes = manifest.num_train + manifest.num_validation, manifest.class_names
-    names = ", ".join([*classes[:SHOWN_CLASSES], *["..."] * (len(classes) > SHOWN_CLASSES)])
     written_by = [f"{name} {version}" for name, version in manifest.versions.items()]
     split_rows = f"{manifest.num_train} to train on, {manifest.num_validation} held out"
     facts = {
         "rows": f"{split_rows}; views: {', '.join(manifest.views)}",
-        "classes": f"{len(classes)} ({names})" if classes else "none",
+        "classes": f"{len(classes)} ({first_names(classes)})" if classes else "none",
         "encoder": manifest.encoder_hash,
         "content": manifest.codes_hash,
         "written": ", ".join(written_by) or "by unknown versions",
@@ -72,6 +71,11 @@ def code_info(codes: Path) -> str:
         facts[columns[level]] = f"{level_name(level, len(counts))}, {grids[level]} codes: {used}"
     lines = [f"  {name:<9} {fact}" for name, fact in facts.items()]
     return "\n".join([f"{codes}: codes of {manifest.source or 'an unnamed source'}", *lines])
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first names, in one text: bag, coat, dress, ..."""
+    return ", ".join([*names[:12], *["..."] * (len(names) > 12)])
 
 
 def view(config: CodesViewConfig) -> None:
@@ -112,8 +116,8 @@ def verify(config: CodesVerifyConfig) -> int:
         number += 1
     rows, shards = manifest.num_train + manifest.num_validation, len(manifest.all_shards)
     sound = f"{folder}: all {rows} rows in {shards} shard(s) are what the manifest says"
-    sound = f"{sound} ({manifest.codes_hash[:12]}), none twice."
-    print(f"\n{number} problem(s)." if number else sound)
+    verdict = f"{sound} ({manifest.codes_hash[:12]}), none twice."
+    print(f"\n{number} problem(s)." if number else verdict)
     return int(number > 0)
 
 
@@ -126,7 +130,7 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             if path.name not in names:
                 yield f"{path} is not in the manifest, but other readers would read it: remove it."
         keys: dict[Path, np.ndarray] = {}
-        for shard in tqdm(shards, f"verifying {split}", unit="shard", delay=3, leave=False):
+        for shard in progress_bar(shards, f"verifying {split}", **BAR):
             path = folder / split / shard.name
             try:
                 check_file(path, shard)
@@ -161,8 +165,7 @@ def _problems_of(
         yield f"{path} holds rows of these views: {dict(counts)}, {expected}: extract again."
     for name in manifest.schema.names:
         try:
-            for table in tables:
-                check_range(path, manifest, name, table[name])
+            check_range(path, manifest, name, pa.concat_tables(tables)[name])
         except UserError as error:
             yield str(error)
 

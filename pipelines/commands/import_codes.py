@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipelines.belonging import describe_classes
+from pipelines.commands.codes import first_names
 from pipelines.config import ImportCodesConfig
 from pipelines.importers.rosinality_codes import Row, read_rows
 from prior.manifest import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_manifest
@@ -103,7 +103,8 @@ def import_codes(
     )
     write_manifest(folder, manifest)
     counts = f"{manifest.num_train} training rows, {manifest.num_validation} held out"
-    logger.info(f"{folder}: {counts}, {describe_classes(manifest.class_names)}.")
+    classes = f"{len(class_names)} classes ({first_names(manifest.class_names)})"
+    logger.info(f"{folder}: {counts}, {classes if len(class_names) else 'no classes'}.")
 
 
 def _check(row: Row, where: str, model: VQVAE2, vqvae: str | Path) -> None:

@@ -28,6 +28,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
+    # The pipeline, and the codes of an image that is edited.
     vqvae, priors = part_folders(config.pipeline, config.vqvae, config.priors)
     if vqvae is None or not priors:
         raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
@@ -38,20 +39,21 @@ def sample(config: SampleConfig) -> None:
         known = known_codes(pipeline, config.init_image, config.mask, config.keep_levels)
         if labels is None and pipeline.can_hide_labels:
             labels = ["none"]  # the image may show anything
+
+    # Refuse wrong settings, and another run's folder, before anything is written.
     settings = {name: getattr(config, name) for name in SETTINGS}
-    pipeline.samplings(**settings)  # refuse wrong settings and labels before anything is written
+    pipeline.samplings(**settings)
     pipeline.label_numbers(labels)
     tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
     facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
-    run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
-    run.check(Path(config.output_dir))
+    run, folder = RunRecord("sample", config, "sample_config.yaml", facts=facts), config.output_dir
+    run.check(Path(folder))
     processes().wait_for_everyone()
     if processes().is_main_process:
-        run.write(Path(config.output_dir))
-    for name in ("seed", "lanes", "bf16", "npz"):
-        settings[name] = getattr(config, name)
-    settings |= {"labels": labels, "known": known}
-    write_samples(pipeline, config.output_dir, config.num_images, **settings)
+        run.write(Path(folder))
+
+    settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
+    write_samples(pipeline, folder, config.num_images, labels=labels, known=known, **settings)
 
 
 def write_samples(
