@@ -20,6 +20,7 @@ from prior.manifest import Manifest, check_range, read_manifest, read_rows, read
 from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
 from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes
+from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import save_picture, sheet, to_pil
@@ -79,32 +80,36 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def view(config: CodesViewConfig) -> None:
-    """Write a picture of decoded rows, and print which rows they are; see `view_rows`."""
-    codes, path = Path(config.codes), Path(config.output_dir) / "rows.png"
-    save_picture(view_rows(codes, config.vqvae, config.rows, config.split), path)
-    manifest = read_manifest(codes)
-    table = read_rows(codes, manifest, config.split, config.rows)
-    for number, row in zip(config.rows, table.to_pylist(), strict=True):
-        view = f", {row['view']}" if row["view"] != ORIGINAL else ""
-        label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
-        print(f"{config.split} row {number}: {row['id']}{view}{label}")
-    logger.info(f"{path}: {len(table)} decoded rows, in reading order.")
+    """Write a picture of decoded rows, and print which rows they are."""
+    path = Path(config.output_dir) / "rows.png"
+    picture, captions = view_rows(Path(config.codes), config.vqvae, config.rows, config.split)
+    save_picture(picture, path)
+    print("\n".join(captions))
+    logger.info(f"{path}: {len(captions)} decoded rows, in reading order.")
 
 
 @torch.no_grad()
-def view_rows(codes: Path, vqvae: str | Path, rows: Sequence[int], split: str) -> Image.Image:
-    """A sheet of decoded rows. Raises a `UserError` for another autoencoder, or no such row."""
+def view_rows(
+    codes: Path, vqvae: str | Path, rows: Sequence[int], split: str = "train"
+) -> tuple[Image.Image, list[str]]:
+    """A sheet of decoded rows, and what each of them is. Raises a `UserError` for another
+    autoencoder, or no such row."""
+    check(len(rows) >= 1, "rows", rows, "one number or more")
     manifest, device = read_manifest(codes), processes().device
     model = VQVAE2.from_pretrained(vqvae).to(device)
     refuse_mismatches(model, (), manifest)
-    table, pictures = read_rows(codes, manifest, split, rows), []
+    table, pictures, captions = read_rows(codes, manifest, split, rows), [], []
     for first in range(0, len(table), DECODED_AT_ONCE):
         few, levels = table.slice(first, DECODED_AT_ONCE), []
         for level, (h, w) in enumerate(manifest.grids):
             flat = torch.from_numpy(flat_values(few[column_name(level)]).astype(np.int64))
             levels.append(rearrange(flat, "(b h w) -> b h w", h=h, w=w).to(device))
         pictures += to_pil(model.decode_codes(levels))
-    return sheet(in_rows(pictures, 8))
+    for number, row in zip(rows, table.to_pylist(), strict=True):
+        view = f", {row['view']}" if row["view"] != ORIGINAL else ""
+        label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
+        captions.append(f"{split} row {number}: {row['id']}{view}{label}")
+    return sheet(in_rows(pictures, 8)), captions
 
 
 def verify(config: CodesVerifyConfig) -> int:
@@ -125,18 +130,18 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for everything that is wrong with the shards of a code dataset."""
     for split in SPLITS:
         shards = manifest.shards(split)
-        names = {shard.name for shard in shards}
         for path in sorted((folder / split).glob("*.parquet")):
-            if path.name not in names:
+            if path.name not in {shard.name for shard in shards}:
                 yield f"{path} is not in the manifest, but other readers would read it: remove it."
         keys: dict[Path, np.ndarray] = {}
         for shard in progress_bar(shards, f"verifying {split}", **BAR):
             path = folder / split / shard.name
             try:
                 check_file(path, shard)
-                tables = list(row_groups(path, manifest.schema)) or [manifest.schema.empty_table()]
-                keys[path] = np.concatenate([_row_keys(table) for table in tables])
-                yield from _problems_of(path, manifest, shard, tables)
+                tables = row_groups(path, manifest.schema)
+                table = pa.concat_tables([manifest.schema.empty_table(), *tables])
+                keys[path] = _row_keys(table)
+                yield from _problems_of(path, manifest, shard, table)
             except UserError as error:
                 yield str(error)
 
@@ -151,21 +156,21 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _problems_of(
-    path: Path, manifest: Manifest, shard: ShardRecord, tables: list[pa.Table]
+    path: Path, manifest: Manifest, shard: ShardRecord, table: pa.Table
 ) -> Iterator[str]:
     """What is wrong with the rows of a shard whose bytes are those that were recorded."""
-    rows, found = sum(map(len, tables)), content_hash(tables)
+    rows, found = len(table), content_hash([table])
     if (rows, found) != (shard.rows, shard.content_hash):
         says = f"the manifest says {shard.rows} and {shard.content_hash[:12]}"
         yield f"{path} holds {rows} rows of content hash {found[:12]}, but {says}: extract again."
     views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views
-    counts = Counter(view for table in tables for view in table["view"].to_pylist())
+    counts = Counter(table["view"].to_pylist())
     if set(counts) - set(views) or len({counts[view] for view in views}) > 1:
         expected = f"expected equally many of {', '.join(views)}"
         yield f"{path} holds rows of these views: {dict(counts)}, {expected}: extract again."
     for name in manifest.schema.names:
         try:
-            check_range(path, manifest, name, pa.concat_tables(tables)[name])
+            check_range(path, manifest, name, table[name])
         except UserError as error:
             yield str(error)
 

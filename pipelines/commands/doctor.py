@@ -39,7 +39,6 @@ DIFFERENT = 0.01  # share of codes that another machine may change: last bits de
 def doctor(config: DoctorConfig) -> int:
     """Print a line per check, how many failed and what was not checked; exit code 1 if any failed.
     Raises a `UserError` if there is nothing to check, or something cannot be loaded."""
-    # The checks.
     given = load(config)
     failed = number = 0
     for name, passed, message in examine(**given):
@@ -76,13 +75,12 @@ def load(config: DoctorConfig) -> dict[str, Any]:
 
     # The images that the codes were extracted from.
     images: dict[str, ImageTable] = {}
-    if vqvae is not None and codes is not None:
-        data = config.data if config.data.path else recorded_images(codes)
-        if data is not None:
-            train, held_out = open_source(data, vqvae.config.image)
-            held_out = train if held_out is None else held_out
-            if isinstance(train, ImageTable) and isinstance(held_out, ImageTable):
-                images = {"train": train, "validation": held_out}  # a stream is not looked through
+    data = config.data if config.data.path or codes is None else recorded_images(codes)
+    if vqvae is not None and codes is not None and data is not None:
+        train, held_out = open_source(data, vqvae.config.image)
+        for split, source in {"train": train, "validation": held_out or train}.items():
+            if isinstance(source, ImageTable):  # a stream is not searched
+                images[split] = source
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
     return {**loaded, "complete": config.pipeline is not None}
 
@@ -90,10 +88,9 @@ def load(config: DoctorConfig) -> dict[str, Any]:
 def recorded_images(codes: Path) -> ImagesConfig | None:
     """Where the record of an extraction says that the images are, if they are still there."""
     record = codes / RECORD_NAME
-    recorded = read_record(record).get("data") if record.exists() else None
-    if recorded is None:
+    if not record.exists() or "data" not in (recorded := read_record(record)):
         return None
-    data = from_dict(ImagesConfig, recorded, str(record))
+    data = from_dict(ImagesConfig, recorded["data"], str(record))
     paths = (data.path, data.validation_path or data.path)
     return data if all(Path(path).expanduser().exists() for path in paths) else None
 
