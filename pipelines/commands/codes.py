@@ -1,6 +1,5 @@
 """`vqvae2 codes info | view | verify`: what a code dataset holds, and whether it is sound."""
 
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from einops import rearrange
-from PIL import Image
 
 from pipelines.belonging import describe_grids, refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
@@ -30,7 +28,6 @@ from vqvae2.model import VQVAE2
 logger = logging.getLogger(__name__)
 DECODED_AT_ONCE = 32
 BAR = {"unit": "shard", "delay": 3, "leave": False}
-KEY = np.dtype("V16")  # of a row: a hash of its id and view
 
 
 def info(config: CodesInfoConfig) -> None:
@@ -81,19 +78,15 @@ def first_names(names: Sequence[str]) -> str:
 
 def view(config: CodesViewConfig) -> None:
     """Write a picture of decoded rows, and print which rows they are."""
-    path = Path(config.output_dir) / "rows.png"
-    picture, captions = view_rows(Path(config.codes), config.vqvae, config.rows, config.split)
-    save_picture(picture, path)
-    print("\n".join(captions))
-    logger.info(f"{path}: {len(captions)} decoded rows, in reading order.")
+    output_dir = Path(config.output_dir)
+    print(view_rows(Path(config.codes), config.vqvae, output_dir, config.rows, config.split))
+    logger.info(f"{output_dir / 'rows.png'}: the decoded rows, in reading order.")
 
 
 @torch.no_grad()
-def view_rows(
-    codes: Path, vqvae: str | Path, rows: Sequence[int], split: str = "train"
-) -> tuple[Image.Image, list[str]]:
-    """A sheet of decoded rows, and what each of them is. Raises a `UserError` for another
-    autoencoder, or no such row."""
+def view_rows(codes: Path, vqvae: str, output_dir: Path, rows: Sequence[int], split: str) -> str:
+    """Write a sheet of decoded rows, rows.png, and return a line about each of them. Raises a
+    `UserError` for another autoencoder, or no such row."""
     check(len(rows) >= 1, "rows", rows, "one number or more")
     manifest, device = read_manifest(codes), processes().device
     model = VQVAE2.from_pretrained(vqvae).to(device)
@@ -109,7 +102,8 @@ def view_rows(
         view = f", {row['view']}" if row["view"] != ORIGINAL else ""
         label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
         captions.append(f"{split} row {number}: {row['id']}{view}{label}")
-    return sheet(in_rows(pictures, 8)), captions
+    save_picture(sheet(in_rows(pictures, 8)), output_dir / "rows.png")
+    return "\n".join(captions)
 
 
 def verify(config: CodesVerifyConfig) -> int:
@@ -140,13 +134,14 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
                 check_file(path, shard)
                 tables = row_groups(path, manifest.schema)
                 table = pa.concat_tables([manifest.schema.empty_table(), *tables])
-                keys[path] = _row_keys(table)
+                names = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
+                keys[path] = np.fromiter(map(hash, names), np.int64)
                 yield from _problems_of(path, manifest, shard, table)
             except UserError as error:
                 yield str(error)
 
         # Rows whose id and view another row of the split has.
-        all_keys = np.concatenate([np.zeros(0, KEY), *keys.values()])
+        all_keys = np.concatenate([np.zeros(0, np.int64), *keys.values()])
         unique, counts = np.unique(all_keys, return_counts=True)
         for path, own in keys.items() if len(unique) < len(all_keys) else ():
             rows = np.flatnonzero(np.isin(own, unique[counts > 1]))
@@ -173,11 +168,3 @@ def _problems_of(
             check_range(path, manifest, name, table[name])
         except UserError as error:
             yield str(error)
-
-
-def _row_keys(table: pa.Table) -> np.ndarray:
-    """`(N,)` of type `KEY`: the same only for rows of the same id and view."""
-    pairs = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
-    words = (f"{len(name)} {name} {view}".encode() for name, view in pairs)
-    digests = (hashlib.blake2b(word, digest_size=KEY.itemsize).digest() for word in words)
-    return np.frombuffer(b"".join(digests), KEY)
