@@ -66,22 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
         show_messages(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         arguments = [word for word in arguments if word not in ("--quiet", "--verbose")]
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(overview())
-            return 0
-        if arguments[0] == "--version":
-            print(f"vqvae2 {version('vqvae2')}")
+        if not arguments or arguments[0] in ("-h", "--help", "--version"):
+            print(f"vqvae2 {version('vqvae2')}" if "--version" in arguments else overview())
             return 0
         command, flags = split_command(arguments)
-        config = parse(command, flags)
-        return function_of(command)(config) or 0
+        return function_of(command)(parse(command, flags)) or 0
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:
         if error.filename is None:
             raise
-        reason = f"{error.filename}: {error.strerror}"
-        message, code = f"error: {reason}: check the path, its permissions and the free space.", 2
+        advice = "check the path, its permissions and the free space"
+        message, code = f"error: {error.filename}: {error.strerror}: {advice}.", 2
     except Stopped as stopped:
         message, code = str(stopped), 128 + stopped.signal_number
     except KeyboardInterrupt:
@@ -117,15 +113,12 @@ def function_of(command: str) -> Callable[[Any], int | None]:
 
 def overview() -> str:
     """The text of `vqvae2 --help`."""
-    lines = []
-    for name, (config_class, _) in COMMANDS.items():
-        lines.append(f"  {name:<14} {(config_class.__doc__ or '').splitlines()[0]}")
+    docs = {name: config_class.__doc__ or "" for name, (config_class, _) in COMMANDS.items()}
+    lines = [f"  {name:<14} {doc.splitlines()[0]}" for name, doc in docs.items()]
     return OVERVIEW.format(commands="\n".join(lines), recipes=", ".join(recipe_names()))
 
 
-def flag_groups(
-    config_class: type, prefix: str = ""
-) -> Iterator[tuple[str, type, list[dataclasses.Field]]]:
+def flag_groups(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, list]]:
     """The flags of a subcommand, by dataclass: what their names begin with, the dataclass, and
     those of its fields that have a flag. Preprocessing is `--image.*` wherever it lies."""
     hints = get_type_hints(config_class)

@@ -151,8 +151,7 @@ class SampleConfig(PartsConfig):
     labels: tuple[str, ...] = ()
     """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     temperature: tuple[float, ...] = (1.0,)
-    """Below 1: likelier codes; above 1: more varied ones; 0: the likeliest. One value, or one per
-    level."""
+    """Lower: likelier codes; higher: more varied; 0: the likeliest. One value, or one per level."""
     top_k: tuple[int, ...] = ()
     """Only the k likeliest codes. One value, or one per level."""
     top_p: tuple[float, ...] = ()
@@ -160,8 +159,7 @@ class SampleConfig(PartsConfig):
     min_p: tuple[float, ...] = ()
     """Only codes at least this likely, relative to the likeliest. One value, or one per level."""
     guidance_scale: tuple[float, ...] = (1.0,)
-    """Classifier-free guidance: above 1, images are more typical of their class and less varied.
-    One value, or one per level."""
+    """Classifier-free guidance: above 1, more typical of the class. One value, or one per level."""
     seed: int = 0
     """Image i depends on (seed, i, its label) alone, not on the number of images or processes."""
     lanes: int = LANES
