@@ -77,10 +77,13 @@ def summary(root: Path) -> str:
     levels = []
     for level, size in enumerate(manifest.codebook_sizes):
         prior, (height, width) = best_validation(root / f"prior_{level}"), manifest.grids[level]
-        levels.append(
-            f"  {('top', 'bottom')[level]:<7} {height} x {width} codes: perplexity "
-            f"{stage_1[f'perplexity_{level}']:.0f} of {size}; the prior needs "
-            f"{prior['bits_per_code']:.2f} bits per code (by frequency alone "
-            f"{prior['unigram_bits']:.2f})"
+        used = (
+            f"{height} x {width} codes: perplexity {stage_1[f'perplexity_{level}']:.0f} of {size}"
         )
+        bits, alone = prior["bits_per_code"], f"by frequency alone {prior['unigram_bits']:.2f}"
+        name, needs = (
+            ("top", "bottom")[level],
+            f"the prior needs {bits:.2f} bits per code ({alone})",
+        )
+        levels.append(f"  {name:<7} {used}; {needs}")
     return SUMMARY.format(root=root, mse=stage_1["mse"], levels="\n".join(levels))

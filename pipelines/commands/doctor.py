@@ -41,8 +41,8 @@ def doctor(config: DoctorConfig) -> int:
     Raises a `UserError` if there is nothing to check, or something cannot be loaded."""
     given = load(config)
     failed = number = 0
-    for name, passed, message in examine(**given):
-        number, failed = number + 1, failed + (not passed)
+    for number, (name, passed, message) in enumerate(examine(**given), start=1):  # noqa: B007
+        failed += not passed
         print(f"{'pass' if passed else 'FAIL'}  {name}: {message}", flush=True)
     print(f"\n{failed} of {number} checks failed." if failed else f"\nAll {number} checks passed.")
 
@@ -63,15 +63,13 @@ def doctor(config: DoctorConfig) -> int:
 def load(config: DoctorConfig) -> dict[str, Any]:
     """What the configuration names, as arguments of `examine`; raises as `doctor`."""
     # The autoencoder and the priors.
-    folders: tuple = (config.vqvae, config.priors)
-    if config.pipeline is not None:
-        folders = part_folders(config.pipeline)
-    if folders == (None, ()) and config.codes is None:
+    folder, prior_folders = part_folders(config.pipeline, config.vqvae, config.priors)
+    if folder is None and not prior_folders and config.codes is None:
         some = "--pipeline DIR, or any of --vqvae DIR, --codes DIR and --priors DIR DIR"
         raise UserError(f"nothing to check: give {some}; the more, the more is checked.")
     device, codes = processes().device, Path(config.codes) if config.codes is not None else None
-    vqvae = VQVAE2.from_pretrained(folders[0]).to(device) if folders[0] is not None else None
-    priors = [load_prior(folder).to(device) for folder in folders[1]]
+    vqvae = VQVAE2.from_pretrained(folder).to(device) if folder is not None else None
+    priors = [load_prior(prior_folder).to(device) for prior_folder in prior_folders]
 
     # The images that the codes were extracted from.
     images: dict[str, ImageTable] = {}
@@ -213,6 +211,8 @@ def check_extraction(
             wrong[level] += int(different.sum())
             total[level] += different.numel()
             changed += [f"{split}/{rows[i]['id']}" for i in different.any(dim=1).nonzero()]
+
+    # How many codes of each level differ.
     if not max(total):
         raise Failed(f"none of the {missing} images asked for is among these images")
     counts = [f"{wrong[i]} of {total[i]} {level_name(i, len(levels))}" for i in levels]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL.Image import Image
 
 from pipelines.config import InspectConfig
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
@@ -46,9 +46,11 @@ def inspect_command(config: InspectConfig) -> None:
     # The held-out images, or all where there are not enough.
     _, validation_path = trained_with(config.vqvae, config.data.path)
     data = replace(config.data, validation_path=config.data.validation_path or validation_path)
-    images, split = held_out_images(data, model.config.image), "held-out"
+    show, split = state.is_main_process, "held-out"
+    images = held_out_images(data, model.config.image, show_progress=show)
     if len(images) < 2 and not data.streaming:
-        images, split = load_images(data, model.config.image).train, "training"
+        splits = load_images(data, model.config.image, show_progress=False)
+        images, split = splits.train, "training"
 
     # One process does it all.
     if state.is_main_process:
@@ -114,9 +116,7 @@ def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
 
 
 @torch.no_grad()
-def draw_levels(
-    model: VQVAE2, images: ImageDataset, found: Inspection, names: Sequence[str]
-) -> Image.Image:
+def draw_levels(model: VQVAE2, images: ImageDataset, found: Inspection, names: list[str]) -> Image:
     """Each level alone, all of them together, and the original (the paper's figure 3)."""
     number = min(SHOWN_IMAGES, len(images))
     indices = [i * len(images) // number for i in range(number)]
@@ -128,7 +128,7 @@ def draw_levels(
     return sheet([to_pil(row) for row in decoded], titles)
 
 
-def draw_codes(images: ImageDataset, found: Inspection, level: int) -> Image.Image:
+def draw_codes(images: ImageDataset, found: Inspection, level: int) -> Image:
     """Patches of the most and least used codes, a row per code with its number and share."""
     counts = found.counts[level]
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
@@ -152,7 +152,7 @@ def to_text(title: str, figures: Figures, verdicts: Sequence[str]) -> str:
     return "\n".join([*lines, "", *verdicts])
 
 
-def make_page(title: str, text: str, pictures: Sequence[tuple[str, Image.Image]]) -> str:
+def make_page(title: str, text: str, pictures: Sequence[tuple[str, Image]]) -> str:
     """One HTML file with the text as it is, and the pictures, below their captions, in it."""
     page = PAGE.format(title=html.escape(title), text=html.escape(text))
     for caption, picture in pictures:

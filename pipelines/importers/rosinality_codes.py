@@ -124,18 +124,10 @@ class _StandIn:
         self.state = state
 
 
-class _CodeRow(_StandIn):
-    """Its arguments: top, bottom, filename."""
-
-
-class _Array(_StandIn):
-    """Its state: version, shape, type, whether in columns, bytes."""
-
-
-class _Type(_StandIn):
-    """Its arguments begin with "i8", its state with version and byte order."""
-
-
+# What they remember. CodeRow: the arguments top, bottom, filename. Array: the state version, shape,
+# type, whether in columns, bytes. Type: the arguments "i8", ..., the state version, byte order, ...
+_KINDS: list[Any] = [type(name, (_StandIn,), {}) for name in ("CodeRow", "Array", "Type")]
+_CodeRow, _Array, _Type = _KINDS
 NAMES: dict[tuple[str, str], type] = {
     ("dataset", "CodeRow"): _CodeRow,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
