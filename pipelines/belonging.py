@@ -26,6 +26,7 @@ def mismatches(
         complete: whether it must be a whole pipeline, with one prior for every level.
         facts: what is compared.
     """
+    # The levels.
     wrong, levels = [], [prior.config.level for prior in priors]
     needed = list(range(vqvae.config.num_levels)) if vqvae is not None and complete else levels
     if levels != needed:
@@ -60,10 +61,13 @@ def _claims(
         levels = describe_grids(grids, sizes)
         claims["grids"].append((levels, f"{name} has the grids {', '.join(levels)}"))
 
+    # The autoencoder.
     if vqvae is not None:
         encoder = vqvae.content_hash()
         claims["encoder"].append(([encoder], f"the autoencoder is {encoder[:12]}"))
         add("the autoencoder", vqvae.config.grids, vqvae.config.codebook_size_per_level)
+
+    # The code dataset and the priors, which hold the same facts.
     sources: list[Any] = [] if manifest is None else [manifest]
     for source in sources + [prior.config for prior in priors]:
         name, verb, codes_verb = "the code dataset", "holds", "is"

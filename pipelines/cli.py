@@ -63,12 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one sentence on stderr), or 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # How much is shown, and what needs no subcommand.
         quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
         show_messages(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         arguments = [word for word in arguments if word not in ("--quiet", "--verbose")]
         if not arguments or arguments[0] in ("-h", "--help", "--version"):
             print(f"vqvae2 {version('vqvae2')}" if "--version" in arguments else overview())
             return 0
+
+        # A subcommand, and in one sentence why it ended early.
         command, flags = split_command(arguments)
         return function_of(command)(parse(command, flags)) or 0
     except UserError as error:

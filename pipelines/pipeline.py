@@ -147,6 +147,7 @@ class VQVAE2Pipeline:
         Raises:
             UserError: an unknown label, or a setting out of its range.
         """
+        # Refuse impossible settings before anything is computed.
         check(num_images >= 1, "num_images", num_images, "at least 1")
         check(lanes >= 1, "lanes", lanes, "at least 1")
         check(seed >= 0, "seed", seed, "0 or more")

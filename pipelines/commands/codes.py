@@ -123,6 +123,7 @@ def verify(config: CodesVerifyConfig) -> int:
 def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for everything that is wrong with the shards of a code dataset."""
     for split in SPLITS:
+        # Each file for itself.
         shards = manifest.shards(split)
         for path in sorted((folder / split).glob("*.parquet")):
             if path.name not in {shard.name for shard in shards}:

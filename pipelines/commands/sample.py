@@ -52,6 +52,7 @@ def sample(config: SampleConfig) -> None:
     if processes().is_main_process:
         run.write(Path(folder))
 
+    # Sample.
     settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
     write_samples(pipeline, folder, config.num_images, labels=labels, known=known, **settings)
 
@@ -74,6 +75,7 @@ def write_samples(
         known: codes that all images start from, one row per level.
         npz: also write samples.npz, for evaluators. All others: see `VQVAE2Pipeline.__call__`.
     """
+    # The files, and the label of each.
     folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)

@@ -41,6 +41,7 @@ def read_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[Row]
     Raises:
         UserError: `lmdb` is not installed, it is no such file, or a row is missing or broken.
     """
+    # The library and the file.
     try:
         import lmdb
     except ImportError:

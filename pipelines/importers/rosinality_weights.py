@@ -39,6 +39,7 @@ def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
     Raises:
         UserError: the file is no such checkpoint, or has weights that are not known.
     """
+    # A model of the sizes that the shapes imply.
     theirs = {name.removeprefix("module."): tensor for name, tensor in _read(checkpoint).items()}
     model = VQVAE2(_read_config(checkpoint, theirs, size))
     expected, ours = model.state_dict(), {}
