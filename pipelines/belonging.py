@@ -46,8 +46,7 @@ def mismatches(
 
 def refuse_mismatches(*given: Any, **options: Any) -> None:
     """Raise a `UserError` with the `mismatches` of these arguments, if there are any."""
-    wrong = mismatches(*given, **options)
-    if wrong:
+    if wrong := mismatches(*given, **options):
         raise UserError(f"{'; '.join(wrong)}. {ADVICE}")
 
 
