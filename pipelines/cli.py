@@ -194,7 +194,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
 
 @cache
 def _annotate_for_tyro(config_class: type) -> None:
-    """Tell tyro what `flag_groups` decides. It reads annotations, in which the configurations
+    """Give tyro what `flag_groups` decides. It reads annotations, in which the configurations
     cannot name it themselves: `vqvae2 --help` would wait for its import."""
     from tyro.conf import Fixed, Suppress, arg
 

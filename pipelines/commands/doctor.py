@@ -39,11 +39,11 @@ DIFFERENT = 0.01  # share of codes that another machine may change: last bits de
 def doctor(config: DoctorConfig) -> int:
     """Print a line per check, how many failed and what was not checked; exit code 1 if any failed.
     Raises a `UserError` if there is nothing to check, or something cannot be loaded."""
-    given = load(config)
-    failed = number = 0
-    for number, (name, passed, message) in enumerate(examine(**given), start=1):  # noqa: B007
-        failed += not passed
+    given, results = load(config), []
+    for name, passed, message in examine(**given):
+        results.append(passed)
         print(f"{'pass' if passed else 'FAIL'}  {name}: {message}", flush=True)
+    failed, number = results.count(False), len(results)
     print(f"\n{failed} of {number} checks failed." if failed else f"\nAll {number} checks passed.")
 
     # What was left out for want of something.
