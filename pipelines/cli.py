@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         # A subcommand, and in one sentence why it ended early.
         command, flags = split_command(arguments)
-        return function_of(command)(parse(command, flags)) or 0
+        config = parse(command, flags)  # before torch is imported
+        return function_of(command)(config) or 0
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:
