@@ -69,10 +69,10 @@ def _claims(
     # The code dataset and the priors, which hold the same facts.
     sources: list[Any] = [] if manifest is None else [manifest]
     for source in sources + [prior.config for prior in priors]:
-        name, verb, codes_verb = "the code dataset", "holds", "is"
+        name, codes_verb, verb = "the code dataset", "is", "holds"
         if source is not manifest:
             name, verb = f"the prior of level {source.level}", "was trained on"
-            codes_verb = "was trained on the code dataset"
+            codes_verb = f"{verb} the code dataset"
         encoder, codes = source.encoder_hash, source.codes_hash
         claims["encoder"].append(([encoder], f"{name} {verb} codes of the encoder {encoder[:12]}"))
         claims["codes"].append(([codes], f"{name} {codes_verb} {codes[:12]}"))

@@ -77,13 +77,8 @@ def summary(root: Path) -> str:
     levels = []
     for level, size in enumerate(manifest.codebook_sizes):
         prior, (height, width) = best_validation(root / f"prior_{level}"), manifest.grids[level]
-        used = (
-            f"{height} x {width} codes: perplexity {stage_1[f'perplexity_{level}']:.0f} of {size}"
-        )
+        name, used = ("top", "bottom")[level], stage_1[f"perplexity_{level}"]
         bits, alone = prior["bits_per_code"], f"by frequency alone {prior['unigram_bits']:.2f}"
-        name, needs = (
-            ("top", "bottom")[level],
-            f"the prior needs {bits:.2f} bits per code ({alone})",
-        )
-        levels.append(f"  {name:<7} {used}; {needs}")
+        codes = f"{name:<7} {height} x {width} codes: perplexity {used:.0f} of {size}"
+        levels.append(f"  {codes}; the prior needs {bits:.2f} bits per code ({alone})")
     return SUMMARY.format(root=root, mse=stage_1["mse"], levels="\n".join(levels))
