@@ -22,13 +22,11 @@ def mismatches(
 ) -> list[str]:
     """Why these do not belong together: clauses that name both sides; empty if they do.
 
-    `ADVICE` says what to do.
-
     Args:
-        manifest: of the code dataset.
         complete: whether it must be a whole pipeline, with one prior for every level.
         facts: what is compared.
     """
+    # The levels.
     wrong, levels = [], [prior.config.level for prior in priors]
     needed = list(range(vqvae.config.num_levels)) if vqvae is not None and complete else levels
     if levels != needed:
@@ -48,8 +46,7 @@ def mismatches(
 
 def refuse_mismatches(*given: Any, **options: Any) -> None:
     """Raise a `UserError` with the `mismatches` of these arguments, if there are any."""
-    wrong = mismatches(*given, **options)
-    if wrong:
+    if wrong := mismatches(*given, **options):
         raise UserError(f"{'; '.join(wrong)}. {ADVICE}")
 
 
@@ -63,19 +60,22 @@ def _claims(
         levels = describe_grids(grids, sizes)
         claims["grids"].append((levels, f"{name} has the grids {', '.join(levels)}"))
 
+    # The autoencoder.
     if vqvae is not None:
-        name, encoder = "the autoencoder", vqvae.content_hash()
-        claims["encoder"].append(([encoder], f"{name} is {encoder[:12]}"))
-        add(name, vqvae.config.grids, vqvae.config.codebook_size_per_level)
+        encoder = vqvae.content_hash()
+        claims["encoder"].append(([encoder], f"the autoencoder is {encoder[:12]}"))
+        add("the autoencoder", vqvae.config.grids, vqvae.config.codebook_size_per_level)
+
+    # The code dataset and the priors, which hold the same facts.
     sources: list[Any] = [] if manifest is None else [manifest]
     for source in sources + [prior.config for prior in priors]:
-        name, encoder_words, codes_words = "the code dataset", "holds codes of the encoder", "is"
+        name, codes_verb, verb = "the code dataset", "is", "holds"
         if source is not manifest:
             name, verb = f"the prior of level {source.level}", "was trained on"
-            encoder_words, codes_words = f"{verb} codes of the encoder", f"{verb} the code dataset"
+            codes_verb = f"{verb} the code dataset"
         encoder, codes = source.encoder_hash, source.codes_hash
-        claims["encoder"].append(([encoder], f"{name} {encoder_words} {encoder[:12]}"))
-        claims["codes"].append(([codes], f"{name} {codes_words} {codes[:12]}"))
+        claims["encoder"].append(([encoder], f"{name} {verb} codes of the encoder {encoder[:12]}"))
+        claims["codes"].append(([codes], f"{name} {codes_verb} {codes[:12]}"))
         add(name, source.grids, source.codebook_sizes)
         if source.class_names or source is manifest:  # a prior may do without the classes
             classes = ", ".join(source.class_names) or "none"

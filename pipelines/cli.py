@@ -36,11 +36,8 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "doctor": (configs.DoctorConfig, "pipelines.commands.doctor:doctor"),
     "sample": (configs.SampleConfig, "pipelines.commands.sample:sample"),
     "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
-    "import-weights": (
-        configs.ImportWeightsConfig,
-        "pipelines.commands.import_weights:import_weights",
-    ),
-    "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:import_codes"),
+    "import-weights": (configs.ImportWeightsConfig, "pipelines.commands.import_weights:command"),
+    "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:command"),
     "completion": (configs.CompletionConfig, "pipelines.commands.completion:completion"),
 }
 RECIPES = files("pipelines") / "recipes"
@@ -55,6 +52,10 @@ sample.
 RECIPE is a YAML file, or one of {recipes}; flags override it.
 vqvae2 SUBCOMMAND --help explains every flag. vqvae2 --version shows the version.
 On several processes: accelerate launch -m pipelines.cli SUBCOMMAND --flags"""
+COMMON_HELP = """{description}
+
+--config RECIPE takes the defaults from a recipe: a YAML file, or {recipes}.
+--quiet shows warnings only, --verbose every message."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,25 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one sentence on stderr), or 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # How much is shown, and what needs no subcommand.
         quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
         show_messages(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         arguments = [word for word in arguments if word not in ("--quiet", "--verbose")]
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(overview())
+        if not arguments or arguments[0] in ("-h", "--help", "--version"):
+            print(f"vqvae2 {version('vqvae2')}" if "--version" in arguments else overview())
             return 0
-        if arguments[0] == "--version":
-            print(f"vqvae2 {version('vqvae2')}")
-            return 0
+
+        # A subcommand, and in one sentence why it ended early.
         command, flags = split_command(arguments)
-        config = parse(command, flags)
+        config = parse(command, flags)  # before torch is imported
         return function_of(command)(config) or 0
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:
         if error.filename is None:
             raise
-        reason = f"{error.filename}: {error.strerror}"
-        message, code = f"error: {reason}: check the path, its permissions and the free space.", 2
+        advice = "check the path, its permissions and the free space"
+        message, code = f"error: {error.filename}: {error.strerror}: {advice}.", 2
     except Stopped as stopped:
         message, code = str(stopped), 128 + stopped.signal_number
     except KeyboardInterrupt:
@@ -97,11 +98,7 @@ def run_script(command: str) -> None:
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The subcommand, of one word or two ("codes info"), and its arguments.
-
-    Raises:
-        UserError: there is no such subcommand.
-    """
+    """The subcommand, of one word or two ("codes info"), and its arguments, or a `UserError`."""
     for number in (1, 2):
         if (command := " ".join(arguments[:number])) in COMMANDS:
             return command, arguments[number:]
@@ -109,8 +106,7 @@ def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     family = ", ".join(command for command in COMMANDS if command.startswith(f"{word} "))
     if family:
         raise UserError(f"vqvae2 {word} needs a second word: {family} (see vqvae2 --help).")
-    near = suggest(word, COMMANDS)
-    raise UserError(f"unknown subcommand {word!r}; {near} (see vqvae2 --help).")
+    raise UserError(f"unknown subcommand {word!r}; {suggest(word, COMMANDS)} (see vqvae2 --help).")
 
 
 def function_of(command: str) -> Callable[[Any], int | None]:
@@ -121,15 +117,12 @@ def function_of(command: str) -> Callable[[Any], int | None]:
 
 def overview() -> str:
     """The text of `vqvae2 --help`."""
-    lines = []
-    for name, (config_class, _) in COMMANDS.items():
-        lines.append(f"  {name:<14} {(config_class.__doc__ or '').splitlines()[0]}")
+    docs = {name: config_class.__doc__ or "" for name, (config_class, _) in COMMANDS.items()}
+    lines = [f"  {name:<14} {doc.splitlines()[0]}" for name, doc in docs.items()]
     return OVERVIEW.format(commands="\n".join(lines), recipes=", ".join(recipe_names()))
 
 
-def flag_groups(
-    config_class: type, prefix: str = ""
-) -> Iterator[tuple[str, type, list[dataclasses.Field]]]:
+def flag_groups(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, list]]:
     """The flags of a subcommand, by dataclass: what their names begin with, the dataclass, and
     those of its fields that have a flag. Preprocessing is `--image.*` wherever it lies."""
     hints = get_type_hints(config_class)
@@ -153,19 +146,14 @@ def flag_names(command: str) -> list[str]:
     for prefix, config_class, fields in flag_groups(COMMANDS[command][0]):
         hints = get_type_hints(config_class)
         for field in fields:
-            name = field.name.replace("_", "-")
-            names.append(f"--{prefix}{name}")
-            if hints[field.name] is bool:
-                names.append(f"--{prefix}no-{name}")
+            for no in ("", "no-") if hints[field.name] is bool else ("",):
+                names.append(f"--{prefix}{no}{field.name.replace('_', '-')}")
     return [*names, *COMMON_FLAGS]
 
 
 def parse(command: str, arguments: Sequence[str]) -> Any:
     """The configuration that a subcommand's arguments ask for: defaults < recipe < flags.
-
-    Raises:
-        UserError: an unknown flag, a wrong value, or a missing one.
-    """
+    Raises a `UserError` for an unknown flag, and for a value that is wrong or missing."""
     import tyro
 
     # Refuse unknown flags with the nearest known one.
@@ -181,7 +169,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
     section: dict[str, Any] = {}
     if recipe is not None:
-        level = _take_flag(arguments, "--level")[1]
+        level = _take_flag(arguments, "--level")[1] or ""
         section = recipe_section(load_recipe(recipe), command, level)
     if config_class is configs.PlanConfig:
         if recipe is None and not {"-h", "--help"} & {*arguments}:
@@ -189,22 +177,15 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         section = {**section, "recipe": recipe or ""}
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
 
-    # Let tyro parse the flags or print the help, and shorten what it says of a mistake.
+    # Let tyro parse the flags or print the help, and shorten its message about a mistake.
     _annotate_for_tyro(config_class)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
-    recipes = f"a recipe: a YAML file, or {', '.join(recipe_names())}."
-    description = f"{lesson}\n\n--config RECIPE takes the defaults from {recipes}\n"
-    description += "--quiet shows warnings only, --verbose every message."
+    description = COMMON_HELP.format(description=lesson, recipes=", ".join(recipe_names()))
+    options: dict[str, Any] = {"prog": f"vqvae2 {command}", "description": description}
     mistake = io.StringIO()
     try:
         with contextlib.redirect_stderr(mistake):
-            return tyro.cli(
-                config_class,
-                prog=f"vqvae2 {command}",
-                description=description,
-                args=arguments,
-                default=default,
-            )
+            return tyro.cli(config_class, args=arguments, default=default, **options)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
@@ -214,7 +195,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
 
 @cache
 def _annotate_for_tyro(config_class: type) -> None:
-    """Tell tyro what `flag_groups` decides. It reads annotations, in which the configurations
+    """Give tyro what `flag_groups` decides. It reads annotations, in which the configurations
     cannot name it themselves: `vqvae2 --help` would wait for its import."""
     from tyro.conf import Fixed, Suppress, arg
 
@@ -238,11 +219,8 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """A recipe by its name or file: a section of settings for each training.
-
-    Raises:
-        UserError: there is no such recipe, or it has an unknown section.
-    """
+    """A recipe by its name or file: a section of settings for each command. Raises a `UserError` if
+    there is none, or if it has an unknown section."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(RECIPES / f"{name}.yaml"))
     if not path.is_file():
         names = ", ".join(recipe_names())
@@ -250,23 +228,19 @@ def load_recipe(name: str) -> dict[str, Any]:
     recipe = read_yaml(path)
     for section in recipe:
         if section not in COMMANDS and not re.fullmatch(r"prior_\d+", section):
-            raise UserError(
-                f"{path}: unknown section {section!r}: name it after a subcommand, or prior_0, "
-                "prior_1, ... for a level's train-prior."
-            )
+            allowed = "name it after a subcommand, or a level's train-prior prior_0, prior_1, ..."
+            raise UserError(f"{path}: unknown section {section!r}: {allowed}")
     return recipe
 
 
-def recipe_section(
-    recipe: dict[str, Any], command: str, level: str | None = None
-) -> dict[str, Any]:
+def recipe_section(recipe: dict[str, Any], command: str, level: str = "") -> dict[str, Any]:
     """A recipe's settings for a subcommand; those for train-prior may differ by level (`prior_0`
     is the top's, the last one the bottom's)."""
     section = recipe.get(command) or {}
     priors = sorted(name for name in recipe if name.startswith("prior_"))
     if command != "train-prior" or not priors:
         return section
-    name = {"top": priors[0], "bottom": priors[-1]}.get(level or "", f"prior_{level}")
+    name = {"top": priors[0], "bottom": priors[-1]}.get(level, f"prior_{level}")
     return {**section, **(recipe.get(name) or {})}
 
 
@@ -283,7 +257,7 @@ def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def _one_sentence(box: str) -> str:
-    """What tyro says of a mistake, without the box around it, its title and its hints."""
+    """tyro's message about a mistake, without the box around it, its title and its hints."""
     text = " ".join(re.sub(r"[│╭╮╰╯]|─+|-{3,}", " ", box).split())
     text = re.split("(?:Argument|For full) helptext", text)[0].rstrip(". ")
     if text.startswith("Required options"):
@@ -294,11 +268,9 @@ def _one_sentence(box: str) -> str:
 
 def _leave_process_group() -> None:
     """Without it, one of several processes may be aborted at exit, after all its work is done."""
-    if "torch.distributed" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prior.config import TrainPriorConfig
-from vqvae2.common.config import check, may_change
+from vqvae2.common.config import check, check_at_least, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 
@@ -13,29 +13,34 @@ LANES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """Turn images into a code dataset, with a trained autoencoder.
+class ModelToFolderConfig:
+    """A command that reads an autoencoder and writes a folder."""
+
+    vqvae: str = may_change()
+    """The trained autoencoder: a folder, or a Hub id."""
+    output_dir: str = may_change()
+    """The folder to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ModelToFolderConfig):
+    """Turn images into a code dataset. The same command again continues a killed extraction.
 
     Example: vqvae2 extract --vqvae runs/x/vqvae --data.path photos --output-dir runs/x/codes
     """
 
-    vqvae: str = may_change()
-    """The trained autoencoder: a folder, or a Hub id."""
     data: ImagesConfig
     """Where the images are: those that the autoencoder was trained on."""
-    output_dir: str = may_change()
-    """Folder of the code dataset. The same command again continues a killed extraction."""
     shard_size: int = 8192
     """Images per Parquet shard (of a stream, each shard becomes one)."""
     views: tuple[str, ...] = ("original",)
-    """Rows per training image, so that the prior sees them too: original, flip, top_left,
-    top_right, bottom_left, bottom_right (crops of nine tenths), flip_top_left, ... Held-out images
-    are never changed."""
+    """Rows per training image: original, flip, top_left, top_right, bottom_left, bottom_right
+    (crops of nine tenths), flip_top_left, ... Held-out images are never changed."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
 
     def __post_init__(self) -> None:
-        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        check_at_least(self, 1, "shard_size")
         different = len(set(self.views)) == len(self.views) >= 1
         check(different, "views", self.views, "one or more different views")
 
@@ -45,8 +50,7 @@ class TrainPriorCommandConfig(TrainPriorConfig):
     __doc__ = TrainPriorConfig.__doc__
 
     vqvae: str | None = may_change(None)
-    """The autoencoder that made the codes: with it, pictures of samples are saved at intervals (a
-    finer level's are conditioned on held-out codes of the coarser ones)."""
+    """The autoencoder that made the codes: with it, pictures of samples are saved at intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,52 +65,37 @@ class CodesInfoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesViewConfig:
-    """Decode rows of a code dataset to a picture, rows.png.
+class CodesViewConfig(ModelToFolderConfig):
+    """Decode rows of a code dataset, with the autoencoder that made it, to a picture: rows.png.
 
     Example: vqvae2 codes view --codes runs/x/codes --vqvae runs/x/vqvae --rows 0 5 --output-dir out
     """
 
     codes: str = may_change()
     """The code dataset."""
-    vqvae: str
-    """The autoencoder that made the codes: a folder, or a Hub id."""
     rows: tuple[int, ...] = tuple(range(16))
     """Which rows, counted from 0 over the shards of the split."""
     split: Literal["train", "validation"] = "train"
     """Training or held-out rows."""
-    output_dir: str
-    """The folder that rows.png is written to."""
-
-    def __post_init__(self) -> None:
-        check(len(self.rows) >= 1, "rows", self.rows, "one number or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesVerifyConfig:
-    """Check a code dataset: every shard's checksum, rows, codes and labels, and that no row repeats.
-    A line for each problem, then exit code 1.
+class CodesVerifyConfig(CodesInfoConfig):
+    """Check a code dataset's files, rows, codes and labels: a line per problem, then exit code 1.
 
     Example: vqvae2 codes verify --codes runs/photos/codes
     """
 
-    codes: str = may_change()
-    """The code dataset."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructConfig:
+class ReconstructConfig(ModelToFolderConfig):
     """Encode and decode images: one file each, and a sheet of originals above reconstructions.
 
     Example: vqvae2 reconstruct --vqvae runs/x/vqvae --data.path holiday --output-dir out
     """
 
-    vqvae: str = may_change()
-    """The trained autoencoder: a folder, or a Hub id."""
     data: ImagesConfig
     """Where the images are."""
-    output_dir: str = may_change()
-    """Where the image files go."""
     num_images: int = may_change(64)
     """At most this many images, the first ones; 0 for all."""
     held_out: bool = False
@@ -114,8 +103,7 @@ class ReconstructConfig:
 
     def __post_init__(self) -> None:
         check(self.num_images >= 0, "num_images", self.num_images, "0 (all) or more")
-        streaming = self.data.streaming
-        check(not streaming, "data.streaming", streaming, "off, to take images in any order")
+        check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +151,7 @@ class SampleConfig(PartsConfig):
     labels: tuple[str, ...] = ()
     """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     temperature: tuple[float, ...] = (1.0,)
-    """Below 1: likelier codes; above 1: more varied ones; 0: the likeliest. One value, or one per
-    level."""
+    """Lower: likelier codes; higher: more varied; 0: the likeliest. One value, or one per level."""
     top_k: tuple[int, ...] = ()
     """Only the k likeliest codes. One value, or one per level."""
     top_p: tuple[float, ...] = ()
@@ -172,8 +159,7 @@ class SampleConfig(PartsConfig):
     min_p: tuple[float, ...] = ()
     """Only codes at least this likely, relative to the likeliest. One value, or one per level."""
     guidance_scale: tuple[float, ...] = (1.0,)
-    """Classifier-free guidance: above 1, images are more typical of their class and less varied.
-    One value, or one per level."""
+    """Classifier-free guidance: above 1, more typical of the class. One value, or one per level."""
     seed: int = 0
     """Image i depends on (seed, i, its label) alone, not on the number of images or processes."""
     lanes: int = LANES
@@ -192,8 +178,7 @@ class SampleConfig(PartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.num_images >= 1, "num_images", self.num_images, "at least 1")
-        check(self.lanes >= 1, "lanes", self.lanes, "at least 1")
+        check_at_least(self, 1, "num_images", "lanes")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
         masked, edited = self.mask is not None, self.init_image is not None
         check(edited or not masked, "mask", self.mask, "used together with init_image")
@@ -213,13 +198,11 @@ class ExtractedImagesConfig(ImagesConfig):
 class DoctorConfig(PartsConfig):
     """Find silent errors of trained parts, in seconds: a line per check, exit code 1 if any fails.
 
-    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Of
-    every prior: no logit sees the code it predicts or a later one (to the last bit), cached
-    sampling equals the plain loop, condition and labels reach the logits, every weight receives a
-    gradient, the loss starts at ln K. With codes: held-out rows cost less given their own
-    condition than given another image's, and less than by frequency alone. Of the autoencoder:
-    every code survives a round trip. Of the codes: all rows are there, and some images encoded
-    again get the codes that are stored. Of all together: they belong to the same encoder.
+    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Every
+    prior: no logit sees its own code or a later one, cached sampling equals the plain loop,
+    condition, labels and gradients arrive. With codes: the condition lowers the held-out loss,
+    which is below that of frequencies alone. The autoencoder: every code survives a round trip.
+    The codes: all rows are there, and images encoded again get theirs. All: they belong together.
 
     Example: vqvae2 doctor --pipeline runs/photos/pipeline --codes runs/photos/codes
     """
@@ -230,8 +213,7 @@ class DoctorConfig(PartsConfig):
     """Images to encode again."""
 
     def __post_init__(self) -> None:
-        if self.pipeline is not None and (self.vqvae is not None or self.priors):
-            raise UserError("--pipeline replaces --vqvae and --priors: give one or the other.")
+        super().__post_init__()
         decodes = self.vqvae is not None or self.pipeline is not None
         if self.data.path and (self.codes is None or not decodes):
             raise UserError("--data.path needs codes: give --codes DIR and the autoencoder too.")
@@ -240,18 +222,14 @@ class DoctorConfig(PartsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleConfig:
+class AssembleConfig(ModelToFolderConfig):
     """Put an autoencoder and its priors into one folder: a pipeline to sample from, or to share.
 
     Example: vqvae2 assemble --vqvae x/vqvae --priors x/prior_0 x/prior_1 --output-dir x/pipeline
     """
 
-    vqvae: str = may_change()
-    """The trained autoencoder."""
     priors: tuple[str, ...] = may_change()
     """One trained prior per level, the top first."""
-    output_dir: str = may_change()
-    """The pipeline folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,21 +256,17 @@ class ImportWeightsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportCodesConfig:
+class ImportCodesConfig(ModelToFolderConfig):
     """Turn the LMDB file of codes that rosinality/vq-vae-2-pytorch extracts into a code dataset.
 
-    Classes are the folders that the images were in, if there are several. No code that the file
-    may contain is run.
+    The autoencoder is what vqvae2 import-weights wrote. Classes are the folders that the images
+    were in, if there are several. No code that the file may contain is run.
 
     Example: vqvae2 import-codes --lmdb codes.lmdb --vqvae x/vqvae --output-dir x/codes
     """
 
     lmdb: str
     """The LMDB file or folder."""
-    vqvae: str = may_change()
-    """The autoencoder that made the codes: what vqvae2 import-weights wrote of its checkpoint."""
-    output_dir: str = may_change()
-    """Folder of the code dataset."""
     validation_fraction: float = 0.05
     """Share of the rows held out; an image's own name decides."""
     shard_size: int = 8192
@@ -301,14 +275,12 @@ class ImportCodesConfig:
     def __post_init__(self) -> None:
         fraction = self.validation_fraction
         check(0 <= fraction < 1, "validation_fraction", fraction, "in [0, 1)")
-        check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        check_at_least(self, 1, "shard_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """Estimate what a recipe's trainings need: parameters, memory, hours, and whether they fit.
-
-    No weights are made: a network of any size is planned in seconds.
 
     Example: vqvae2 plan --config ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
     """
@@ -320,27 +292,22 @@ class PlanConfig:
     num_classes: int = 0
     """Classes that the priors are conditioned on (a training reads them from the codes)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What to plan for; auto: what a training would use here. cuda can be planned where there is
-    none, with --memory-gibibytes."""
+    """auto: what a training would use here. cuda without a GPU needs --memory-gibibytes."""
     memory_gibibytes: float | None = None
     """Memory of the device, if it is not this machine's."""
     num_devices: int = 1
     """Devices that share a batch."""
     measure: bool = False
-    """Time a real step of every training on this device, with as many images as take about a
-    second, for the hours."""
+    """Time a real step of every training on this device, for the hours."""
     images_per_second: tuple[float, ...] = ()
-    """A rate that you measured (see metrics.jsonl): one number for all trainings, or one for each.
-    Overrides --measure."""
+    """Measured rates (see metrics.jsonl): one, or one per training. They override --measure."""
 
     def __post_init__(self) -> None:
-        num_images, memory = self.num_images, self.memory_gibibytes
-        check(num_images is None or num_images >= 1, "num_images", num_images, "at least 1")
-        check(self.num_classes >= 0, "num_classes", self.num_classes, "0 (none) or more")
+        check_at_least(self, 1, "num_devices", *["num_images"] * (self.num_images is not None))
+        check_at_least(self, 0, "num_classes")
+        memory, rates = self.memory_gibibytes, self.images_per_second
         check(memory is None or memory > 0, "memory_gibibytes", memory, "above 0")
-        check(self.num_devices >= 1, "num_devices", self.num_devices, "at least 1")
-        for rate in self.images_per_second:
-            check(rate > 0, "images_per_second", rate, "above 0")
+        check(min(rates, default=1) > 0, "images_per_second", rates, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,25 +39,18 @@ class PipelineOutput:
 
 
 class VQVAE2Pipeline:
-    """An autoencoder and one prior per level: `VQVAE2Pipeline.from_pretrained(folder)(9).images`."""
+    """An autoencoder and a prior per level: `VQVAE2Pipeline.from_pretrained(folder)(9).images`."""
 
     def __init__(self, vqvae: VQVAE2, priors: Sequence[Prior]) -> None:
-        """Join parts that belong together, the priors top first.
-
-        Raises:
-            UserError: see `refuse_mismatches`.
-        """
+        """Join parts, the priors top first. Raises a `UserError` if they do not belong together."""
         refuse_mismatches(vqvae, priors, complete=True)
         self.vqvae, self.priors = vqvae.eval(), [prior.eval() for prior in priors]
         self.trainings: dict[str, Any] = {}  # part -> the record of its training
 
     @classmethod
     def from_parts(cls, vqvae: str | Path, priors: Sequence[str | Path]) -> Self:
-        """Load the parts from their own folders (or Hub ids), the priors top first.
-
-        Raises:
-            UserError: see `Artifact.from_pretrained` and `refuse_mismatches`.
-        """
+        """Load the parts from their own folders (or Hub ids), the priors top first. Raises as
+        `Artifact.from_pretrained` and `refuse_mismatches`."""
         pipeline = cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors])
         for part, folder in zip(pipeline.parts, [vqvae, *priors], strict=True):
             if record := training_record(folder):
@@ -154,6 +147,7 @@ class VQVAE2Pipeline:
         Raises:
             UserError: an unknown label, or a setting out of its range.
         """
+        # Refuse impossible settings before anything is computed.
         check(num_images >= 1, "num_images", num_images, "at least 1")
         check(lanes >= 1, "lanes", lanes, "at least 1")
         check(seed >= 0, "seed", seed, "0 or more")
@@ -167,9 +161,8 @@ class VQVAE2Pipeline:
 
         # Sample in batches of exactly `lanes` images, and keep those that were asked for.
         outputs: list[list[Tensor]] = []  # per batch: images and, level by level, codes
-        bar = progress_bar(
-            total=num_images, desc="sampling", unit="image", disable=not show_progress
-        )
+        options = {"total": num_images, "desc": "sampling", "unit": "image"}
+        bar = progress_bar(**options, disable=not show_progress)
         for batch in in_lanes(range(first_index, first_index + num_images), lanes):
             first = batch.start // lanes * lanes
             seeds = image_seeds(seed, first, lanes)
@@ -178,16 +171,10 @@ class VQVAE2Pipeline:
             codes: list[Tensor] = []
             for prior, sampling, level in zip(self.priors, samplings, known, strict=True):
                 given = level and level.spread(first - first_index, lanes)
-                sampled = prior.sample(
-                    lanes,
-                    codes,
-                    classes.to(prior.device) if prior.config.num_classes else None,
-                    sampling=sampling,
-                    seeds=seeds,
-                    known=given and Known(*(tensor.to(prior.device) for tensor in given)),
-                    bf16=bf16,
-                )
-                codes.append(sampled)
+                given = given and Known(*(tensor.to(prior.device) for tensor in given))
+                inputs = codes, classes.to(prior.device) if prior.config.num_classes else None
+                noise: dict[str, Any] = {"sampling": sampling, "seeds": seeds}
+                codes.append(prior.sample(lanes, *inputs, **noise, known=given, bf16=bf16))
             images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
             asked = slice(batch.start - first, batch.stop - first)
             outputs.append([tensor[asked].cpu() for tensor in (images, *codes)])
@@ -198,11 +185,8 @@ class VQVAE2Pipeline:
 
     def label_numbers(self, labels: Labels) -> list[int]:
         """Class names or numbers as numbers; "none", the hidden label, is the number after the
-        last class. None: all classes. Without classes, no numbers.
-
-        Raises:
-            UserError: naming the label and what is allowed.
-        """
+        last class. None: all classes. Without classes, no numbers. A `UserError` names a label
+        that is unknown."""
         labels = labels.tolist() if isinstance(labels, Tensor) else labels
         given = [labels] if isinstance(labels, int | str) else [] if labels is None else [*labels]
         names = self.class_names
@@ -221,11 +205,7 @@ class VQVAE2Pipeline:
 
     def samplings(self, **settings: Any) -> list[SamplingConfig]:
         """One configuration per level, of settings that are one value or one per level; None, or
-        no value, leaves the default.
-
-        Raises:
-            UserError: another number of values than levels, or a value out of its range.
-        """
+        no value, leaves the default. A `UserError` names a wrong value or number of values."""
         levels: list[dict[str, Any]] = [{} for _ in self.priors]
         for name, value in settings.items():
             values = list(value) if isinstance(value, Sequence) else [value]

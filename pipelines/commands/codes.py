@@ -1,6 +1,5 @@
 """`vqvae2 codes info | view | verify`: what a code dataset holds, and whether it is sound."""
 
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -11,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from einops import rearrange
-from PIL import Image
-from tqdm.auto import tqdm
 
 from pipelines.belonging import describe_grids, refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
@@ -21,19 +18,20 @@ from prior.manifest import Manifest, check_range, read_manifest, read_rows, read
 from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
 from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes
+from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.model import VQVAE2
 
 logger = logging.getLogger(__name__)
-SHOWN_CLASSES = 12  # the first ones are named
 DECODED_AT_ONCE = 32
-KEY = np.dtype("V16")  # of a row: a hash of its id and view
+BAR = {"unit": "shard", "delay": 3, "leave": False}
 
 
 def info(config: CodesInfoConfig) -> None:
-    """Print what a code dataset holds; see `code_info`."""
+    """Print what a code dataset holds."""
     print(code_info(Path(config.codes)))
 
 
@@ -44,7 +42,7 @@ def code_info(codes: Path) -> str:
     counts = [torch.zeros(size, dtype=torch.int64) for size in manifest.codebook_sizes]
     columns = [column_name(level) for level in range(manifest.num_levels)]
     shards, on_disk = manifest.all_shards, 0
-    for split, shard in tqdm(shards, "counting codes", unit="shard", delay=3, leave=False):
+    for split, shard in progress_bar(shards, "counting codes", **BAR):
         for table in read_shard(codes, manifest, split, shard, columns):
             for level, column in enumerate(columns):
                 values = torch.from_numpy(flat_values(table[column]).astype(np.int64))
@@ -53,12 +51,11 @@ def code_info(codes: Path) -> str:
 
     # What it is, and how each level is used.
     rows, classes = manifest.num_train + manifest.num_validation, manifest.class_names
-    names = ", ".join([*classes[:SHOWN_CLASSES], *["..."] * (len(classes) > SHOWN_CLASSES)])
     written_by = [f"{name} {version}" for name, version in manifest.versions.items()]
     split_rows = f"{manifest.num_train} to train on, {manifest.num_validation} held out"
     facts = {
         "rows": f"{split_rows}; views: {', '.join(manifest.views)}",
-        "classes": f"{len(classes)} ({names})" if classes else "none",
+        "classes": f"{len(classes)} ({first_names(classes)})" if classes else "none",
         "encoder": manifest.encoder_hash,
         "content": manifest.codes_hash,
         "written": ", ".join(written_by) or "by unknown versions",
@@ -74,33 +71,39 @@ def code_info(codes: Path) -> str:
     return "\n".join([f"{codes}: codes of {manifest.source or 'an unnamed source'}", *lines])
 
 
+def first_names(names: Sequence[str]) -> str:
+    """The first names, in one text: bag, coat, dress, ..."""
+    return ", ".join([*names[:12], *["..."] * (len(names) > 12)])
+
+
 def view(config: CodesViewConfig) -> None:
-    """Write a picture of decoded rows, and print which rows they are; see `view_rows`."""
-    codes, path = Path(config.codes), Path(config.output_dir) / "rows.png"
-    save_picture(view_rows(codes, config.vqvae, config.rows, config.split), path)
-    manifest = read_manifest(codes)
-    table = read_rows(codes, manifest, config.split, config.rows)
-    for number, row in zip(config.rows, table.to_pylist(), strict=True):
-        view = f", {row['view']}" if row["view"] != ORIGINAL else ""
-        label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
-        print(f"{config.split} row {number}: {row['id']}{view}{label}")
-    logger.info(f"{path}: {len(table)} decoded rows, in reading order.")
+    """Write a picture of decoded rows, and print which rows they are."""
+    output_dir = Path(config.output_dir)
+    print(view_rows(Path(config.codes), config.vqvae, output_dir, config.rows, config.split))
+    logger.info(f"{output_dir / 'rows.png'}: the decoded rows, in reading order.")
 
 
 @torch.no_grad()
-def view_rows(codes: Path, vqvae: str | Path, rows: Sequence[int], split: str) -> Image.Image:
-    """A sheet of decoded rows. Raises a `UserError` for another autoencoder, or no such row."""
+def view_rows(codes: Path, vqvae: str, output_dir: Path, rows: Sequence[int], split: str) -> str:
+    """Write a sheet of decoded rows, rows.png, and return a line about each of them. Raises a
+    `UserError` for another autoencoder, or no such row."""
+    check(len(rows) >= 1, "rows", rows, "one number or more")
     manifest, device = read_manifest(codes), processes().device
     model = VQVAE2.from_pretrained(vqvae).to(device)
     refuse_mismatches(model, (), manifest)
-    table, pictures = read_rows(codes, manifest, split, rows), []
+    table, pictures, captions = read_rows(codes, manifest, split, rows), [], []
     for first in range(0, len(table), DECODED_AT_ONCE):
         few, levels = table.slice(first, DECODED_AT_ONCE), []
         for level, (h, w) in enumerate(manifest.grids):
             flat = torch.from_numpy(flat_values(few[column_name(level)]).astype(np.int64))
             levels.append(rearrange(flat, "(b h w) -> b h w", h=h, w=w).to(device))
         pictures += to_pil(model.decode_codes(levels))
-    return sheet(in_rows(pictures, 8))
+    for number, row in zip(rows, table.to_pylist(), strict=True):
+        view = f", {row['view']}" if row["view"] != ORIGINAL else ""
+        label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
+        captions.append(f"{split} row {number}: {row['id']}{view}{label}")
+    save_picture(sheet(in_rows(pictures, 8)), output_dir / "rows.png")
+    return "\n".join(captions)
 
 
 def verify(config: CodesVerifyConfig) -> int:
@@ -112,32 +115,34 @@ def verify(config: CodesVerifyConfig) -> int:
         number += 1
     rows, shards = manifest.num_train + manifest.num_validation, len(manifest.all_shards)
     sound = f"{folder}: all {rows} rows in {shards} shard(s) are what the manifest says"
-    sound = f"{sound} ({manifest.codes_hash[:12]}), none twice."
-    print(f"\n{number} problem(s)." if number else sound)
+    verdict = f"{sound} ({manifest.codes_hash[:12]}), none twice."
+    print(f"\n{number} problem(s)." if number else verdict)
     return int(number > 0)
 
 
 def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for everything that is wrong with the shards of a code dataset."""
     for split in SPLITS:
+        # Each file for itself.
         shards = manifest.shards(split)
-        names = {shard.name for shard in shards}
         for path in sorted((folder / split).glob("*.parquet")):
-            if path.name not in names:
+            if path.name not in {shard.name for shard in shards}:
                 yield f"{path} is not in the manifest, but other readers would read it: remove it."
         keys: dict[Path, np.ndarray] = {}
-        for shard in tqdm(shards, f"verifying {split}", unit="shard", delay=3, leave=False):
+        for shard in progress_bar(shards, f"verifying {split}", **BAR):
             path = folder / split / shard.name
             try:
                 check_file(path, shard)
-                tables = list(row_groups(path, manifest.schema)) or [manifest.schema.empty_table()]
-                keys[path] = np.concatenate([_row_keys(table) for table in tables])
-                yield from _problems_of(path, manifest, shard, tables)
+                tables = row_groups(path, manifest.schema)
+                table = pa.concat_tables([manifest.schema.empty_table(), *tables])
+                names = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
+                keys[path] = np.fromiter(map(hash, names), np.int64)
+                yield from _problems_of(path, manifest, shard, table)
             except UserError as error:
                 yield str(error)
 
         # Rows whose id and view another row of the split has.
-        all_keys = np.concatenate([np.zeros(0, KEY), *keys.values()])
+        all_keys = np.concatenate([np.zeros(0, np.int64), *keys.values()])
         unique, counts = np.unique(all_keys, return_counts=True)
         for path, own in keys.items() if len(unique) < len(all_keys) else ():
             rows = np.flatnonzero(np.isin(own, unique[counts > 1]))
@@ -147,29 +152,20 @@ def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _problems_of(
-    path: Path, manifest: Manifest, shard: ShardRecord, tables: list[pa.Table]
+    path: Path, manifest: Manifest, shard: ShardRecord, table: pa.Table
 ) -> Iterator[str]:
     """What is wrong with the rows of a shard whose bytes are those that were recorded."""
-    rows, found = sum(map(len, tables)), content_hash(tables)
+    rows, found = len(table), content_hash([table])
     if (rows, found) != (shard.rows, shard.content_hash):
         says = f"the manifest says {shard.rows} and {shard.content_hash[:12]}"
         yield f"{path} holds {rows} rows of content hash {found[:12]}, but {says}: extract again."
     views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views
-    counts = Counter(view for table in tables for view in table["view"].to_pylist())
+    counts = Counter(table["view"].to_pylist())
     if set(counts) - set(views) or len({counts[view] for view in views}) > 1:
         expected = f"expected equally many of {', '.join(views)}"
         yield f"{path} holds rows of these views: {dict(counts)}, {expected}: extract again."
     for name in manifest.schema.names:
         try:
-            for table in tables:
-                check_range(path, manifest, name, table[name])
+            check_range(path, manifest, name, table[name])
         except UserError as error:
             yield str(error)
-
-
-def _row_keys(table: pa.Table) -> np.ndarray:
-    """`(N,)` of type `KEY`: the same only for rows of the same id and view."""
-    pairs = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
-    words = (f"{len(name)} {name} {view}".encode() for name, view in pairs)
-    digests = (hashlib.blake2b(word, digest_size=KEY.itemsize).digest() for word in words)
-    return np.frombuffer(b"".join(digests), KEY)

@@ -13,7 +13,7 @@ _vqvae2() {{
     elif [[ $previous == --config ]]; then words="{recipes}"
     elif [[ $current == -* ]]; then
         case $command in
-{cases}
+        {cases}
         esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
@@ -24,19 +24,13 @@ complete -o default -F _vqvae2 vqvae2
 
 def completion_script(shell: str) -> str:
     """A script for bash, which zsh runs after two lines of its own; files complete by default."""
-    first, second, cases = [], [], []
-    for command in COMMANDS:
-        word, _, more = command.partition(" ")
-        if word not in first:
-            first.append(word)
-        if more:
-            second.append(more)
-        cases.append(f"            '{command}') words='{' '.join(flag_names(command))}' ;;")
+    words = [command.split() for command in COMMANDS]
+    cases = [f"{command!r}) words={' '.join(flag_names(command))!r} ;;" for command in COMMANDS]
     script = SCRIPT.format(
-        first_words=" ".join(first),
-        second_words=" ".join(second),
+        first_words=" ".join(dict.fromkeys(word[0] for word in words)),
+        second_words=" ".join(word[1] for word in words if len(word) > 1),
         recipes=" ".join(recipe_names()),
-        cases="\n".join(cases),
+        cases="\n        ".join(cases),
     )
     return ("autoload -Uz bashcompinit\nbashcompinit\n" if shell == "zsh" else "") + script.strip()
 

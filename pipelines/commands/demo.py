@@ -56,7 +56,7 @@ def demo(config: DemoConfig) -> None:
 
 def _run(command: str, budget: float, **settings: Any) -> None:
     """A subcommand with the demo recipe's section and these settings."""
-    section = {**recipe_section(load_recipe("demo"), command, settings.get("level")), **settings}
+    section = recipe_section(load_recipe("demo"), command, settings.get("level", "")) | settings
     if "num_steps" in section:
         section["num_steps"] = max(1, round(section["num_steps"] * budget))
     logger.info(f"\nvqvae2 {command} -> {settings['output_dir']}")
@@ -77,10 +77,8 @@ def summary(root: Path) -> str:
     levels = []
     for level, size in enumerate(manifest.codebook_sizes):
         prior, (height, width) = best_validation(root / f"prior_{level}"), manifest.grids[level]
-        levels.append(
-            f"  {('top', 'bottom')[level]:<7} {height} x {width} codes: perplexity "
-            f"{stage_1[f'perplexity_{level}']:.0f} of {size}; the prior needs "
-            f"{prior['bits_per_code']:.2f} bits per code (by frequency alone "
-            f"{prior['unigram_bits']:.2f})"
-        )
+        name, used = ("top", "bottom")[level], stage_1[f"perplexity_{level}"]
+        bits, alone = prior["bits_per_code"], f"by frequency alone {prior['unigram_bits']:.2f}"
+        codes = f"{name:<7} {height} x {width} codes: perplexity {used:.0f} of {size}"
+        levels.append(f"  {codes}; the prior needs {bits:.2f} bits per code ({alone})")
     return SUMMARY.format(root=root, mse=stage_1["mse"], levels="\n".join(levels))

@@ -39,12 +39,11 @@ DIFFERENT = 0.01  # share of codes that another machine may change: last bits de
 def doctor(config: DoctorConfig) -> int:
     """Print a line per check, how many failed and what was not checked; exit code 1 if any failed.
     Raises a `UserError` if there is nothing to check, or something cannot be loaded."""
-    # The checks.
-    given = load(config)
-    failed = number = 0
+    given, results = load(config), []
     for name, passed, message in examine(**given):
-        number, failed = number + 1, failed + (not passed)
+        results.append(passed)
         print(f"{'pass' if passed else 'FAIL'}  {name}: {message}", flush=True)
+    failed, number = results.count(False), len(results)
     print(f"\n{failed} of {number} checks failed." if failed else f"\nAll {number} checks passed.")
 
     # What was left out for want of something.
@@ -64,25 +63,22 @@ def doctor(config: DoctorConfig) -> int:
 def load(config: DoctorConfig) -> dict[str, Any]:
     """What the configuration names, as arguments of `examine`; raises as `doctor`."""
     # The autoencoder and the priors.
-    folders: tuple = (config.vqvae, config.priors)
-    if config.pipeline is not None:
-        folders = part_folders(config.pipeline)
-    if folders == (None, ()) and config.codes is None:
+    folder, prior_folders = part_folders(config.pipeline, config.vqvae, config.priors)
+    if folder is None and not prior_folders and config.codes is None:
         some = "--pipeline DIR, or any of --vqvae DIR, --codes DIR and --priors DIR DIR"
         raise UserError(f"nothing to check: give {some}; the more, the more is checked.")
     device, codes = processes().device, Path(config.codes) if config.codes is not None else None
-    vqvae = VQVAE2.from_pretrained(folders[0]).to(device) if folders[0] is not None else None
-    priors = [load_prior(folder).to(device) for folder in folders[1]]
+    vqvae = VQVAE2.from_pretrained(folder).to(device) if folder is not None else None
+    priors = [load_prior(prior_folder).to(device) for prior_folder in prior_folders]
 
     # The images that the codes were extracted from.
     images: dict[str, ImageTable] = {}
-    if vqvae is not None and codes is not None:
-        data = config.data if config.data.path else recorded_images(codes)
-        if data is not None:
-            train, held_out = open_source(data, vqvae.config.image)
-            held_out = train if held_out is None else held_out
-            if isinstance(train, ImageTable) and isinstance(held_out, ImageTable):
-                images = {"train": train, "validation": held_out}  # a stream is not looked through
+    data = config.data if config.data.path or codes is None else recorded_images(codes)
+    if vqvae is not None and codes is not None and data is not None:
+        train, held_out = open_source(data, vqvae.config.image)
+        for split, source in {"train": train, "validation": held_out or train}.items():
+            if isinstance(source, ImageTable):  # a stream is not searched
+                images[split] = source
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
     return {**loaded, "complete": config.pipeline is not None}
 
@@ -90,10 +86,9 @@ def load(config: DoctorConfig) -> dict[str, Any]:
 def recorded_images(codes: Path) -> ImagesConfig | None:
     """Where the record of an extraction says that the images are, if they are still there."""
     record = codes / RECORD_NAME
-    recorded = read_record(record).get("data") if record.exists() else None
-    if recorded is None:
+    if not record.exists() or "data" not in (recorded := read_record(record)):
         return None
-    data = from_dict(ImagesConfig, recorded, str(record))
+    data = from_dict(ImagesConfig, recorded["data"], str(record))
     paths = (data.path, data.validation_path or data.path)
     return data if all(Path(path).expanduser().exists() for path in paths) else None
 
@@ -216,6 +211,8 @@ def check_extraction(
             wrong[level] += int(different.sum())
             total[level] += different.numel()
             changed += [f"{split}/{rows[i]['id']}" for i in different.any(dim=1).nonzero()]
+
+    # How many codes of each level differ.
     if not max(total):
         raise Failed(f"none of the {missing} images asked for is among these images")
     counts = [f"{wrong[i]} of {total[i]} {level_name(i, len(levels))}" for i in levels]

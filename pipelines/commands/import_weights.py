@@ -5,15 +5,14 @@ from pathlib import Path
 
 from pipelines.config import ImportWeightsConfig
 from pipelines.importers import rosinality_weights
-from prior.shards import file_hash
-from vqvae2.common.files import check_empty
+from vqvae2.common.files import check_empty, file_hash
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
 
 
-def import_weights(config: ImportWeightsConfig) -> None:
-    """Write the model folder, and say what the checkpoint contains."""
+def command(config: ImportWeightsConfig) -> None:
+    """Write the model folder, and log what the checkpoint contains."""
     output_dir, checkpoint = Path(config.output_dir), Path(config.checkpoint)
     check_empty(output_dir, "run")
     model = rosinality_weights.import_weights(checkpoint, config.image.size)
@@ -21,10 +20,10 @@ def import_weights(config: ImportWeightsConfig) -> None:
     RunRecord("import-weights", config, "import_config.yaml", notes=notes).write(output_dir)
     model.save_pretrained(output_dir)
     found = model.config
-    (top, bottom), (top_dim, bottom_dim) = found.codebook_size_per_level, found.code_dim_per_level
+    sizes = zip(found.codebook_size_per_level, found.code_dim_per_level, strict=True)
+    top, bottom = (f"{size} codes of {dim} dimensions" for size, dim in sizes)
+    height, width = found.image.height_width
     logger.info(
-        f"{output_dir}: {top} codes of {top_dim} dimensions at the top, {bottom} of {bottom_dim} "
-        f"at the bottom; {found.num_residual_blocks} residual blocks of {found.residual_channels} "
-        f"in {found.hidden_channels} channels; images of {found.image.channels} channels and "
-        f"{' x '.join(map(str, found.image.height_width))} pixels."
+        f"{output_dir}: {top} at the top, {bottom} at the bottom; {found.num_residual_blocks} "
+        f"residual blocks; images of {found.image.channels} x {height} x {width} pixels."
     )

@@ -4,12 +4,12 @@ import base64
 import html
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL.Image import Image
 
 from pipelines.config import InspectConfig
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
@@ -24,15 +24,16 @@ from vqvae2.training import trained_with
 
 SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 10
 Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value
+ERRORS = ("kept", "shuffled", "most frequent", "alone kept")
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font-family:sans-serif;margin:2rem auto;max-width:62rem}}
+pre{{white-space:pre-wrap}}</style><pre>{text}</pre>
+"""
 logger = logging.getLogger(__name__)
 
 
 def inspect_command(config: InspectConfig) -> None:
-    """Inspect a trained autoencoder as the configuration says; print the figures.
-
-    Raises:
-        UserError: no such model, or bad images.
-    """
+    """Inspect a trained autoencoder as the configuration says; print the figures."""
     # The model, and the folder of its report.
     state = processes()
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
@@ -45,14 +46,11 @@ def inspect_command(config: InspectConfig) -> None:
     # The held-out images, or all where there are not enough.
     _, validation_path = trained_with(config.vqvae, config.data.path)
     data = replace(config.data, validation_path=config.data.validation_path or validation_path)
-    split = "held-out"
-    if data.streaming:
-        images = held_out_images(data, model.config.image)
-    else:
-        splits = load_images(data, model.config.image, show_progress=state.is_main_process)
-        images = splits.validation
-        if len(images) < 2:
-            images, split = splits.train, "training"
+    show, split = state.is_main_process, "held-out"
+    images = held_out_images(data, model.config.image, show_progress=show)
+    if len(images) < 2 and not data.streaming:
+        splits = load_images(data, model.config.image, show_progress=False)
+        images, split = splits.train, "training"
 
     # One process does it all.
     if state.is_main_process:
@@ -64,10 +62,8 @@ def inspect_command(config: InspectConfig) -> None:
 def write_report(
     model: VQVAE2, images: ImageDataset, output_dir: Path, title: str, split: str = "held-out"
 ) -> str:
-    """Inspect a model, write index.html, its pictures and figures.json, and return the figures.
-
-    `title` names the model, and `split` says what the images are: held-out or training ones.
-    """
+    """Inspect a model, write index.html, its pictures and figures.json, and return the figures as
+    text. `title` names the model, and `split` the images: held-out or training ones."""
     # Figures, and what they mean.
     found = inspect(model, images, model.last_layer.device)
     names = [level_name(level, model.config.num_levels) for level in range(model.config.num_levels)]
@@ -77,34 +73,27 @@ def write_report(
     write_json(output_dir / "figures.json", {**about, **figures, "verdicts": verdicts})
 
     # Pictures, as files and in the page.
-    pictures = {"levels": draw_levels(model, images, found, names)}
-    captions = ["Each level alone, all levels together, and the original"]
+    caption = "Each level alone, all levels together, and the original"
+    pictures = {"levels": (caption, draw_levels(model, images, found, names))}
     for level, name in enumerate(names):
-        pictures[f"codes_{name.replace(' ', '_')}"] = draw_codes(images, found, level)
-        captions.append(f"What codes stand for: most and least used, {name}")
-    for file_name, picture in pictures.items():
+        caption = f"What codes stand for: most and least used, {name}"
+        pictures[f"codes_{name.replace(' ', '_')}"] = caption, draw_codes(images, found, level)
+    for file_name, (_, picture) in pictures.items():
         save_picture(picture, output_dir / f"{file_name}.png")
-    captioned = dict(zip(captions, pictures.values(), strict=True))
-    write_text(output_dir / "index.html", make_page(title, text, captioned))
+    write_text(output_dir / "index.html", make_page(title, text, [*pictures.values()]))
     return text
 
 
 def make_figures(names: Sequence[str], found: Inspection) -> Figures:
     """The tables of numbers."""
-    split, codebooks, levels = found.split, {}, {}
+    split, levels = found.split, {}
+    codebooks: dict[str, dict[str, float]] = {}
     for level, (name, counts) in enumerate(zip(names, found.counts, strict=True)):
-        codebooks[name] = {
-            "codes": len(counts),
-            "used": round(usage(counts) * len(counts)),
-            "perplexity": perplexity(counts),
-            "codes that carry 95 %": carriers(counts),
-        }
-        levels[name] = {
-            "kept": split.kept,
-            "shuffled": split.shuffled[level],
-            "most frequent": split.neutral[level],
-            "alone kept": split.alone[level],
-        }
+        used = round(usage(counts) * len(counts))
+        codebooks[name] = {"codes": len(counts), "used": used, "perplexity": perplexity(counts)}
+        codebooks[name]["codes that carry 95 %"] = carriers(counts)
+        errors = split.kept, split.shuffled[level], split.neutral[level], split.alone[level]
+        levels[name] = dict(zip(ERRORS, errors, strict=True))
     quality = {"MSE": split.kept, "PSNR (dB)": found.psnr, "SSIM": found.ssim}
     return {
         "Reconstruction": {"all levels": quality},
@@ -127,31 +116,26 @@ def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
 
 
 @torch.no_grad()
-def draw_levels(
-    model: VQVAE2, images: ImageDataset, found: Inspection, names: Sequence[str]
-) -> Image.Image:
+def draw_levels(model: VQVAE2, images: ImageDataset, found: Inspection, names: list[str]) -> Image:
     """Each level alone, all of them together, and the original (the paper's figure 3)."""
     number = min(SHOWN_IMAGES, len(images))
     indices = [i * len(images) // number for i in range(number)]
     codes = [level[indices].to(model.last_layer.device) for level in found.codes]
-    rows = []
-    for level in range(len(names)):
-        rows.append(to_pil(decode_level(model, codes, found.neutral_codes, level)))
-    rows.append(to_pil(model.decode_codes(codes)))
-    rows.append(to_pil(to_images(images.__getitems__(indices)["images"])))
+    decoded = [decode_level(model, codes, found.neutral_codes, i) for i in range(len(names))]
+    decoded += [model.decode_codes(codes), to_images(images.__getitems__(indices)["images"])]
     together = "both" if len(names) == 2 else "all"
-    return sheet(rows, [*(f"{name} only" for name in names), together, "original"])
+    titles = [*(f"{name} only" for name in names), together, "original"]
+    return sheet([to_pil(row) for row in decoded], titles)
 
 
-def draw_codes(images: ImageDataset, found: Inspection, level: int) -> Image.Image:
+def draw_codes(images: ImageDataset, found: Inspection, level: int) -> Image:
     """Patches of the most and least used codes, a row per code with its number and share."""
     counts = found.counts[level]
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     chosen = order if len(order) <= 2 * SHOWN_CODES else order[:SHOWN_CODES] + order[-SHOWN_CODES:]
     rows, names = [], []
     for code in chosen:
-        patches = code_patches(images, found.codes[level], code, number=SHOWN_PATCHES)
-        rows.append(to_pil(patches))
+        rows.append(to_pil(code_patches(images, found.codes[level], code, number=SHOWN_PATCHES)))
         names.append(f"code {code}: {counts[code] / counts.sum():.3%}")
     return sheet(rows, names)
 
@@ -163,22 +147,17 @@ def to_text(title: str, figures: Figures, verdicts: Sequence[str]) -> str:
         columns = next(iter(rows.values()))
         lines += ["", table, " " * 14 + "".join(f"{column:>24}" for column in columns)]
         for row, values in rows.items():
-            lines.append(f"  {row:12}" + "".join(f"{_number(v):>24}" for v in values.values()))
+            cells = [v if isinstance(v, int) else f"{v:.4g}" for v in values.values()]
+            lines.append(f"  {row:12}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join([*lines, "", *verdicts])
 
 
-def make_page(title: str, text: str, pictures: Mapping[str, Image.Image]) -> str:
-    """One HTML file with the text as it is, and the pictures, by their captions, in it."""
-    body = f"<title>{html.escape(title)}</title><pre>{html.escape(text)}</pre>"
-    for caption, picture in pictures.items():
+def make_page(title: str, text: str, pictures: Sequence[tuple[str, Image]]) -> str:
+    """One HTML file with the text as it is, and the pictures, below their captions, in it."""
+    page = PAGE.format(title=html.escape(title), text=html.escape(text))
+    for caption, picture in pictures:
         file = io.BytesIO()
         picture.save(file, "PNG")
         data = base64.b64encode(file.getvalue()).decode()
-        body += f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">\n'
-    style = "<style>body{font-family:sans-serif;margin:2rem auto;max-width:62rem}"
-    style += "pre{white-space:pre-wrap}</style>"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8">{style}{body}</html>\n'
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+        page += f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">\n'
+    return f"{page}</html>\n"

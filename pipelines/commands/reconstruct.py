@@ -40,8 +40,7 @@ def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
     if config.held_out:
         _, validation_path = trained_with(config.vqvae, data.path)
         data = replace(data, validation_path=data.validation_path or validation_path)
-        show = processes().is_main_process
-        images = held_out_images(data, settings, show_progress=show)
+        images = held_out_images(data, settings, show_progress=processes().is_main_process)
         if not len(images):
             raise UserError(f"{data.path} has no held-out images: leave --held-out out.")
     else:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from pipelines.config import LANES, SampleConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
@@ -18,6 +17,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import whole_file
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.data import load_picture, picture_size, read_picture_file, to_images
@@ -28,6 +28,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
+    # The pipeline, and the codes of an image that is edited.
     vqvae, priors = part_folders(config.pipeline, config.vqvae, config.priors)
     if vqvae is None or not priors:
         raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
@@ -37,29 +38,23 @@ def sample(config: SampleConfig) -> None:
     if config.init_image is not None:
         known = known_codes(pipeline, config.init_image, config.mask, config.keep_levels)
         if labels is None and pipeline.can_hide_labels:
-            labels = ["none"]  # nobody said what the image shows
+            labels = ["none"]  # the image may show anything
+
+    # Refuse wrong settings, and another run's folder, before anything is written.
     settings = {name: getattr(config, name) for name in SETTINGS}
-    pipeline.samplings(**settings)  # refuse wrong settings and labels before anything is written
+    pipeline.samplings(**settings)
     pipeline.label_numbers(labels)
     tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
     facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
-    run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
-    run.check(Path(config.output_dir))
+    run, folder = RunRecord("sample", config, "sample_config.yaml", facts=facts), config.output_dir
+    run.check(Path(folder))
     processes().wait_for_everyone()
     if processes().is_main_process:
-        run.write(Path(config.output_dir))
-    write_samples(
-        pipeline,
-        config.output_dir,
-        config.num_images,
-        labels=labels,
-        seed=config.seed,
-        lanes=config.lanes,
-        bf16=config.bf16,
-        known=known,
-        npz=config.npz,
-        **settings,
-    )
+        run.write(Path(folder))
+
+    # Sample.
+    settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
+    write_samples(pipeline, folder, config.num_images, labels=labels, known=known, **settings)
 
 
 def write_samples(
@@ -77,10 +72,10 @@ def write_samples(
     processes share the work.
 
     Args:
-        labels, lanes, **options: see `VQVAE2Pipeline.__call__`.
         known: codes that all images start from, one row per level.
-        npz: also write samples.npz, for evaluators.
+        npz: also write samples.npz, for evaluators. All others: see `VQVAE2Pipeline.__call__`.
     """
+    # The files, and the label of each.
     folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)
@@ -93,19 +88,11 @@ def write_samples(
             unfinished.append(batch)
     state.wait_for_everyone()
     own = unfinished[state.process_index :: state.num_processes]
-    total, hidden = sum(map(len, own)), not state.is_main_process
-    bar = tqdm(total=total, desc="sampling", unit="image", disable=hidden)
+    bar = progress_bar(total=sum(map(len, own)), desc="sampling", unit="image")
+    options |= {"labels": labels, "lanes": lanes, "output_type": "pt"}
     for batch in own:
-        images = pipeline(
-            len(batch),
-            labels=labels,
-            first_index=batch.start,
-            lanes=lanes,
-            known=repeat_known(known, len(batch)),
-            output_type="pt",
-            **options,
-        ).images
-        for i, image in zip(batch, images, strict=True):
+        options |= {"first_index": batch.start, "known": repeat_known(known, len(batch))}
+        for i, image in zip(batch, pipeline(len(batch), **options).images, strict=True):
             save_image(image, files[i], settings.value_range)
         bar.update(len(batch))
     bar.close()
@@ -128,11 +115,8 @@ def known_codes(
     pipeline: VQVAE2Pipeline, image: str, mask: str | None = None, num_levels: int | None = None
 ) -> list[Known | None]:
     """What of an image file is kept, one row per level: with a mask, the codes outside its white
-    area, else its `num_levels` (1 for None) coarsest levels.
-
-    Raises:
-        UserError: a file cannot be read, or image and mask have different sizes.
-    """
+    area, else its `num_levels` (1 for None) coarsest levels. Raises a `UserError` if a file cannot
+    be read, or if image and mask differ in size."""
     settings, device = pipeline.vqvae.config.image, pipeline.priors[0].device
     images = to_images(load_picture(image, settings).to(device))
     if mask is None:

@@ -2,16 +2,14 @@
 
 The file is an LMDB with the keys b"length" and b"0", b"1", ...; a value is a pickled namedtuple
 `dataset.CodeRow(top, bottom, filename)` of two int64 arrays `(h, w)` and a text. A pickle is a
-program that may call anything. Here every name that it may use stands for a class that does
-nothing, any other name or kind of instruction is refused, and what was described is checked before
-an array is made of it.
+program that may call anything. Here every name that it may use is a class that does nothing, any
+other name or instruction is refused, and an array is made only of a description that was checked.
 """
 
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,37 +35,13 @@ class Row(NamedTuple):
     """The image's file: its folder and its name."""
 
 
-class Rows:
-    """The rows of an open LMDB file, by number."""
-
-    def __init__(self, path: Path, transaction: Any) -> None:
-        self.path, self.transaction = path, transaction
-        length = transaction.get(b"length")
-        if length is None or not length.isdigit() or not int(length) or len(length) > 18:
-            raise UserError(
-                f"{path} has no number of rows under the key 'length': it is not a (finished) code "
-                "file of rosinality/vq-vae-2-pytorch."
-            )
-        self.length = int(length)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, number: int) -> Row:
-        value = self.transaction.get(str(number).encode())
-        if value is None:
-            lacking = f"{self.path} says it has {self.length} rows, but row {number} is not there"
-            raise UserError(f"{lacking}: extract its codes again.")
-        return read_row(value, f"{self.path}: row {number}")
-
-
-@contextmanager
-def open_rows(path: Path) -> Iterator[Rows]:
-    """The rows of an LMDB file or folder.
+def read_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[Row]:
+    """The rows of an LMDB file or folder, all or those of these numbers.
 
     Raises:
-        UserError: `lmdb` is not installed, or it is no such file.
+        UserError: `lmdb` is not installed, it is no such file, or a row is missing or broken.
     """
+    # The library and the file.
     try:
         import lmdb
     except ImportError:
@@ -76,29 +50,31 @@ def open_rows(path: Path) -> Iterator[Rows]:
     if not file.is_file():
         raise UserError(f"{file} does not exist: give the LMDB file, or its folder.")
     try:
-        environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False)
-    except lmdb.Error as error:
-        raise UserError(
-            f"{path} cannot be read as LMDB ({error}): give the file of codes."
-        ) from None
-    with environment:
-        size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        if file.stat().st_size < size:
-            raise UserError(f"{path} is cut off: it is shorter than it says; copy it again.")
-        try:
+        with lmdb.open(str(file), subdir=False, readonly=True, lock=False) as environment:
+            # Reading beyond the end of a file would end the process.
+            size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if file.stat().st_size < size:
+                raise UserError(f"{path} is cut off: it is shorter than it says; copy it again.")
+
+            # The number of rows, and the rows.
             with environment.begin() as transaction:
-                yield Rows(path, transaction)
-        except lmdb.Error as error:
-            raise UserError(f"{path} is broken ({error}): copy it again.") from None
+                length = transaction.get(b"length") or b""
+                if not length.isdigit() or len(length) > 18 or not int(length):
+                    expected = "give a finished code file of rosinality/vq-vae-2-pytorch"
+                    fault = "has no number of rows under the key 'length'"
+                    raise UserError(f"{path} {fault}: {expected}.")
+                for number in range(int(length)) if numbers is None else numbers:
+                    value = transaction.get(str(number).encode())
+                    if value is None:
+                        fault = f"says it has {int(length)} rows, but row {number} is not there"
+                        raise UserError(f"{path} {fault}: extract its codes again.")
+                    yield read_row(value, f"{path}: row {number}")
+    except lmdb.Error as error:
+        raise UserError(f"{path} cannot be read as LMDB ({error}): copy it again.") from None
 
 
 def read_row(value: bytes, where: str) -> Row:
-    """One pickled row.
-
-    Raises:
-        UserError: it is anything but a row of two int64 arrays and a name; `where` begins the
-            sentence.
-    """
+    """One pickled row; a `UserError` that begins with `where` if it is anything else."""
     try:
         if len(value) > LONGEST_VALUE:
             raise ValueError(f"it has {len(value)} bytes")
@@ -134,8 +110,8 @@ def _to_array(described: Any) -> np.ndarray:
 
 
 class _StandIn:
-    """Stands for a class or function in a pickle. Calling it, and setting the state of what that
-    returns, runs nothing: both are remembered."""
+    """What a name in a pickle stands for. Calling it, and setting the state of what that returns,
+    runs nothing: both are remembered."""
 
     arguments: Any = ()
     state: Any = ()
@@ -149,28 +125,16 @@ class _StandIn:
         self.state = state
 
 
-class _CodeRow(_StandIn):
-    """`dataset.CodeRow`, of the arguments top, bottom and filename."""
-
-
-class _Array(_StandIn):
-    """`_reconstruct`, which makes an array of the state (version, shape, dtype, order, bytes)."""
-
-
-class _Type(_StandIn):
-    """`numpy.dtype`, of the argument "i8" and the state (version, byte order, ...)."""
-
-
-class _ArrayClass(_StandIn):
-    """`numpy.ndarray`, which is an argument of `_reconstruct`."""
-
-
+# What they remember. CodeRow: the arguments top, bottom, filename. Array: the state version, shape,
+# type, whether in columns, bytes. Type: the arguments "i8", ..., the state version, byte order, ...
+_KINDS: list[Any] = [type(name, (_StandIn,), {}) for name in ("CodeRow", "Array", "Type")]
+_CodeRow, _Array, _Type = _KINDS
 NAMES: dict[tuple[str, str], type] = {
     ("dataset", "CodeRow"): _CodeRow,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "dtype"): _Type,
-    ("numpy", "ndarray"): _ArrayClass,
+    ("numpy", "ndarray"): _StandIn,  # an argument of `_reconstruct`
 }
 
 

@@ -5,6 +5,7 @@ follow from the shapes; the image size is not in such a file.
 """
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -25,39 +26,31 @@ PREFIXES = {  # theirs -> ours; level 0 is the top
     "upsample_t.": "upsamplers.0.0.",
     "dec.blocks.": "image_decoder.",
 }
+ADVICE = "give a stage-1 file (vqvae_*.pt) of rosinality/vq-vae-2-pytorch"
 CODEBOOK = {"embed": "codebook", "cluster_size": "counts", "embed_avg": "sums"}
 
 
 def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
-    """The model in a checkpoint (also one of several GPUs, with `module.` before each name).
-
-    Args:
-        size: height and width of the images that it was trained on, or one number for both.
-
-    Raises:
-        UserError: the file is no such checkpoint, or has weights that are not known.
-    """
+    """The model in a checkpoint (also one of several GPUs, with `module.` before each name), which
+    was trained on images of this size. Raises a `UserError` if it is no such checkpoint."""
+    # A model of the sizes that the shapes imply.
     theirs = {name.removeprefix("module."): tensor for name, tensor in _read(checkpoint).items()}
     model = VQVAE2(_read_config(checkpoint, theirs, size))
     expected, ours = model.state_dict(), {}
     for name, tensor in expected.items():
         if name.endswith(("num_updates", "num_forwards")):
             ours[name] = torch.ones_like(tensor)  # the codebooks are in use
+
+    # Every tensor under our name; their codebooks are (D, K).
     for name, tensor in theirs.items():
         our_name = _rename(name)
         if our_name not in expected:
-            raise UserError(
-                f"{checkpoint} holds {name!r}, which is unknown in a checkpoint of "
-                "rosinality/vq-vae-2-pytorch with these layers: it is not imported."
-            )
-        if our_name.endswith((".codebook", ".sums")):
-            tensor = tensor.T  # theirs are (D, K)  # noqa: PLW2901
-        if tensor.shape != (shape := expected[our_name].shape):
-            raise UserError(
-                f"{checkpoint}: {name!r} has shape {tuple(tensor.shape)}, but the other layers "
-                f"need {tuple(shape)}."
-            )
-        ours[our_name] = tensor
+            raise UserError(f"{checkpoint} holds {name!r}, which is unknown: {ADVICE}.")
+        ours[our_name] = tensor.T if our_name.endswith((".codebook", ".sums")) else tensor
+        shape, needed = tuple(ours[our_name].shape), tuple(expected[our_name].shape)
+        if shape != needed:
+            fault = f"{name!r} has shape {shape}, but the other layers need {needed}"
+            raise UserError(f"{checkpoint}: {fault}: {ADVICE}.")
     for name in sorted(expected.keys() - ours.keys()):
         raise UserError(f"{checkpoint} lacks what we call {name!r}: give a whole checkpoint.")
     model.load_state_dict(ours)
@@ -71,16 +64,11 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
         raise UserError(f"{checkpoint} does not exist: check the path.") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
-        raise UserError(
-            f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason}): give the "
-            ".pt file of stage 1."
-        ) from None
+        fault = f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason})"
+        raise UserError(f"{fault}: {ADVICE}.") from None
     tensors = isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
     if not tensors or not state:
-        raise UserError(
-            f"{checkpoint} is not a state dict of tensors: give the .pt file of stage 1 "
-            "(vqvae_*.pt), not of a prior."
-        )
+        raise UserError(f"{checkpoint} is not a state dict of tensors: {ADVICE}.")
     return state
 
 
@@ -90,16 +78,11 @@ def _read_config(checkpoint: Path, state: dict[str, Tensor], size: tuple[int, ..
         first, third = state["enc_b.blocks.0.weight"], state["enc_b.blocks.4.weight"]
         embeds = [state["quantize_t.embed"], state["quantize_b.embed"]]
     except KeyError as error:
-        raise UserError(
-            f"{checkpoint} lacks {error}: it is no stage-1 checkpoint of "
-            "rosinality/vq-vae-2-pytorch."
-        ) from None
+        raise UserError(f"{checkpoint} lacks {error}: {ADVICE}.") from None
     if third.shape[-1] != 3:  # with another stride, block 4 is a strided convolution
-        raise UserError(f"{checkpoint} has a bottom encoder of another stride than 4: unknown.")
-    residual = []
-    for name, tensor in state.items():
-        if name.startswith("enc_b.blocks.") and name.endswith(".conv.1.weight"):
-            residual.append(tensor)
+        raise UserError(f"{checkpoint} has a bottom encoder of another stride than 4: {ADVICE}.")
+    inner = r"enc_b\.blocks\..*\.conv\.1\.weight"
+    residual = [tensor for name, tensor in state.items() if re.fullmatch(inner, name)]
     return VQVAE2Config(
         # As theirs: resized, cut in the centre, scaled to [-1, 1].
         image=PreprocessingConfig(size=size, channels=first.shape[1]),

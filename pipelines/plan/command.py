@@ -1,6 +1,8 @@
 """`vqvae2 plan`: what the trainings of a recipe need, before they start."""
 
+import contextlib
 from datetime import timedelta
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -11,8 +13,7 @@ from pipelines.plan.stages import Stage, stages_of, trace
 from vqvae2.common.accelerate import native_bf16, use_cpu
 from vqvae2.common.config import check
 
-# What a process takes over what its tensors take. CPU: measured, 1.2 to 1.7, most of it because
-# `keep_freed_memory` lets the heap grow for speed. GPU: assumed, not measured.
+# What a process takes over its tensors. CPU: measured, 1.2 to 1.7. GPU: assumed, not measured.
 OVERHEAD = {"cpu": 1.7, "cuda": 1.1}
 MEASURED_FLOPS = {"cpu": 2e11, "cuda": 2e13}  # of a step that takes a second or so
 
@@ -26,7 +27,10 @@ def plan(config: PlanConfig) -> None:
     check(here or (memory is not None and not config.measure), "device", kind, allowed)
     if memory is None and kind == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    memory = memory or psutil.virtual_memory().total / 2**30
+    if memory is None:
+        memory = psutil.virtual_memory().total / 2**30
+        with contextlib.suppress(OSError, ValueError):  # a container may have less
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()) / 2**30)
     stages, rates = stages_of(config.recipe, config.num_classes), config.images_per_second
     allowed = f"one number, or one for each of the {len(stages)} trainings"
     check(len(rates) in (0, 1, len(stages)), "images_per_second", rates, allowed)

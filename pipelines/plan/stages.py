@@ -43,11 +43,8 @@ class Stage(NamedTuple):
 
 
 def stages_of(recipe_name: str, num_classes: int = 0) -> list[Stage]:
-    """The autoencoder's training, then each level's prior, coarse to fine.
-
-    Raises:
-        UserError: no such recipe, an impossible setting, or a prior of a level that does not exist.
-    """
+    """The autoencoder's training, then each level's prior, coarse to fine. Raises a `UserError`:
+    no such recipe, an impossible setting, or a prior of a level that does not exist."""
     recipe, where = load_recipe(recipe_name), f"recipe {recipe_name}"
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
@@ -72,9 +69,9 @@ def _autoencoder_stage(config: TrainVQVAEConfig) -> Stage:
     kind, sizes = config.reconstruction_loss, config.model.codebook_size_per_level
 
     def loss_fn(model: Any, batch: Any) -> Any:
-        term = None
-        if gan.weight:
-            term = losses.make_adversarial_term(gan, model.autoencoder.last_layer, start=0)
+        if not gan.weight:
+            return losses.make_loss(kind, sizes)(model, batch)
+        term = losses.make_adversarial_term(gan, model.autoencoder.last_layer, start=0)
         return losses.make_loss(kind, sizes, adversarial=term)(model, batch)
 
     def make_model() -> nn.Module:
@@ -131,9 +128,8 @@ class Meter(TorchDispatchMode):
 def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, float]]:
     """Number of parameters, FLOPs of forward and backward of this many rows, and GiB by purpose.
 
-    The step is the real one under `FakeTensorMode`, whose tensors have shapes but no memory, as if
-    on a CPU; for a GPU, which fuses other operations, it is an approximation. (Plain meta tensors
-    know no autocast, and their attention keeps every score. torch's `MemTracker` is slower.)
+    The step is the real one under `FakeTensorMode` (meta tensors know no autocast, and torch's
+    `MemTracker` is slower), as if on a CPU: for a GPU, which fuses operations, an approximation.
     """
     with torch.device("meta"):
         model = stage.make_model()
@@ -149,8 +145,8 @@ def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, 
         loss = stage.loss(model, stage.make_batch(rows), precision)
         activations = meter.alive - constant
         loss.backward()
-    attention._future.cache_clear()  # masks without memory must not meet real tensors
-    attention._window.cache_clear()
+    for cached in (attention._future, attention._window):
+        cached.cache_clear()  # masks without memory must not meet real tensors
     averaged, gradients = weights * (stage.config.weight_ema_decay > 0), constant - weights
     sizes = {"weights": weights, "averaged weights": averaged, "gradients": gradients}
     sizes |= {"optimizer": 2 * gradients, "activations": activations}
