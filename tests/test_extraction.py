@@ -442,7 +442,8 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
     assert -3 <= sampled.min() <= sampled.max() <= 3
     assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], sampled)
     shell(
-        f"reconstruct --vqvae {tmp_path / 'vqvae'} --data.path {tmp_path / 'stack.npz'} --num-images 2 "
+        f"reconstruct --vqvae {tmp_path / 'vqvae'} --data.path {tmp_path / 'stack.npz'} "
+        "--num-images 2 "
         f"--output-dir {tmp_path / 'again'}",
     )
     assert len(list((tmp_path / "again").glob("*.tif"))) == 2
