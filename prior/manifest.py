@@ -91,12 +91,6 @@ class Manifest:
         return len(self.grids)
 
     @property
-    def values_per_image(self) -> int:
-        """Channels x height x width of the images that the codes were made of."""
-        size = self.preprocessing["size"]
-        return self.preprocessing["channels"] * size[0] * size[-1]
-
-    @property
     def schema(self) -> pa.Schema:
         """The columns of every shard."""
         grid_sizes = [math.prod(grid) for grid in self.grids]
@@ -226,9 +220,7 @@ def load_columns(
     target.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes[name] for name in missing), shutil.disk_usage(target).free
     if needed > free:
-        seen = (
-            f"{needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB"
-        )
+        seen = f"{needed / 2**30:.1f} GiB for codes, but its disk has {free / 2**30:.1f} GiB"
         raise UserError(f"{target} needs {seen}: set another codes_cache.")
 
     # All missing columns in one pass over the shards, whole or not at all.

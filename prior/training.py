@@ -155,5 +155,7 @@ def evaluate(
     nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * num_positions)
     figures = {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2)}
     figures["unigram_bits"] = codes.unigram_bits(model.config.level)
-    rate = figures["bits_per_code"] * num_positions / codes.manifest.values_per_image
+    image = codes.manifest.preprocessing
+    num_values = image["channels"] * image["size"][0] * image["size"][-1]
+    rate = figures["bits_per_code"] * num_positions / num_values
     return {**figures, "code_bits_per_image_value": rate}
