@@ -65,14 +65,12 @@ class CodesInfoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesViewConfig(ModelToFolderConfig):
+class CodesViewConfig(ModelToFolderConfig, CodesInfoConfig):
     """Decode rows of a code dataset, with the autoencoder that made it, to a picture: rows.png.
 
     Example: vqvae2 codes view --codes runs/x/codes --vqvae runs/x/vqvae --rows 0 5 --output-dir out
     """
 
-    codes: str = may_change()
-    """The code dataset."""
     rows: tuple[int, ...] = tuple(range(16))
     """Which rows, counted from 0 over the shards of the split."""
     split: Literal["train", "validation"] = "train"

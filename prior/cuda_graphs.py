@@ -23,10 +23,8 @@ def graphed_stepper(
     record: Callable[[Callable], Callable] = cuda_graph,
 ) -> Stepper:
     """The steps of a prior with `fixed_shapes` for one batch, whose sampling state `start` makes.
-
-    They are recorded (`record` compiles a function of tensors) once per `key`, the batch size and
-    the type of the products, and stay in the prior until its weights change.
-    """
+    `record` compiles them once per `key`, batch size and type of the products, and they stay in the
+    prior until its weights change."""
     # What was recorded is of no use after the weights have changed: the state may hold copies.
     weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
     recorded = vars(prior).setdefault("_recorded_steps", {})  # key -> weights, state, functions

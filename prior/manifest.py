@@ -196,9 +196,8 @@ def load_columns(
     """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels.
 
     They are in memory if they take at most `MEMORY_BYTES`, else decoded once into files that are
-    mapped. The files' folder is named by the dataset's content hash, so they are never those of
-    other codes; they may be removed when nothing trains on them. Raises as `read_shard`, and a
-    `UserError` if the disk has no room, or a file is broken.
+    mapped, in a folder named by the dataset's content hash; remove it when nothing trains on it.
+    Raises as `read_shard`, and a `UserError` if the disk has no room, or a file is broken.
     """
     # The shape and type of every column.
     rows = manifest.num_rows(split)

@@ -55,8 +55,7 @@ class CausalAttention(nn.Module):
     """The attention block of PixelSNAIL: each position reads all positions up to itself.
 
     Keys and values come from the code just before a position, its features and its coordinates,
-    queries from the latter two. None of these contains its own code, so it may attend to itself. It
-    also sees codes that convolutions do not reach, such as the end of the row above.
+    queries from the latter two. None of these contains its own code, so it may attend to itself.
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
@@ -169,10 +168,8 @@ class SamplingState(NamedTuple):
 
 
 class PixelSNAIL(Prior):
-    """The PixelSNAIL prior of any level.
-
-    The class and the coarser codes shift the gates of all causal residual blocks. No position reads
-    its own code: the stem leaves it out, and attention gets the code before.
+    """The PixelSNAIL prior of any level. The class and the coarser codes shift the gates of all
+    residual blocks. The stem leaves out a position's own code, and attention gets the one before.
     """
 
     config_class = PixelSNAILPriorConfig

@@ -20,11 +20,9 @@ from prior.packed_linear import pack_linears
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), as in Llama (Touvron et al. 2023).
-
-    That is RMSNorm, rotary positions and SwiGLU. Queries and keys are normalised before their
-    product (Dehghani et al. 2023, section 2.1), which keeps it from growing without bound.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)), as in Llama (Touvron et al. 2023): RMSNorm,
+    rotary positions and SwiGLU. Queries and keys are normalised (Dehghani et al. 2023, section
+    2.1), which keeps their product from growing without bound."""
 
     def __init__(self, config: TransformerConfig, grid: tuple[int, ...], *, causal: bool) -> None:
         super().__init__()
