@@ -8,8 +8,7 @@ from vqvae2.common.config import check, check_at_least, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 
-LANES = 16
-"""Images that a pipeline computes side by side: their last bits depend on this number."""
+LANES = 16  #: images that a pipeline computes side by side, on which their last bits depend
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,12 +141,8 @@ def parse_level(level: str, num_levels: int) -> int:
 
 class CodeDataset(Dataset):
     """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
-    int64 per level, "labels": `(B,)` int64 if there are classes}. Raises as `load_columns`.
-
-    Args:
-        num_levels: levels, from the top; all if not given.
-        cache_dir: where codes too large for memory are decoded to; else `folder`/.decoded.
-    """
+    int64 per level, "labels": `(B,)` int64 if there are classes}: all levels, or `num_levels` from
+    the top. Arguments and errors are those of `load_columns`."""
 
     def __init__(
         self,
@@ -195,8 +191,8 @@ def load_columns(
 ) -> dict[str, np.ndarray]:
     """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels.
 
-    They are in memory if they take at most `MEMORY_BYTES`, else decoded once into files that are
-    mapped, in a folder named by the dataset's content hash; remove it when nothing trains on it.
+    They are in memory if they take at most `MEMORY_BYTES`, else decoded once into mapped files in
+    `cache_dir` (or .decoded beside the shards), by content hash; remove them when nothing trains.
     Raises as `read_shard`, and a `UserError` if the disk has no room, or a file is broken.
     """
     # The shape and type of every column.

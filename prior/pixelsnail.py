@@ -83,12 +83,10 @@ class CausalAttention(nn.Module):
 
 
 class ConditionNetwork(nn.Module):
-    """Reads the codes of all coarser levels, and lays the result over the level's grid.
-
-    From coarse to fine: a level's codes are added to the result of the levels before it, residual
-    blocks (the conditioning stack of the VQ-VAE-2 paper, section 3.2) read the sum, and each
-    position is repeated over the finer ones it covers, plus an offset for each of these.
-    """
+    """Reads the codes of all coarser levels, from coarse to fine: a level's codes are added to the
+    result of the levels before it, residual blocks (the conditioning stack of the VQ-VAE-2 paper,
+    section 3.2) read the sum, and each position is repeated over the finer ones it covers, plus an
+    offset for each of these."""
 
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()

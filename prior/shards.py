@@ -87,8 +87,7 @@ def write_shard(
         note: a JSON file that receives the record before the shard appears, so that a shard
             without a note was not written by this function.
 
-    Raises:
-        UserError: a code is not in [0, K).
+    Raises a `UserError` if a code is not in [0, K).
     """
     # The table.
     grid_sizes = [level.shape[1] for level in codes]

@@ -29,13 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
-    """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` makes
-    a picture of what the prior does now, for `fit`.
-
-    Raises:
-        UserError: no such level or codes, an unsound prior (`prior.audit`), another run's folder.
-        Stopped: SIGTERM or Ctrl-C came; the state was saved.
-    """
+    """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` is
+    `fit`'s. Raises a `UserError` for no such level or codes, an unsound prior (`prior.audit`) or
+    another run's folder, and `Stopped` at SIGTERM or Ctrl-C, when the state is saved."""
     # Open the manifest and the run folder, which may hold this run.
     output_dir = Path(config.output_dir)
     manifest = read_manifest(Path(config.codes))
