@@ -4,8 +4,7 @@ The columns are `id`, `view` (which variant of the image: "original", "flip", ..
 `codes_L` (one fixed-size list per level in raster order, the smallest unsigned type that fits) and
 `label` where there are classes.
 
-Parquet numbers a column's distinct values and packs the numbers into ceil(log2 K) bits each: from
-1000 rows on, uniform codes take 0.2 to 3 % more than that (K = 8192 on 8 x 8: from 8000 rows on).
+Parquet packs codes into ceil(log2 K) bits each: from some 1000 rows on, 0.2 to 3 % more than that.
 """
 
 import hashlib

@@ -132,13 +132,10 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
 def evaluate(
     model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128
 ) -> dict[str, float]:
-    """Figures on held-out codes, the same for any number of processes (each row is seen once).
-
-    `loss` and `nats`: mean negative log-likelihood of a code in nats; `bits_per_code`: in bits;
-    `unigram_bits`: what a code of these rows costs by its frequency alone;
-    `code_bits_per_image_value`: this level's bits over all values of the image, a rate of a lossy
-    code and not a likelihood of pixels.
-    """
+    """Figures on held-out codes, the same for any number of processes: `loss` and `nats`, the mean
+    negative log-likelihood of a code, and `bits_per_code`; `unigram_bits`, what a code costs by
+    frequency alone; `code_bits_per_image_value`, the level's bits over all values of the image (a
+    rate of a lossy code, not a likelihood of pixels)."""
     own_rows = range(accelerator.process_index, len(codes), accelerator.num_processes)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for first in range(0, len(own_rows), batch_size):
