@@ -4,7 +4,7 @@ The columns are `id`, `view` (which variant of the image: "original", "flip", ..
 `codes_L` (one fixed-size list per level in raster order, the smallest unsigned type that fits) and
 `label` where there are classes.
 
-Parquet packs codes into ceil(log2 K) bits each: from some 1000 rows on, 0.2 to 3 % more than that.
+Parquet packs codes into ceil(log2 K) bits each: from 1000 to 8000 rows on, 0.2 to 3 % more.
 """
 
 import hashlib
