@@ -20,12 +20,8 @@ def mismatches(
     complete: bool = False,
     facts: Sequence[str] = FACTS,
 ) -> list[str]:
-    """Why these do not belong together: clauses that name both sides; empty if they do.
-
-    Args:
-        complete: whether it must be a whole pipeline, with one prior for every level.
-        facts: what is compared.
-    """
+    """Why these do not belong together: clauses that name both sides; empty if they do. `facts` are
+    compared; if `complete`, there must be one prior for every level."""
     # The levels.
     wrong, levels = [], [prior.config.level for prior in priors]
     needed = list(range(vqvae.config.num_levels)) if vqvae is not None and complete else levels

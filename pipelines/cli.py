@@ -126,18 +126,16 @@ def flag_groups(config_class: type, prefix: str = "") -> Iterator[tuple[str, typ
     """The flags of a subcommand, by dataclass: what their names begin with, the dataclass, and
     those of its fields that have a flag. Preprocessing is `--image.*` wherever it lies."""
     hints = get_type_hints(config_class)
-    flags, nested = [], []
+    flags: list[dataclasses.Field] = []
+    nested: list[dataclasses.Field] = []
     for field in dataclasses.fields(config_class):
-        if field.metadata.get("recipe_only"):
-            continue
-        if dataclasses.is_dataclass(hint := hints[field.name]):
-            inner = "image." if hint is PreprocessingConfig else f"{prefix}{field.name}."
-            nested.append((hint, inner.replace("_", "-")))
-        else:
-            flags.append(field)
+        if not field.metadata.get("recipe_only"):
+            (nested if dataclasses.is_dataclass(hints[field.name]) else flags).append(field)
     yield prefix, config_class, flags
-    for inner_class, inner_prefix in nested:
-        yield from flag_groups(inner_class, inner_prefix)  # type: ignore[arg-type]
+    for field in nested:
+        is_image = hints[field.name] is PreprocessingConfig
+        inner_prefix = "image." if is_image else f"{prefix}{field.name}.".replace("_", "-")
+        yield from flag_groups(hints[field.name], inner_prefix)
 
 
 def flag_names(command: str) -> list[str]:

@@ -8,8 +8,7 @@ from vqvae2.common.config import check, check_at_least, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 
-LANES = 16
-"""Images that a pipeline computes side by side: their last bits depend on this number."""
+LANES = 16  #: images that a pipeline computes side by side, on which their last bits depend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +64,12 @@ class CodesInfoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesViewConfig(ModelToFolderConfig):
+class CodesViewConfig(ModelToFolderConfig, CodesInfoConfig):
     """Decode rows of a code dataset, with the autoencoder that made it, to a picture: rows.png.
 
     Example: vqvae2 codes view --codes runs/x/codes --vqvae runs/x/vqvae --rows 0 5 --output-dir out
     """
 
-    codes: str = may_change()
-    """The code dataset."""
     rows: tuple[int, ...] = tuple(range(16))
     """Which rows, counted from 0 over the shards of the split."""
     split: Literal["train", "validation"] = "train"

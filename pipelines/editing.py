@@ -17,8 +17,7 @@ def known_outside(model: VQVAE2, images: Tensor, mask: Tensor) -> list[Known]:
     """For inpainting: the codes of images `(B, C, H, W)` in [-1, 1], given in each cell of the
     grid that holds no pixel to be repainted.
 
-    The decoder mixes neighbouring cells, so pixels near the mask change a little; and the codes
-    next to the mask come from an encoder that saw some of what is to be repainted.
+    Pixels near the mask change a little, as the decoder mixes neighbouring cells.
 
     Args:
         mask: `(B, H, W)` bool, true where an image is to be repainted; a `UserError` if it differs

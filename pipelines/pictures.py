@@ -19,11 +19,7 @@ from vqvae2.model import VQVAE2
 
 def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     """For `fit`: draws samples of one level's prior, in place of that level in up to 32 held-out
-    rows. Coarser and finer levels keep the rows' own codes: the picture shows what this level adds.
-
-    Raises:
-        UserError: the autoencoder is not the one that made the codes.
-    """
+    rows, whose other levels stay. Raises a `UserError` if another autoencoder made the codes."""
     folder = Path(config.codes)
     manifest = read_manifest(folder)
     model = VQVAE2.from_pretrained(vqvae).to(processes().device)

@@ -32,10 +32,8 @@ Labels = int | str | Sequence[int | str] | None
 class PipelineOutput:
     """What sampling returns."""
 
-    images: Any
-    """PIL images, or for `output_type="pt"` a tensor `(B, C, H, W)` in [-1, 1]."""
-    codes: tuple[Tensor, ...]
-    """`(B, h, w)` int64 per level, coarse to fine."""
+    images: Any  #: PIL images, or for `output_type="pt"` a tensor `(B, C, H, W)` in [-1, 1]
+    codes: tuple[Tensor, ...]  #: `(B, h, w)` int64 per level, coarse to fine
 
 
 class VQVAE2Pipeline:

@@ -77,10 +77,8 @@ def _future(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(window, 2 window)`: 0 where query i sees key j of (block before, own block), else -inf.
-
-    That is i <= j <= i + window; the first block has none before it.
-    """
+    """`(window, 2 window)`: 0 where query i sees key j of (block before, own block), that is where
+    i <= j <= i + window, else -inf; the first block has none before it."""
     seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).triu().tril(window)
     if first:
         seen[:, :window] = False
@@ -97,11 +95,8 @@ class KVCache:
         self.length, self.window = length, window
 
     def attend(self, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it.
-
-        If the position is a tensor `(1,)`, no shape depends on it, as CUDA graphs need it: the
-        query meets all keys, under a mask.
-        """
+        """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it. If
+        the position is a tensor `(1,)`, no shape depends on it, as CUDA graphs need it."""
         if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)

@@ -1,10 +1,8 @@
 """The audit of a prior: rules that every family must keep, seen in the logits when inputs change.
 
-Two of three public VQ-VAE-2 priors see the future; their users saw only a good loss and samples of
-noise. So these checks, which use a prior's interface alone, run before every training
-(`stop_if_unsound`), and in `vqvae2 doctor`.
-
-Letters: B batch, h w the level's code grid, T = h*w positions in raster order, K codebook size.
+The checks use a prior's interface alone. They run before every training and in `vqvae2 doctor`: a
+prior that sees the future shows nothing but a good loss, until its samples are noise. Letters as in
+`prior.probes`.
 """
 
 import copy
@@ -233,8 +231,8 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
     positions = sorted({*spread(length, 9), *edges})
     work = 2 * length * min(length, 2 * reach) * facts.head_dim
     heads = int(max(1, min(facts.num_heads, ATTENTION_WORK // work)))
-    shape = (3, 1, heads, length, facts.head_dim)
-    qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 1, heads, length, facts.head_dim, generator=generator)
     q, k, v = qkv.to(device or prior.device, torch.float64)
 
     # Every code path, against the definition over the keys that a position sees.

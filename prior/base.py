@@ -139,10 +139,8 @@ class Prior(Artifact, nn.Module, ABC):
             drawn.append(previous)
         codes = torch.stack(drawn, dim=1).unflatten(1, self.config.grids[-1])  # (B, T) to (B, h, w)
         if int(codes.max()) >= codebook_size:  # drawn from NaN
-            raise UserError(
-                f"the prior of level {self.config.level} gives logits that are not finite: "
-                "its weights are damaged; run vqvae2 doctor."
-            )
+            fault = f"the prior of level {self.config.level} gives logits that are not finite"
+            raise UserError(f"{fault}: its weights are damaged; run vqvae2 doctor.")
         return codes
 
     @property

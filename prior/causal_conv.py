@@ -26,13 +26,10 @@ class Conv3x3(nn.Conv2d):
 class CausalConv(nn.Module):
     """The sum of two convolutions: over the r rows above, k columns wide, and over the own row.
 
-    In its own row a position sees the r positions to the left and itself. There is no mask: no
+    In its own row a position sees the r positions to the left and, unless the layer is `strict` (a
+    prior's first layer, which must not read the code to predict), itself. There is no mask: no
     weight exists for a later position. Padding and cropping are those of van den Oord et al. 2016,
     "Conditional Image Generation with PixelCNN Decoders", section 2.2.
-
-    Args:
-        strict: leave out the position itself. The first layer of a prior does, so that its output
-            depends on earlier codes only; all later layers may then look at their own position.
     """
 
     def __init__(
@@ -78,11 +75,8 @@ class CausalConvSteps:
         self.from_above = above.new_zeros(batch_size, padded, out_features)
 
     def start_row(self, bias: Tensor | None = None) -> None:
-        """Move on to the next row, when all inputs of the last one are there.
-
-        Args:
-            bias: `(B, w, C')` or `(B, 1, C')`, added to the row's outputs.
-        """
+        """Move on to the next row, when all inputs of the last one are there. A bias `(B, w, C')`
+        or `(B, 1, C')` is added to the row's outputs."""
         for row in range(self.reach - 1):
             self.finished[:, row] = self.finished[:, row + 1]
         self.finished[:, -1] = self.row
@@ -101,10 +95,7 @@ class CausalConvSteps:
         self.row.index_copy_(1, place, features[:, None])
 
     def output(self, places: Tensor) -> Tensor:
-        """The output `(B, C')` at the last of these places, when the inputs there are known.
-
-        Args:
-            places: `(r + 1,)`, those of the r positions to the left and of the position itself.
-        """
+        """The output `(B, C')` of a position, when its inputs are there. The places `(r + 1,)` are
+        those of the r positions to the left and its own."""
         window = self.row.index_select(1, places[: self.num_left]).flatten(1)
         return self.left(window).add_(self.from_above.index_select(1, places[-1:])[:, 0])

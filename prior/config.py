@@ -126,15 +126,13 @@ class TrainPriorConfig(TrainingConfig):
     output_dir: str = may_change()
     """Folder of this run: model, metrics, pictures, checkpoints. Repeat the command to resume."""
     family: Literal["transformer", "pixelsnail"] = "transformer"
-    """transformer: attention over the codes in raster order. pixelsnail: the paper's causal
-    convolutions with attention between them."""
+    """transformer: attention over all codes. pixelsnail: the paper's convolutions and attention."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    """The network of the family transformer; ignored for the other one."""
+    """The network of the family transformer."""
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
-    """The network of the family pixelsnail; ignored for the other one."""
+    """The network of the family pixelsnail."""
     codes_cache: str | None = may_change(None)
-    """Fast local disk for the decoded copy of a code dataset of more than 2 GiB; by default the
-    dataset's own folder."""
+    """Fast local disk for decoded codes of more than 2 GiB; by default the dataset's own folder."""
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them."""
     label_dropout: float = 0.1

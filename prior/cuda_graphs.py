@@ -6,7 +6,7 @@ depends on them, and the sampling state of the first batch is refilled for the b
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,6 @@ Stepper = Callable[[int, Tensor], Tensor]
 cuda_graph = partial(torch.compile, mode="reduce-overhead")
 
 
-class RecordedSteps(NamedTuple):
-    """The recorded steps of a prior for batches of one size and type."""
-
-    weights: list[tuple[int, int]]  # address and version of each: the state may hold copies
-    state: Any
-    step: Callable[[Tensor, Tensor], Tensor]
-    start_row: Callable[[Tensor, Tensor], None]
-
-
 def graphed_stepper(
     prior: Any,
     start: Callable[[], Any],
@@ -32,15 +23,12 @@ def graphed_stepper(
     record: Callable[[Callable], Callable] = cuda_graph,
 ) -> Stepper:
     """The steps of a prior with `fixed_shapes` for one batch, whose sampling state `start` makes.
-
-    They are recorded (`record` compiles a function of tensors) once per `key`, the batch size and
-    the type of the products, and stay in the prior until its weights change.
-    """
-    # What was recorded is of no use after the weights have changed.
+    `record` compiles them once per `key`, batch size and type of the products, and they stay in the
+    prior until its weights change."""
+    # What was recorded is of no use after the weights have changed: the state may hold copies.
     weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
-    by_key: dict[Any, RecordedSteps] = vars(prior).setdefault("_recorded_steps", {})
-    recorded = by_key.get(key)
-    if recorded is None or recorded.weights != weights:
+    recorded = vars(prior).setdefault("_recorded_steps", {})  # key -> weights, state, functions
+    if key not in recorded or recorded[key][0] != weights:
         # The first step makes the caches; from then on no tensor of the state moves.
         state = start()
         first = torch.full((key[0],), prior.config.codebook_sizes[-1], device=prior.device)
@@ -48,12 +36,12 @@ def graphed_stepper(
         for tensor in state_tensors(state).values():
             torch._dynamo.mark_static_address(tensor, guard=False)
         step, start_row = partial(prior.step, state), partial(prior.start_row, state)
-        recorded = by_key[key] = RecordedSteps(weights, state, record(step), record(start_row))
+        recorded[key] = weights, state, record(step), record(start_row)
+    _, state, step, start_row = recorded[key]
 
     # Caches of a fresh state do not exist yet. Old ones may stay: later positions are not read.
-    fresh = state_tensors(start())
-    recorded_tensors = state_tensors(recorded.state)
-    for name, tensor in fresh.items():
+    recorded_tensors = state_tensors(state)
+    for name, tensor in state_tensors(start()).items():
         recorded_tensors[name].copy_(tensor)
 
     # A step copies its position and codes to where the graph reads them, and replays it.
@@ -63,8 +51,8 @@ def graphed_stepper(
     def take_step(position: int, previous: Tensor) -> Tensor:
         at = positions[position : position + 1]
         if position % width == 0:
-            recorded.start_row(at, previous)
-        return recorded.step(at, previous).clone()  # the graph writes to the same place again
+            start_row(at, previous)
+        return step(at, previous).clone()  # the graph writes to the same place again
 
     return take_step
 

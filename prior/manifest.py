@@ -91,12 +91,6 @@ class Manifest:
         return len(self.grids)
 
     @property
-    def values_per_image(self) -> int:
-        """Channels x height x width of the images that the codes were made of."""
-        size = self.preprocessing["size"]
-        return self.preprocessing["channels"] * size[0] * size[-1]
-
-    @property
     def schema(self) -> pa.Schema:
         """The columns of every shard."""
         grid_sizes = [math.prod(grid) for grid in self.grids]
@@ -147,12 +141,8 @@ def parse_level(level: str, num_levels: int) -> int:
 
 class CodeDataset(Dataset):
     """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
-    int64 per level, "labels": `(B,)` int64 if there are classes}. Raises as `load_columns`.
-
-    Args:
-        num_levels: levels, from the top; all if not given.
-        cache_dir: where codes too large for memory are decoded to; else `folder`/.decoded.
-    """
+    int64 per level, "labels": `(B,)` int64 if there are classes}: all levels, or `num_levels` from
+    the top. Arguments and errors are those of `load_columns`."""
 
     def __init__(
         self,
@@ -201,10 +191,9 @@ def load_columns(
 ) -> dict[str, np.ndarray]:
     """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels.
 
-    They are in memory if they take at most `MEMORY_BYTES`, else decoded once into files that are
-    mapped. The files' folder is named by the dataset's content hash, so they are never those of
-    other codes; they may be removed when nothing trains on them. Raises as `read_shard`, and a
-    `UserError` if the disk has no room, or a file is broken.
+    They are in memory if they take at most `MEMORY_BYTES`, else decoded once into mapped files in
+    `cache_dir` (or .decoded beside the shards), by content hash; remove them when nothing trains.
+    Raises as `read_shard`, and a `UserError` if the disk has no room, or a file is broken.
     """
     # The shape and type of every column.
     rows = manifest.num_rows(split)
@@ -226,9 +215,7 @@ def load_columns(
     target.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes[name] for name in missing), shutil.disk_usage(target).free
     if needed > free:
-        seen = (
-            f"{needed / 2**30:.1f} GiB for decoded codes, but its disk has {free / 2**30:.1f} GiB"
-        )
+        seen = f"{needed / 2**30:.1f} GiB for codes, but its disk has {free / 2**30:.1f} GiB"
         raise UserError(f"{target} needs {seen}: set another codes_cache.")
 
     # All missing columns in one pass over the shards, whole or not at all.

@@ -16,12 +16,9 @@ from torch.nn import functional as F
 class PackedLinear(nn.Module):
     """`x @ weight^T + bias` for `(..., in)`, the products in `dtype`; for inference alone.
 
-    Input and output have the same type. Where packing does not work (other devices, other builds of
-    torch, weights that are not fp32) it is a plain linear layer; on CUDA its weights are `dtype`.
-
-    Args:
-        weight: `(out, in)`; the bias is `(out,)`, and `dtype` fp32 or bf16.
-        rows: how many rows will be multiplied at once; other numbers are slower, not wrong.
+    Where packing does not work (other devices, other builds of torch, weights that are not fp32) it
+    is a plain linear layer; on CUDA its weights are `dtype`, fp32 or bf16. The input has about
+    `rows` rows; other numbers are slower, not wrong. The output is of the input's type.
     """
 
     def __init__(

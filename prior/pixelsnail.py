@@ -55,8 +55,7 @@ class CausalAttention(nn.Module):
     """The attention block of PixelSNAIL: each position reads all positions up to itself.
 
     Keys and values come from the code just before a position, its features and its coordinates,
-    queries from the latter two. None of these contains its own code, so it may attend to itself. It
-    also sees codes that convolutions do not reach, such as the end of the row above.
+    queries from the latter two. None of these contains its own code, so it may attend to itself.
     """
 
     def __init__(self, config: PixelSNAILConfig) -> None:
@@ -84,12 +83,10 @@ class CausalAttention(nn.Module):
 
 
 class ConditionNetwork(nn.Module):
-    """Reads the codes of all coarser levels, and lays the result over the level's grid.
-
-    From coarse to fine: a level's codes are added to the result of the levels before it, residual
-    blocks (the conditioning stack of the VQ-VAE-2 paper, section 3.2) read the sum, and each
-    position is repeated over the finer ones it covers, plus an offset for each of these.
-    """
+    """Reads the codes of all coarser levels, from coarse to fine: a level's codes are added to the
+    result of the levels before it, residual blocks (the conditioning stack of the VQ-VAE-2 paper,
+    section 3.2) read the sum, and each position is repeated over the finer ones it covers, plus an
+    offset for each of these."""
 
     def __init__(self, config: PixelSNAILPriorConfig) -> None:
         super().__init__()
@@ -169,10 +166,8 @@ class SamplingState(NamedTuple):
 
 
 class PixelSNAIL(Prior):
-    """The PixelSNAIL prior of any level.
-
-    The class and the coarser codes shift the gates of all causal residual blocks. No position reads
-    its own code: the stem leaves it out, and attention gets the code before.
+    """The PixelSNAIL prior of any level. The class and the coarser codes shift the gates of all
+    residual blocks. The stem leaves out a position's own code, and attention gets the one before.
     """
 
     config_class = PixelSNAILPriorConfig

@@ -49,12 +49,9 @@ def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
 
 @torch.no_grad()
 def fresh_copy(prior: Prior, device: torch.device | None = None, *, noise: bool) -> Prior:
-    """A prior of the same configuration with fresh weights, always the same, in evaluation mode.
-
-    A large prior gets smaller grids: the same layers, in seconds. Noise (0.1 on vectors; on
-    matrices and kernels 0.5 / sqrt(inputs), which deep networks do not amplify) keeps weights that
-    start at zero from hiding what is behind them.
-    """
+    """A prior of the same configuration with fresh weights, always the same, in evaluation mode. A
+    large one gets smaller grids. Noise (0.1 on vectors; on matrices and kernels 0.5 / sqrt(inputs),
+    which deep networks do not amplify) keeps weights of zero from hiding what is behind them."""
     # Grids halved, while all sides can be, until a forward of 3 rows is affordable.
     grids = prior.config.grids
     while 3 * num_weights(prior) * math.prod(grids[-1]) > WORK:

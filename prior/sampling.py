@@ -85,11 +85,10 @@ def check_inputs(
 
     # Guidance needs logits without labels.
     if sampling.guided and not (classes and config.label_dropout):
-        lacking = "label dropout" if classes else "classes"
-        raise UserError(
-            f"guidance_scale is {sampling.guidance_scale}, but the prior of level {level} "
-            f"was trained without {lacking}: leave it at 1, or retrain with --label-dropout 0.1."
-        )
+        lacking = f"the prior of level {level} was trained without "
+        lacking += "label dropout" if classes else "classes"
+        advice = "leave it at 1, or retrain with --label-dropout 0.1"
+        raise UserError(f"guidance_scale is {sampling.guidance_scale}, but {lacking}: {advice}.")
 
 
 def guide(logits: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -4,8 +4,7 @@ The columns are `id`, `view` (which variant of the image: "original", "flip", ..
 `codes_L` (one fixed-size list per level in raster order, the smallest unsigned type that fits) and
 `label` where there are classes.
 
-Parquet numbers a column's distinct values and packs the numbers into ceil(log2 K) bits each: from
-1000 rows on, uniform codes take 0.2 to 3 % more than that (K = 8192 on 8 x 8: from 8000 rows on).
+Parquet packs codes into ceil(log2 K) bits each: from 1000 to 8000 rows on, 0.2 to 3 % more.
 """
 
 import hashlib
@@ -87,8 +86,7 @@ def write_shard(
         note: a JSON file that receives the record before the shard appears, so that a shard
             without a note was not written by this function.
 
-    Raises:
-        UserError: a code is not in [0, K).
+    Raises a `UserError` if a code is not in [0, K).
     """
     # The table.
     grid_sizes = [level.shape[1] for level in codes]

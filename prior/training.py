@@ -29,13 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
-    """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` makes
-    a picture of what the prior does now, for `fit`.
-
-    Raises:
-        UserError: no such level or codes, an unsound prior (`prior.audit`), another run's folder.
-        Stopped: SIGTERM or Ctrl-C came; the state was saved.
-    """
+    """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` is
+    `fit`'s. Raises a `UserError` for no such level or codes, an unsound prior (`prior.audit`) or
+    another run's folder, and `Stopped` at SIGTERM or Ctrl-C, when the state is saved."""
     # Open the manifest and the run folder, which may hold this run.
     output_dir = Path(config.output_dir)
     manifest = read_manifest(Path(config.codes))
@@ -136,13 +132,10 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
 def evaluate(
     model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128
 ) -> dict[str, float]:
-    """Figures on held-out codes, the same for any number of processes (each row is seen once).
-
-    `loss` and `nats`: mean negative log-likelihood of a code in nats; `bits_per_code`: in bits;
-    `unigram_bits`: what a code of these rows costs by its frequency alone;
-    `code_bits_per_image_value`: this level's bits over all values of the image, a rate of a lossy
-    code and not a likelihood of pixels.
-    """
+    """Figures on held-out codes, the same for any number of processes: `loss` and `nats`, the mean
+    negative log-likelihood of a code, and `bits_per_code`; `unigram_bits`, what a code costs by
+    frequency alone; `code_bits_per_image_value`, the level's bits over all values of the image (a
+    rate of a lossy code, not a likelihood of pixels)."""
     own_rows = range(accelerator.process_index, len(codes), accelerator.num_processes)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for first in range(0, len(own_rows), batch_size):
@@ -155,5 +148,7 @@ def evaluate(
     nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * num_positions)
     figures = {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2)}
     figures["unigram_bits"] = codes.unigram_bits(model.config.level)
-    rate = figures["bits_per_code"] * num_positions / codes.manifest.values_per_image
+    image = codes.manifest.preprocessing
+    num_values = image["channels"] * image["size"][0] * image["size"][-1]
+    rate = figures["bits_per_code"] * num_positions / num_values
     return {**figures, "code_bits_per_image_value": rate}

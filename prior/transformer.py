@@ -20,11 +20,9 @@ from prior.packed_linear import pack_linears
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), as in Llama (Touvron et al. 2023).
-
-    That is RMSNorm, rotary positions and SwiGLU. Queries and keys are normalised before their
-    product (Dehghani et al. 2023, section 2.1), which keeps it from growing without bound.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)), as in Llama (Touvron et al. 2023): RMSNorm,
+    rotary positions and SwiGLU. Queries and keys are normalised (Dehghani et al. 2023, section
+    2.1), which keeps their product from growing without bound."""
 
     def __init__(self, config: TransformerConfig, grid: tuple[int, ...], *, causal: bool) -> None:
         super().__init__()
@@ -70,11 +68,8 @@ class Block(nn.Module):
 
 
 def rotary_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
-    """Cosines and signed sines `(2, T, d)` of the angles by which queries and keys turn.
-
-    Rotary positions (Su et al. 2021), half of the features for the row and half for the column: a
-    product of two turned vectors depends only on how many rows and columns lie between them.
-    """
+    """Cosines and signed sines `(2, T, d)` of the angles by which queries and keys turn: rotary
+    positions (Su et al. 2021), half of the features for the row and half for the column."""
     # Grids are small: the slowest angle grows by less than one radian in 64 rows.
     speeds = 100.0 ** -torch.linspace(0, 1, head_dim // 4)
     places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))  # (T, 2)
@@ -97,11 +92,9 @@ class Positions(nn.Module):
 
 
 class ConditionNetwork(nn.Module):
-    """Reads the codes of all coarser levels, and lays the result over the level's grid.
-
-    From coarse to fine: a level's codes are added to what the levels before it gave, blocks that
-    see the whole grid read the sum, and each position is repeated over the finer ones it covers.
-    """
+    """Reads the codes of all coarser levels, from coarse to fine: a level's codes are added to what
+    the levels before it gave, blocks that see the whole grid read the sum, and each position is
+    repeated over the finer ones it covers."""
 
     def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__()

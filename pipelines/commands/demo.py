@@ -29,10 +29,7 @@ Sample more:  vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --gu
 
 def demo(config: DemoConfig) -> None:
     """Train the autoencoder, extract its codes, train both priors, assemble, reconstruct, sample.
-
-    Raises:
-        Stopped: SIGTERM or Ctrl-C came; running it again continues.
-    """
+    Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
     root = Path(config.output_dir)
     run = RunRecord("demo", config, "demo_config.yaml")
     run.check(root)

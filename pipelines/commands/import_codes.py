@@ -43,14 +43,9 @@ def import_codes(
     *,
     run: RunRecord | None = None,
 ) -> None:
-    """Write the code dataset of an LMDB file. All rows are checked before the first is written.
-
-    Args:
-        run: a record that is written before the first row. The others: see `ImportCodesConfig`.
-
-    Raises:
-        UserError: see `read_rows`; a row does not fit the autoencoder, or all rows are held out.
-    """
+    """Write the code dataset of an LMDB file (see `ImportCodesConfig`), and `run` before it. All
+    rows are checked before the first is written. Raises as `read_rows`, and a `UserError` if a row
+    does not fit the autoencoder, or all rows are held out."""
     # Read every row once to check it, and to decide which are held out.
     folder, path, model = Path(output_dir), Path(lmdb), VQVAE2.from_pretrained(vqvae)
     names: list[str] = []

@@ -68,13 +68,9 @@ def write_samples(
     npz: bool = False,
     **options: Any,
 ) -> None:
-    """Write samples as files, and a sheet of them. Files that exist are not made again, and
-    processes share the work.
-
-    Args:
-        known: codes that all images start from, one row per level.
-        npz: also write samples.npz, for evaluators. All others: see `VQVAE2Pipeline.__call__`.
-    """
+    """Write samples as files, a sheet of them, and samples.npz for evaluators if asked for. Files
+    that exist are not made again, and processes share the work. `known` are codes that all images
+    start from, one row per level; for the others see `VQVAE2Pipeline.__call__`."""
     # The files, and the label of each.
     folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image

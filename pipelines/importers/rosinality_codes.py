@@ -29,18 +29,13 @@ LONGEST_VALUE = 1 << 26  # bytes of a row: grids of 2000 x 2000
 class Row(NamedTuple):
     """The codes of an image."""
 
-    codes: tuple[np.ndarray, np.ndarray]
-    """`(h, w)` int64 of top and bottom."""
-    name: str
-    """The image's file: its folder and its name."""
+    codes: tuple[np.ndarray, np.ndarray]  #: `(h, w)` int64 of top and bottom
+    name: str  #: the image's file: its folder and its name
 
 
 def read_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[Row]:
-    """The rows of an LMDB file or folder, all or those of these numbers.
-
-    Raises:
-        UserError: `lmdb` is not installed, it is no such file, or a row is missing or broken.
-    """
+    """The rows of an LMDB file or folder, all or those of these numbers. Raises a `UserError` if
+    `lmdb` is not installed, it is no such file, or a row is missing or broken."""
     # The library and the file.
     try:
         import lmdb
