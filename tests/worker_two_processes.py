@@ -1,4 +1,4 @@
-"""Trains a small autoencoder in float64 with `fit`, on as many processes as started it.
+"""Trains small autoencoders in float64 with `fit`, on as many processes as started it.
 
 Run by test_two_processes.py.
 """
@@ -17,6 +17,9 @@ from vqvae2.common.loading import ShuffledLoader
 from vqvae2.config import DiscriminatorConfig, QuantizerConfig
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import make_adversarial_term, make_loss
+
+VARIANTS = {"ema": 1, "cosine": 1, "gradient": 1, "fsq": 2, "adversary": 1}
+"""Quantizer, or an adversary beside it -> parts that a batch is accumulated from."""
 
 
 class Images(Dataset):
@@ -74,4 +77,5 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    for name, number in VARIANTS.items():
+        main(int(sys.argv[1]), name, number, Path(sys.argv[2]) / name)
