@@ -176,7 +176,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
 
     # Let tyro parse the flags or print the help, and shorten its message about a mistake.
-    _annotate_for_tyro(config_class)
+    _annotate_for_tyro(config_class, bool({"-h", "--help"} & {*arguments}))
     lesson = inspect.cleandoc(config_class.__doc__ or "")
     description = COMMON_HELP.format(description=lesson, recipes=", ".join(recipe_names()))
     options: dict[str, Any] = {"prog": f"vqvae2 {command}", "description": description}
@@ -192,22 +192,32 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
 
 
 @cache
-def _annotate_for_tyro(config_class: type) -> None:
+def _annotate_for_tyro(config_class: type, for_help: bool) -> None:
     """Give tyro what `flag_groups` decides. It reads annotations, in which the configurations
     cannot name it themselves: `vqvae2 --help` would wait for its import."""
+    from docstring_parser import parse_from_object
     from tyro.conf import Fixed, Suppress, arg
 
+    # A field's docstring without its line breaks, some of which tyro would keep.
+    texts: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]) if for_help else ():
+        for parameter in parse_from_object(base).params:
+            texts[parameter.arg_name] = " ".join((parameter.description or "").split())
+
+    # Annotations: no flag, a short prefix, or the text.
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            _annotate_for_tyro(hint)  # type: ignore[arg-type]
+            _annotate_for_tyro(hint, for_help)  # type: ignore[arg-type]
         if field.metadata.get("recipe_only"):
             annotation: Any = Annotated[hint, Fixed, Suppress]
         elif hint is PreprocessingConfig:
             annotation = Annotated[hint, arg(name="image", prefix_name=False)]
-        else:
+        elif dataclasses.is_dataclass(hint) or not texts.get(field.name):
             continue
+        else:
+            annotation = Annotated[hint, arg(help=texts[field.name])]
         config_class.__annotations__[field.name] = annotation
 
 

@@ -289,5 +289,5 @@ def check_beats_frequencies(prior: Prior, rows: Rows, train: CodeDataset) -> str
     alone = -(counts / counts.sum()).log2()[rows.codes.cpu()].mean().item()
     seen = f"a code costs {bits:.3f} bits, by frequency alone {alone:.3f} ({len(rows.codes)} rows)"
     if not bits < alone:
-        raise Failed(f"{seen}: the prior has learned less than to count")
+        raise Failed(f"{seen}: the prior does worse than the codes' frequencies")
     return seen

@@ -162,8 +162,8 @@ class ImagesConfig:
     validation_path: str | None = may_change(None)
     """An explicit held-out set, of the same kinds."""
     streaming: bool = False
-    """Read tar or Parquet shards in order, without storing them: for data larger than your disk.
-    The path may then be a URL or a pattern of URLs (https://, s3://, hf://, ...)."""
+    """Read Parquet shards in order, as tar shards always are: for data larger than your disk. The
+    path may then be a URL or a pattern of URLs (https://, s3://, hf://, ...)."""
     on_error: Literal["stop", "skip"] = may_change("stop")
     """If an image cannot be read: stop and name it, or skip it and list it in skipped.jsonl."""
     image_column: str | None = None

@@ -90,7 +90,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
-    # saved, and the last one is kept: the one with the lowest error does not fool anybody.
+    # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
+    # term counts its calls from 0, several per step with accumulation.)
     trained: VQVAE2 | AdversarialPair = model
     adversarial = parameter_groups = None
     if config.discriminator.weight:
@@ -185,21 +186,17 @@ def evaluate(
 def read_training(vqvae: str) -> dict[str, Any]:
     """The record of a model folder's training; empty without one (from the Hub, or imported)."""
     path = Path(vqvae).expanduser() / TRAINING_RECORD
-    if not path.exists():
-        return {}
-    record = read_record(path)
-    data: Any = record.get("data")
-    named = isinstance(data, dict) and isinstance(data.get("path"), str)
-    if not named or not isinstance(data.get("validation_path"), str | None):
+    record = read_record(path) if path.exists() else {}
+    data: Any = record.get("data", {"path": ""})
+    if not (isinstance(data, dict) and isinstance(data.get("path"), str)):
         raise UserError(f"{path} is broken: its 'data' names no path; restore it, or remove it.")
     return record
 
 
-def trained_with(vqvae: str, path: str) -> tuple[bool, str | None]:
-    """Whether a model was trained on the images at `path`, and with which explicit held-out set."""
+def held_out_path(vqvae: str, path: str) -> str | None:
+    """The explicit held-out set, if a model was trained with one on the images at `path`."""
     data = read_training(vqvae).get("data", {})
-    same = same_place(data.get("path"), path)
-    return same, data.get("validation_path") if same else None
+    return data.get("validation_path") if same_place(data.get("path"), path) else None
 
 
 def same_place(one: str | None, other: str | None) -> bool:

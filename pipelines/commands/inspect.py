@@ -20,7 +20,7 @@ from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, held_out_images, load_images, to_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
-from vqvae2.training import trained_with
+from vqvae2.training import held_out_path
 
 SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 10
 Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value
@@ -44,7 +44,7 @@ def inspect_command(config: InspectConfig) -> None:
         run.check(output_dir)
 
     # The held-out images, or all where there are not enough.
-    _, validation_path = trained_with(config.vqvae, config.data.path)
+    validation_path = held_out_path(config.vqvae, config.data.path)
     data = replace(config.data, validation_path=config.data.validation_path or validation_path)
     show, split = state.is_main_process, "held-out"
     images = held_out_images(data, model.config.image, show_progress=show)

@@ -14,7 +14,7 @@ from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, held_out_images, load_table, to_images
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.model import VQVAE2
-from vqvae2.training import trained_with
+from vqvae2.training import held_out_path
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
     """The first `num_images` images, or of those that the model's training held out."""
     data, settings = config.data, model.config.image
     if config.held_out:
-        _, validation_path = trained_with(config.vqvae, data.path)
+        validation_path = held_out_path(config.vqvae, data.path)
         data = replace(data, validation_path=data.validation_path or validation_path)
         images = held_out_images(data, settings, show_progress=processes().is_main_process)
         if not len(images):
