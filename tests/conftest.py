@@ -10,7 +10,6 @@ import dataclasses
 import io
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from PIL import Image
 from pipelines.cli import main
 from prior.manifest import read_manifest, write_manifest
 from prior.shards import ShardRecord, content_hash, file_hash, row_groups
+from tests.forked import Running, start_two
 
 ROOT = Path(__file__).parent.parent
 PARQUET = Path(str(files("pipelines") / "demo_data" / "fashion_mnist.parquet"))
@@ -36,8 +36,7 @@ def vqvae2(
     *arguments: object, check: bool = True, cwd: Path | None = None
 ) -> CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    program = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    result = subprocess.run(program, capture_output=True, text=True, cwd=cwd, check=False)
+    result = Running(arguments, cwd=cwd).wait()
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -49,29 +48,22 @@ def command(*arguments: object, code: int = 0) -> None:
         assert main(words) == code
 
 
-def two_processes(*arguments: object, cwd: Path | None = None) -> CompletedProcess[str]:
-    """Run a Python file on two processes of this machine that talk over gloo."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program = [*launcher, "--nproc_per_node", "2", *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        program, capture_output=True, text=True, cwd=cwd, env=environment, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+def two_processes(*arguments: object, cwd: Path | None = None) -> list[CompletedProcess[str]]:
+    """Run the command line, or a Python file, on two processes that talk over gloo."""
+    results = [running.wait() for running in start_two(arguments, cwd=cwd)]
+    assert not any(result.returncode for result in results), results
+    return results
 
 
 def kill_when(
     condition: Callable[[], bool], *arguments: object, number: int = signal.SIGKILL
 ) -> int:
     """Start the command line, send a signal once the condition holds, and return the exit code."""
-    program = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    silent = subprocess.DEVNULL
-    process = subprocess.Popen(program, stdout=silent, stderr=silent)
-    while process.poll() is None and not condition():
+    running = Running(arguments)
+    while running.is_alive() and not condition():
         time.sleep(0.001)
-    process.send_signal(number)
-    return process.wait()
+    running.send(number)
+    return running.wait().returncode
 
 
 def write_images(folder: Path, number: int, *, num_classes: int = 3) -> Path:

@@ -1,8 +1,10 @@
 """The commands as users type them: the README's own, and every mistake answered by one sentence."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 from pipelines import VQVAE2Pipeline
 from pipelines.cli import COMMANDS, RECIPES, flag_names, main, parse
 from pipelines.commands.completion import completion_script
-from tests.conftest import ROOT, edit_manifest, two_processes, vqvae2, write_images
+from tests.conftest import ROOT, edit_manifest, vqvae2, write_images
 from tests.conftest import command as run_here
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
@@ -100,7 +102,10 @@ def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> No
     """Launched by the module's name, as from an installed wheel, where there is no scripts/."""
     flags = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2, "--output-dir")
     run_here("sample", *flags, tmp_path / "one")
-    two_processes("-m", "pipelines.cli", "sample", *flags, tmp_path / "two", cwd=ROOT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    program = [*launcher, "2", "-m", "pipelines.cli", "sample", *map(str, flags), tmp_path / "two"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(program, check=True, env=environment, cwd=ROOT, capture_output=True)
     assert len(names_in(tmp_path / "one")) == 9
     for path in (tmp_path / "one").glob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
