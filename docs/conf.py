@@ -17,6 +17,7 @@ from flags import all_commands  # noqa: E402
 project = "vqvae2"
 copyright = "the vqvae2 authors, Apache-2.0"  # noqa: A001
 html_title = "vqvae2"
+smartquotes = False  # commands in running text keep their dashes
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["**.ipynb"]  # the notebook repeats a page
 
