@@ -24,7 +24,15 @@ def test_stage_1_equals_one_process(tmp_path: Path) -> None:
         (tmp_path / number / variant).mkdir(parents=True)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, WORKER, "1", tmp_path / "one"], check=True, env=environment)
-    two_processes(WORKER, 2, tmp_path / "two")
+    said = two_processes(WORKER, 2, tmp_path / "two").stdout
+
+    # One process's SIGTERM stopped both at the same slow step, though no report was due; and each
+    # says that they see other images.
+    for rank in (0, 1):
+        assert f"process {rank}: {tmp_path / 'two' / 'dropout_1'}: stopped at step 3 of 9" in said
+        assert said.count("process 1 sees other images than process 0 (10 instead of 12)") == 2
+
+    # The same weights.
     for variant in VARIANTS:
         expected = torch.load(tmp_path / "one" / variant / "rank_0.pt", weights_only=True)
         folder = tmp_path / "two" / variant

@@ -9,12 +9,14 @@ A folder `step_00000500` holds, besides state.json (the numbers, and the SHA-256
     random.safetensors     torch's generators of process r, as "r.cpu" and "r.cuda"
 """
 
+import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,13 @@ class Numbers:
     count: int  #: batches in the sums of the metrics
     scaler: Any = None  #: the loss scale of fp16
     files: Any = None  #: file name -> SHA-256
+    sha256: str = ""  #: of these numbers themselves
+
+    def signed(self) -> "Numbers":
+        """The same with the right `sha256`."""
+        plain = to_dict(replace(self, sha256=""))
+        text = json.dumps(plain, sort_keys=True)
+        return replace(self, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def step_name(step: int) -> str:
@@ -68,7 +77,7 @@ def write_checkpoint(folder: Path, tensors: Tensors, numbers: Numbers) -> None:
             with whole_file(aside / f"{name}.safetensors") as path:
                 save_file({key: value.detach().contiguous() for key, value in group.items()}, path)
         files = {path.name: file_hash(path) for path in aside.iterdir()}
-        write_json(aside / STATE_NAME, {**to_dict(numbers), "files": files})
+        write_json(aside / STATE_NAME, to_dict(replace(numbers, files=files).signed()))
         _sync(aside)
         if folder.exists():  # one that was not whole
             remove_folder(folder)
@@ -81,13 +90,13 @@ def write_checkpoint(folder: Path, tensors: Tensors, numbers: Numbers) -> None:
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Numbers]:
     """What `write_checkpoint` wrote. Raises UserError: it is not whole."""
     numbers = from_dict(Numbers, read_json(folder / STATE_NAME), str(folder / STATE_NAME))
+    if numbers != numbers.signed() or not isinstance(numbers.files, dict):
+        raise UserError(f"{folder / STATE_NAME} was changed: restore it.")
     paths = [path for path in folder.iterdir() if path.suffix == ".safetensors" and path.is_file()]
     found = {path.name: file_hash(path) for path in paths}
-    if not isinstance(numbers.files, dict) or found != numbers.files:
-        listed = numbers.files if isinstance(numbers.files, dict) else {}
-        names = sorted(n for n in found | listed if found.get(n) != listed.get(n))
-        names = [name for name in names if isinstance(name, str)] or [STATE_NAME]
-        raise UserError(f"{folder / names[0]} is missing or was changed: restore it.")
+    for name in sorted(found | numbers.files):
+        if found.get(name) != numbers.files.get(name):
+            raise UserError(f"{folder / name} is missing or was changed: restore it.")
     return {path.stem: read_tensors(path) for path in paths}, numbers
 
 
@@ -201,7 +210,10 @@ class TrainingState:
                 path = folder / f"{name}.safetensors"
                 check_weights(path, module.state_dict(), tensors.get(name, {}))
 
-        # The moments, and the generators.
+        # The sums, the moments, and the generators.
+        sums = tensors.get("metrics", {})
+        if bool(sums) != bool(numbers.count) or bool(sums) != ("loss" in sums):
+            raise UserError(f"{folder}: the figures are of another training.")
         expected: dict[str, tuple[int, ...]] = {}
         for i, parameter in enumerate(self._parameters()):
             for name in ("exp_avg", "exp_avg_sq"):
