@@ -175,6 +175,8 @@ def test_what_a_killed_run_left_half_done_is_removed(broken: Path, tmp_path: Pat
         (broken / "checkpoints" / name).mkdir()
     (broken / "checkpoints" / ".step_00000008.partial").symlink_to(tmp_path / "other")
     train(broken)
+    (broken / "checkpoints" / ".step_00000002.removed").mkdir()
+    train(broken)  # which is finished
     names = sorted(path.name for path in (broken / "checkpoints").iterdir())
     assert names == ["step_00000004", "step_00000006"]
     assert (tmp_path / "other").is_dir()

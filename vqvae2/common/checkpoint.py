@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -66,6 +66,13 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps whose states are in a folder, in order."""
     names = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*"))
     return sorted(int(match[1]) for match in names if match)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the states that a killed run left half written or half removed."""
+    for pattern in (".step_*.partial", ".step_*.removed"):
+        for path in folder.glob(pattern):
+            _remove(path)
 
 
 def write_checkpoint(folder: Path, tensors: Tensors, numbers: Numbers) -> None:
@@ -168,7 +175,7 @@ class TrainingState:
         Raises:
             UserError: there are some, but none is whole, or an earlier version wrote them.
         """
-        steps = on_main_process(self.accelerator, self._tidy)
+        steps = on_main_process(self.accelerator, self._steps)
         for step in reversed(steps):
             # All processes read it, or none takes it.
             folder, problem = self.folder / step_name(step), None
@@ -187,11 +194,7 @@ class TrainingState:
             raise UserError(f"{self.folder}: no state in it is whole ({problems[0]}) {advice}.")
         return False
 
-    def _tidy(self) -> list[int]:
-        """Remove what a killed run left half written or half removed; the steps that are there."""
-        for pattern in (".step_*.partial", ".step_*.removed"):
-            for path in self.folder.glob(pattern):
-                _remove(path)
+    def _steps(self) -> list[int]:
         steps = saved_steps(self.folder)
         if steps and (self.folder / step_name(steps[-1]) / "custom_checkpoint_0.pkl").exists():
             raise UserError(
@@ -241,15 +244,16 @@ class TrainingState:
         for i, parameter in enumerate(self._parameters()):
             if f"{i}.step" in moments:
                 state = self.optimizer.state[parameter]
-                state["step"] = moments[f"{i}.step"].to(parameter.device)
+                state["step"] = moments[f"{i}.step"].to(parameter.device, copy=True)
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.empty_like(parameter, requires_grad=False)
                     state[name].copy_(moments[f"{i}.{name}"])
         if accelerator.scaler is not None and numbers.scaler:
             accelerator.scaler.load_state_dict(numbers.scaler)
 
-        # Figures and numbers.
-        self.metrics.sums = send_to_device(dict(tensors.get("metrics", {})), accelerator.device)
+        # Figures and numbers. (A copy, as above: else the file would stay open.)
+        sums = tensors.get("metrics", {})
+        self.metrics.sums = {k: v.to(accelerator.device, copy=True) for k, v in sums.items()}
         self.metrics.count, self.step = numbers.count, numbers.step
         self.best = float("inf") if numbers.best is None else numbers.best
 

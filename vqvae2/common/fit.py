@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vqvae2.common.accelerate import on_main_process
 from vqvae2.common.artifact import WEIGHTS_NAME
-from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name
+from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.loading import Loader
@@ -101,6 +101,8 @@ def fit(
     folder = output_dir / "checkpoints"
     state = TrainingState(folder, accelerator, plain, averaged, optimizer, metrics)
     if not state.load_latest():
+        if metrics.path.exists():
+            logger.warning("%s has neither model nor checkpoint: it begins anew.", output_dir)
         state.save(config.keep_checkpoints)
     if state.step >= config.num_steps:  # a run that was shortened before it left a model
         main(partial(result.save_pretrained, output_dir))
@@ -202,10 +204,12 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     Raises:
         UserError: there is a model, but nothing to continue from; or a link leads out of the run.
     """
-    # What is written here must not arrive elsewhere.
+    # What is written here must not arrive elsewhere, and what was half written is of no use.
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         if path.is_symlink():
             raise UserError(f"{path} is a link, and a run writes none: put there what it leads to.")
+
+    tidy(output_dir / "checkpoints")
 
     # The steps that were made.
     if not (output_dir / WEIGHTS_NAME).exists():
