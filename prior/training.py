@@ -18,7 +18,7 @@ from prior.audit import stop_if_unsound
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.registry import make_prior
-from vqvae2.common.accelerate import make_accelerator
+from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
@@ -40,9 +40,10 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     facts = {key: getattr(manifest, key) for key in ("encoder_hash", "rows_hash", "codes_hash")}
     notes = {f"codes_{key}": getattr(manifest, key) for key in ("source", "versions")}
     notes["codes_views"] = list(manifest.views)
+    check_same_images(facts, manifest.num_train + manifest.num_validation)
     run = RunRecord("train-prior", config, TRAINING_RECORD, facts=facts, notes=notes)
     run.check(output_dir)
-    if is_finished(output_dir, config):
+    if on_main_process(accelerator, partial(is_finished, output_dir, config)):
         logger.info(f"{output_dir}: all {config.num_steps} steps are done already.")
         return
 

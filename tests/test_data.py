@@ -234,6 +234,19 @@ def test_datasets_can_be_sent_to_spawned_processes(photos: Path) -> None:
         assert torch.equal(again.pixels(5), splits.train.pixels(5))
 
 
+def test_a_small_dev_shm_costs_time_and_no_run(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    splits = load_images(DataConfig(path=str(photos)), GREY, num_workers=1, show_progress=False)
+    assert splits.train.cache is None
+    assert "pixels are decoded anew in every epoch: unable to allocate" in caplog.text
+    assert torch.equal(splits.train.pixels(5), load(photos).train.pixels(5))
+
+
 def test_names_hash_tells_other_images_apart(tmp_path: Path, photos: Path) -> None:
     numbers = {"few": 60, "same": 60, "more": 61}
     folders = [write_images(tmp_path / name, number) for name, number in numbers.items()]

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from pipelines.cli import load_recipe
 from tests.conftest import command, kill_when, vqvae2
 from tests.test_model import SMALL
-from tests.test_training import STEPS, assert_same_run, line_count, metrics, train_command
+from tests.test_training import (
+    STEPS,
+    assert_same_run,
+    last_checkpoint,
+    line_count,
+    metrics,
+    train_command,
+)
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.errors import UserError
 from vqvae2.config import DiscriminatorConfig, PerceptualConfig
@@ -221,7 +228,6 @@ def test_killed_and_continued_with_everything_on(photos: Path, tmp_path: Path) -
     assert (last["step"], "validation/perceptual" in last) == (STEPS, True)
     weights = load_file(killed / "model.safetensors")
     assert weights.keys() == VQVAE2.from_pretrained(killed).state_dict().keys()
-    checkpoint = sorted((killed / "checkpoints").iterdir())[-1]
-    state = torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=False)
+    averaged = load_file(last_checkpoint(killed) / "averaged.safetensors")
     for name, tensor in weights.items():
-        assert torch.equal(tensor, state["averaged"][f"autoencoder.{name}"]), name
+        assert torch.equal(tensor, averaged[f"autoencoder.{name}"]), name

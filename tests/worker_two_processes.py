@@ -1,18 +1,24 @@
-"""Trains small autoencoders in float64 with `fit`, on as many processes as started it.
-
-Run by test_two_processes.py.
+"""Trains small networks with `fit`, on as many processes as started it. On two of them, one gets
+SIGTERM in each training, which both then continue. Run by test_two_processes.py.
 """
 
+import os
+import signal
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
-from vqvae2.common.accelerate import make_accelerator
+from vqvae2.common.accelerate import check_same_images, make_accelerator
 from vqvae2.common.config import TrainingConfig
-from vqvae2.common.fit import fit
+from vqvae2.common.errors import Stopped, UserError
+from vqvae2.common.fit import _Agreement, fit
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.config import DiscriminatorConfig, QuantizerConfig
 from vqvae2.discriminator import AdversarialPair
@@ -51,6 +57,66 @@ def small_model(quantizer: str = "ema") -> VQVAE2:
     return VQVAE2(config)
 
 
+class Dropout(nn.Sequential):
+    """A network whose every step is random."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Dropout(), nn.Linear(256, 8))
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "model.safetensors").touch()
+
+
+def dropout_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    return model(batch["images"]).square().mean(), {}
+
+
+class SlowLoss:
+    """A loss whose steps take longer than processes may take to agree; in the third, the last
+    process gets SIGTERM."""
+
+    def __init__(self, loss: Any, rank: int) -> None:
+        self.loss, self.rank, self.calls = loss, rank, 0
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        self.calls += 1
+        if self.calls <= 6:
+            time.sleep(1.2 * _Agreement.SECONDS)
+        if self.calls == 3 and self.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.loss(model, batch)
+
+
+def dropout_run(output_dir: Path, *, stopped: bool) -> dict[str, Tensor]:
+    """The weights of a process after a run with dropout, perhaps in two pieces."""
+    config = TrainingConfig(batch_size=4, num_steps=9, mixed_precision="no", log_every=99)
+    accelerator = make_accelerator(config, output_dir)
+    rank = accelerator.process_index
+    loader = ShuffledLoader(Images(), 4, num_processes=2, process_index=rank)
+    loss = SlowLoss(dropout_loss, rank) if stopped else dropout_loss
+    for _ in range(1 + stopped):
+        model = Dropout()
+        try:
+            fit(accelerator, model, loss, loader, config, output_dir)
+        except Stopped as error:
+            print(f"process {rank}: {error}")
+    return model.state_dict()
+
+
+def on_two(output_dir: Path) -> None:
+    """What only several processes can do wrong."""
+    whole, pieces = (
+        dropout_run(output_dir / f"dropout_{stopped}", stopped=stopped) for stopped in (0, 1)
+    )
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    rank = int(os.environ["RANK"])
+    try:
+        check_same_images({"image_names_hash": str(rank)}, 12 - 2 * rank)
+    except UserError as error:
+        print(f"process {rank}: {error}")
+
+
 def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) -> None:
     # The model is built before the process group: whether to communicate is decided later.
     adversary = quantizer == "adversary"
@@ -77,5 +143,8 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
 
 
 if __name__ == "__main__":
+    _Agreement.SECONDS = 0.05
+    if sys.argv[1] == "2":
+        on_two(Path(sys.argv[2]))
     for name, number in VARIANTS.items():
         main(int(sys.argv[1]), name, number, Path(sys.argv[2]) / name)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqvae2.codebook_stats import CodebookWatch, perplexity, usage
-from vqvae2.common.accelerate import make_accelerator
+from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
@@ -47,7 +47,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     accelerator = make_accelerator(config, output_dir)
     record = RunRecord("train", config, TRAINING_RECORD)
     record.check(output_dir)
-    if is_finished(output_dir, config):
+    if on_main_process(accelerator, partial(is_finished, output_dir, config)):
         logger.info("%s: all %d steps are done.", output_dir, config.num_steps)
         return
     if config.discriminator.weight and accelerator.mixed_precision == "fp16":
@@ -79,6 +79,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
+    check_same_images(data.facts, data.number)
     record = replace(record, facts=data.facts)
     record.check(output_dir)
     accelerator.wait_for_everyone()

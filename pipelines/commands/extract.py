@@ -23,7 +23,7 @@ from torch import Tensor
 from pipelines.config import ExtractConfig
 from prior.manifest import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
 from prior.shards import ShardRecord, smallest_type, write_shard
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
@@ -62,6 +62,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
         _refuse_other_split(config, training)
     source = config.data if images is None else images
     found = work_parts.find_parts(source, model.config.image, config.shard_size)
+    check_same_images(found.facts, found.number())
     run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
     finished = is_complete(output_dir)

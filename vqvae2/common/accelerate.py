@@ -3,8 +3,10 @@
 import ctypes
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, utils
@@ -13,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more to do
 
 
@@ -54,12 +57,45 @@ def use_cpu() -> bool:
     return utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
+def on_main_process(state: Any, action: Callable[[], T]) -> T:
+    """What an action gives on the main process, for every process; so is what it raises, for the
+    others must not wait for one that ended. `state` is an Accelerator or a PartialState."""
+    if state.num_processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    utils.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def check_same_images(facts: Mapping[str, Any], number: int) -> None:
+    """Raise a `UserError` on every process if one sees other images than the first.
+
+    Args:
+        facts: what a run is bound to (hashes of names, marks of contents).
+        number: of images, or of what holds them, to tell the user.
+    """
+    (expected, right), *others = utils.gather_object([(dict(facts), number)])
+    for index, (found, count) in enumerate(others, start=1):
+        if found != expected:
+            what = f"{count} instead of {right}" if count != right else f"{count} others"
+            problem = f"process {index} sees other images than process 0 ({what})"
+            raise UserError(f"{problem}: give every machine the same, or let them share a disk.")
+
+
 def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     """The Accelerate object for one training, in the configuration's precision.
 
     Raises:
-        UserError: fp16 without CUDA, a tracker that is not installed, or a batch size that the
-            processes and accumulation steps do not divide.
+        UserError: fp16 without CUDA, a tracker that is not installed, a launcher that asks for
+            another way to share a model, or a batch size that the processes and accumulation steps
+            do not divide.
     """
     keep_freed_memory()
 
@@ -72,6 +108,14 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
 
+    # What a launcher's environment may say of models must not change them.
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if utils.parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"ACCELERATE_USE_{name} is set, but here every device holds the whole "
+                "model: unset it, or start with accelerate launch --multi_gpu or torchrun."
+            )
+
     # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide
     # it if they were not, and make a forward on one rank alone wait forever. (Torch deprecates the
     # option, but its successor is missing from older versions.)
@@ -82,6 +126,8 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
         mixed_precision=precision,
         log_with=config.tracker,
         project_dir=str(output_dir),
+        dynamo_backend="no",
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[ddp, utils.InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 

@@ -3,13 +3,12 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path, read_json, whole_file, write_json
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 
@@ -80,30 +80,45 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Load `model.safetensors` into a model, strictly.
 
     Raises:
-        UserError: the file is missing or broken, or does not hold exactly the model's weights.
+        UserError: the file is missing or broken, or see `check_weights`.
     """
-    # The file.
     path = folder / WEIGHTS_NAME
+    state = read_tensors(path)
+    check_weights(path, model.state_dict(), state)
+    model.load_state_dict(state)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError: it is missing or broken."""
     try:
-        state = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: let the earlier step write it first.") from None
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of many kinds, for the header may say anything
         raise UserError(f"{path} cannot be read as safetensors ({error}): remake it.") from None
 
-    # Refuse the first weight that does not fit.
-    expected = model.state_dict()
+
+def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise a `UserError` unless these are weights for a model whose own are `expected`: the same
+    names and shapes, numbers of the same kind, all finite. `place` begins the message."""
     for name in sorted(expected.keys() | state.keys()):
-        problem = None
+        problem, cause = None, "the weights belong to another configuration"
         if name not in state:
-            problem = f"{path} lacks the weight {name!r}"
+            problem = f"{place} lacks the weight {name!r}"
         elif name not in expected:
-            problem = f"{path} holds the unknown weight {name!r}"
-        elif (shape := tuple(state[name].shape)) != (right := tuple(expected[name].shape)):
-            problem = f"{path}: {name!r} has shape {shape} instead of {right}"
+            problem = f"{place} holds the unknown weight {name!r}"
+        else:
+            given, own = state[name], expected[name]
+            shape, right = tuple(given.shape), tuple(own.shape)
+            allowed = FLOATS if own.dtype in FLOATS else (own.dtype,)
+            if shape != right:
+                problem = f"{place}: {name!r} has shape {shape} instead of {right}"
+            elif given.dtype not in allowed:
+                problem = f"{place}: {name!r} is of type {given.dtype} instead of {own.dtype}"
+            elif not given.to(own.dtype).isfinite().all():
+                problem, cause = f"{place}: {name!r} is not finite", "the file is of no use"
         if problem:
-            raise UserError(f"{problem}: the weights belong to another configuration.")
-    model.load_state_dict(state)
+            raise UserError(f"{problem}: {cause}.")
 
 
 def content_hash(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
+from vqvae2.common.accelerate import on_main_process
 from vqvae2.common.artifact import WEIGHTS_NAME
+from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
 from vqvae2.common.config import TrainingConfig
-from vqvae2.common.errors import Stopped
-from vqvae2.common.files import remove_folder
+from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.loading import Loader
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.metrics import Describe, Metrics, save_curves, scalar_means
+from vqvae2.common.metrics import Describe, Metrics, read_metrics, save_curves, scalar_means
 from vqvae2.common.pictures import save_picture
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,14 @@ def fit(
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
-        UserError: the loss is not finite.
+        UserError: the loss is not finite; or see `is_finished` and `TrainingState.load_latest`.
     """
-    # Dropout differs between the processes; all else that is random is keyed by the seed elsewhere.
+    main = partial(on_main_process, accelerator)  # does what only one process does
+    if main(partial(is_finished, output_dir, config)):
+        return
+
+    # Dropout (torch's generators) differs between the processes; all else that is random is keyed
+    # by the seed elsewhere.
     seed = np.random.SeedSequence([config.seed, accelerator.process_index])
     set_seed(int(seed.generate_state(1)[0]))
 
@@ -89,17 +96,32 @@ def fit(
     plain = accelerator.unwrap_model(net)
     result: Any = plain if averaged is None else averaged  # what is validated, drawn, saved
 
-    # Everything that must survive: Accelerate's own (weights, optimizer, random numbers), and this.
+    # Everything that must survive. A state is there from the start, before there is a model.
     metrics = Metrics(output_dir, accelerator, config, describe)
-    state = _TrainingState(output_dir / "checkpoints", accelerator, averaged, metrics)
-    state.load_latest()
-    if state.step >= config.num_steps:
+    folder = output_dir / "checkpoints"
+    state = TrainingState(folder, accelerator, plain, averaged, optimizer, metrics)
+    if not state.load_latest():
+        if metrics.path.exists():
+            logger.warning("%s has neither model nor checkpoint: it begins anew.", output_dir)
+        state.save(config.keep_checkpoints)
+    if state.step >= config.num_steps:  # a run that was shortened before it left a model
+        main(partial(result.save_pretrained, output_dir))
         return
     metrics.begin(state.step)
     num_steps, num_parts = config.num_steps, config.gradient_accumulation_steps
     batches = loader.start_at(state.step * num_parts)
     bar = progress_bar(desc=output_dir.name, total=num_steps, initial=state.step, unit="step")
-    is_main = accelerator.is_main_process
+    agreement = _Agreement(accelerator)
+
+    def show(step: int) -> None:
+        if draw is not None:
+            picture = draw(result.eval())
+            save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
+            metrics.write_picture(step, picture)
+
+    def save_last() -> None:
+        if evaluate is None or not (output_dir / WEIGHTS_NAME).exists():
+            result.save_pretrained(output_dir)
 
     with _signals() as received, bar:
         while state.step < num_steps:
@@ -130,13 +152,11 @@ def fit(
                 update_average(averaged, plain, step, config.weight_ema_decay)
             bar.update()
 
-            # What to do after this step. Processes agree on stopping, which costs an exchange.
+            # What to do after this step.
             report = last or step % config.log_every == 0
             validate = evaluate is not None and (last or step % config.validate_every == 0)
             save = last or step % config.checkpoint_every == 0
-            stop = bool(received)
-            if accelerator.num_processes > 1:
-                stop = report and any(gather_object([stop]))
+            stop = agreement.stop(bool(received), ask=report)
 
             # Report. Only here does the host wait for the device.
             if report or validate or save or stop:
@@ -158,19 +178,15 @@ def fit(
                 logger.info("step %d: held out %s", step, ", ".join(texts))
                 is_best = held_out.get("loss", -math.inf) < state.best
                 state.best = min(state.best, held_out.get("loss", state.best))
-                if is_main:
-                    save_curves(output_dir)
-                if is_main and is_best:
-                    result.save_pretrained(output_dir)
-            draw_now = config.picture_every > 0 and (last or step % config.picture_every == 0)
-            if draw is not None and draw_now and is_main:
-                picture = draw(result.eval())
-                save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
-                metrics.write_picture(step, picture)
+                main(partial(save_curves, output_dir))
+                if is_best:
+                    main(partial(result.save_pretrained, output_dir))
+            if config.picture_every > 0 and (last or step % config.picture_every == 0):
+                main(partial(show, step))
 
             # Save the last weights if there are no best ones, and the state to continue from.
-            if last and is_main and not (evaluate and (output_dir / WEIGHTS_NAME).exists()):
-                result.save_pretrained(output_dir)
+            if last:
+                main(save_last)
             if save or stop:
                 state.save(config.keep_checkpoints)
             if stop and not last:
@@ -182,14 +198,33 @@ def fit(
 
 
 def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
-    """Whether the run in this folder has made all its steps and left its model."""
-    checkpoint = output_dir / "checkpoints" / step_name(config.num_steps)
-    return (output_dir / WEIGHTS_NAME).exists() and checkpoint.exists()
+    """Whether the run in this folder has made all its steps and left its model. (To save space,
+    its checkpoints may have been removed: then the last line of its metrics tells.)
 
+    Raises:
+        UserError: there is a model, but nothing to continue from; or a link leads out of the run.
+    """
+    # What is written here must not arrive elsewhere, and what was half written is of no use.
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and a run writes none: put there what it leads to.")
 
-def step_name(step: int) -> str:
-    """The name of what belongs to a step: as text it sorts like the number."""
-    return f"step_{step:08d}"
+    tidy(output_dir / "checkpoints")
+
+    # The steps that were made.
+    if not (output_dir / WEIGHTS_NAME).exists():
+        return False
+    if steps := saved_steps(output_dir / "checkpoints"):
+        return steps[-1] >= config.num_steps
+    path = output_dir / "metrics.jsonl"
+    steps = [line["step"] for line in read_metrics(path)] if path.exists() else []
+    if steps and steps[-1] >= config.num_steps:
+        return True
+    made = f"of step {steps[-1]}" if steps else "of an unknown step"
+    raise UserError(
+        f"{output_dir} holds a model {made} and no checkpoint from which to reach step "
+        f"{config.num_steps}: start from it with --init-from {output_dir} in another --output-dir."
+    )
 
 
 @torch.no_grad()
@@ -215,46 +250,31 @@ def _make_optimizer(groups: ParameterGroups, config: TrainingConfig) -> torch.op
     return torch.optim.AdamW(split, config.learning_rate, betas=config.adam_betas, fused=True)
 
 
-class _TrainingState:
-    """What must survive besides Accelerate's own state, and the folders `step_N` that hold both."""
+class _Agreement:
+    """Whether to stop, which processes ask one another every few seconds: at the same steps, for
+    all of them reckon with the speed of the slowest."""
 
-    def __init__(
-        self, folder: Path, accelerator: Accelerator, averaged: nn.Module | None, metrics: Metrics
-    ) -> None:
-        self.folder, self.accelerator = folder, accelerator
-        self.step, self.best, self.averaged, self.metrics = 0, math.inf, averaged, metrics
-        accelerator.register_for_checkpointing(self)
+    SECONDS = 2.0
 
-    def state_dict(self) -> dict[str, Any]:
-        averaged = self.averaged.state_dict() if self.averaged is not None else {}
-        figures = {"sums": self.metrics.sums, "count": self.metrics.count}
-        return {"step": self.step, "best": self.best, "averaged": averaged, **figures}
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.num_processes, self.due = accelerator.num_processes, 1
+        self._start()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.best, self.metrics.count = state["step"], state["best"], state["count"]
-        self.metrics.sums = send_to_device(state["sums"], self.accelerator.device)
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
+    def _start(self) -> None:
+        self.steps, self.started = 0, time.perf_counter()
 
-    def load_latest(self) -> None:
-        """Continue from the last checkpoint, if there is one."""
-        checkpoints = sorted(self.folder.glob("step_*"))
-        if checkpoints:
-            self.accelerator.load_state(str(checkpoints[-1]))
-            logger.debug("%s: continuing after step %d", self.folder.parent, self.step)
-
-    def save(self, keep: int) -> None:
-        """Write a checkpoint aside, rename it, and remove all but the last `keep`."""
-        target = self.folder / step_name(self.step)
-        aside = self.folder / f".{target.name}.partial"
-        self.accelerator.save_state(str(aside))  # on every process: each has its random numbers
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and not target.exists():
-            aside.rename(target)
-            for old in sorted(self.folder.glob("step_*"))[:-keep]:
-                remove_folder(old)
-            logger.debug("%s: state saved", target)
-        self.accelerator.wait_for_everyone()
+    def stop(self, wish: bool, *, ask: bool) -> bool:
+        """Whether one process wishes to stop; called after every step. `ask`: by all means now."""
+        if self.num_processes == 1:
+            return wish
+        self.steps += 1
+        if not ask and self.steps < self.due:
+            return False
+        seconds = (time.perf_counter() - self.started) / self.steps
+        answers = gather_object([(wish, seconds)])
+        self.due = int(self.SECONDS / max(seconds for _, seconds in answers))
+        self._start()
+        return any(wish for wish, _ in answers)
 
 
 @contextmanager

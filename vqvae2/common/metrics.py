@@ -4,13 +4,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vqvae2.common.accelerate import on_main_process
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
@@ -49,11 +52,13 @@ class Metrics:
         """Start the tracker and the clock, and drop the lines of steps that will be repeated: a
         killed run wrote them after its last checkpoint."""
         self.accelerator.init_trackers(self.path.parent.name)
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            write_text(self.path, "".join(x for x in whole if json.loads(x)["step"] <= step))
+        on_main_process(self.accelerator, partial(self._drop_later, step))
         self._start_clock()
+
+    def _drop_later(self, step: int) -> None:
+        if self.path.exists():
+            lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         """Add the figures of one batch, without waiting for the device."""
@@ -90,10 +95,16 @@ class Metrics:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, and log it to the tracker."""
-        if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+        line = json.dumps({"step": step, **figures}) + "\n"
+        on_main_process(self.accelerator, partial(self._append, line))
         self.accelerator.log(dict(figures), step=step)
+
+    def _append(self, line: str) -> None:
+        try:
+            with open(self.path, "a") as file:
+                file.write(line)
+        except OSError as error:  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def write_picture(self, step: int, picture: Image.Image) -> None:
         """Log a picture to the trackers that take one."""
@@ -108,9 +119,25 @@ class Metrics:
             tracker.finish()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for a last one that a killed run left unfinished.
+
+    Raises UserError: another line holds no figures of a step."""
+    *lines, _ = path.read_text().split("\n")
+    figures = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            figures.append(json.loads(line))
+            int(figures[-1]["step"])
+        except (ValueError, TypeError, LookupError, RecursionError):
+            problem = f"line {number} of {path} is no line of figures"
+            raise UserError(f"{problem}: remove that line, or restore the file.") from None
+    return figures
+
+
 def save_curves(run: Path) -> None:
     """Write a run's curves.png: a panel for each figure of both training and held-out data."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     points: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():

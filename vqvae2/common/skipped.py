@@ -5,6 +5,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from vqvae2.common.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -12,6 +14,8 @@ def list_skipped(folder: Path, skipped: Iterable[tuple[str, str]], process_index
     """Add (name, reason) pairs to the list, each once. Every process has a list of its own."""
     suffix = f"_{process_index}" if process_index else ""
     path = folder / f"skipped{suffix}.jsonl"
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and a run writes none: put there what it leads to.")
     listed = set(path.read_text().splitlines()) if path.exists() else set()
     with open(path, "a") as file:
         for name, reason in skipped:

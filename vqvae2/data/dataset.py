@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from vqvae2.data.decoding import BadImage
 from vqvae2.data.open_source import ImageTable, PreparedPictures, PythonImages, Sources
 from vqvae2.data.stream import ImageStream, StreamedImages
 
+logger = logging.getLogger(__name__)
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
 
 
@@ -116,7 +118,11 @@ class ImageDataset(Dataset):
                 continue
             if not good and result.nbytes * number <= CACHE_BYTES:
                 self.cache = torch.empty((number, *result.shape), dtype=result.dtype)
-                self.cache = self.cache.share_memory_() if shared else self.cache
+                try:
+                    self.cache = self.cache.share_memory_() if shared else self.cache
+                except RuntimeError as error:  # /dev/shm of a container is small
+                    self.cache = None
+                    logger.warning("pixels are decoded anew in every epoch: %s", error)
             if self.cache is not None:
                 self.cache[len(good)] = result
             good.append(index)
@@ -325,6 +331,8 @@ class TrainingImages:
     """Images to draw reconstructions of: held-out ones, if there are any."""
     facts: Mapping[str, str | None]
     """What the run is bound to."""
+    number: int
+    """How many images there are in all; of a stream, how many shards."""
     summary: str
     skipped: Sequence[BadImage]
 
@@ -361,7 +369,7 @@ def open_training_images(
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
         summary = f"{len(stream)} shards, {len(held_out)} images held out"
         facts = stream_facts(opened, config)
-        return TrainingImages(loader, held_out, held_out, facts, summary, skipped)
+        return TrainingImages(loader, held_out, held_out, facts, len(stream), summary, skipped)
 
     # A table, shuffled anew in every epoch.
     workers = data.num_workers
@@ -375,6 +383,7 @@ def open_training_images(
         found.validation,
         found.validation if len(found.validation) else found.train,
         {**found.facts(), "skipped_hash": found.skipped_hash()},
+        len(found.train) + len(found.validation),
         f"{len(found.train)} training images, {len(found.validation)} held out, {classes}",
         found.skipped,
     )

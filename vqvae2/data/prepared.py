@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
@@ -126,6 +126,7 @@ def prepare_command(config: PrepareConfig) -> None:
     # The run that the folder holds is this one; a finished folder is looked through again.
     output_dir, state = Path(config.output_dir), processes()
     found = work_parts.find_parts(config.data, config.image, config.shard_size)
+    check_same_images(found.facts, found.number())
     run = RunRecord("prepare", config, UNFINISHED, facts=found.facts)
     run.check(output_dir)
     state.wait_for_everyone()

@@ -76,6 +76,10 @@ class Parts:
     class_names: tuple[str, ...] | None
     """None for a stream, whose classes are the numbers that occur."""
 
+    def number(self) -> int:
+        """How many images there are in all; of a stream, how many parts."""
+        return sum(1 if part.num_items is None else part.num_items for part in self.parts)
+
     def paths(self, output_dir: Path, split: str) -> list[Path]:
         """The shards of a split, in order."""
         return [part.path(output_dir, split) for part in self.parts if split in part.splits]
