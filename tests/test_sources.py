@@ -185,7 +185,7 @@ def test_values_that_do_not_fit_are_refused() -> None:
     for picture, changes, message in (
         (sixteen, {}, "value-range"),
         (sixteen, {"value_range": (0, 4095)}, "outside of image.value_range"),
-        (np.full((8, 8), np.nan, np.float32), {"value_range": (0, 1)}, "outside"),
+        (np.full((8, 8), np.nan, np.float32), {"value_range": (0, 1)}, "no real numbers"),
         (np.zeros((8, 8, 5), np.uint8), {}, "image.channels"),
         (np.zeros((8, 8), np.uint8), {"channels": 4}, "image.channels"),
         (np.zeros((0, 7), np.uint8), {}, "without a pixel"),
