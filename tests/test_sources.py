@@ -232,8 +232,8 @@ def test_files_of_which_something_would_be_lost_are_refused(tmp_path: Path) -> N
         file.write(array[0, ::2, ::2], subfiletype=1)
         file.write(array[0])
     for name, message in (
-        ("deep.png", "PNG with 16 bits in several channels"),
-        ("deep.ppm", "PPM with 16 bits"),
+        ("deep.png", "PNG with more than 8 bits in several channels"),
+        ("deep.ppm", "PPM with more than 8 bits"),
         ("x.gif", "2 frames"),
         ("x.tif", "5 pages"),
         ("turned.tif", "save it upright"),
