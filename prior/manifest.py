@@ -228,13 +228,17 @@ def load_columns(
             path = files.enter_context(whole_file(target / f"{name}.npy"))
             arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
         _decode(folder, manifest, split, arrays)
-        for array in arrays.values():
+        for name, array in arrays.items():
             array.flush()
+            write_json(target / f"{name}.json", {"sha256": file_hash(array.filename)})
     return {name: _map(target / f"{name}.npy", *layout[name]) for name in layout}
 
 
 def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    note = path.with_suffix(".json")
     try:
+        if note.exists() and read_json(note).get("sha256") != file_hash(path):
+            raise ValueError("its bytes were changed")
         array = np.load(path, mmap_mode="r")
         if array.shape != shape or array.dtype != kind:
             raise ValueError(f"it holds {array.shape} {array.dtype}, not {shape} {kind}")
