@@ -25,7 +25,7 @@ from prior import shards
 from prior.shards import REMAKE, ShardRecord, column_name, flat_values
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json, whole_file, write_json
+from vqvae2.common.files import file_hash, read_json, whole_file, write_json
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 
 MANIFEST_NAME = "manifest.json"
@@ -124,11 +124,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the manifest and every shard that it names are there; raises as `read_manifest`."""
+    """Whether the manifest and every shard that it names are there, as they were written; raises
+    as `read_manifest`."""
     if not (folder / MANIFEST_NAME).exists():
         return False
     records = read_manifest(folder).all_shards
-    return all((folder / split / shard.name).exists() for split, shard in records)
+    paths = {folder / split / shard.name: shard.sha256 for split, shard in records}
+    return all(path.is_file() and file_hash(path) == paths[path] for path in paths)
 
 
 def parse_level(level: str, num_levels: int) -> int:
@@ -226,13 +228,17 @@ def load_columns(
             path = files.enter_context(whole_file(target / f"{name}.npy"))
             arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
         _decode(folder, manifest, split, arrays)
-        for array in arrays.values():
+        for name, array in arrays.items():
             array.flush()
+            write_json(target / f"{name}.json", {"sha256": file_hash(array.filename)})
     return {name: _map(target / f"{name}.npy", *layout[name]) for name in layout}
 
 
 def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    note = path.with_suffix(".json")
     try:
+        if note.exists() and read_json(note).get("sha256") != file_hash(path):
+            raise ValueError("its bytes were changed")
         array = np.load(path, mmap_mode="r")
         if array.shape != shape or array.dtype != kind:
             raise ValueError(f"it holds {array.shape} {array.dtype}, not {shape} {kind}")

@@ -230,7 +230,8 @@ def test_a_cache_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     read_train(tmp_path)
     (cached,) = (tmp_path / ".decoded").rglob("codes_1.npy")
     sentence = r"codes_1.npy is broken .* remove it, and it is made again"
-    for broken in (cached.read_bytes()[:-8], b"", cached.with_name("codes_0.npy").read_bytes()):
+    whole, other = cached.read_bytes(), cached.with_name("codes_0.npy").read_bytes()
+    for broken in (whole[:-8], b"", other, bytes([*whole[:-1], whole[-1] ^ 1])):
         cached.write_bytes(broken)
         with pytest.raises(UserError, match=sentence):
             read_train(tmp_path)

@@ -32,6 +32,7 @@ from tests.conftest import (
 )
 from tests.images import numbered_tars, shell, spoil, write_tar
 from vqvae2 import VQVAE2
+from vqvae2.common.errors import UserError
 from vqvae2.config import DataConfig
 from vqvae2.data import ImageSplits, load_images, to_images
 from vqvae2.training import train
@@ -131,6 +132,14 @@ def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
     assert not any(codes.requires_grad for codes in whole)
 
 
+def test_features_that_are_no_numbers_have_no_codes(run: Path) -> None:
+    model = VQVAE2.from_pretrained(run / "vqvae")
+    with torch.no_grad():
+        next(model.parameters()).fill_(1e38)  # overflows
+    with pytest.raises(UserError, match="features are not finite"):
+        encode_lanes(model, torch.zeros((1, 1, 16, 16), dtype=torch.uint8))
+
+
 def test_other_images_are_not_mixed_in(run: Path, photos: Path, tmp_path: Path) -> None:
     """Going on after the folder changed would repeat some rows and lose others."""
     mine = shutil.copytree(photos, tmp_path / "photos")
@@ -167,6 +176,15 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
     command(*again)
     assert (shard.read_bytes(), edited.read_bytes()) == (before, untouched)
     assert record.read_bytes() == manifest
+    assert not list((tmp_path / "codes").rglob(".*"))
+    for damaged in (before[:900], bytes([*before[:900], before[900] ^ 1, *before[901:]])):
+        shard.write_bytes(damaged)
+        (shard.parent / ".00001.json").write_text("{")  # left by a killed run
+        command(*again)
+        assert shard.read_bytes() == before
+        assert record.read_bytes() == manifest
+    (shard.parent / ".x.parquet.partial").write_bytes(b"x")
+    command(*again)
     assert not list((tmp_path / "codes").rglob(".*"))
 
 

@@ -164,12 +164,24 @@ def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) ->
     command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
     whole, manifest = shard.read_bytes(), tmp_path / "x" / "prepared.json"
     held_out = next((tmp_path / "x" / "validation").glob("*.parquet")).read_bytes()
-    for content in (whole[:500], held_out, b""):
+    flipped = bytes([*whole[:900], whole[900] ^ 1, *whole[901:]])
+    (shard.parent / ".00007.json").write_text("{")  # left by a killed run
+    (shard.parent / ".x.parquet.partial").write_bytes(b"x")
+    for content in (whole[:500], held_out, b"", flipped):
         shard.write_bytes(content)
         with pytest.raises(UserError, match="run vqvae2 prepare again"):
             load(tmp_path / "x", IMAGE)
         command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
         assert shard.read_bytes() == whole
+    assert not list((tmp_path / "x").rglob(".*.*"))
+    (tmp_path / "x" / "train" / "stray.parquet").write_bytes(held_out)  # is not read
+    assert len(load(tmp_path / "x", IMAGE).train) == len(load(photos, IMAGE).train)
+    for broken in (manifest.read_text().replace("bag", "bat"), "{"):
+        manifest.write_text(broken)
+        with pytest.raises(UserError, match=r"prepared\.json"):
+            load(tmp_path / "x", IMAGE)
+        command("prepare", "--data.path", photos, "--output-dir", tmp_path / "x", *FLAGS)
+        assert_same(load(tmp_path / "x", IMAGE), load(photos, IMAGE))
     record = json.loads(manifest.read_text())
     image = {**record["image"], "channels": 4}
     for change in ({"class_names": ["bag"]}, {"image": image}, {"num_train": 7}):

@@ -185,7 +185,7 @@ def test_values_that_do_not_fit_are_refused() -> None:
     for picture, changes, message in (
         (sixteen, {}, "value-range"),
         (sixteen, {"value_range": (0, 4095)}, "outside of image.value_range"),
-        (np.full((8, 8), np.nan, np.float32), {"value_range": (0, 1)}, "outside"),
+        (np.full((8, 8), np.nan, np.float32), {"value_range": (0, 1)}, "no real numbers"),
         (np.zeros((8, 8, 5), np.uint8), {}, "image.channels"),
         (np.zeros((8, 8), np.uint8), {"channels": 4}, "image.channels"),
         (np.zeros((0, 7), np.uint8), {}, "without a pixel"),
@@ -232,8 +232,8 @@ def test_files_of_which_something_would_be_lost_are_refused(tmp_path: Path) -> N
         file.write(array[0, ::2, ::2], subfiletype=1)
         file.write(array[0])
     for name, message in (
-        ("deep.png", "PNG with 16 bits in several channels"),
-        ("deep.ppm", "PPM with 16 bits"),
+        ("deep.png", "PNG with more than 8 bits in several channels"),
+        ("deep.ppm", "PPM with more than 8 bits"),
         ("x.gif", "2 frames"),
         ("x.tif", "5 pages"),
         ("turned.tif", "save it upright"),

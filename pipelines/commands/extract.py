@@ -68,10 +68,12 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     finished = is_complete(output_dir)
     state.wait_for_everyone()  # all have looked before the first one writes
     if finished:
+        if state.is_main_process:
+            work_parts.tidy(output_dir)
         logger.info("%s: all codes are extracted already.", output_dir)
         return
 
-    # Of a finished dataset that lost shards, only these are written again.
+    # Of a finished dataset with lost or damaged shards, only these are written again.
     if state.is_main_process:
         run.write(output_dir)
         if (output_dir / MANIFEST_NAME).exists():
@@ -130,11 +132,15 @@ def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[T
     """Codes `(B, h*w)` of every level, coarse to fine, of at most `LANES` images `(B, C, H, W)`.
 
     The batch is filled up with black images, so that an image's codes do not depend on the others.
+    Raises a `UserError` for features that are not finite.
     """
     device = next(model.parameters()).device
     padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         levels = model.encode(to_images(torch.cat([pixels, padding]).to(device)))
+    if not all(level.embeddings.isfinite().all() for level in levels):
+        what = "the autoencoder's features are not finite"
+        raise UserError(f"{what}: restore or retrain it, or extract with --mixed-precision no.")
     return [rearrange(level.codes[: len(pixels)], "b h w -> b (h w)").cpu() for level in levels]
 
 

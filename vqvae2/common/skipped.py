@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from vqvae2.common.errors import UserError
+from vqvae2.common.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -14,17 +14,12 @@ def list_skipped(folder: Path, skipped: Iterable[tuple[str, str]], process_index
     """Add (name, reason) pairs to the list, each once. Every process has a list of its own."""
     suffix = f"_{process_index}" if process_index else ""
     path = folder / f"skipped{suffix}.jsonl"
-    if path.is_symlink():
-        raise UserError(f"{path} is a link, and a run writes none: put there what it leads to.")
-    listed = set(path.read_text().splitlines()) if path.exists() else set()
-    with open(path, "a") as file:
-        for name, reason in skipped:
-            line = json.dumps({"image": name, "reason": reason})
-            if line not in listed:
-                listed.add(line)
-                file.write(f"{line}\n")
-    if not listed:
-        path.unlink()
+    text = path.read_text() if path.exists() else ""
+    listed = dict.fromkeys(text.splitlines(keepends=True))
+    for name, reason in skipped:
+        listed[json.dumps({"image": name, "reason": reason}) + "\n"] = None
+    if listed:
+        write_text(path, "".join(listed))
 
 
 def report_skipped(folder: Path) -> None:

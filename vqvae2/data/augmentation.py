@@ -1,5 +1,6 @@
 """Random flips and crops, and the named views of extraction: which window, and whether mirrored."""
 
+import errno
 import hashlib
 import math
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from torch import Tensor
 from vqvae2.common.errors import UserError
 from vqvae2.common.vocabulary import ORIGINAL
 from vqvae2.config import AugmentationConfig, PreprocessingConfig
-from vqvae2.data.decoding import BadImage, Picture, picture_size, read_cell
+from vqvae2.data.decoding import BadImage, Picture, first_line, picture_size, read_cell
 from vqvae2.data.preprocessing import Window, prepare
 
 CORNER_SIDE = 0.9  # side of a corner crop, as a share of the largest window of the right ratio
 CORNERS = {"top_left": (0, 0), "top_right": (1, 0), "bottom_left": (0, 1), "bottom_right": (1, 1)}
+FILE_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR}
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,19 @@ def decode(
 ) -> Tensor:
     """The pixels `(C, H, W)` of a cell (see `read_cell`), changed as chosen for its size.
 
-    Raises BadImage: naming the picture and what is wrong with it."""
+    Raises:
+        BadImage: naming the picture and what is wrong with it.
+        UserError: the machine cannot read it now (a disk's hiccup, too many open files): it may be
+            sound, and is not skipped.
+    """
     try:
         picture = read_cell(cell)
         return torch.from_numpy(choose(picture_size(picture)).apply(picture, config))
+    except OSError as error:  # Pillow's own have no number
+        if error.errno is None or error.errno in FILE_FAULTS:
+            raise BadImage(source, name, error) from None
+        reason = f"cannot be read now ({first_line(error)})"
+        raise UserError(f"{source}: {name} {reason}: check the disk, and run this again.") from None
     except Exception as error:  # decoders raise many kinds
         raise BadImage(source, name, error) from None
 

@@ -2,15 +2,17 @@
 
 import io
 import re
+import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from vqvae2.common.errors import UserError
 
@@ -20,9 +22,16 @@ floats, more bands."""
 
 PICTURE_SUFFIXES = {
     *(".png", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"),
-    *(".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".jp2"),
+    *(".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".heif", ".jp2"),
 }
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
+"""Pillow's names of these: it opens no others, since it has some that start programs."""
+
 MAX_PIXELS = 178_956_970  # twice Pillow's warning: more is an attack or a mistake
+PILLOW_COMPRESSIONS = {*TiffImagePlugin.COMPRESSION_INFO} - {50001}  # WebP: depends on the build
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # colour profiles and texts may take more than 1 MiB
+PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
 
 
 class BadImage(UserError):
@@ -67,6 +76,8 @@ def read_picture_file(path: str) -> Picture:
     """
     try:
         return read_cell(Path(path).expanduser())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # decoders raise many kinds
         what = f"{path} cannot be read as a picture ({first_line(error)})"
         raise UserError(f"{what}: check the file.") from None
@@ -85,12 +96,14 @@ def read_cell(cell: Any) -> Picture:
         path = cell.get("path") or ""
         cell = Path(path) if cell.get("bytes") is None and path else cell.get("bytes")
     if isinstance(cell, Path):
-        return _decode(cell, cell.suffix.lower())
+        if not stat.S_ISREG(cell.stat().st_mode):  # opening a pipe or a device may never end
+            raise UserError("it is a folder, a pipe or a device, no file: remove it.")
+        with open(cell, "rb") as file:
+            return _decode(file, cell.suffix.lower())
     if not isinstance(cell, bytes):
         what = f"it is a {type(cell).__name__}, but expected an encoded picture"
         raise UserError(f"{what}: name the column of pictures with --data.image-column.")
-    is_tiff = cell[:4] in (b"II*\0", b"MM\0*")
-    return _decode(io.BytesIO(cell), ".tif" if is_tiff else Path(path).suffix.lower())
+    return _decode(io.BytesIO(cell), Path(path).suffix.lower())
 
 
 def mark_cell(cell: Any) -> int:
@@ -110,26 +123,76 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     return ImageOps.exif_transpose(picture).size
 
 
-def _decode(file: Path | io.BytesIO, suffix: str) -> Picture:
+def _decode(file: BinaryIO, suffix: str) -> Picture:
     # TIFF and NumPy files have readers of their own; Pillow cuts their values to 8 bits.
     if suffix == ".npy":
         return np.load(file, allow_pickle=False)
-    if suffix in (".tif", ".tiff"):
+    head = file.read(4)
+    if suffix in (".tif", ".tiff") or head in TIFF_HEADS:
         return _read_tiff(file)
 
     # Refuse what would decode to something else than a viewer shows.
-    image = Image.open(file)
+    image = _opened(file)
     _refuse_giant(image.width, image.height)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # MPO: a photo with its preview
         raise UserError(f"it has {frames} frames: save the one you want, or each as a file.")
-    if image.mode in ("RGB", "RGBA", "LA") and image.format in ("PNG", "PPM"):
-        layout: Any = image.tile[0][3]  # as the decoder gets it: RGB;16B, or (RGB, largest value)
-        if ";16" in layout if isinstance(layout, str) else layout[-1] > 255:
-            what = f"it is a {image.format} with 16 bits in several channels"
-            raise UserError(f"{what}, of which Pillow keeps 8: save it as TIFF or .npy.")
-    image.load()
+    if image.mode in ("RGB", "RGBA", "LA") and _has_more_bits(image, file):
+        what = f"it is a {image.format} with more than 8 bits in several channels"
+        raise UserError(f"{what}, of which Pillow keeps 8: save it as TIFF or .npy.")
+    return _loaded(image)
+
+
+@cache
+def _formats() -> list[str]:
+    """What Pillow may open here; HEIC photos need a package that is not always there."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        return [*FORMATS, "HEIF"]
+    return list(FORMATS)
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    """Through Pillow, not decoded yet. Raises UserError, UnidentifiedImageError: it cannot be."""
+    with suppress(UnidentifiedImageError):
+        return Image.open(file, formats=_formats())
+    file.seek(0)
+    kind = file.read(12)[4:]
+    if re.match(b"ftyp(hei|hev|mif1|msf1)", kind):
+        what = "it is a HEIC photo, which Pillow cannot read: pip install pillow-heif"
+        raise UserError(f"{what}, or convert it.")
+    if kind.startswith(b"ftypavi"):
+        what = "it is an AVIF picture, which this Pillow cannot read: pip install --upgrade pillow"
+        raise UserError(f"{what}, or convert it.")
+    raise UnidentifiedImageError(f"it is broken, or none of {', '.join(_formats())}")
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """Decoded. Raises UserError: Pillow was built without what decodes it."""
+    try:
+        image.load()
+    except OSError as error:
+        if "not available" not in str(error):
+            raise
+        what = f"it is a {image.format}, which this Pillow cannot read ({error})"
+        raise UserError(f"{what}: pip install --upgrade pillow, or convert it.") from None
     return image
+
+
+def _has_more_bits(image: Any, file: BinaryIO) -> bool:
+    """Whether the channels of a file have more bits than the 8 that Pillow keeps."""
+    if image.format in ("PNG", "PPM"):
+        layout = image.tile[0][3]  # as the decoder gets it: RGB;16B, or (RGB, largest value)
+        return ";16" in layout if isinstance(layout, str) else layout[-1] > 255
+    if image.format != "JPEG2000":
+        return False
+    place = file.tell()
+    file.seek(0)
+    _, _, sizes = file.read().partition(b"\xff\x4f\xff\x51")  # the segment SIZ of ISO 15444-1
+    file.seek(place)
+    return sizes[38] & 0x7F > 7
 
 
 def _refuse_giant(width: int, height: int) -> None:
@@ -138,10 +201,11 @@ def _refuse_giant(width: int, height: int) -> None:
         raise UserError(f"{what}: remove it, or make it smaller.")
 
 
-def _read_tiff(file: Path | io.BytesIO) -> Picture:
+def _read_tiff(file: BinaryIO) -> Picture:
     """Through Pillow where it holds the file as it is (8 bits, known colours), else as an array."""
     import tifffile
 
+    file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
         if page.is_reduced or page.is_mask:
@@ -152,14 +216,31 @@ def _read_tiff(file: Path | io.BytesIO) -> Picture:
             raise UserError(f"it is a TIFF of {number} pages: {what_to_do}.")
         _refuse_giant(page.imagewidth, page.imagelength)
         eight_bits = page.dtype in (np.dtype(bool), np.dtype(np.uint8))
-        if not eight_bits or page.samplesperpixel > 4:
-            if "Orientation" in page.tags and page.tags["Orientation"].value != 1:
-                raise UserError("it is a TIFF that is stored rotated: save it upright.")
-            array = page.asarray()
-            separate = array.ndim == 3 and page.planarconfig.name == "SEPARATE"
-            return rearrange(array, "c h w -> h w c") if separate else array
-    if isinstance(file, io.BytesIO):
-        file.seek(0)
-    image = Image.open(file)
-    image.load()
-    return image
+        by_pillow = int(page.compression) in PILLOW_COMPRESSIONS
+        if not (eight_bits and page.samplesperpixel <= 4 and by_pillow):
+            array = _tiff_array(page, by_pillow)
+            if array is not None:
+                return array
+    file.seek(0)
+    return _loaded(_opened(file))
+
+
+def _tiff_array(page: Any, by_pillow: bool) -> np.ndarray | None:
+    """The samples of a TIFF page; None where only Pillow, if it knows the compression, can unpack
+    them. Raises UserError: they mean something else than light, or need a package."""
+    if "Orientation" in page.tags and page.tags["Orientation"].value != 1:
+        raise UserError("it is a TIFF that is stored rotated: save it upright.")
+    if page.photometric is not None and page.photometric.name not in ("MINISBLACK", "RGB"):
+        what = f"it is a TIFF of {page.dtype} samples in the colours {page.photometric.name}"
+        raise UserError(f"{what}: save it as grey (0 is black) or RGB.")
+    try:
+        array = page.asarray()
+    except (ValueError, NotImplementedError, ImportError) as error:
+        if "imagecodecs" not in str(error) and not isinstance(error, ImportError):
+            raise
+        if by_pillow and (page.samplesperpixel, page.bitspersample, page.dtype) == (1, 16, "u2"):
+            return None
+        what = f"it is a TIFF that the package imagecodecs unpacks ({first_line(error)})"
+        raise UserError(f"{what}: pip install imagecodecs, or save it uncompressed.") from None
+    separate = array.ndim == 3 and page.planarconfig.name == "SEPARATE"
+    return rearrange(array, "c h w -> h w c") if separate else array

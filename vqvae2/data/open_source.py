@@ -414,7 +414,7 @@ def _pictures_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterat
                     yield from _pictures_below(Path(entry.path), above)
             elif Path(entry.name).suffix.lower() not in PICTURE_SUFFIXES:
                 continue
-            elif entry.is_file() or entry.is_symlink():  # a broken link is named as unreadable
+            else:  # a broken link or a pipe is named when it is read
                 yield Path(entry.path)
 
 

@@ -6,12 +6,15 @@ A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or 
 and `label` where there are classes.
 """
 
+import hashlib
 import json
 import logging
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tqdm.auto import tqdm
 
 from vqvae2.common.accelerate import check_same_images, processes
-from vqvae2.common.config import from_dict, to_dict
+from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
+from vqvae2.common.loading import ordered
 from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
@@ -46,6 +51,16 @@ class PreparedShard:
     num_bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        is_name = re.fullmatch(r"(train|validation)/[0-9]+\.parquet", self.name) is not None
+        check(is_name, "name", self.name, "a Parquet file in train/ or validation/")
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the shard is there, every byte of it as it was written."""
+        path = folder / self.name
+        same_size = path.is_file() and path.stat().st_size == self.num_bytes
+        return same_size and file_hash(path) == self.sha256
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedManifest:
@@ -65,6 +80,13 @@ class PreparedManifest:
     """Images that could not be read; skipped.jsonl lists them."""
     shards: tuple[PreparedShard, ...] = ()
     """All shards. (Folders of earlier versions do not list them.)"""
+    content_hash: str = ""
+    """SHA-256 of all the rest. (Earlier versions have none.)"""
+
+    def with_hash(self) -> "PreparedManifest":
+        """With its `content_hash` as it must be."""
+        content = json.dumps(to_dict(replace(self, content_hash="")), sort_keys=True)
+        return replace(self, content_hash=hashlib.sha256(content.encode()).hexdigest())
 
 
 # Reading
@@ -74,32 +96,45 @@ def open_prepared(folder: Path) -> Sources:
     """The prepared images of a folder, split as they were when they were prepared.
 
     Raises UserError: a broken manifest, or missing or broken shards."""
+    # Every byte is what was written: looking at 1 GiB takes a core a second, and there are many.
     manifest = _read_manifest(folder)
-    for shard in manifest.shards:
-        path = folder / shard.name
-        if not path.is_file() or path.stat().st_size != shard.num_bytes:
+    sound = ordered(
+        lambda shard: shard.is_in(folder), manifest.shards, num_threads=os.cpu_count() or 1
+    )
+    bar = tqdm(
+        sound, f"verifying {folder}", len(manifest.shards), unit="shard", delay=3, leave=False
+    )
+    for shard, is_sound in zip(manifest.shards, bar, strict=True):
+        if not is_sound:
+            path = folder / shard.name
             raise UserError(f"{path} is missing or was changed: run vqvae2 prepare again.")
     train = _open_split(folder, manifest, "train", manifest.num_train)
     return Sources(train, _open_split(folder, manifest, "validation", manifest.num_validation))
 
 
 def _read_manifest(folder: Path) -> PreparedManifest:
-    return from_dict(PreparedManifest, read_json(folder / PREPARED), str(folder / PREPARED))
+    path = folder / PREPARED
+    manifest = from_dict(PreparedManifest, read_json(path), str(path))
+    if manifest.content_hash and manifest != manifest.with_hash():
+        raise UserError(f"{path} was changed: run vqvae2 prepare again.")
+    return manifest
 
 
 def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: int) -> ImageTable:
     import datasets
 
     # Rows, ids and labels; an empty split has no shard to open.
-    image, files = manifest.image, sorted((folder / split).glob("*.parquet"))
+    image, names = manifest.image, [shard.name for shard in manifest.shards]
+    files = [folder / name for name in names if name.startswith(split)]
+    files = files if manifest.shards else sorted((folder / split).glob("*.parquet"))
     length = expected = image.channels * image.height_width[0] * image.height_width[1]
     ids: list[str] = []
     labels: list[int] = []
     rows: Any = None
     if number:
         with readable(str(folder / split), "read", "run vqvae2 prepare again"):
-            names = list(map(str, files))
-            table = datasets.load_dataset("parquet", data_files=names, split="train")
+            paths = list(map(str, files))
+            table = datasets.load_dataset("parquet", data_files=paths, split="train")
             ids, labels = list(table["id"]), list(table["label"])
             rows = table.select_columns(["pixels"]).with_format("arrow")  # numpy's widens to int64
             length = table.features["pixels"].length
@@ -133,8 +168,10 @@ def prepare_command(config: PrepareConfig) -> None:
     if state.is_main_process:
         run.write(output_dir)
         if (output_dir / PREPARED).exists():
-            shards = _read_manifest(output_dir).shards
-            notes = {output_dir / shard.name: asdict(shard) for shard in shards}
+            shards: tuple[PreparedShard, ...] = ()
+            with suppress(UserError):  # where the manifest is broken, all shards are written anew
+                shards = _read_manifest(output_dir).shards
+            notes = {output_dir / shard.name: to_dict(shard) for shard in shards}
             work_parts.reopen(output_dir / PREPARED, notes)
     state.wait_for_everyone()
 
@@ -230,7 +267,7 @@ def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: floa
         num_skipped=len(work_parts.skipped_images(paths)),
         shards=tuple(shards),
     )
-    write = partial(write_json, output_dir / PREPARED, to_dict(manifest))
+    write = partial(write_json, output_dir / PREPARED, to_dict(manifest.with_hash()))
     work_parts.finish(output_dir, paths, write)
     number, size = sum(numbers.values()), sum(shard.num_bytes for shard in shards) / 2**20
     logger.info("%s: %d images in %.1f MiB, %.0f s.", output_dir, number, size, seconds)

@@ -80,9 +80,13 @@ def _resize(image: Image.Image, config: PreprocessingConfig, window: Window | No
         return ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
     if config.fit == "stretch":
         return image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.width > width or image.height > height:
-        return ImageOps.contain(image, (width, height), method=Image.Resampling.BICUBIC)
-    return image
+    if image.width <= width and image.height <= height:
+        return image
+    smaller = ImageOps.contain(image, (width, height), method=Image.Resampling.BICUBIC)
+    if 0 in smaller.size:
+        what = f"it has {image.width} x {image.height} pixels, too narrow to be seen in"
+        raise UserError(f"{what} {width} x {height}: cut it, or set --image.fit crop.")
+    return smaller
 
 
 def _convert(image: Image.Image, mode: str, background: str) -> Image.Image:
@@ -128,11 +132,14 @@ def _scale(array: np.ndarray, config: PreprocessingConfig) -> np.ndarray:
     if array.dtype.kind in "ui" and np.iinfo(array.dtype).max < high:
         what = f"it holds {array.dtype} values, which end before image.value_range"
         raise UserError(f"{what} {config.value_range}: convert it, or correct the range.")
+    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        what = f"it holds {array.dtype} values that are no real numbers (NaN, infinity, ...)"
+        raise UserError(f"{what}: repair or remove it.")
     values = f"it holds {array.dtype} values from {array.min()} to {array.max()}"
     if config.value_range == BYTES:
         what_to_do = "set --image.value-range to those of black and white (0 65535 for 16 bits)"
         raise UserError(f"{values}, not 8-bit pixels: {what_to_do}.")
-    if not (np.isfinite(array).all() and low <= array.min() and array.max() <= high):
+    if not (low <= array.min() and array.max() <= high):
         what = f"{values}, outside of image.value_range {config.value_range}"
         raise UserError(f"{what}: widen the range.")
     return ((array.astype(np.float64) - low) / (high - low) * 2 - 1).astype(np.float32)

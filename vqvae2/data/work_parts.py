@@ -244,9 +244,15 @@ def finish(output_dir: Path, shards: Sequence[Path], write_manifest: Callable[[]
     """List what was skipped, write the manifest, and remove the notes, which it replaces."""
     list_skipped(output_dir, skipped_images(shards))
     write_manifest()
-    for path in shards:
-        note_path(path).unlink(missing_ok=True)
+    tidy(output_dir)
     report_skipped(output_dir)
+
+
+def tidy(output_dir: Path) -> None:
+    """Remove what killed runs have left in a finished folder: notes, and files that were begun."""
+    for folder in (output_dir, *(output_dir / split for split in SPLITS)):
+        for path in (*folder.glob(".*.partial*"), *folder.glob(".[0-9]*.json")):
+            path.unlink(missing_ok=True)
 
 
 def skipped_images(shards: Iterable[Path]) -> list[tuple[str, str]]:
