@@ -1,14 +1,27 @@
-"""Run records: what binds a run, and nothing of the machine that made it."""
+"""Run folders: files that are whole or absent, and records of what binds a run, which hold nothing
+of the machine that made it."""
 
+import errno
 import json
+import os
+import resource
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tifffile
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from vqvae2.common.config import may_change
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import append_text, whole_file, write_text
 from vqvae2.common.runs import RunRecord, command_line, last_names, read_record
 
 
@@ -97,3 +110,67 @@ def test_the_command_line_is_quoted_without_folders(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", words)
     assert command_line() == "vqvae2 train --data.path=photos --seed 1 'b c'"
     assert last_names({"data": ["/home/alice/photos", "a/b"]}) == {"data": ["photos", "a/b"]}
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file can grow beyond 64 KiB, which fails in the libraries as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NUMBERS = np.random.default_rng(0).random(1 << 16, dtype=np.float32)
+
+
+def write_parquet(path: Path) -> None:
+    table = pa.table({"x": NUMBERS})
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "safetensors": lambda path: save_file({"x": torch.from_numpy(NUMBERS)}, path),
+    "torch": lambda path: torch.save(torch.from_numpy(NUMBERS), path),
+    "parquet": write_parquet,
+    "png": lambda path: Image.effect_noise((999, 999), 99).save(path, format="PNG"),
+    "tiff": lambda path: tifffile.imwrite(path, NUMBERS.reshape(256, 256)),
+    "numpy": lambda path: np.save(path, NUMBERS),
+    "text": lambda path: path.write_text("x" * (1 << 17)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_one_error_and_leaves_nothing(
+    kind: str, little_room: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "x.npy"
+    with pytest.raises(OSError, match=r"x\.npy") as caught, whole_file(path) as aside:
+        WRITERS[kind](aside)
+    assert (caught.value.filename, type(caught.value)) == (str(path), OSError)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert os.listdir(path.parent) == []
+
+
+def test_a_line_is_appended_whole_or_not_at_all(little_room: None, tmp_path: Path) -> None:
+    append_text(tmp_path / "log", "first\n")
+    with pytest.raises(OSError, match="log"):
+        append_text(tmp_path / "log", "x" * (1 << 17))
+    assert (tmp_path / "log").read_text() == "first\n"
+
+
+def test_a_link_is_replaced_and_never_written_through(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    link = tmp_path / "metrics.jsonl"
+    link.symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        append_text(link, "lost")
+    write_text(link, "new")
+    assert (link.read_text(), (tmp_path / "other").read_text()) == ("new", "kept")
+    assert not link.is_symlink()
+
+
+def test_files_have_the_mode_that_the_umask_says(run: Path) -> None:
+    modes = {path: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert len({mode for path, mode in modes.items() if "checkpoints" not in path.parts}) == 1

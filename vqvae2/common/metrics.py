@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import write_text
+from vqvae2.common.files import append_text, write_text
 from vqvae2.common.pictures import save_picture, sheet
 
 Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
@@ -91,8 +91,7 @@ class Metrics:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, and log it to the tracker."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+            append_text(self.path, json.dumps({"step": step, **figures}) + "\n")
         self.accelerator.log(dict(figures), step=step)
 
     def write_picture(self, step: int, picture: Image.Image) -> None:

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from vqvae2.common.files import append_text
+
 logger = logging.getLogger(__name__)
 
 
@@ -13,14 +15,11 @@ def list_skipped(folder: Path, skipped: Iterable[tuple[str, str]], process_index
     suffix = f"_{process_index}" if process_index else ""
     path = folder / f"skipped{suffix}.jsonl"
     listed = set(path.read_text().splitlines()) if path.exists() else set()
-    with open(path, "a") as file:
-        for name, reason in skipped:
-            line = json.dumps({"image": name, "reason": reason})
-            if line not in listed:
-                listed.add(line)
-                file.write(f"{line}\n")
-    if not listed:
-        path.unlink()
+    for name, reason in skipped:
+        line = json.dumps({"image": name, "reason": reason})
+        if line not in listed:
+            listed.add(line)
+            append_text(path, f"{line}\n")
 
 
 def report_skipped(folder: Path) -> None:
