@@ -2,6 +2,7 @@
 of the machine that made it."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -19,9 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.conftest import command
 from vqvae2.common.config import may_change
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, whole_file, write_text
+from vqvae2.common.lock import LOCK_NAME, only_writer
 from vqvae2.common.runs import RunRecord, command_line, last_names, read_record
 
 
@@ -174,3 +177,52 @@ def test_a_link_is_replaced_and_never_written_through(tmp_path: Path) -> None:
 def test_files_have_the_mode_that_the_umask_says(run: Path) -> None:
     modes = {path: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
     assert len({mode for path, mode in modes.items() if "checkpoints" not in path.parts}) == 1
+
+
+def test_two_commands_do_not_write_to_one_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    priors = (run / "prior_0", run / "prior_1")
+    assemble = ("assemble", "--vqvae", run / "vqvae", "--priors", *priors, "--output-dir", tmp_path)
+    with open(tmp_path / LOCK_NAME, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("process 4711 on host X")
+        other.flush()
+        command(*assemble, code=2)
+    sentence = f"process 4711 on host X is writing to {tmp_path}: wait for it or choose another"
+    assert sentence in capsys.readouterr().err
+    command(*assemble)  # the lock has died with its holder
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_lock_leaves_nothing_and_may_be_taken_again_by_its_holder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    with only_writer(folder), only_writer(folder / ".." / "x"):
+        assert f"process {os.getpid()} on host " in (folder / LOCK_NAME).read_text()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
+    for name in ("x/.000001.png.1-ab.partial/a", "x/images/.a.png.partial", "x/.step_1.removed/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    kept = ("x/000000.png", "x/.00000.json", f"x/vqvae/{LOCK_NAME}", "x/vqvae/.a.partial")
+    for name in kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with only_writer(tmp_path / "x"):
+        pass
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept)
+
+
+def test_a_file_system_without_locks_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING"), only_writer(tmp_path / "x"):
+        write_text(tmp_path / "x" / "file", "written")
+    assert caplog.text.count("its file system has no locks") == 1

@@ -104,8 +104,6 @@ def looks_like_path(name: str) -> bool:
 
 def check_empty(folder: Path, expected: str) -> None:
     """Raise a `UserError` if there is something in a folder, naming what it could have held."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, but --output-dir must be a folder: choose another.")
     if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and holds no {expected}: choose another --output-dir."

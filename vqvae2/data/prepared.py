@@ -24,6 +24,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
@@ -117,6 +118,7 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
 # Writing
 
 
+@writes_output
 def prepare_command(config: PrepareConfig) -> None:
     """Write the prepared images; continue, or do nothing if they are finished.
 
