@@ -22,12 +22,14 @@ from vqvae2.common.accelerate import check_same_images, make_accelerator, on_mai
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.vocabulary import SPLITS, TRAINING_RECORD
 
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` is
     `fit`'s. Raises a `UserError` for no such level or codes, an unsound prior (`prior.audit`) or

@@ -1,14 +1,30 @@
-"""Run records: what binds a run, and nothing of the machine that made it."""
+"""Run folders: files that are whole or absent, and records of what binds a run, which hold nothing
+of the machine that made it."""
 
+import errno
+import fcntl
 import json
+import os
+import resource
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tifffile
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from tests.conftest import command
 from vqvae2.common.config import may_change
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import append_text, whole_file, write_text
+from vqvae2.common.lock import LOCK_NAME, only_writer
 from vqvae2.common.runs import RunRecord, command_line, last_names, read_record
 
 
@@ -97,3 +113,116 @@ def test_the_command_line_is_quoted_without_folders(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", words)
     assert command_line() == "vqvae2 train --data.path=photos --seed 1 'b c'"
     assert last_names({"data": ["/home/alice/photos", "a/b"]}) == {"data": ["photos", "a/b"]}
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file can grow beyond 64 KiB, which fails in the libraries as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NUMBERS = np.random.default_rng(0).random(1 << 16, dtype=np.float32)
+
+
+def write_parquet(path: Path) -> None:
+    table = pa.table({"x": NUMBERS})
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "safetensors": lambda path: save_file({"x": torch.from_numpy(NUMBERS)}, path),
+    "torch": lambda path: torch.save(torch.from_numpy(NUMBERS), path),
+    "parquet": write_parquet,
+    "png": lambda path: Image.effect_noise((999, 999), 99).save(path, format="PNG"),
+    "tiff": lambda path: tifffile.imwrite(path, NUMBERS.reshape(256, 256)),
+    "numpy": lambda path: np.save(path, NUMBERS),
+    "text": lambda path: path.write_text("x" * (1 << 17)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_one_error_and_leaves_nothing(
+    kind: str, little_room: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "x.npy"
+    with pytest.raises(OSError, match=r"x\.npy") as caught, whole_file(path) as aside:
+        WRITERS[kind](aside)
+    assert (caught.value.filename, type(caught.value)) == (str(path), OSError)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert os.listdir(path.parent) == []
+
+
+def test_a_line_is_appended_whole_or_not_at_all(little_room: None, tmp_path: Path) -> None:
+    append_text(tmp_path / "log", "first\n")
+    with pytest.raises(OSError, match="log"):
+        append_text(tmp_path / "log", "x" * (1 << 17))
+    assert (tmp_path / "log").read_text() == "first\n"
+
+
+def test_a_link_is_replaced_and_never_written_through(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    link = tmp_path / "metrics.jsonl"
+    link.symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        append_text(link, "lost")
+    write_text(link, "new")
+    assert (link.read_text(), (tmp_path / "other").read_text()) == ("new", "kept")
+    assert not link.is_symlink()
+
+
+def test_files_have_the_mode_that_the_umask_says(run: Path) -> None:
+    modes = {path: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert len({mode for path, mode in modes.items() if "checkpoints" not in path.parts}) == 1
+
+
+def test_two_commands_do_not_write_to_one_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    priors = (run / "prior_0", run / "prior_1")
+    assemble = ("assemble", "--vqvae", run / "vqvae", "--priors", *priors, "--output-dir", tmp_path)
+    with open(tmp_path / LOCK_NAME, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("process 4711 on host X")
+        other.flush()
+        command(*assemble, code=2)
+    sentence = f"process 4711 on host X is writing to {tmp_path}: wait for it or choose another"
+    assert sentence in capsys.readouterr().err
+    command(*assemble)  # the lock has died with its holder
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_lock_leaves_nothing_and_may_be_taken_again_by_its_holder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    with only_writer(folder), only_writer(folder / ".." / "x"):
+        assert f"process {os.getpid()} on host " in (folder / LOCK_NAME).read_text()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
+    for name in ("x/.000001.png.1-ab.partial/a", "x/images/.a.png.partial", "x/.step_1.removed/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    kept = ("x/000000.png", "x/.00000.json", f"x/vqvae/{LOCK_NAME}", "x/vqvae/.a.partial")
+    for name in kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with only_writer(tmp_path / "x"):
+        pass
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept)
+
+
+def test_a_file_system_without_locks_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING"), only_writer(tmp_path / "x"):
+        write_text(tmp_path / "x" / "file", "written")
+    assert caplog.text.count("its file system has no locks") == 1

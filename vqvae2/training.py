@@ -18,6 +18,7 @@ from vqvae2.common.accelerate import check_same_images, make_accelerator, on_mai
 from vqvae2.common.artifact import load_weights, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.vocabulary import TRAINING_RECORD
@@ -32,6 +33,7 @@ from vqvae2.perceptual import load_perceptual
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> None:
     """Train the autoencoder; continue the run, or do nothing if it is finished.
 

@@ -7,10 +7,12 @@ from pipelines.config import AssembleConfig
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.files import check_empty
+from vqvae2.common.lock import writes_output
 
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def assemble(config: AssembleConfig) -> None:
     """Write the pipeline folder."""
     output_dir = Path(config.output_dir)

@@ -20,6 +20,7 @@ from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
+from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
@@ -76,6 +77,7 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join([*names[:12], *["..."] * (len(names) > 12)])
 
 
+@writes_output
 def view(config: CodesViewConfig) -> None:
     """Write a picture of decoded rows, and print which rows they are."""
     output_dir = Path(config.output_dir)

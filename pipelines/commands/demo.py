@@ -10,6 +10,7 @@ from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import DemoConfig
 from prior.manifest import read_manifest
 from vqvae2.common.config import from_dict
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ Sample more:  vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --gu
     --seed 1 --output-dir {root}/more"""
 
 
+@writes_output
 def demo(config: DemoConfig) -> None:
     """Train the autoencoder, extract its codes, train both priors, assemble, reconstruct, sample.
     Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""

@@ -27,6 +27,7 @@ from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, to_images, work_parts
@@ -40,6 +41,7 @@ RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: a convolution's last bits depend on the batch size
 
 
+@writes_output
 def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> None:
     """Write the code dataset; continue it, or do nothing if it is finished.
 

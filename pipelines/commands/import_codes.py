@@ -14,6 +14,7 @@ from prior.manifest import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_m
 from prior.shards import ShardRecord, write_shard
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.data import is_held_out
@@ -22,6 +23,7 @@ from vqvae2.model import VQVAE2
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def command(config: ImportCodesConfig) -> None:
     """Write the code dataset of an LMDB file, or do nothing if it is finished."""
     output_dir = Path(config.output_dir)

@@ -6,11 +6,13 @@ from pathlib import Path
 from pipelines.config import ImportWeightsConfig
 from pipelines.importers import rosinality_weights
 from vqvae2.common.files import check_empty, file_hash
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def command(config: ImportWeightsConfig) -> None:
     """Write the model folder, and log what the checkpoint contains."""
     output_dir, checkpoint = Path(config.output_dir), Path(config.checkpoint)

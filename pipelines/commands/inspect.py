@@ -15,6 +15,7 @@ from pipelines.config import InspectConfig
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
 from vqvae2.common.accelerate import processes
 from vqvae2.common.files import write_json, write_text
+from vqvae2.common.lock import only_writer
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, held_out_images, load_images, to_images
@@ -53,9 +54,10 @@ def inspect_command(config: InspectConfig) -> None:
         images, split = splits.train, "training"
 
     # One process does it all.
-    if state.is_main_process:
-        run.write(output_dir)
-        print(write_report(model, images, output_dir, config.vqvae, split))
+    with only_writer(output_dir):
+        if state.is_main_process:
+            run.write(output_dir)
+            print(write_report(model, images, output_dir, config.vqvae, split))
     logger.info("%s shows the pictures.", output_dir / "index.html")
 
 

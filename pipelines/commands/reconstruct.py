@@ -9,6 +9,7 @@ import torch
 from pipelines.config import ReconstructConfig
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
+from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, held_out_images, load_table, to_images
@@ -19,6 +20,7 @@ from vqvae2.training import held_out_path
 logger = logging.getLogger(__name__)
 
 
+@writes_output
 def reconstruct(config: ReconstructConfig) -> None:
     """Reconstruct images as the configuration says."""
     state, output_dir = processes(), Path(config.output_dir)

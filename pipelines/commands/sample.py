@@ -17,6 +17,7 @@ from vqvae2.common.accelerate import processes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import whole_file
+from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.common.runs import RunRecord
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 
 
+@writes_output
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
     # The pipeline, and the codes of an image that is edited.

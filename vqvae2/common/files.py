@@ -1,8 +1,11 @@
 """Files appear whole or not at all: write beside the target, then rename. Torch-free."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,30 +14,65 @@ from typing import Any
 
 from vqvae2.common.errors import UserError
 
+# What torch, safetensors and numpy say of a full disk without giving its number.
+FULL = re.compile(
+    r"no space left|os error (27|28|122)\b|quota exceeded|PytorchStreamWriter failed"
+    r"|inline_container|\d requested and \d+ written",
+    re.IGNORECASE,
+)
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it replaces `path` if the block raises no error."""
+    """Yield a path to write to; the file replaces `path` if the block raises no error.
+
+    It lies in a new folder beside `path`, where libraries may leave what they like. Raises
+    `OSError`, with `path` and the reason, if the disk is full, whatever a library makes of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    with _naming(path):
+        folder.mkdir()
+        try:
+            aside = folder / path.name
+            yield aside
+            with open(aside, "rb") as file:
+                os.fchmod(file.fileno(), folder.stat().st_mode & 0o666)  # as the umask says
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give the errors of a full disk one form, an `OSError` that names the file."""
     try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+        if number is None and not isinstance(error, UserError) and FULL.search(str(error)):
+            number = errno.ENOSPC
+        if number is None or getattr(error, "filename", None) is not None:
             raise
-        # Libraries report a full disk without saying where.
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with whole_file(path) as aside:
         aside.write_text(text)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append all of a text or nothing. The file must be no link: a run may be a stranger's."""
+    data = text.encode()
+    with _naming(path), open(os.open(path, APPEND, 0o666), "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, "")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -66,8 +104,6 @@ def looks_like_path(name: str) -> bool:
 
 def check_empty(folder: Path, expected: str) -> None:
     """Raise a `UserError` if there is something in a folder, naming what it could have held."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, but --output-dir must be a folder: choose another.")
     if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and holds no {expected}: choose another --output-dir."

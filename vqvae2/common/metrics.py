@@ -16,7 +16,7 @@ from torch import Tensor
 from vqvae2.common.accelerate import on_main_process
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import write_text
+from vqvae2.common.files import append_text, write_text
 from vqvae2.common.pictures import save_picture, sheet
 
 Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
@@ -96,15 +96,8 @@ class Metrics:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, and log it to the tracker."""
         line = json.dumps({"step": step, **figures}) + "\n"
-        on_main_process(self.accelerator, partial(self._append, line))
+        on_main_process(self.accelerator, partial(append_text, self.path, line))
         self.accelerator.log(dict(figures), step=step)
-
-    def _append(self, line: str) -> None:
-        try:
-            with open(self.path, "a") as file:
-                file.write(line)
-        except OSError as error:  # a full disk does not say where
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def write_picture(self, step: int, picture: Image.Image) -> None:
         """Log a picture to the trackers that take one."""

@@ -29,6 +29,7 @@ from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
 from vqvae2.common.loading import ordered
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
@@ -152,6 +153,7 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
 # Writing
 
 
+@writes_output
 def prepare_command(config: PrepareConfig) -> None:
     """Write the prepared images; continue, or do nothing if they are finished.
 
