@@ -51,7 +51,8 @@ def command(*arguments: object, code: int = 0) -> None:
 def two_processes(*arguments: object, cwd: Path | None = None) -> list[CompletedProcess[str]]:
     """Run the command line, or a Python file, on two processes that talk over gloo."""
     results = [running.wait() for running in start_two(arguments, cwd=cwd)]
-    assert not any(result.returncode for result in results), results
+    for result in results:
+        assert result.returncode == 0, "\n\n".join(each.stderr for each in results)
     return results
 
 
