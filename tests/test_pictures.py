@@ -74,9 +74,8 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path: Path) -> None:
 def test_what_needs_another_package_names_it() -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
     refused(heic, "HEIC photo, .* pip install pillow-heif, or convert it")
-    refused(heic.replace(b"heic", b"avif"), "AVIF picture, .* pip install --upgrade pillow")
     with mock.patch("PIL.ImageFile.ImageFile.load", side_effect=OSError("decoder x not available")):
-        refused(saved(Image.new("L", (9, 9)), "JPEG2000"), "JPEG2000, which this Pillow cannot")
+        refused(saved(Image.new("L", (9, 9)), "JPEG2000"), "pip install --upgrade pillow")
     with mock.patch("tifffile.TiffPage.asarray", side_effect=ValueError("requires imagecodecs")):
         refused(tiff(np.stack([DEEP] * 3, -1)), "pip install imagecodecs")
         refused(tiff(DEEP.astype(np.float32)), "pip install imagecodecs")
