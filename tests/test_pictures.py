@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.images import load
 from vqvae2.common.errors import UserError
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change
@@ -69,6 +70,8 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path: Path) -> None:
         refused(path, "a pipe or a device")
         with pytest.raises(UserError, match="a pipe or a device"):
             read_picture_file(str(path))
+    with pytest.raises(BadImage, match=r"x\.png: it is a folder, a pipe"):
+        load(tmp_path)
 
 
 def test_what_needs_another_package_names_it() -> None:

@@ -86,6 +86,18 @@ def test_broken_images_are_skipped_and_listed(tmp_path: Path) -> None:
     assert all(name in listed for name in bad)
     assert_same(load(tmp_path / "y", IMAGE), load(clean, IMAGE))
 
+    # A list that was cut is mended; a class of which nothing can be read is no empty class.
+    again = ["prepare", "--data.path", folder, "--data.on-error", "skip", *FLAGS, "--output-dir"]
+    (tmp_path / "y" / "skipped.jsonl").write_text(listed[:-9])
+    command(*again, tmp_path / "y")
+    assert sorted((tmp_path / "y" / "skipped.jsonl").read_text()) == sorted(listed)
+    for path in (folder / "bag").iterdir():
+        path.write_bytes(b"")
+    command(*again, tmp_path / "z", code=2)
+    assert not (tmp_path / "z" / "prepared.json").exists()
+    with pytest.raises(UserError, match="no image of the class 'bag' can be read"):
+        load(folder, IMAGE, on_error="skip")
+
 
 def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=3, rows=20)
