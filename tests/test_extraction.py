@@ -183,7 +183,7 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
         command(*again)
         assert shard.read_bytes() == before
         assert record.read_bytes() == manifest
-    (shard.parent / ".x.parquet.partial").write_bytes(b"x")
+    (shard.parent / ".00001.json").write_text("{")
     command(*again)
     assert not list((tmp_path / "codes").rglob(".*"))
 

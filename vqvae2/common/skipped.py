@@ -5,8 +5,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from vqvae2.common.files import write_text
-
 logger = logging.getLogger(__name__)
 
 
@@ -14,10 +12,7 @@ def list_skipped(folder: Path, skipped: Iterable[tuple[str, str]], process_index
     """Add (name, reason) pairs to the list, each once. Every process has a list of its own."""
     suffix = f"_{process_index}" if process_index else ""
     path = folder / f"skipped{suffix}.jsonl"
-    lines, _, cut = (path.read_text() if path.exists() else "").rpartition("\n")
-    if cut:  # a run was killed while it wrote
-        write_text(path, f"{lines}\n")
-    listed = set(lines.splitlines())
+    listed = set(path.read_text().splitlines()) if path.exists() else set()
     with open(path, "a") as file:
         for name, reason in skipped:
             line = json.dumps({"image": name, "reason": reason})

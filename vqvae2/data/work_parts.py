@@ -252,8 +252,8 @@ def reopen(manifest: Path, notes: Mapping[Path, Mapping[str, Any]]) -> None:
 def finish(
     found: Parts, output_dir: Path, shards: Sequence[Path], write_manifest: Callable[[], None]
 ) -> None:
-    """List what was skipped, write the manifest, and remove the notes, which it replaces. Raises
-    UserError: all images of a class were skipped."""
+    """List what was skipped, write the manifest, and remove the notes. Raises UserError: all images
+    of a class were skipped."""
     list_skipped(output_dir, skipped_images(shards))
     found.refuse_lost_classes(shards)
     write_manifest()
@@ -262,10 +262,10 @@ def finish(
 
 
 def tidy(output_dir: Path) -> None:
-    """Remove what killed runs have left in a finished folder: notes, and files that were begun."""
-    for folder in (output_dir, *(output_dir / split for split in SPLITS)):
-        for path in (*folder.glob(".*.partial*"), *folder.glob(".[0-9]*.json")):
-            path.unlink(missing_ok=True)
+    """Remove the notes of a finished folder, whose manifest replaces them."""
+    for split in SPLITS:
+        for note in (output_dir / split).glob(".[0-9]*.json"):
+            note.unlink(missing_ok=True)
 
 
 def skipped_images(shards: Iterable[Path]) -> list[tuple[str, str]]:
