@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -215,6 +216,9 @@ def load_columns(
     target = (cache_dir or folder / ".decoded") / manifest.codes_hash[:32] / split
     missing = [name for name in layout if not (target / f"{name}.npy").exists()]
     target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(".*.partial"):  # by a run that was killed, if it is older than a day
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     needed, free = sum(sizes[name] for name in missing), shutil.disk_usage(target).free
     if needed > free:
         seen = f"{needed / 2**30:.1f} GiB for codes, but its disk has {free / 2**30:.1f} GiB"

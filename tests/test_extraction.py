@@ -113,7 +113,7 @@ def test_killed_and_continued_is_uninterrupted(run: Path, photos: Path, tmp_path
     command(*extract_command(run, photos, tmp_path / "whole", "--shard-size", 2))
     killed = tmp_path / "killed"
     again = extract_command(run, photos, killed, "--shard-size", 2)
-    code = kill_when(lambda: len(list(killed.rglob("[0-9]*.parquet"))) > 5, *again)
+    code = kill_when(lambda: len(list(killed.glob("train/[0-9]*.parquet"))) > 5, *again)
     if code == -signal.SIGKILL:
         assert not (killed / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in killed.rglob("[0-9]*.parquet")}
@@ -183,7 +183,7 @@ def test_a_missing_shard_is_made_again(run: Path, photos: Path, tmp_path: Path) 
         command(*again)
         assert shard.read_bytes() == before
         assert record.read_bytes() == manifest
-    (shard.parent / ".x.parquet.partial").write_bytes(b"x")
+    (shard.parent / ".00001.json").write_text("{")
     command(*again)
     assert not list((tmp_path / "codes").rglob(".*"))
 

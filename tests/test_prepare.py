@@ -86,6 +86,15 @@ def test_broken_images_are_skipped_and_listed(tmp_path: Path) -> None:
     assert all(name in listed for name in bad)
     assert_same(load(tmp_path / "y", IMAGE), load(clean, IMAGE))
 
+    # A class of which nothing can be read is no empty class.
+    again = ["prepare", "--data.path", folder, "--data.on-error", "skip", *FLAGS, "--output-dir"]
+    for path in (folder / "bag").iterdir():
+        path.write_bytes(b"")
+    command(*again, tmp_path / "z", code=2)
+    assert not (tmp_path / "z" / "prepared.json").exists()
+    with pytest.raises(UserError, match="no image of the class 'bag' can be read"):
+        load(folder, IMAGE, on_error="skip")
+
 
 def test_streams_and_floats_are_prepared(tmp_path: Path) -> None:
     tars = numbered_tars(tmp_path / "tars", shards=3, rows=20)
@@ -166,7 +175,6 @@ def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) ->
     held_out = next((tmp_path / "x" / "validation").glob("*.parquet")).read_bytes()
     flipped = bytes([*whole[:900], whole[900] ^ 1, *whole[901:]])
     (shard.parent / ".00007.json").write_text("{")  # left by a killed run
-    (shard.parent / ".x.parquet.partial").write_bytes(b"x")
     for content in (whole[:500], held_out, b"", flipped):
         shard.write_bytes(content)
         with pytest.raises(UserError, match="run vqvae2 prepare again"):

@@ -233,7 +233,8 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
     )
     if not manifest.num_train:
         raise UserError(f"{found.source}: no training image can be read: check data.path.")
-    work_parts.finish(output_dir, paths, partial(write_manifest, output_dir, manifest))
+    write = partial(write_manifest, output_dir, manifest)
+    work_parts.finish(found, output_dir, paths, write)
     numbers = manifest.num_train, manifest.num_validation
     logger.info("%s: codes of %d training rows and %d held out.", output_dir, *numbers)
 

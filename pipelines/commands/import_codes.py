@@ -64,8 +64,7 @@ def import_codes(
     class_names = class_names[: len(class_names) * (len(class_names) > 1)]
 
     # Write the shards of both splits; what an earlier import left unfinished goes first.
-    begun = folder.glob("*/.*.parquet*")  # by a killed run
-    for left in (folder / MANIFEST_NAME, *folder.glob("*/*.parquet"), *begun):
+    for left in (folder / MANIFEST_NAME, *folder.glob("*/*.parquet")):
         left.unlink(missing_ok=True)
     if run is not None:
         run.write(folder)

@@ -272,11 +272,17 @@ def _checked(
 ) -> ImageSplits:
     found = split_table(opened, config)
     skipped: list[BadImage] = []
+    lost: set[int] = set()
+    kept: set[int] = set()
     for _, images in found.items():
         skipped += images.check(skip=skip, shared=shared, show_progress=show_progress)
+        if images.source.labels is not None:
+            lost |= {images.source.labels[row] for row in images.left_out}
+            kept |= {images.source.labels[row] for row in images.indices}
     if not len(found.train):
         name, reason = found.train.source.name, skipped[0].reason
         raise UserError(f"{name}: no training image can be read ({reason}): check data.path.")
+    splits.check_no_class_lost(lost - kept, found.class_names, found.train.source.name)
     return replace(found, skipped=tuple(skipped))
 
 

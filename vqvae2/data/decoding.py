@@ -28,7 +28,6 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000
 """Pillow's names of these: it opens no others, since it has some that start programs."""
 
 MAX_PIXELS = 178_956_970  # twice Pillow's warning: more is an attack or a mistake
-PILLOW_COMPRESSIONS = {*TiffImagePlugin.COMPRESSION_INFO} - {50001}  # WebP: depends on the build
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # colour profiles and texts may take more than 1 MiB
 PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
@@ -42,6 +41,8 @@ class BadImage(UserError):
         sentence = self.reason
         if not isinstance(error, UserError):
             what_to_do = "repair or remove it, or add --data.on-error skip"
+            if "not available" in self.reason:  # a Pillow that was built without a library
+                what_to_do = "pip install --upgrade pillow, or convert it"
             sentence = f"it cannot be read as an image: {self.reason} ({what_to_do})"
         super().__init__(f"{source}: {name}: {sentence}")
 
@@ -140,7 +141,8 @@ def _decode(file: BinaryIO, suffix: str) -> Picture:
     if image.mode in ("RGB", "RGBA", "LA") and _has_more_bits(image, file):
         what = f"it is a {image.format} with more than 8 bits in several channels"
         raise UserError(f"{what}, of which Pillow keeps 8: save it as TIFF or .npy.")
-    return _loaded(image)
+    image.load()
+    return image
 
 
 @cache
@@ -156,29 +158,15 @@ def _formats() -> list[str]:
 
 def _opened(file: BinaryIO) -> Image.Image:
     """Through Pillow, not decoded yet. Raises UserError, UnidentifiedImageError: it cannot be."""
+    formats = _formats()
     with suppress(UnidentifiedImageError):
-        return Image.open(file, formats=_formats())
+        return Image.open(file, formats=formats)
     file.seek(0)
-    kind = file.read(12)[4:]
-    if re.match(b"ftyp(hei|hev|mif1|msf1)", kind):
+    brand = file.read(12)[4:]
+    if "HEIF" not in formats and re.match(b"ftyp(hei|hev|mif1|msf1)", brand):
         what = "it is a HEIC photo, which Pillow cannot read: pip install pillow-heif"
         raise UserError(f"{what}, or convert it.")
-    if kind.startswith(b"ftypavi"):
-        what = "it is an AVIF picture, which this Pillow cannot read: pip install --upgrade pillow"
-        raise UserError(f"{what}, or convert it.")
-    raise UnidentifiedImageError(f"it is broken, or none of {', '.join(_formats())}")
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    """Decoded. Raises UserError: Pillow was built without what decodes it."""
-    try:
-        image.load()
-    except OSError as error:
-        if "not available" not in str(error):
-            raise
-        what = f"it is a {image.format}, which this Pillow cannot read ({error})"
-        raise UserError(f"{what}: pip install --upgrade pillow, or convert it.") from None
-    return image
+    raise UnidentifiedImageError(f"it is broken, or none of {', '.join(formats)}")
 
 
 def _has_more_bits(image: Any, file: BinaryIO) -> bool:
@@ -188,10 +176,8 @@ def _has_more_bits(image: Any, file: BinaryIO) -> bool:
         return ";16" in layout if isinstance(layout, str) else layout[-1] > 255
     if image.format != "JPEG2000":
         return False
-    place = file.tell()
     file.seek(0)
     _, _, sizes = file.read().partition(b"\xff\x4f\xff\x51")  # the segment SIZ of ISO 15444-1
-    file.seek(place)
     return sizes[38] & 0x7F > 7
 
 
@@ -216,13 +202,16 @@ def _read_tiff(file: BinaryIO) -> Picture:
             raise UserError(f"it is a TIFF of {number} pages: {what_to_do}.")
         _refuse_giant(page.imagewidth, page.imagelength)
         eight_bits = page.dtype in (np.dtype(bool), np.dtype(np.uint8))
-        by_pillow = int(page.compression) in PILLOW_COMPRESSIONS
+        is_webp = page.compression == 50001  # which few builds of Pillow read
+        by_pillow = page.compression in TiffImagePlugin.COMPRESSION_INFO and not is_webp
         if not (eight_bits and page.samplesperpixel <= 4 and by_pillow):
             array = _tiff_array(page, by_pillow)
             if array is not None:
                 return array
     file.seek(0)
-    return _loaded(_opened(file))
+    image = _opened(file)
+    image.load()
+    return image
 
 
 def _tiff_array(page: Any, by_pillow: bool) -> np.ndarray | None:

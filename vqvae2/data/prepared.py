@@ -270,6 +270,6 @@ def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: floa
         shards=tuple(shards),
     )
     write = partial(write_json, output_dir / PREPARED, to_dict(manifest.with_hash()))
-    work_parts.finish(output_dir, paths, write)
+    work_parts.finish(found, output_dir, paths, write)
     number, size = sum(numbers.values()), sum(shard.num_bytes for shard in shards) / 2**20
     logger.info("%s: %d images in %.1f MiB, %.0f s.", output_dir, number, size, seconds)

@@ -121,6 +121,13 @@ def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
         raise UserError(f"{what}: label all images, or none.")
 
 
+def check_no_class_lost(lost: Collection[int], names: Sequence[str], source: str) -> None:
+    """Raises UserError: these classes, in `source`, have lost all of their images."""
+    if lost:
+        what = f"{source}: no image of the class {names[min(lost)]!r} can be read"
+        raise UserError(f"{what}: check the disk and the files' permissions, or remove the class.")
+
+
 def check_names(names: Iterable[str], source: str) -> None:
     """Every image needs a name of its own, in characters that can be written down.
 

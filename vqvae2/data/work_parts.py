@@ -27,7 +27,7 @@ from vqvae2.data.augmentation import Choice, decode
 from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
 from vqvae2.data.decoding import BadImage
 from vqvae2.data.open_source import ImageTable, PythonImages, open_source
-from vqvae2.data.splits import check_labelled, is_held_out
+from vqvae2.data.splits import check_labelled, check_no_class_lost, is_held_out
 from vqvae2.data.stream import ImageStream
 
 
@@ -88,10 +88,23 @@ class Parts:
         """The classes' names; of a stream, the numbers from 0 to the highest in these shards."""
         if self.class_names is not None:
             return self.class_names
-        labels = [-1]
+        return tuple(map(str, range(max(self.labels(shards), default=-1) + 1)))
+
+    def labels(self, shards: Iterable[Path]) -> set[int]:
+        """The labels that occur in these shards."""
+        found: set[int] = set()
         for path in shards if self.labelled else ():
-            labels += pq.read_table(path, columns=["label"])["label"].unique().to_pylist()
-        return tuple(map(str, range(max(labels) + 1)))
+            found |= set(pq.read_table(path, columns=["label"])["label"].unique().to_pylist())
+        return found
+
+    def refuse_lost_classes(self, shards: Sequence[Path]) -> None:
+        """Raises UserError: all images of a class were skipped: it is no empty class."""
+        skipped = {name for name, _ in skipped_images(shards)}
+        if not (skipped and self.class_names):
+            return
+        items = (item for part in self.parts for item in part.items() if item.id in skipped)
+        lost = {item.label for item in items if item.label is not None}
+        check_no_class_lost(lost - self.labels(shards), self.class_names, self.source)
 
 
 def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, size: int) -> Parts:
@@ -240,19 +253,23 @@ def reopen(manifest: Path, notes: Mapping[Path, Mapping[str, Any]]) -> None:
     manifest.unlink()
 
 
-def finish(output_dir: Path, shards: Sequence[Path], write_manifest: Callable[[], None]) -> None:
-    """List what was skipped, write the manifest, and remove the notes, which it replaces."""
+def finish(
+    found: Parts, output_dir: Path, shards: Sequence[Path], write_manifest: Callable[[], None]
+) -> None:
+    """List what was skipped, write the manifest, and remove the notes. Raises UserError: all images
+    of a class were skipped."""
     list_skipped(output_dir, skipped_images(shards))
+    found.refuse_lost_classes(shards)
     write_manifest()
     tidy(output_dir)
     report_skipped(output_dir)
 
 
 def tidy(output_dir: Path) -> None:
-    """Remove what killed runs have left in a finished folder: notes, and files that were begun."""
-    for folder in (output_dir, *(output_dir / split for split in SPLITS)):
-        for path in (*folder.glob(".*.partial*"), *folder.glob(".[0-9]*.json")):
-            path.unlink(missing_ok=True)
+    """Remove the notes of a finished folder, whose manifest replaces them."""
+    for split in SPLITS:
+        for note in (output_dir / split).glob(".[0-9]*.json"):
+            note.unlink(missing_ok=True)
 
 
 def skipped_images(shards: Iterable[Path]) -> list[tuple[str, str]]:
