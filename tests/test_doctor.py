@@ -419,7 +419,7 @@ def test_a_healthy_pipeline_passes_all(trained: Path) -> None:
     of_a_prior += ["start", "attention", "cache on real codes", "condition helps", "likelihood"]
     of_the_top = [name for name in of_a_prior if not name.startswith("condition")]
     assert names == [
-        *("parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
+        *("files", "parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
         *(f"prior of level 0, {name}" for name in of_the_top),
         *(f"prior of level 1, {name}" for name in of_a_prior),
     ]

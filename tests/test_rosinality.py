@@ -1,6 +1,7 @@
 """A checkpoint of the widely used implementation gives, in ours, the same codes and images."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -66,3 +67,21 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
         import_weights(tmp_path / "x.pt", (64, 32))
     with pytest.raises(UserError, match="does not exist"):
         import_weights(tmp_path / "none.pt", (64, 32))
+
+
+def test_an_import_continues_and_leaves_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--checkpoint", CHECKPOINT, "--image.size", 64, "--output-dir", tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(VQVAE2, "save_pretrained", mock.Mock(side_effect=KeyboardInterrupt))
+        command("import-weights", *flags, code=130)
+    command("import-weights", *flags)
+    command("import-weights", *flags)
+    assert "imported already" in capsys.readouterr().out
+    command("import-weights", *flags, "--image.size", 32, code=2)
+    assert "holds a run with image.size = [64]" in capsys.readouterr().err
+    state = torch.load(CHECKPOINT, weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "x.pt")
+    command("import-weights", *flags[2:], "--checkpoint", tmp_path / "x.pt", code=2)
+    assert "holds a run with checkpoint_sha256" in capsys.readouterr().err

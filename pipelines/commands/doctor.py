@@ -12,7 +12,7 @@ from pipelines.belonging import ADVICE, describe_grids, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.pipeline import part_folders
+from pipelines.pipeline import INDEX_NAME, RESTORE, changed_parts, part_folders
 from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
@@ -21,9 +21,11 @@ from prior.registry import load_prior
 from prior.shards import column_name
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import processes
+from vqvae2.common.artifact import local_folder
 from vqvae2.common.checks import Failed, Finding, check
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.config import ImagesConfig
@@ -79,8 +81,9 @@ def load(config: DoctorConfig) -> dict[str, Any]:
         for split, source in {"train": train, "validation": held_out or train}.items():
             if isinstance(source, ImageTable):  # a stream is not searched
                 images[split] = source
+    index = config.pipeline and read_json(local_folder(config.pipeline) / INDEX_NAME)
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
-    return {**loaded, "complete": config.pipeline is not None}
+    return {**loaded, "index": index}
 
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
@@ -99,12 +102,15 @@ def examine(
     codes: Path | None = None,
     images: Mapping[str, ImageTable] | None = None,
     *,
-    complete: bool = False,
+    index: Mapping[str, Any] | None = None,
 ) -> Iterator[Finding]:
     """All checks that these allow, the cheap and basic ones first: of the folder `codes`, by the
-    `images` that it was extracted from, by split; `complete` if they should be a whole pipeline."""
+    `images` that it was extracted from, by split; of a pipeline by what its `index` says."""
     # Together, and the autoencoder alone.
-    manifest = read_manifest(codes) if codes is not None else None
+    manifest, complete = read_manifest(codes) if codes is not None else None, index is not None
+    if index is not None:
+        parts = {"vqvae": vqvae} | {f"prior_{prior.config.level}": prior for prior in priors}
+        yield check_files(index, parts)
     if (vqvae is not None) + (manifest is not None) + len(priors) > 1:
         yield check_belonging(vqvae, priors, manifest, complete)
     if vqvae is not None:
@@ -135,6 +141,14 @@ def examine_prior(
     yield check_cache(prior, few)._replace(name="cache on real codes")
     yield from filter(None, [check_condition_helps(prior, rows)])
     yield check_beats_frequencies(prior, rows, datasets["train"])
+
+
+@check("files", f"{RESTORE[0].upper()}{RESTORE[1:]}.")
+def check_files(index: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    """No part of a pipeline was changed after it was assembled."""
+    if changed := changed_parts(index, parts):
+        raise Failed("; ".join(changed))
+    return f"{', '.join(parts)} are as they were assembled"
 
 
 @check("parts", ADVICE)
