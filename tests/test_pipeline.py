@@ -176,7 +176,7 @@ def test_a_pipeline_with_a_flipped_byte_is_refused(copy_of_run: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-9] ^= 4
     weights.write_bytes(content)
-    with pytest.raises(UserError, match="prior_1 was changed .*: restore its files"):
+    with pytest.raises(UserError, match=r"prior_1 was changed .*: restore its files"):
         VQVAE2Pipeline.from_pretrained(folder)
     found = next(examine(**load(DoctorConfig(pipeline=str(folder)))))
     assert (found.name, found.passed, found.message[:19]) == ("files", False, "prior_1 was changed")
