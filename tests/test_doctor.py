@@ -637,6 +637,10 @@ def test_codes_that_do_not_come_back_are_named() -> None:
     found = check_round_trip(quantizer, "top")
     assert not found.passed
     assert "1 of 32 codes come back as others (20 as 3)" in found.message
+    assert not check_round_trip(quantizer, "top", 32).passed
+    few = check_round_trip(quantizer, "top", 31)
+    assert few.passed
+    assert "all images have only 31 features, too few images to fill it" in few.message
     quantizer.codebook.round_()
     assert not check_round_trip(quantizer, "top").passed
 
