@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from pipelines import config as configs
-from vqvae2.common.config import from_dict, read_yaml, suggest
+from vqvae2.common.config import expand_paths, from_dict, read_yaml, suggest
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.messages import show_messages
 from vqvae2.config import PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         # A subcommand, and in one sentence why it ended early.
         command, flags = split_command(arguments)
-        config = parse(command, flags)  # before torch is imported
+        config = expand_paths(parse(command, flags))  # before torch is imported
         return function_of(command)(config) or 0
     except UserError as error:
         message, code = f"error: {error}", 2

@@ -244,7 +244,7 @@ class ImportWeightsConfig:
     Example: vqvae2 import-weights --checkpoint vqvae_560.pt --image.size 256 --output-dir x/vqvae
     """
 
-    checkpoint: str
+    checkpoint: str = may_change()
     """The .pt file."""
     output_dir: str = may_change()
     """The model folder."""

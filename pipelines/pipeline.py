@@ -1,6 +1,6 @@
 """The trained whole: an autoencoder and one prior per level, in one folder and behind one call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,7 @@ from vqvae2.common.runs import command_line, last_names, read_record, versions
 from vqvae2.model import VQVAE2
 
 INDEX_NAME = "model_index.json"
+RESTORE = "restore its files, or run vqvae2 assemble again"
 RECORD_NAMES = ("train_config.yaml", "import_config.yaml")
 Labels = int | str | Sequence[int | str] | None
 
@@ -60,7 +61,12 @@ class VQVAE2Pipeline:
         """Load a pipeline folder, or a repository of the Hub; see `from_parts` for errors."""
         folder = local_folder(name, revision=revision)
         pipeline = cls.from_parts(*part_folders(folder))
-        pipeline.trainings = read_json(folder / INDEX_NAME).get("trainings") or {}
+        index = read_json(folder / INDEX_NAME)
+        if changed := changed_parts(index, pipeline.parts):
+            raise UserError(f"{folder}: {'; '.join(changed)}: {RESTORE}.")
+        pipeline.trainings = index.get("trainings") or {}
+        is_mapping = isinstance(pipeline.trainings, dict)
+        check(is_mapping, f"{folder / INDEX_NAME}: trainings", pipeline.trainings, "a mapping")
         return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -92,10 +98,7 @@ class VQVAE2Pipeline:
 
     def content_hashes(self) -> dict[str, str]:
         """A hash of each part: equal exactly if its configuration and weights are."""
-        hashes = {}
-        for name, part in self.parts.items():
-            hashes[f"{name}_hash"] = content_hash(part.config, part.state_dict().items())
-        return hashes
+        return {f"{name}_hash": part_hash(part) for name, part in self.parts.items()}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -234,11 +237,37 @@ def part_folders(
     """Where the autoencoder and the priors are: in a pipeline's folder, or each in its own."""
     if pipeline is None:
         return vqvae, list(priors)
-    folder = local_folder(pipeline)
-    index = read_json(folder / INDEX_NAME)
-    if not isinstance(index.get("vqvae"), str) or not isinstance(index.get("priors"), list):
-        raise UserError(f"{folder / INDEX_NAME} names no parts: remake it with vqvae2 assemble.")
-    return folder / index["vqvae"], [folder / prior for prior in index["priors"]]
+    folder = local_folder(pipeline).resolve()
+    path, index = folder / INDEX_NAME, read_json(folder / INDEX_NAME)
+    names = [index.get("vqvae"), *as_list(index.get("priors"))]
+    for key, name in zip(["vqvae", *["priors"] * (len(names) - 1)], names, strict=True):
+        inside = isinstance(name, str) and Path(name).name == name not in ("", "..")
+        allowed = f"the name of a folder in {folder}: remake it with vqvae2 assemble"
+        inside = inside and (folder / name).is_dir() and not (folder / name).is_symlink()
+        check(inside, f"{path}: {key}", name, allowed)
+    return folder / names[0], [folder / name for name in names[1:]]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is; of anything else a list that holds it."""
+    return value if isinstance(value, list) else [value]
+
+
+def changed_parts(index: Mapping[str, Any], parts: Mapping[str, Any]) -> list[str]:
+    """Which parts are not those that a pipeline's `model_index.json` was written for. (The first
+    versions wrote no hashes into it.)"""
+    changed = []
+    for name, part in parts.items() if any(f"{name}_hash" in index for name in parts) else ():
+        expected, found = index.get(f"{name}_hash"), part_hash(part)
+        if expected != found:
+            both = f"its content hash is {found[:12]}, but {INDEX_NAME} says {str(expected)[:12]}"
+            changed.append(f"{name} was changed ({both})")
+    return changed
+
+
+def part_hash(part: Any) -> str:
+    """A hash of a part: equal exactly if its configuration and weights are."""
+    return content_hash(part.config, part.state_dict().items())
 
 
 def training_record(folder: str | Path) -> dict[str, Any]:

@@ -81,8 +81,11 @@ class PriorConfig:
     codes_hash: str = ""  #: content hash of the code dataset that it was trained on
 
     def __post_init__(self) -> None:
+        check_at_least(self, 0, "level")
         fits = len(self.grids) == len(self.codebook_sizes) == self.level + 1
+        fits = fits and all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids)
         check(fits, "grids", self.grids, f"one (h, w) for each level from 0 to {self.level}")
+        check(min(self.codebook_sizes) >= 1, "codebook_sizes", self.codebook_sizes, "1 or more")
         for coarse, fine in zip(self.grids[:-1], self.grids[1:], strict=True):
             fits = all(f % c == 0 for c, f in zip(coarse, fine, strict=True))
             check(fits, "grids", self.grids, "whole multiples of the next coarser grid")

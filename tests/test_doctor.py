@@ -419,7 +419,7 @@ def test_a_healthy_pipeline_passes_all(trained: Path) -> None:
     of_a_prior += ["start", "attention", "cache on real codes", "condition helps", "likelihood"]
     of_the_top = [name for name in of_a_prior if not name.startswith("condition")]
     assert names == [
-        *("parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
+        *("files", "parts", "round trip, top", "round trip, bottom", "codes", "extraction"),
         *(f"prior of level 0, {name}" for name in of_the_top),
         *(f"prior of level 1, {name}" for name in of_a_prior),
     ]
@@ -637,6 +637,10 @@ def test_codes_that_do_not_come_back_are_named() -> None:
     found = check_round_trip(quantizer, "top")
     assert not found.passed
     assert "1 of 32 codes come back as others (20 as 3)" in found.message
+    assert not check_round_trip(quantizer, "top", 32).passed
+    few = check_round_trip(quantizer, "top", 31)
+    assert few.passed
+    assert "all images have only 31 features, too few images to fill it" in few.message
     quantizer.codebook.round_()
     assert not check_round_trip(quantizer, "top").passed
 

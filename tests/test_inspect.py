@@ -107,3 +107,5 @@ def test_usage_in_numbers_and_words() -> None:
     assert not healthy
     assert "bottom: 3 of 512 codes carry 95 %" in sentence
     assert "revival_threshold" in sentence
+    _, sentence = verdict("bottom", collapsed, 16)
+    assert "only 16 features, too few images to fill it: use more images" in sentence

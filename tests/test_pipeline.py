@@ -2,7 +2,10 @@
 what is known is kept."""
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,12 +13,16 @@ import torch
 from PIL import Image
 
 from pipelines import VQVAE2Pipeline
+from pipelines.commands.assemble import assemble
+from pipelines.commands.doctor import examine, load
 from pipelines.commands.sample import write_samples
+from pipelines.config import AssembleConfig, DoctorConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from prior import (
     Known,
     PixelSNAILConfig,
     PixelSNAILPriorConfig,
+    Prior,
     PriorConfig,
     load_prior,
     make_prior,
@@ -23,6 +30,7 @@ from prior import (
 from tests.conftest import command as run_here
 from tests.conftest import kill_when
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
 from vqvae2.data import load_picture, to_images
 
@@ -123,9 +131,9 @@ def test_another_model_does_not_continue_a_set(
     pipeline = copy_of_run / "pipeline"
     sample = ("sample", "--pipeline", pipeline, "--output-dir", tmp_path / "out", "--num-images")
     run_here(*sample, 4)
-    prior = load_prior(pipeline / "prior_1")
-    torch.nn.init.normal_(prior.head.bias)
-    prior.save_pretrained(pipeline / "prior_1")
+    other = VQVAE2Pipeline.from_pretrained(pipeline)
+    torch.nn.init.normal_(other.priors[1].head.bias)
+    other.save_pretrained(pipeline)
     run_here(*sample, 8, code=2)
     assert "prior_1_hash" in capsys.readouterr().err
 
@@ -160,3 +168,79 @@ def test_weights_that_are_no_numbers_are_a_sentence(pipeline: VQVAE2Pipeline) ->
         torch.nn.init.constant_(list(broken.parameters())[-1], torch.nan)
         with pytest.raises(UserError, match="not finite"):
             VQVAE2Pipeline(pipeline.vqvae, [broken, pipeline.priors[1]])(1)
+
+
+def test_a_pipeline_with_a_flipped_byte_is_refused(copy_of_run: Path) -> None:
+    folder = copy_of_run / "pipeline"
+    weights = folder / "prior_1" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 4
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"prior_1 was changed .*: restore its files"):
+        VQVAE2Pipeline.from_pretrained(folder)
+    found = next(examine(**load(DoctorConfig(pipeline=str(folder)))))
+    assert (found.name, found.passed, found.message[:19]) == ("files", False, "prior_1 was changed")
+    run_here("sample", "--pipeline", folder, "--output-dir", copy_of_run / "out", code=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vqvae": 1}, "json: vqvae is 1, but must be the name of a folder"),
+        ({"priors": [1, 2]}, "json: priors is 1, but"),
+        ({"priors": "prior_0"}, "needs"),
+        ({"priors": None}, "json: priors is None"),
+        ({"vqvae": "../vqvae"}, "json: vqvae is '../vqvae'"),
+        ({"vqvae": ".."}, "json: vqvae is '..'"),
+        ({"vqvae": ""}, "json: vqvae is ''"),
+        ({"vqvae": "/etc"}, "json: vqvae is '/etc'"),
+        ({"vqvae": "someone"}, "json: vqvae is 'someone'"),
+        ({"vqvae": "link"}, "json: vqvae is 'link'"),
+        ({"vqvae_hash": None}, "but model_index.json says None"),
+        ({"trainings": [1]}, "json: trainings is"),
+    ],
+)
+def test_an_index_names_folders_beside_itself(
+    change: dict, sentence: str, run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run / "pipeline", tmp_path / "pipeline")
+    (folder / "link").symlink_to(run / "vqvae")
+    write_json(folder / "model_index.json", {**read_json(folder / "model_index.json"), **change})
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        VQVAE2Pipeline.from_pretrained(folder)
+
+
+def test_impossible_levels_and_grids_of_a_prior_are_refused(pipeline: VQVAE2Pipeline) -> None:
+    config = pipeline.priors[1].config
+    for change in ({"level": -1, "grids": (), "codebook_sizes": ()}, {"codebook_sizes": (16, -5)}):
+        with pytest.raises(UserError, match="must be"):
+            dataclasses.replace(config, **change)
+    for grid in ((4,), (4, 4, 4), (4, 0)):
+        with pytest.raises(UserError, match="grids"):
+            dataclasses.replace(config, grids=(config.grids[0], grid))
+
+
+def test_assembling_continues_repairs_and_leaves_alone(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    config = AssembleConfig(
+        vqvae=str(run / "vqvae"),
+        priors=(str(run / "prior_0"), str(run / "prior_1")),
+        output_dir=str(folder),
+    )
+
+    killed = mock.patch.object(Prior, "save_pretrained", side_effect=KeyboardInterrupt)
+    with killed, pytest.raises(KeyboardInterrupt):
+        assemble(config)
+    assert not (folder / "model_index.json").exists()
+    assemble(config)
+    whole = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assemble(config)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == whole
+    (folder / "prior_0" / "model.safetensors").write_bytes(b"cut")
+    assemble(config)
+    VQVAE2Pipeline.from_pretrained(folder)
+    other = load_prior(config.priors[1])
+    torch.nn.init.normal_(other.head.bias)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="holds a run with prior_1_hash"):
+        assemble(dataclasses.replace(config, priors=(config.priors[0], str(tmp_path / "other"))))

@@ -20,8 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipelines.cli import main, parse
+from pipelines.commands.assemble import assemble
+from pipelines.config import AssembleConfig
 from tests.conftest import command
-from vqvae2.common.config import may_change
+from vqvae2.common.config import expand_paths, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, whole_file, write_text
 from vqvae2.common.lock import LOCK_NAME, only_writer
@@ -226,3 +229,34 @@ def test_a_file_system_without_locks_is_named_once(
     with caplog.at_level("WARNING"), only_writer(tmp_path / "x"):
         write_text(tmp_path / "x" / "file", "written")
     assert caplog.text.count("its file system has no locks") == 1
+
+
+def test_paths_are_expanded_and_never_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["assemble", "--vqvae=~/x", "--priors", "~/p", "--output-dir=~/out"]
+    expanded = expand_paths(parse("assemble", words[1:]))
+    assert expanded.priors == (f"{tmp_path}/p",)
+    assert (expanded.vqvae, expanded.output_dir) == (f"{tmp_path}/x", f"{tmp_path}/out")
+    train = ["train", "--data.path", "photos", "--output-dir", "out"]
+    cases = {
+        "output_dir is '', but must be a path": [*train, "--output-dir="],
+        "data.path is '', but must be a path": [*train, "--data.path", ""],
+        "output_dir is '~nosuchuser/x', but must be in the home": [*train[:-1], "~nosuchuser/x"],
+        "priors is '', but must be a path": [
+            "assemble",
+            "--vqvae=x",
+            "--priors",
+            "p",
+            "",
+            *train[3:],
+        ],
+    }
+    for sentence, mistake in cases.items():
+        assert main(mistake) == 2
+        assert sentence in capsys.readouterr().err
+    with pytest.raises(UserError, match="output_dir is ''"):
+        assemble(AssembleConfig(vqvae="x", priors=("p",), output_dir=""))
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """How a codebook is used: figures from counts `(K,)`, and what they mean in words."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,14 +34,17 @@ def level_name(level: int, num_levels: int) -> str:
     return {0: "top", num_levels - 1: "bottom"}.get(level, f"level {level}")
 
 
-def verdict(name: str, counts: Tensor) -> tuple[bool, str]:
-    """Whether a codebook is in use, and a sentence that says so or names the settings to change."""
+def verdict(name: str, counts: Tensor, num_features: int | None = None) -> tuple[bool, str]:
+    """Whether a codebook is in use, and a sentence that says so or names the settings to change;
+    `num_features` is how many different ones there can be, if that is known."""
     size, total = len(counts), int(counts.sum())
     use = f"{name}: {carriers(counts)} of {size} codes carry 95 % of the assignments"
     if perplexity(counts) >= COLLAPSED * size:
         return True, f"{use}: in use."
-    if total < 10 * size:
-        too_few = f"there are only {total}, too few to judge"
+    too_few = f"there are only {total}, too few to judge" if total < 10 * size else None
+    if num_features is not None and num_features < size:
+        too_few = f"all images have only {num_features} features, too few images to fill it"
+    if too_few:
         return False, f"{use}, but {too_few}: use more images or smaller codebook_sizes."
     advice = "lower learning_rate, raise model.quantizer.revival_threshold, or lower codebook_sizes"
     return False, f"{use}: it has collapsed; {advice}."
@@ -52,7 +55,8 @@ class CodebookWatch:
 
     PATIENCE = 200  # steps before the first warning, and between two of the same level
 
-    def __init__(self, num_levels: int) -> None:
+    def __init__(self, num_levels: int, num_features: Sequence[int | None] = ()) -> None:
+        self.num_features = num_features or [None] * num_levels
         self.names = [level_name(level, num_levels) for level in range(num_levels)]
         self.quiet_until = [self.PATIENCE] * num_levels
 
@@ -65,7 +69,7 @@ class CodebookWatch:
                 continue
             level = int(name.removeprefix("assignments_"))
             figures |= {f"perplexity_{level}": perplexity(value), f"usage_{level}": usage(value)}
-            healthy, sentence = verdict(self.names[level], value)
+            healthy, sentence = verdict(self.names[level], value, self.num_features[level])
             if not healthy and step >= self.quiet_until[level]:
                 logger.warning("%s (step %d)", sentence, step)
                 self.quiet_until[level] = step + self.PATIENCE

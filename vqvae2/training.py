@@ -116,6 +116,11 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     def draw(net: VQVAE2 | AdversarialPair) -> Image.Image:
         return reconstruction_sheet(autoencoder(net), data.shown, accelerator.device, num_images=16)
 
+    # How many different features there can be, where that is known.
+    rows, num_features = getattr(data.loader, "dataset", None), []
+    if isinstance(rows, ImageDataset):
+        num_features = [len(rows) * math.prod(grid) for grid in config.model.grids]
+
     # The training itself. A stream may hold out nothing: then nothing is validated or drawn.
     kind, sizes = config.reconstruction_loss, config.model.codebook_size_per_level
     loss_fn = make_loss(kind, sizes, perceptual, perceptual_weight, adversarial=adversarial)
@@ -128,7 +133,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         output_dir,
         evaluate=validate if len(data.validation) else None,
         draw=draw if len(data.shown) else None,
-        describe=CodebookWatch(config.model.num_levels),
+        describe=CodebookWatch(config.model.num_levels, num_features),
         shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
         parameter_groups=parameter_groups,
     )

@@ -1,24 +1,42 @@
 """`vqvae2 assemble`: one folder of an autoencoder and its priors."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
 from pipelines.config import AssembleConfig
 from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
-from vqvae2.common.files import check_empty
+from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
+from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
+UNFINISHED = "assemble_config.yaml"  # of what was begun; the index is the record of what is whole
 
 
 @writes_output
 def assemble(config: AssembleConfig) -> None:
-    """Write the pipeline folder."""
-    output_dir = Path(config.output_dir)
-    if output_dir.is_file() or not (output_dir / INDEX_NAME).exists():
-        check_empty(output_dir, "pipeline")
+    """Write the pipeline folder; continue, repair, or do nothing if it is finished."""
+    # The folder is new, or holds these parts.
+    folder = Path(config.output_dir)
     pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    run = RunRecord("assemble", config, UNFINISHED, facts=pipeline.content_hashes())
+    finished = (folder / INDEX_NAME).exists()
+    (dataclasses.replace(run, file_name=INDEX_NAME) if finished else run).check(folder)
+
+    # Write what is not whole.
     if processes().is_main_process:
-        pipeline.save_pretrained(output_dir)
-    logger.info(f"{output_dir}: the pipeline, for vqvae2 sample --pipeline.")
+        if not (finished and _is_whole(folder)):
+            run.write(folder)
+            pipeline.save_pretrained(folder)
+        (folder / UNFINISHED).unlink(missing_ok=True)
+    logger.info(f"{folder}: the pipeline, for vqvae2 sample --pipeline.")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        VQVAE2Pipeline.from_pretrained(folder)
+    except UserError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """`vqvae2 doctor`: silent errors of trained parts, found in seconds; a line per check."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipelines.belonging import ADVICE, describe_grids, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.pipeline import part_folders
+from pipelines.pipeline import INDEX_NAME, RESTORE, changed_parts, part_folders
 from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
@@ -21,9 +22,11 @@ from prior.registry import load_prior
 from prior.shards import column_name
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import processes
+from vqvae2.common.artifact import local_folder
 from vqvae2.common.checks import Failed, Finding, check
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.config import ImagesConfig
@@ -33,6 +36,7 @@ from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
 MOST_ROWS = 256  # real rows that a likelihood is measured on
+ROUND_TRIP = "Restore the weights, or retrain on more images or with a higher revival_threshold."
 DIFFERENT = 0.01  # share of codes that another machine may change: last bits decide near a border
 
 
@@ -79,8 +83,9 @@ def load(config: DoctorConfig) -> dict[str, Any]:
         for split, source in {"train": train, "validation": held_out or train}.items():
             if isinstance(source, ImageTable):  # a stream is not searched
                 images[split] = source
+    index = config.pipeline and read_json(local_folder(config.pipeline) / INDEX_NAME)
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
-    return {**loaded, "complete": config.pipeline is not None}
+    return {**loaded, "index": index}
 
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
@@ -99,17 +104,23 @@ def examine(
     codes: Path | None = None,
     images: Mapping[str, ImageTable] | None = None,
     *,
-    complete: bool = False,
+    index: Mapping[str, Any] | None = None,
 ) -> Iterator[Finding]:
     """All checks that these allow, the cheap and basic ones first: of the folder `codes`, by the
-    `images` that it was extracted from, by split; `complete` if they should be a whole pipeline."""
+    `images` that it was extracted from, by split; of a pipeline by what its `index` says."""
     # Together, and the autoencoder alone.
-    manifest = read_manifest(codes) if codes is not None else None
+    manifest, complete = read_manifest(codes) if codes is not None else None, index is not None
+    if index is not None:
+        parts = {"vqvae": vqvae} | {f"prior_{prior.config.level}": prior for prior in priors}
+        yield check_files(index, parts)
     if (vqvae is not None) + (manifest is not None) + len(priors) > 1:
         yield check_belonging(vqvae, priors, manifest, complete)
     if vqvae is not None:
+        is_source = manifest is not None and manifest.encoder_hash == vqvae.content_hash()
+        rows = sum(map(manifest.num_rows, SPLITS)) if manifest is not None and is_source else None
         for level, quantizer in enumerate(vqvae.quantizers):
-            yield check_round_trip(quantizer, level_name(level, len(vqvae.quantizers)))
+            number = rows and rows * math.prod(vqvae.config.grids[level])
+            yield check_round_trip(quantizer, level_name(level, len(vqvae.quantizers)), number)
 
     # The codes, and the priors with them.
     datasets: dict[str, CodeDataset] = {}
@@ -137,6 +148,14 @@ def examine_prior(
     yield check_beats_frequencies(prior, rows, datasets["train"])
 
 
+@check("files", f"{RESTORE[0].upper()}{RESTORE[1:]}.")
+def check_files(index: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    """No part of a pipeline was changed after it was assembled."""
+    if changed := changed_parts(index, parts):
+        raise Failed("; ".join(changed))
+    return f"{', '.join(parts)} are as they were assembled"
+
+
 @check("parts", ADVICE)
 def check_belonging(
     vqvae: VQVAE2 | None, priors: Sequence[Prior], manifest: Manifest | None, complete: bool
@@ -151,19 +170,25 @@ def check_belonging(
     return f"{', '.join(names)} belong together"
 
 
-@check("round trip, {1}", "Restore the weights, or retrain with a higher revival_threshold.")
-def check_round_trip(quantizer: Quantizer, name: str) -> str:
-    """Every code of a level comes back from looking it up and quantizing, with its embedding."""
+@check("round trip, {1}", ROUND_TRIP)
+def check_round_trip(quantizer: Quantizer, name: str, num_features: int | None = None) -> str:
+    """Every code of a level comes back from looking it up and quantizing, with its embedding; or
+    as one nearly equal, where all images have fewer features, if known, than there are codes."""
     size = int(getattr(quantizer, "codebook_size", 0)) or int(cast(Tensor, quantizer.levels).prod())
     codes = torch.arange(size, device=next(quantizer.buffers()).device)[None, :, None]  # (1, K, 1)
     back = quantizer.eval()(quantizer.features_of(codes))
     changed = (back.codes != codes).flatten().nonzero().flatten().tolist()
-    if changed:
+    few = num_features is not None and num_features < size
+    if changed and not few:
         pairs = ", ".join(f"{code} as {int(back.codes[0, code, 0])}" for code in changed[:4])
         seen = f"{len(changed)} of {size} codes come back as others ({pairs})"
         raise Failed(f"{seen}: their codebook vectors are equal, or were rounded")
-    if not torch.allclose(back.embeddings, quantizer.lookup(codes), atol=1e-4):
+    kept = back.codes == codes  # (1, K, 1), and the embeddings are (1, D, K, 1)
+    if not torch.allclose(back.embeddings * kept, quantizer.lookup(codes) * kept, atol=1e-4):
         raise Failed("looking up a code gives another embedding than quantizing does")
+    if changed:
+        seen = f"{len(changed)} of {size} codes come back as others that are nearly equal"
+        return f"{seen}: all images have only {num_features} features, too few images to fill it"
     return f"all {size} codes, looked up and quantized again, come back as themselves"
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipelines.config import ImportWeightsConfig
 from pipelines.importers import rosinality_weights
-from vqvae2.common.files import check_empty, file_hash
+from vqvae2.common.artifact import CONFIG_NAME
+from vqvae2.common.files import file_hash
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 
@@ -14,12 +15,16 @@ logger = logging.getLogger(__name__)
 
 @writes_output
 def command(config: ImportWeightsConfig) -> None:
-    """Write the model folder, and log what the checkpoint contains."""
+    """Write the model folder, or do nothing if it is finished; log what the checkpoint contains."""
     output_dir, checkpoint = Path(config.output_dir), Path(config.checkpoint)
-    check_empty(output_dir, "run")
     model = rosinality_weights.import_weights(checkpoint, config.image.size)
-    notes = {"checkpoint_sha256": file_hash(checkpoint)}
-    RunRecord("import-weights", config, "import_config.yaml", notes=notes).write(output_dir)
+    facts = {"checkpoint_sha256": file_hash(checkpoint)}
+    run = RunRecord("import-weights", config, "import_config.yaml", facts=facts)
+    run.check(output_dir)
+    if (output_dir / CONFIG_NAME).exists():  # the last file
+        logger.info(f"{output_dir}: the weights are imported already.")
+        return
+    run.write(output_dir)
     model.save_pretrained(output_dir)
     found = model.config
     sizes = zip(found.codebook_size_per_level, found.code_dim_per_level, strict=True)

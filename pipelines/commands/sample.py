@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.config import LANES, SampleConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.pictures import sample_sheet
-from pipelines.pipeline import VQVAE2Pipeline, in_lanes, part_folders
+from pipelines.pipeline import VQVAE2Pipeline, in_lanes
 from prior.sampling import Known
 from vqvae2.common.accelerate import processes
 from vqvae2.common.artifact import content_hash
@@ -31,10 +31,13 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
     # The pipeline, and the codes of an image that is edited.
-    vqvae, priors = part_folders(config.pipeline, config.vqvae, config.priors)
-    if vqvae is None or not priors:
+    if config.pipeline is not None:
+        pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline)
+    elif config.vqvae is None or not config.priors:
         raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
-    pipeline = VQVAE2Pipeline.from_parts(vqvae, priors).to(processes().device)
+    else:
+        pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    pipeline.to(processes().device)
     known: list[Known | None] = []
     labels = list(config.labels) or None
     if config.init_image is not None:

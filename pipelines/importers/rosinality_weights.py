@@ -4,7 +4,6 @@ Both share the layers, so only names change. The number of residual blocks, the 
 follow from the shapes; the image size is not in such a file.
 """
 
-import pickle
 import re
 from pathlib import Path
 
@@ -27,6 +26,7 @@ PREFIXES = {  # theirs -> ours; level 0 is the top
     "dec.blocks.": "image_decoder.",
 }
 ADVICE = "give a stage-1 file (vqvae_*.pt) of rosinality/vq-vae-2-pytorch"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CODEBOOK = {"embed": "codebook", "cluster_size": "counts", "embed_avg": "sums"}
 
 
@@ -58,17 +58,31 @@ def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
 
 
 def _read(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint, none of whose code is run; all of them finite numbers."""
+    # What the file holds.
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint} does not exist, or is no file: check the path.")
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint} does not exist: check the path.") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
+    except Exception as error:  # of any kind, as the bytes may be anything
+        reason = str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
         fault = f"{checkpoint} cannot be read as a checkpoint of plain tensors ({reason})"
-        raise UserError(f"{fault}: {ADVICE}.") from None
-    tensors = isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
-    if not tensors or not state:
+        safe = "if it holds more and you trust it, save its state_dict() alone with torch.save"
+        raise UserError(f"{fault}: {ADVICE}; {safe}.") from None
+    pairs = state.items() if isinstance(state, dict) else ()
+    if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise UserError(f"{checkpoint} is not a state dict of tensors: {ADVICE}.")
+
+    # What each tensor is. A few bytes, repeated, could claim any shape.
+    for name, tensor in pairs:
+        plain = tensor.layout is torch.strided and not tensor.is_meta
+        if not plain or tensor.dtype not in DTYPES:
+            seen = f"{name!r} is a tensor of {tensor.layout}, {tensor.dtype} on {tensor.device}"
+            raise UserError(f"{checkpoint}: {seen}, but must hold plain floats: {ADVICE}.")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(f"{checkpoint}: {name!r} holds less than its shape says: {ADVICE}.")
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{checkpoint}: {name!r} holds NaN or infinity: give sound weights.")
     return state
 
 
@@ -79,10 +93,14 @@ def _read_config(checkpoint: Path, state: dict[str, Tensor], size: tuple[int, ..
         embeds = [state["quantize_t.embed"], state["quantize_b.embed"]]
     except KeyError as error:
         raise UserError(f"{checkpoint} lacks {error}: {ADVICE}.") from None
+    for tensor, rank in zip([first, third, *embeds], (4, 4, 2, 2), strict=True):
+        if tensor.ndim != rank:
+            seen = f"a layer of shape {tuple(tensor.shape)} where {rank} dimensions belong"
+            raise UserError(f"{checkpoint} has {seen}: {ADVICE}.")
     if third.shape[-1] != 3:  # with another stride, block 4 is a strided convolution
         raise UserError(f"{checkpoint} has a bottom encoder of another stride than 4: {ADVICE}.")
     inner = r"enc_b\.blocks\..*\.conv\.1\.weight"
-    residual = [tensor for name, tensor in state.items() if re.fullmatch(inner, name)]
+    residual = [t for name, t in state.items() if re.fullmatch(inner, name) and t.ndim]
     return VQVAE2Config(
         # As theirs: resized, cut in the centre, scaled to [-1, 1].
         image=PreprocessingConfig(size=size, channels=first.shape[1]),

@@ -7,10 +7,11 @@
 import contextlib
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -95,6 +96,30 @@ def check_at_least(config: Any, least: float, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         check(value >= least, key, value, f"at least {least}")
+
+
+def expand_paths(config: T, prefix: str = "") -> T:
+    """A configuration with `~` expanded wherever a text begins with it; raises as `expand_path`."""
+    changed: dict[str, Any] = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        value, key = getattr(config, f.name), prefix + f.name
+        if is_dataclass(value):
+            changed[f.name] = expand_paths(value, f"{key}.")
+        elif isinstance(value, str) and value != f.default:
+            changed[f.name] = expand_path(value, key)
+        elif isinstance(value, tuple):
+            texts = [expand_path(item, key) if isinstance(item, str) else item for item in value]
+            changed[f.name] = tuple(texts)
+    return replace(config, **changed)  # type: ignore[type-var]
+
+
+def expand_path(path: str, key: str) -> str:
+    """A path with `~` expanded; a `UserError` if it is empty, or names no user's home folder."""
+    check(path != "", key, path, "a path or a name ('.' is the current folder)")
+    check("\0" not in path, key, path, "free of zero bytes")
+    expanded = os.path.expanduser(path)
+    check(expanded[:1] != "~", key, path, "in the home folder of a user who exists")
+    return expanded
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     with _naming(path):
         folder.mkdir()
         try:
-            aside = folder / path.name
+            aside = folder / f".{path.name}"  # a suffix decides formats
             yield aside
             with open(aside, "rb") as file:
                 os.fchmod(file.fileno(), folder.stat().st_mode & 0o666)  # as the umask says

@@ -1,5 +1,6 @@
 """One command at a time writes to a folder: a lock that dies with the process that holds it."""
 
+import dataclasses
 import errno
 import functools
 import logging
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from vqvae2.common.accelerate import processes
+from vqvae2.common.config import expand_path
 from vqvae2.common.errors import UserError
 
 P = ParamSpec("P")
@@ -27,12 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def writes_output(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Let a command hold the lock of its configuration's `output_dir` while it runs."""
+    """Let a command hold the lock of its configuration's `output_dir`, expanded, while it runs."""
 
     @functools.wraps(function)
     def alone(config: Any, *args: P.args, **options: P.kwargs) -> R:
-        with only_writer(Path(config.output_dir)):
-            return function(config, *args, **options)
+        folder = expand_path(config.output_dir, "output_dir")
+        with only_writer(Path(folder)):
+            return function(dataclasses.replace(config, output_dir=folder), *args, **options)
 
     return alone
 
