@@ -76,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if len(message) > LONGEST_MESSAGE:
                 message = f"{message[: LONGEST_MESSAGE - 200]} ... {message[-200:]}"
             print(f"vqvae2: {message}", file=sys.stderr)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
-    except BrokenPipeError:  # who reads the output, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-        return 128 + signal.SIGPIPE
+    except OSError as error:  # the output went nowhere: `head` has seen enough, or a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
     finally:
         _leave_process_group()
 
@@ -99,7 +99,11 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
         # A subcommand, and in one sentence why it ended early.
         command, flags = split_command(arguments)
         config = parse(command, flags)  # before torch is imported
-        return "", function_of(command)(config) or 0
+        code = function_of(command)(config) or 0
+        print(end="", flush=True)
+        return "", code
+    except SystemExit:  # after --help
+        return "", 0
     except UserError as error:
         return f"error: {error}", 2
     except BrokenPipeError:
