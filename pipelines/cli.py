@@ -6,8 +6,11 @@ import importlib
 import inspect
 import io
 import logging
+import os
 import re
+import signal
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -16,7 +19,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from pipelines import config as configs
-from vqvae2.common.config import expand_paths, from_dict, read_yaml, suggest
+from vqvae2.common.config import (
+    check,
+    expand_paths,
+    from_dict,
+    read_yaml,
+    shown,
+    suggest,
+    to_dict,
+)
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.messages import show_messages
 from vqvae2.config import PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
@@ -41,6 +52,8 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "completion": (configs.CompletionConfig, "pipelines.commands.completion:completion"),
 }
 RECIPES = files("pipelines") / "recipes"
+LONGEST_MESSAGE = 900
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
 COMMON_FLAGS = ("--config", "--quiet", "--verbose", "--help")
 OVERVIEW = """usage: vqvae2 SUBCOMMAND [--config RECIPE] [--quiet | --verbose] [--flags]
 
@@ -61,7 +74,27 @@ COMMON_HELP = """{description}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 0, 1 if checks failed, 2 for a user's mistake (with
     one sentence on stderr), or 128 + n after signal n."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        message, code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if message:
+            message = " ".join(message.splitlines())
+            if len(message) > LONGEST_MESSAGE:
+                message = f"{message[: LONGEST_MESSAGE - 200]} ... {message[-200:]}"
+            print(f"vqvae2: {message}", file=sys.stderr)
+        print(end="", flush=True)
+        return code
+    except OSError as error:  # the output went nowhere: `head` has seen enough, or a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
+    finally:
+        _leave_process_group()
+
+
+def _run(arguments: Sequence[str]) -> tuple[str, int]:
+    """Run one command line: in one sentence why it ended early, or "", and the exit code."""
     try:
         # How much is shown, and what needs no subcommand.
         quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
@@ -69,27 +102,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = [word for word in arguments if word not in ("--quiet", "--verbose")]
         if not arguments or arguments[0] in ("-h", "--help", "--version"):
             print(f"vqvae2 {version('vqvae2')}" if "--version" in arguments else overview())
-            return 0
+            return "", 0
 
         # A subcommand, and in one sentence why it ended early.
         command, flags = split_command(arguments)
         config = expand_paths(parse(command, flags))  # before torch is imported
-        return function_of(command)(config) or 0
+        code = function_of(command)(config) or 0
+        print(end="", flush=True)
+        return "", code
+    except SystemExit:  # after --help
+        return "", 0
     except UserError as error:
-        message, code = f"error: {error}", 2
+        return f"error: {error}", 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if error.filename is None:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"error: {what}: check the path, its permissions and the free space.", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        advice = "check the path, its permissions and the free space"
-        message, code = f"error: {error.filename}: {error.strerror}: {advice}.", 2
+        advice = "make the batch, the images or the network smaller"
+        return f"error: the memory of this machine does not suffice ({error}): {advice}.", 2
     except Stopped as stopped:
-        message, code = str(stopped), 128 + stopped.signal_number
+        return str(stopped), 128 + stopped.signal_number
     except KeyboardInterrupt:
-        message, code = "interrupted; run the same command again to continue.", 130
-    finally:
-        _leave_process_group()
-    print(f"vqvae2: {message}", file=sys.stderr)
-    return code
+        return "interrupted; run the same command again to continue.", 130
 
 
 def run_script(command: str) -> None:
@@ -106,7 +144,9 @@ def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     family = ", ".join(command for command in COMMANDS if command.startswith(f"{word} "))
     if family:
         raise UserError(f"vqvae2 {word} needs a second word: {family} (see vqvae2 --help).")
-    raise UserError(f"unknown subcommand {word!r}; {suggest(word, COMMANDS)} (see vqvae2 --help).")
+    raise UserError(
+        f"unknown subcommand {shown(word)}; {suggest(word, COMMANDS)} (see vqvae2 --help)."
+    )
 
 
 def function_of(command: str) -> Callable[[Any], int | None]:
@@ -162,7 +202,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
             near = suggest(flag, known)
-            raise UserError(f"unknown flag {flag}; {near} (see vqvae2 {command} --help).")
+            raise UserError(f"unknown flag {flag:.100}; {near} (see vqvae2 {command} --help).")
 
     # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
     section: dict[str, Any] = {}
@@ -183,12 +223,15 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     mistake = io.StringIO()
     try:
         with contextlib.redirect_stderr(mistake):
-            return tyro.cli(config_class, args=arguments, default=default, **options)
+            config = tyro.cli(config_class, args=arguments, default=default, **options)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
         sentence = _one_sentence(mistake.getvalue())
         raise UserError(f"vqvae2 {command}: {sentence} See vqvae2 {command} --help.") from None
+
+    # Flags are held to the same rules as recipes: no NaN, no empty name.
+    return from_dict(config_class, to_dict(config), f"vqvae2 {command}")
 
 
 @cache
@@ -229,15 +272,23 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> dict[str, Any]:
     """A recipe by its name or file: a section of settings for each command. Raises a `UserError` if
     there is none, or if it has an unknown section."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(RECIPES / f"{name}.yaml"))
-    if not path.is_file():
-        names = ", ".join(recipe_names())
-        raise UserError(f"there is no recipe {name!r}: give a YAML file, or one of {names}.")
+    is_file, names = name.endswith((".yaml", ".yml")), recipe_names()
+    path = Path(os.path.expanduser(name) if is_file else str(RECIPES / f"{name}.yaml"))
+    if not (path.exists() if is_file else name in names):
+        raise UserError(
+            f"there is no recipe {shown(name)}: give a YAML file, or one of {', '.join(names)}."
+        )
     recipe = read_yaml(path)
-    for section in recipe:
-        if section not in COMMANDS and not re.fullmatch(r"prior_\d+", section):
+    for key, section in recipe.items():
+        if key not in COMMANDS and not re.fullmatch("prior_[0-9]{1,3}", str(key)):
             allowed = "name it after a subcommand, or a level's train-prior prior_0, prior_1, ..."
-            raise UserError(f"{path}: unknown section {section!r}: {allowed}")
+            raise UserError(f"{path}: unknown section {shown(key)}: {allowed}.")
+        check(
+            isinstance(section, dict | types.NoneType),
+            f"{path}: {key}",
+            section,
+            "a mapping of settings",
+        )
     return recipe
 
 
@@ -245,7 +296,8 @@ def recipe_section(recipe: dict[str, Any], command: str, level: str = "") -> dic
     """A recipe's settings for a subcommand; those for train-prior may differ by level (`prior_0`
     is the top's, the last one the bottom's)."""
     section = recipe.get(command) or {}
-    priors = sorted(name for name in recipe if name.startswith("prior_"))
+    priors = [name for name in recipe if name.startswith("prior_")]
+    priors.sort(key=lambda name: int(name.removeprefix("prior_")))
     if command != "train-prior" or not priors:
         return section
     name = {"top": priors[0], "bottom": priors[-1]}.get(level, f"prior_{level}")

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prior.config import TrainPriorConfig
-from vqvae2.common.config import check, check_at_least, may_change
+from vqvae2.common.config import MOST_ROWS, check, check_between, check_share, may_change
 from vqvae2.common.errors import UserError
-from vqvae2.config import ImagesConfig
+from vqvae2.config import LONGEST_SHARD, ImagesConfig
 
+MOST_FILES = 10**7  # that one command writes
 LANES = 16  #: images that a pipeline computes side by side, on which their last bits depend
 
 
@@ -39,7 +40,7 @@ class ExtractConfig(ModelToFolderConfig):
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "shard_size")
+        check_between(self, 1, LONGEST_SHARD, "shard_size")
         different = len(set(self.views)) == len(self.views) >= 1
         check(different, "views", self.views, "one or more different views")
 
@@ -99,7 +100,7 @@ class ReconstructConfig(ModelToFolderConfig):
     """Only images that the autoencoder's training held out."""
 
     def __post_init__(self) -> None:
-        check(self.num_images >= 0, "num_images", self.num_images, "0 (all) or more")
+        check_between(self, 0, MOST_FILES, "num_images")
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
 
 
@@ -175,8 +176,9 @@ class SampleConfig(PartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "num_images", "lanes")
-        check(self.seed >= 0, "seed", self.seed, "0 or more")
+        check_between(self, 1, MOST_FILES, "num_images")
+        check_between(self, 1, MOST_ROWS, "lanes")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
         masked, edited = self.mask is not None, self.init_image is not None
         check(edited or not masked, "mask", self.mask, "used together with init_image")
         fits = self.keep_levels is None or (edited and not masked)
@@ -270,9 +272,8 @@ class ImportCodesConfig(ModelToFolderConfig):
     """Rows per Parquet shard."""
 
     def __post_init__(self) -> None:
-        fraction = self.validation_fraction
-        check(0 <= fraction < 1, "validation_fraction", fraction, "in [0, 1)")
-        check_at_least(self, 1, "shard_size")
+        check_share(self, "validation_fraction")
+        check_between(self, 1, LONGEST_SHARD, "shard_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,11 +301,13 @@ class PlanConfig:
     """Measured rates (see metrics.jsonl): one, or one per training. They override --measure."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_devices", *["num_images"] * (self.num_images is not None))
-        check_at_least(self, 0, "num_classes")
-        memory, rates = self.memory_gibibytes, self.images_per_second
-        check(memory is None or memory > 0, "memory_gibibytes", memory, "above 0")
-        check(min(rates, default=1) > 0, "images_per_second", rates, "above 0")
+        check_between(self, 1, MOST_ROWS, "num_devices")
+        check_between(self, 0, MOST_ROWS, "num_classes")
+        check_between(self, 1e-3, 1e9, "images_per_second")
+        if self.num_images is not None:
+            check_between(self, 1, 10**12, "num_images")
+        if self.memory_gibibytes is not None:
+            check_between(self, 1e-3, 1e9, "memory_gibibytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +323,7 @@ class DemoConfig:
     """Share of the training steps: 0.25 for a quick look."""
 
     def __post_init__(self) -> None:
-        check(self.budget > 0, "budget", self.budget, "above 0")
+        check_between(self, 1e-3, 1000, "budget")
 
 
 @dataclass(frozen=True, kw_only=True)

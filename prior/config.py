@@ -2,9 +2,21 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from vqvae2.common.config import TrainingConfig, check, check_at_least, may_change
+from vqvae2.common.config import (
+    MOST_CODES,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    TrainingConfig,
+    check,
+    check_between,
+    check_share,
+    may_change,
+)
+
+LONGEST_SIDE = 4096  # rows or columns of codes
+MOST_LEVELS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +41,11 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         fits = self.num_heads >= 1 and self.width >= 1 and self.width % (4 * self.num_heads) == 0
         check(fits, "width", self.width, f"divisible by 4 x num_heads = {4 * self.num_heads}")
-        check_at_least(self, 1, "num_layers")
-        check_at_least(self, 0, "num_condition_layers", "attention_rows")
-        check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        check_between(self, 1, MOST_WIDTH, "width")
+        check_between(self, 1, MOST_LAYERS, "num_layers")
+        check_between(self, 0, MOST_LAYERS, "num_condition_layers")
+        check_between(self, 0, LONGEST_SIDE, "attention_rows")
+        check_share(self, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +74,21 @@ class PixelSNAILConfig:
     def __post_init__(self) -> None:
         width, size, heads = self.width, self.kernel_size, self.num_heads
         check(width >= 2 and width % 2 == 0, "width", width, "an even number")
-        check(size >= 3 and size % 2 == 1, "kernel_size", size, "an odd number from 3 on")
+        check(size in range(3, 256, 2), "kernel_size", size, "an odd number from 3 to 255")
         fits = heads == 0 or (heads > 0 and width // 2 % heads == 0)
         check(fits, "num_heads", heads, f"0, or a divisor of half the width = {width // 2}")
-        check_at_least(self, 1, "residual_channels", "num_blocks", "num_residual_blocks")
-        check_at_least(self, 0, "num_condition_blocks", "num_output_blocks")
-        check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        check_between(self, 1, MOST_WIDTH, "width", "residual_channels")
+        check_between(self, 1, MOST_LAYERS, "num_blocks", "num_residual_blocks")
+        check_between(self, 0, MOST_LAYERS, "num_condition_blocks", "num_output_blocks")
+        check_share(self, "dropout")
+
+
+def check_codes(config: Any) -> None:
+    """`check` that each level's grid and number of codes are possible ones."""
+    for grid in config.grids:
+        fits = len(grid) == 2 and 1 <= min(grid) <= max(grid) <= LONGEST_SIDE
+        check(fits, "grids", config.grids, f"(h, w) from 1 to {LONGEST_SIDE} per level")
+    check_between(config, 1, MOST_CODES, "codebook_sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +104,12 @@ class PriorConfig:
     codes_hash: str = ""  #: content hash of the code dataset that it was trained on
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "level")
+        check_between(self, 0, MOST_LEVELS - 1, "level")
         fits = len(self.grids) == len(self.codebook_sizes) == self.level + 1
         fits = fits and all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids)
         check(fits, "grids", self.grids, f"one (h, w) for each level from 0 to {self.level}")
-        check(min(self.codebook_sizes) >= 1, "codebook_sizes", self.codebook_sizes, "1 or more")
+        check_codes(self)
+        check_share(self, "label_dropout")
         for coarse, fine in zip(self.grids[:-1], self.grids[1:], strict=True):
             fits = all(f % c == 0 for c, f in zip(coarse, fine, strict=True))
             check(fits, "grids", self.grids, "whole multiples of the next coarser grid")
@@ -150,5 +174,4 @@ class TrainPriorConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("label_dropout", "token_corruption"):
-            check(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        check_share(self, "label_dropout", "token_corruption")

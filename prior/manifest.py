@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from prior import shards
+from prior.config import MOST_LEVELS, check_codes
 from prior.shards import REMAKE, ShardRecord, column_name, flat_values
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -54,10 +55,8 @@ class Manifest:
     def __post_init__(self) -> None:
         grids, sizes = self.grids, self.codebook_sizes
         check(len(grids) == len(sizes) >= 1, "grids", grids, "one (h, w) per level")
-        in_range = all(len(grid) == 2 and 1 <= min(grid) <= max(grid) <= 4096 for grid in grids)
-        check(in_range, "grids", grids, "(h, w) from 1 to 4096 per level")
-        in_range = all(1 <= size <= 1 << 24 for size in sizes)
-        check(in_range, "codebook_sizes", sizes, "from 1 to 2^24")
+        check(len(grids) <= MOST_LEVELS, "grids", grids, f"of at most {MOST_LEVELS} levels")
+        check_codes(self)
         check(isinstance(self.versions, dict), "versions", self.versions, "a mapping")
         for split in SPLITS:
             names = [shard.name for shard in self.shards(split)]

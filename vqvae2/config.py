@@ -4,7 +4,23 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqvae2.common.config import TrainingConfig, check, check_at_least, may_change, recipe_only
+from vqvae2.common.config import (
+    MOST,
+    MOST_CODES,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    TrainingConfig,
+    check,
+    check_between,
+    check_share,
+    may_change,
+    recipe_only,
+)
+
+LARGEST_SIDE = 1 << 14  # pixels of an image
+MOST_CHANNELS = 1024  # of an image
+MOST_WORKERS = 1024  # processes or threads
+LONGEST_SHARD = 1 << 24  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +46,12 @@ class PreprocessingConfig:
     def __post_init__(self) -> None:
         sides = len(self.size) in (1, 2) and min(self.size) > 0
         check(sides, "size", self.size, "one positive number, or height and width")
-        check_at_least(self, 1, "channels")
+        check_between(self, 1, LARGEST_SIDE, "size")
+        check_between(self, 1, MOST_CHANNELS, "channels")
+        check_between(self, -1e30, 1e30, "value_range")
         rising = self.value_range[0] < self.value_range[1]
         check(rising, "value_range", self.value_range, "two rising numbers")
-        fraction = self.validation_fraction
-        check(0 <= fraction < 1, "validation_fraction", fraction, "in [0, 1)")
+        check_share(self, "validation_fraction")
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -67,13 +84,14 @@ class QuantizerConfig:
     """Memory for the distances between features and codes that are compared at once."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "beta")
+        check_between(self, 0, 1e6, "beta")
         check(0 < self.decay < 1, "decay", self.decay, "in (0, 1)")
-        threshold = self.revival_threshold
-        check(0 <= threshold < 1, "revival_threshold", threshold, "in [0, 1)")
+        check_share(self, "revival_threshold")
         levels = self.fsq_levels
-        check(min(levels, default=0) >= 2, "fsq_levels", levels, "numbers of at least 2")
-        check(self.search_megabytes > 0, "search_megabytes", self.search_megabytes, "above 0")
+        fits = min(levels, default=0) >= 2 and math.prod(levels) <= MOST_CODES
+        allowed = f"numbers of at least 2, whose product is at most {MOST_CODES:,}"
+        check(fits, "fsq_levels", levels, allowed)
+        check_between(self, 1e-3, 1e6, "search_megabytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +124,19 @@ class VQVAE2Config:
         powers = [stride >= 2 and stride & (stride - 1) == 0 for stride in self.strides]
         fits = bool(powers) and all(powers)
         check(fits, "strides", self.strides, "powers of two from 2 on, one per level")
-        for name, least in (("codebook_sizes", 2), ("code_dims", 1)):
+        for name in ("codebook_sizes", "code_dims"):
             values = getattr(self, name)
             fits = len(values) in (1, self.num_levels)
             check(fits, name, values, f"one number, or one for each of {self.num_levels} levels")
-            check(min(values) >= least, name, values, f"at least {least}")
+        check_between(self, 2, MOST_CODES, "codebook_sizes")
+        check_between(self, 1, MOST_WIDTH, "code_dims")
 
         # The network, and the images that it can take.
         even = self.hidden_channels >= 2 and self.hidden_channels % 2 == 0
         check(even, "hidden_channels", self.hidden_channels, "an even number")
-        check_at_least(self, 1, "residual_channels")
-        check_at_least(self, 0, "num_residual_blocks")
-        check(0 <= self.level_dropout < 1, "level_dropout", self.level_dropout, "in [0, 1)")
+        check_between(self, 1, MOST_WIDTH, "hidden_channels", "residual_channels")
+        check_between(self, 0, MOST_LAYERS, "num_residual_blocks")
+        check_share(self, "level_dropout")
         stride = math.prod(self.strides)
         allowed = f"divisible by {stride}, the product of the strides {self.strides}"
         for name, side in zip(("height", "width"), self.image.height_width, strict=True):
@@ -201,8 +220,8 @@ class DataConfig(ImagesConfig):
     """Streaming: rows in memory, of which the next is taken at random. Shards are shuffled too."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "num_workers")
-        check_at_least(self, 1, "shuffle_buffer")
+        check_between(self, 0, MOST_WORKERS, "num_workers")
+        check_between(self, 1, LONGEST_SHARD, "shuffle_buffer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +245,8 @@ class PrepareConfig:
     """Threads that decode, for each process; 0 for one per core."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "shard_size")
-        check_at_least(self, 0, "num_threads")
+        check_between(self, 1, LONGEST_SHARD, "shard_size")
+        check_between(self, 0, MOST_WORKERS, "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +259,7 @@ class PerceptualConfig:
     """torchvision's VGG weights (.pth or .safetensors); LPIPS if its lin0 to lin4 are there too."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "weight")
+        check_between(self, 0, 1e6, "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +284,13 @@ class DiscriminatorConfig:
     """Halvings of the image before a patch is judged: 3 for patches of 70 pixels, 2 of 34."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "weight")
-        check_at_least(self, 1, "start_step", "num_layers")
+        check_between(self, 0, 1e6, "weight")
+        check_between(self, 1, MOST, "start_step")
+        check_between(self, 1, 16, "num_layers")
+        check_between(self, 1, MOST_WIDTH, "hidden_channels")
+        check_share(self, "adam_betas")
         factor, hidden = self.learning_rate_factor, self.hidden_channels
-        check(factor > 0, "learning_rate_factor", factor, "above 0")
+        check(0 < factor <= 1e6, "learning_rate_factor", factor, "above 0, and at most 1,000,000")
         check(hidden >= 8 and hidden % 8 == 0, "hidden_channels", hidden, "a multiple of 8")
 
 

@@ -7,7 +7,9 @@
 import contextlib
 import difflib
 import json
+import math
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -18,8 +20,17 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_text
 
 T = TypeVar("T")
+MOST = 10**9  # of what is counted, and held nowhere: steps
+MOST_ROWS = 1 << 20  # that are computed together
+MOST_WIDTH = 1 << 16  # features, channels
+MOST_LAYERS = 1000
+MOST_CODES = 1 << 24  # K, of a codebook
+LONGEST_YAML = 1 << 22  # bytes: a second to read
+MOST_YAML, DEEPEST_YAML = 200_000, 50  # values, with what aliases stand for, and their nesting
+YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def may_change(default: Any = MISSING, *, recipe_only: bool = False) -> Any:
@@ -76,26 +87,52 @@ class TrainingConfig:
     """Also log to this tracker, which must be installed."""
 
     def __post_init__(self) -> None:
-        positive = ("num_steps", "batch_size", "gradient_accumulation_steps", "validate_every")
-        check_at_least(self, 1, *positive, "checkpoint_every", "keep_checkpoints", "log_every")
-        check_at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "picture_every")
-        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        decay = self.weight_ema_decay
-        check(0 <= decay < 1, "weight_ema_decay", decay, "at least 0 and below 1")
-        check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
+        every = ("validate_every", "checkpoint_every", "keep_checkpoints", "log_every")
+        check_between(self, 1, MOST, "num_steps", *every)
+        check_between(self, 0, MOST, "warmup_steps", "picture_every")
+        check_between(self, 1, MOST_ROWS, "batch_size", "gradient_accumulation_steps")
+        check_between(self, 0, 1e6, "weight_decay", "max_grad_norm")
+        check(0 < self.learning_rate <= 1e3, "learning_rate", self.learning_rate, "in (0, 1000]")
+        check_share(self, "weight_ema_decay", "adam_betas")
+        check_between(self, 0, 2**32 - 1, "seed")
 
 
 def check(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Unless the condition holds, raise a `UserError`: the key, its value and what is allowed."""
     if not condition:
-        raise UserError(f"{key} is {value!r}, but must be {allowed}.")
+        raise UserError(f"{key} is {shown(value)}, but must be {allowed}.")
 
 
-def check_at_least(config: Any, least: float, *keys: str) -> None:
-    """`check` that each of these fields of a configuration is at least `least`."""
+def check_between(config: Any, least: float, most: float, *keys: str) -> None:
+    """`check` that these fields of a configuration (each number of a tuple) lie in this range."""
     for key in keys:
         value = getattr(config, key)
-        check(value >= least, key, value, f"at least {least}")
+        for number in value if isinstance(value, tuple) else (value,):
+            check(number >= least, key, value, f"at least {least}")
+            check(number <= most, key, value, f"at most {most:,}")
+
+
+def check_share(config: Any, *keys: str) -> None:
+    """`check` that these fields of a configuration (each number of a tuple) lie in [0, 1)."""
+    for key in keys:
+        value = getattr(config, key)
+        numbers = value if isinstance(value, tuple) else (value,)
+        check(all(0 <= number < 1 for number in numbers), key, value, "at least 0 and below 1")
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A number, unless it is so long that Python refuses to write it."""
+        is_short = x.bit_length() < 1000
+        return super().repr_int(x, level) if is_short else f"a number of {x.bit_length()} bits"
+
+
+shown = _Shown().repr
+"""A value as Python writes it, of limited length: for messages about what others wrote."""
 
 
 def expand_paths(config: T, prefix: str = "") -> T:
@@ -141,7 +178,7 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; {suggest(str(key), known)}.")
+            raise UserError(f"{where}: unknown key {shown(key)}; {suggest(key, known)}.")
 
     # Every field takes its value from the data, from its default, or from `missing`.
     values: dict[str, Any] = {}
@@ -150,6 +187,7 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
         if name in data or (is_dataclass(hints[name]) and missing is not MISSING):
             given = data.get(name, {})
             values[name] = _convert(hints[name], given, f"{where}: {name}", missing)
+            check(values[name] != "" or f.default == "", f"{where}: {name}", "", "given")
         elif required and missing is MISSING:
             raise UserError(f"{where}: the key {name!r} is missing; add it.")
         elif required:
@@ -162,10 +200,13 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
         raise UserError(f"{where}: {error}") from None
 
 
-def suggest(word: str, known: Collection[str]) -> str:
-    """'did you mean ...' for a near miss of a known word, else the list of known words."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+def suggest(word: Any, known: Collection[str]) -> str:
+    """'did you mean ...' for a near miss of a known word, else the nearest of the known words."""
+    word = word[:100] if isinstance(word, str) else ""
+    if near := difflib.get_close_matches(word, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    nearest = difflib.get_close_matches(word, known, n=5, cutoff=0)
+    return f"known are {', '.join(nearest)}{', ...' * (len(known) > 5)}"
 
 
 def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
@@ -192,24 +233,58 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
     # Scalars. YAML reads 1e-4 as text; a bool is no number, though Python counts it as an int.
     is_bool = isinstance(value, bool)
     if hint is float and isinstance(value, int | str) and not is_bool:
-        with contextlib.suppress(ValueError):
-            return float(value)
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
     if hint is not Any:
         fits = isinstance(value, hint) and not (hint is int and is_bool)
         check(fits, where, value, f"of type {hint.__name__}")
+    if hint is float:
+        check(math.isfinite(value), where, value, "a finite number")
+    if hint is int:
+        check(abs(value) < 2**63, where, value, "of at most 63 bits")
+    if hint is str:
+        check("\0" not in value, where, value, "a text without zero bytes")
     return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a `UserError` if it is absent, broken or no mapping."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as YAML ({reason}): check the file.") from None
+        text = read_text(path, LONGEST_YAML)
+        _refuse_bombs(text)
+        data = yaml.load(text, YAML_LOADER)  # a safe loader
+    except UserError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a constructor's is a ValueError
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as YAML ({reason:.300}): check the file.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no mapping of keys to values: check the file.")
     return data
+
+
+def _refuse_bombs(text: str) -> None:
+    """Raise a YAMLError for what would take all memory or all of the stack once it is built."""
+    sizes: dict[str, int] = {}  # values in what an anchor names
+    open_nodes: list[list[Any]] = [[None, 0]]  # anchor and size of each collection around
+    for event in yaml.parse(text, YAML_LOADER):
+        size, anchor = 0, None
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([event.anchor, 1])
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise yaml.YAMLError(f"the alias *{event.anchor:.50} stands for nothing before it")
+            size = sizes[event.anchor]
+        if anchor is not None:
+            sizes[anchor] = size
+        open_nodes[-1][1] += size
+        if open_nodes[-1][1] > MOST_YAML or len(open_nodes) > DEEPEST_YAML:
+            most = f"{MOST_YAML:,} values, or {DEEPEST_YAML} levels of them"
+            raise yaml.YAMLError(f"it holds more than {most}")
 
 
 def differences(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vqvae2.common.errors import UserError
 
@@ -21,6 +21,7 @@ FULL = re.compile(
     re.IGNORECASE,
 )
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+LONGEST_TEXT = 1 << 28  # bytes of a file that is read as a whole
 
 
 @contextmanager
@@ -80,10 +81,30 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises a `UserError` for a pipe, a socket or a device, which
+    might be read for ever, and an OSError as `open`."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe, a socket or a device, but must be a file: copy it.")
+    return open(path, "rb")
+
+
+def read_text(path: Path, longest: int = LONGEST_TEXT) -> str:
+    """The text (UTF-8) of a file. Raises as `open_regular`, and a ValueError if it is longer than
+    `longest` bytes, or no text."""
+    with open_regular(path) as file:
+        data = file.read(longest + 1)
+    if len(data) > longest:
+        raise ValueError(f"it has more than {longest:,} bytes")
+    return data.decode()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file, or a `UserError` if it is absent, broken or no mapping."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(read_text(path))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: check the folder's name, or make it with the earlier step."
