@@ -13,6 +13,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from vqvae2.common.errors import UserError
+from vqvae2.data.splits import shorten
 
 Picture = Image.Image | np.ndarray
 """What Pillow holds without loss, or an array (H, W) or (H, W, C) of anything else: more bits,
@@ -37,7 +38,7 @@ class BadImage(UserError):
         super().__init__(f"{source}: {name}: {sentence}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind; without addresses, which vary."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(" at 0x[0-9a-f]+", "", line)
@@ -55,7 +56,10 @@ def readable(name: str, how: str, what_to_do: str = "check the file") -> Iterato
     except UserError:
         raise
     except Exception as error:
-        reason = first_line(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = first_line(cause)
         raise UserError(f"{name} cannot be {how} ({reason}): {what_to_do}.") from error
 
 
@@ -83,7 +87,10 @@ def read_cell(cell: Any) -> Picture:
     path = ""
     if isinstance(cell, dict):
         path = cell.get("path") or ""
-        cell = Path(path) if cell.get("bytes") is None and path else cell.get("bytes")
+        if cell.get("bytes") is None and path:
+            what = f"it names the file {shorten(path)}, but only files below a local table are read"
+            raise UserError(f"{what}: store pictures in the table, or give a list of files (.csv).")
+        cell = cell.get("bytes")
     if isinstance(cell, Path):
         return _decode(cell, cell.suffix.lower())
     if not isinstance(cell, bytes):
