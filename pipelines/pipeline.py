@@ -206,8 +206,9 @@ class VQVAE2Pipeline:
                 del numbers[number]
         places = []
         for label in given:
-            known = label in numbers or not isinstance(label, str)
-            key = label if known else normalize("NFC", label)
+            key = label
+            if isinstance(label, str) and label not in numbers:
+                key = normalize("NFC", label)
             if key not in numbers:
                 allowed = "" if whole else f"a number from 0 to {len(names) - 1}, or "
                 allowed += f"one of {few(names)}" + ", or none" * self.can_hide_labels

@@ -3,6 +3,7 @@ stream of shards in order."""
 
 import contextlib
 import csv
+import glob
 import json
 import logging
 import os
@@ -106,11 +107,16 @@ class ParquetTable:
         self.files = files
         self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
         self.sizes: list[int] = []
+        num_bytes: list[int] = []
         for file in files:
             metadata = _open_parquet(file).metadata
             for number in range(metadata.num_row_groups):
                 self.groups.append((file, number))
                 self.sizes.append(metadata.row_group(number).num_rows)
+                num_bytes.append(metadata.row_group(number).total_byte_size)
+        if sum(num_bytes) > ROWS_BYTES and max(num_bytes) > ROWS_BYTES >> 4:
+            text = "%s: slow, as single rows lie in groups of %d MiB: run vqvae2 prepare first."
+            logger.info(text, files[0], max(num_bytes) >> 20)
         self.features = features_of(_open_parquet(files[0]).schema_arrow)
 
     def __getitem__(self, column: str) -> list[Any]:
@@ -155,6 +161,18 @@ class ParquetColumn:
             self.read[number] = rows  # the group used last is the last to go
         first = self.ends[number] - len(rows)
         return _find_cell(rows[self.column][index - first].as_py(), file.parent)
+
+
+def load_parquet(files: Sequence[Path], num_bytes: int) -> Any:
+    """Parquet files as a table of `datasets`: in memory, or, if they are too large for that, from
+    its cache on the disk, into which they are copied."""
+    import datasets
+    import pyarrow as pa
+
+    if num_bytes > ROWS_BYTES:
+        names = [glob.escape(str(file)) for file in files]
+        return datasets.load_dataset("parquet", data_files=names, split="train")
+    return datasets.Dataset(pa.concat_tables([_open_parquet(file).read() for file in files]))
 
 
 def _open_parquet(file: Path) -> Any:
@@ -233,7 +251,7 @@ class ImageTable:
         else:
             class_names = train.class_names
             numbers = {name: number for number, name in enumerate(class_names)}
-        found = [splits.find_class(name, numbers) for name in self.class_names]
+        found: list[Any] = [splits.find_class(name, numbers) for name in self.class_names]
         if self.labels is not None and class_names and None not in found:
             return replace(self, labels=[found[i] for i in self.labels], class_names=class_names)
         if class_names:
@@ -664,7 +682,7 @@ def _open_metadata(
             raise
         logger.info("%s: %s is not used: %s", root, name, error)
         return None
-    names = [name for table in listed if table is not None for name in table.ids]
+    names = [name for table in listed if isinstance(table, ImageTable) for name in table.ids]
     for other in names:
         if os.path.isabs(other) or {"..", "~"} & {*Path(other).parts}:
             what = f"{paths[0]} names {shorten(other)}, which lies outside of its folder"

@@ -117,7 +117,7 @@ def number_classes(
     """
     # The first value that is no class. (-1 is the Hub's mark of a row without one.)
     kind = type(values[0]) if values and type(values[0]) in (bool, int, str) else str
-    found = {value for value in values if type(value) is kind and value != ""}
+    found: set[Any] = {value for value in values if type(value) is kind and value != ""}
     numbers = whole_numbers(map(str, found)) if kind is not bool else None
     bad = [value for value in values if type(value) is not kind or value == ""]
     if names is not None and kind is int:
