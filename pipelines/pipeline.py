@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from vqvae2.common.files import read_json, write_json
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, read_record, versions
+from vqvae2.data.splits import few, shorten, whole_numbers
 from vqvae2.model import VQVAE2
 
 INDEX_NAME = "model_index.json"
@@ -192,17 +194,30 @@ class VQVAE2Pipeline:
         given = [labels] if isinstance(labels, int | str) else [] if labels is None else [*labels]
         names = self.class_names
         if given and not names:
-            raise UserError(f"labels are {given}, but the priors have no classes: leave them out.")
+            what = f"labels are {few(given)}, but the priors have no classes"
+            raise UserError(f"{what}: leave them out.")
+
+        # A number is a place; but a name where all names are numbers, and nothing where it is both.
+        whole = whole_numbers(names)
         numbers: dict[Any, int] = {"none": len(names)} if self.can_hide_labels else {}
-        for number in range(len(names)):
-            numbers |= {number: number, str(number): number}
-        numbers |= {name: number for number, name in enumerate(names)}  # a name before a number
+        for place, name in enumerate(names):
+            number = place if whole is None else whole[place]
+            numbers |= {number: place, str(number): place, normalize("NFC", name): place}
+        numbers |= {name: place for place, name in enumerate(names)}
+        for number in list(numbers) if whole is None else ():
+            if isinstance(number, int) and numbers[str(number)] != number:
+                del numbers[number]
+        places = []
         for label in given:
-            if label not in numbers:
-                allowed = f"a number from 0 to {len(names) - 1}, or one of {', '.join(names)}"
-                allowed += ", or none" * self.can_hide_labels
-                raise UserError(f"label {label!r} is unknown: give {allowed}.")
-        return [numbers[label] for label in given] or list(range(len(names)))
+            key = label
+            if isinstance(label, str) and label not in numbers:
+                key = normalize("NFC", label)
+            if key not in numbers:
+                allowed = "" if whole else f"a number from 0 to {len(names) - 1}, or "
+                allowed += f"one of {few(names)}" + ", or none" * self.can_hide_labels
+                raise UserError(f"label {shorten(label)} names no class, or two: give {allowed}.")
+            places.append(numbers[key])
+        return places or list(range(len(names)))
 
     def samplings(self, **settings: Any) -> list[SamplingConfig]:
         """One configuration per level, of settings that are one value or one per level; None, or

@@ -159,6 +159,31 @@ def test_labels_are_names_or_numbers(pipeline: VQVAE2Pipeline) -> None:
             pipeline.label_numbers(wrong)
 
 
+@pytest.mark.parametrize(
+    ("names", "label", "expected"),
+    [
+        (["0", "1", "10", "2"], 2, 3),  # as older artifacts sort them
+        (["1", "2", "3"], 1, 0),
+        (["1", "2", "3"], 0, None),
+        (["007", "8"], "7", 0),
+        (["3", "a", "b", "c"], 3, None),  # a name, and another's place
+        (["3", "a", "b", "c"], 1, 1),
+        (["cafe\u0301", "th\xe9"], "caf\xe9", 0),
+        ([str(i) + "x" for i in range(9999)], "y", None),
+    ],
+)
+def test_a_label_has_one_meaning(
+    names: list[str], label: int | str, expected: int | None, pipeline: VQVAE2Pipeline
+) -> None:
+    with mock.patch.object(VQVAE2Pipeline, "class_names", names):
+        if expected is not None:
+            assert pipeline.label_numbers(label) == [expected]
+            return
+        with pytest.raises(UserError, match="names no class, or two") as error:
+            pipeline.label_numbers(label)
+        assert len(str(error.value)) < 200
+
+
 def test_weights_that_are_no_numbers_are_a_sentence(pipeline: VQVAE2Pipeline) -> None:
     top = pipeline.priors[0].config
     facts = {field.name: getattr(top, field.name) for field in dataclasses.fields(PriorConfig)}

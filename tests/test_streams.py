@@ -167,7 +167,7 @@ def test_held_out_labels_of_a_stream_are_its_numbers(photos: Path, tmp_path: Pat
     unlabelled = numbered_tars(tmp_path / "y", shards=1, rows=2, labelled=False)
     for other, message in (
         (unlabelled, "y has no label, but the first has one"),
-        (photos, "has numbers"),
+        (photos, "photos has no label"),
     ):
         with pytest.raises(UserError, match=message):
             find_parts(replace(data, validation_path=str(other)), GREY, 10)

@@ -188,7 +188,8 @@ class ImagesConfig:
     image_column: str | None = None
     """The column of images in a table or list, if it cannot be guessed."""
     label_column: str | None = None
-    """The column of classes in a table or list, if it is not named label."""
+    """The column of classes in a table or list, if it is not named label; none leaves all labels
+    alone, those of folders and tar shards too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from vqvae2.common.errors import UserError
+from vqvae2.data.splits import shorten
 
 Picture = Image.Image | np.ndarray
 """What Pillow holds without loss, or an array (H, W) or (H, W, C) of anything else: more bits,
@@ -47,7 +48,7 @@ class BadImage(UserError):
         super().__init__(f"{source}: {name}: {sentence}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind; without addresses, which vary."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(" at 0x[0-9a-f]+", "", line)
@@ -65,7 +66,10 @@ def readable(name: str, how: str, what_to_do: str = "check the file") -> Iterato
     except UserError:
         raise
     except Exception as error:
-        reason = first_line(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = first_line(cause)
         raise UserError(f"{name} cannot be {how} ({reason}): {what_to_do}.") from error
 
 
@@ -95,7 +99,10 @@ def read_cell(cell: Any) -> Picture:
     path = ""
     if isinstance(cell, dict):
         path = cell.get("path") or ""
-        cell = Path(path) if cell.get("bytes") is None and path else cell.get("bytes")
+        if cell.get("bytes") is None and path:
+            what = f"it names the file {shorten(path)}, but only files below a local table are read"
+            raise UserError(f"{what}: store pictures in the table, or give a list of files (.csv).")
+        cell = cell.get("bytes")
     if isinstance(cell, Path):
         if not stat.S_ISREG(cell.stat().st_mode):  # opening a pipe or a device may never end
             raise UserError("it is a folder, a pipe or a device, no file: remove it.")

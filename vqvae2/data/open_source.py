@@ -1,17 +1,24 @@
 """From a path, a pattern, a Hub id or Python data to images: a table of rows in any order, or a
 stream of shards in order."""
 
+import contextlib
 import csv
+import glob
 import json
 import logging
 import os
 import re
+import stat
+import threading
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from fnmatch import filter as matching
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from PIL import ImageColor
@@ -22,7 +29,17 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import splits
 from vqvae2.data.decoding import PICTURE_SUFFIXES, mark_cell, readable
-from vqvae2.data.stream import ImageStream, StreamRow, find_columns, row_ids, shard_stem
+from vqvae2.data.splits import few, shorten
+from vqvae2.data.stream import (
+    NO_LABELS,
+    ImageStream,
+    StreamRow,
+    features_of,
+    find_columns,
+    is_junk,
+    row_ids,
+    shard_stem,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +52,13 @@ KINDS = (
 )
 PREPARED, UNFINISHED = "prepared.json", "prepare_config.yaml"  # what vqvae2 prepare leaves
 SAVED = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
-METADATA = ("metadata.csv", "metadata.jsonl")  # what `datasets` reads beside pictures
-FILE_COLUMNS = ("path", "file_name", "file", "image", "filename")
-JUNK = {"__MACOSX", "lost+found", "System Volume Information"}  # folders that nobody made
-MOST_NAMES = 10**6  # that a pattern stands for
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets`', beside pictures
+FILE_COLUMNS = ("path", "file_name", "file", "image", "filename", "image_file_name")
+LISTS = {".txt", ".csv", ".tsv", ".jsonl"}
 MAX_STRAY = 10  # pictures beside shards that are a banner; more are a dataset of their own
 MAX_HELD_OUT = 1024  # images of a stream that are held in memory to validate on
+MAX_SHARDS = 1_000_000  # that a pattern may stand for
+ROWS_BYTES = 1 << 30  # of a Parquet table that stay in memory
 PATTERN = re.compile(r"[*?\[\]{}]")
 
 
@@ -72,12 +90,108 @@ class TableColumn:
 
     table: Any
     column: str
+    folder: Path | None
+    """Where the table lies, if it is the user's own."""
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.table[index][self.column]
+    def __getitem__(self, index: int) -> Any:
+        return _find_cell(self.table[index][self.column], self.folder)
+
+
+class ParquetTable:
+    """Parquet files that are read where they lie, without a copy elsewhere."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
+        self.sizes: list[int] = []
+        num_bytes: list[int] = []
+        for file in files:
+            metadata = _open_parquet(file).metadata
+            for number in range(metadata.num_row_groups):
+                self.groups.append((file, number))
+                self.sizes.append(metadata.row_group(number).num_rows)
+                num_bytes.append(metadata.row_group(number).total_byte_size)
+        if sum(num_bytes) > ROWS_BYTES and max(num_bytes) > ROWS_BYTES >> 4:
+            text = "%s: slow, as single rows lie in groups of %d MiB: run vqvae2 prepare first."
+            logger.info(text, files[0], max(num_bytes) >> 20)
+        self.features = features_of(_open_parquet(files[0]).schema_arrow)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        tables = [_open_parquet(file).read([column], use_threads=False) for file in self.files]
+        return [value for table in tables for value in table[column].to_pylist()]
+
+    def ids(self) -> list[str]:
+        """Names for the rows, of shard and row."""
+        numbers = dict.fromkeys(self.files, 0)
+        for (file, _), size in zip(self.groups, self.sizes, strict=True):
+            numbers[file] += size
+        return [name for file, number in numbers.items() for name in row_ids(file.name, number)]
+
+
+class ParquetColumn:
+    """A column of Parquet files, row by row: the row groups read last stay in memory."""
+
+    def __init__(self, table: ParquetTable, column: str) -> None:
+        self.groups, self.column = table.groups, column
+        self.ends = list(accumulate(table.sizes))
+        self.read: dict[int, Any] = {}
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:  # another process reads for itself
+        return ParquetColumn, (ParquetTable(list(dict(self.groups))), self.column)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        number = bisect_right(self.ends, index)
+        file, group = self.groups[number]
+        with self.lock:
+            rows = self.read.pop(number, None)
+            if rows is None:
+                with readable(str(file), "read", "restore it"):
+                    opened = _open_parquet(file)
+                    rows = opened.read_row_group(group, [self.column], use_threads=False)
+                kept = sum(other.nbytes for other in self.read.values())
+                while self.read and kept + rows.nbytes > ROWS_BYTES:
+                    kept -= self.read.pop(next(iter(self.read))).nbytes
+            self.read[number] = rows  # the group used last is the last to go
+        first = self.ends[number] - len(rows)
+        return _find_cell(rows[self.column][index - first].as_py(), file.parent)
+
+
+def load_parquet(files: Sequence[Path], num_bytes: int) -> Any:
+    """Parquet files as a table of `datasets`: in memory, or, if they are too large for that, from
+    its cache on the disk, into which they are copied."""
+    import datasets
+    import pyarrow as pa
+
+    if num_bytes > ROWS_BYTES:
+        names = [glob.escape(str(file)) for file in files]
+        return datasets.load_dataset("parquet", data_files=names, split="train")
+    return datasets.Dataset(pa.concat_tables([_open_parquet(file).read() for file in files]))
+
+
+def _open_parquet(file: Path) -> Any:
+    """Through an open file, since pyarrow and fsspec see more in a path than a path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(pa.OSFile(str(file)))
+
+
+def _find_cell(cell: Any, folder: Path | None) -> Any:
+    """A cell that names a file below its table's folder as that file. (Others are refused when
+    they are read: a stranger's table must not show the files of this machine.)"""
+    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path") and folder:
+        with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
+            file = (folder / cell["path"]).resolve()
+            if file.is_relative_to(folder.resolve()) and _is_regular(file):
+                return folder / cell["path"]
+    return cell
 
 
 @dataclass(frozen=True)
@@ -129,22 +243,22 @@ class ImageTable:
         )
 
     def with_classes_of(self, train: "ImageTable | ImageStream") -> "ImageTable":
-        """This table with its labels numbered as in the training images.
-
-        Raises UserError: it has other classes, or none where the training images have some."""
+        """This table with its labels numbered as in the training images; without labels, saying
+        so, where those have other classes."""
         if isinstance(train, ImageStream):  # its classes are numbers
-            class_names, expected = self.class_names, "numbers"
-            numbers = {name: int(name) for name in class_names if name.isdecimal()}
-        elif train.labels is None:
-            return replace(self, labels=None, class_names=())
+            class_names = tuple(name for name in self.class_names if name.isdecimal())
+            numbers = {name: int(name) for name in class_names}
         else:
-            class_names, expected = train.class_names, str(list(train.class_names))
+            class_names = train.class_names
             numbers = {name: number for number, name in enumerate(class_names)}
-        if not set(self.class_names) <= set(numbers) or (class_names and not self.labelled):
-            what = f"{self.name} has the classes {list(self.class_names)}, but {train.name} has"
-            raise UserError(f"{what} {expected}: give held-out images the training's classes.")
-        labels = self.labels and [numbers[self.class_names[label]] for label in self.labels]
-        return replace(self, labels=labels, class_names=class_names)
+        found: list[Any] = [splits.find_class(name, numbers) for name in self.class_names]
+        if self.labels is not None and class_names and None not in found:
+            return replace(self, labels=[found[i] for i in self.labels], class_names=class_names)
+        if class_names:
+            own = f"has the classes {few(self.class_names)}" if self.labelled else "has none"
+            text = "%s: held out without labels: it %s; the training's are %s."
+            logger.info(text, self.name, own, few(class_names))
+        return replace(self, labels=None, class_names=())
 
 
 class Sources(NamedTuple):
@@ -182,12 +296,20 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
             shared = train.files[for_sure.index(False)]
             raise UserError(f"{shared} is held out, but would be trained on too: keep them apart.")
 
+    if data.label_column == NO_LABELS:
+        train, held_out = _without_labels(train), _without_labels(held_out)
+
     # Beside a table the held-out images are one too, with their classes numbered alike.
     if isinstance(train, ImageTable) and isinstance(held_out, ImageStream):
         held_out = first_rows(held_out, held_out.all_rows())
     elif isinstance(held_out, ImageTable):
         held_out = held_out.with_classes_of(train)
     return Sources(train, held_out)
+
+
+def _without_labels(table: Any) -> Any:
+    is_table = isinstance(table, ImageTable)
+    return replace(table, labels=None, class_names=()) if is_table else table
 
 
 def load_table(data: ImagesConfig, config: PreprocessingConfig) -> ImageTable:
@@ -233,27 +355,29 @@ def make_table(
     Raises:
         UserError: a name occurs twice, a row has no class, or no row trains.
     """
+    splits.check_names(ids, name)
     splits.check_names(map(os.path.normpath, ids), name)
     numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
     table = ImageTable(name, ids, cells, numbers, class_names, files)
-    train = [i for i, split in enumerate(row_splits) if split == "train"]
-    if len(train) == len(row_splits):
+    trains = [splits.split_of(str(split)) == "train" for split in row_splits]
+    if all(trains):
         return Sources(table, None)
-    if not train:
+    if not any(trains):
         raise UserError(f"{name}: no row has the split 'train': give some.")
-    held_out = [i for i, split in enumerate(row_splits) if split != "train"]
+    train = [i for i, is_train in enumerate(trains) if is_train]
+    held_out = [i for i, is_train in enumerate(trains) if not is_train]
     return Sources(table.choose(train), table.choose(held_out))
 
 
 def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     """What one path names, with the source's own split."""
     # Names that are not local: URLs are streamed; a Hub dataset is downloaded, or streamed.
-    local = Path(path).expanduser()
+    local = find_file(Path(os.path.expanduser(path)), {})
     is_pattern = PATTERN.search(path) is not None and not local.exists()
     is_hub_id = not (local.exists() or is_pattern or looks_like_path(path) or "://" in path)
     if "://" in path or (is_hub_id and data.streaming):
         url = f"hf://datasets/{path}/**/*.parquet" if is_hub_id else path
-        return _open_stream(path, _expand(url), data)
+        return _open_stream(path, _expand_url(url), data)
     if is_hub_id:
         return _open_tables(path, [], data)
 
@@ -268,15 +392,16 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
         if (local / UNFINISHED).exists():
             raise UserError(f"{path} holds unfinished prepared images: run vqvae2 prepare again.")
     if local.is_dir():
-        files = _find_shards(local)
+        files = _find_shards(local, data)
         if not files and not data.streaming:
             return _open_folder(local, data)
     elif is_pattern:
-        files = list(map(Path, _expand(path)))
+        files = _expand(local)
     elif local.is_file():
         files = [local]
     else:
-        raise UserError(f"{path} does not exist: check data.path ({KINDS}).")
+        what = f"{path} {'is no regular file' if local.exists() else 'does not exist'}"
+        raise UserError(f"{what}: check data.path ({KINDS}).")
 
     # Files, by their suffix.
     suffixes = {file.suffix for file in files}
@@ -284,8 +409,8 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
         return _open_stream(path, list(map(str, files)), data)
     if suffixes in ({".parquet"}, {".arrow"}):
         return _open_tables(path, files, data)
-    if suffixes <= {".txt", ".csv", ".tsv", ".jsonl"} and len(files) == 1:
-        return _open_list(files[0], data)
+    if suffixes <= LISTS and len(files) == 1:
+        return _open_list(files, files[0].parent, data)
     if suffixes <= {".npy", ".npz"} and len(files) == 1:
         return _open_array_file(files[0], channels)
     raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")
@@ -314,53 +439,136 @@ def _open_stream(path: str, urls: Sequence[str], data: ImagesConfig) -> Sources:
     return Sources(*streams)
 
 
-def _expand(pattern: str) -> list[str]:
-    """The files or URLs of a pattern with *, ?, [...] or {000..127}, in order of their names."""
+def _expand_url(pattern: str) -> list[str]:
+    """The URLs of a pattern with *, ?, [...] or {000..127}, in order of their names."""
     import fsspec
 
     with readable(pattern, "listed", "check data.path"):
         system, _, names = fsspec.get_fs_token_paths(expand_ranges(pattern))
-    names = list(dict.fromkeys(names))
-    if "://" in pattern:
-        return [system.unstrip_protocol(name) for name in names]
-    for name in names or [pattern]:
-        if not os.path.isfile(name):
-            raise UserError(f"{pattern}: {name} does not exist: check data.path.")
-    return names
+    return [system.unstrip_protocol(name) for name in dict.fromkeys(names)]
+
+
+def _expand(pattern: Path) -> list[Path]:
+    """The same for files. What exists as it is written is no pattern."""
+    folder = next(parent for parent in pattern.parents if parent.exists())
+    found: list[Path] = []
+    for name in expand_ranges(str(pattern.relative_to(folder))):
+        matches = sorted(_matches(folder, Path(name).parts), key=str)
+        found += matches or ([] if PATTERN.search(name) else [folder / name])
+    for file in found or [pattern]:
+        if not file.is_file():
+            raise UserError(f"{pattern}: {file} is no file that exists: check data.path.")
+    return list(dict.fromkeys(found))
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """The files below a folder that a pattern names, part by part."""
+    if not parts or not folder.is_dir():
+        yield from () if parts else (folder,)
+        return
+    first, rest = parts[0], parts[1:]
+    if (folder / first).exists():
+        yield from _matches(folder / first, rest)
+    elif first == "**":
+        yield from _matches(folder, rest)
+        for path in _entries(folder):
+            yield from _matches(path, parts if not path.is_symlink() else ("",) * len(parts))
+    elif PATTERN.search(first):
+        for name in matching([path.name for path in _entries(folder)], first):
+            yield from _matches(folder / name, rest)
 
 
 def expand_ranges(pattern: str) -> list[str]:
-    """A pattern with {000..127} as the 128 names that it stands for; without one, itself."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    endings = expand_ranges(pattern[found.end() :])
-    if max(len(first), len(last)) > 18 or (int(last) - int(first) + 1) * len(endings) > MOST_NAMES:
-        raise UserError(f"{pattern} stands for more than {MOST_NAMES:,} names: check its numbers.")
-    names: list[str] = []
-    for number in range(int(first), int(last) + 1):
-        start = pattern[: found.start()] + str(number).zfill(len(first))
-        names += [start + ending for ending in endings]
+    """A pattern with {000..127} as the 128 names that it stands for; without one, itself.
+
+    Raises UserError: it stands for more than `MAX_SHARDS`."""
+    pieces = re.split(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
+    names = [pieces[0]]
+    for first, last, after in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        numbers = range(int(first), int(last) + 1)
+        if len(names) * len(numbers) > MAX_SHARDS:
+            what = f"{shorten(pattern)} stands for more than {MAX_SHARDS:,} files"
+            raise UserError(f"{what}: give smaller ranges.")
+        digits = [str(number).zfill(len(first)) for number in numbers]
+        names = [name + number + after for name in names for number in digits]
     return names
 
 
-def _find_shards(folder: Path) -> list[Path]:
+def find_file(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
+    """The file of this name; or the one whose name differs in how its accents are composed.
+
+    Args:
+        listings: the folders that were read by then, for the next call.
+    """
+    if os.path.exists(path) or path.parent == path or len(path.parts) > 100:
+        return path
+    parent = find_file(path.parent, listings)
+    if parent not in listings:
+        names = os.listdir(parent) if os.path.isdir(parent) else []
+        listings[parent] = {normalize("NFC", name): name for name in names}
+    return parent / listings[parent].get(normalize("NFC", path.name), path.name)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, but for what nobody made. Raises OSError: it cannot be read."""
+    return sorted(folder / name for name in os.listdir(folder) if not is_junk(name))
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether a file can be read to its end; others are named, but for folders. (So can a broken
+    link, which is named as unreadable.)"""
+    if path.is_file() or not path.exists():
+        return True
+    if not path.is_dir():
+        logger.info("%s is not used: it is no regular file.", path)
+    return False
+
+
+def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
     """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits).
 
     Raises UserError: there are such, and pictures beside them."""
-    for suffix in ("parquet", "arrow", "tar", "tar.gz"):
-        shards = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*/*.{suffix}")])
-        stray = list(islice(_pictures_below(folder), MAX_STRAY + 1)) if shards else []
-        if len(stray) > MAX_STRAY:
-            what = f"{folder} holds pictures and {shards[0].relative_to(folder)}"
-            raise UserError(f"{what}: move one kind out, or name the files of one by a pattern.")
-        if stray:
-            name = stray[0].relative_to(folder)
-            logger.info("%s: pictures beside shards, such as %s, are not used.", folder, name)
-        if shards:
-            return shards
-    return []
+    # By kind. Tables without pictures are notes, where there is something else.
+    files: list[Path] = []
+    for entry in _entries(folder):
+        files += _entries(entry) if entry.is_dir() else [entry]
+    files = [file for file in sorted(files) if file.name not in METADATA]
+    kinds: dict[str, list[Path]] = {}
+    for kind in ("parquet", "arrow", "tar", "tar.gz"):
+        named = [file for file in files if file.name.endswith(f".{kind}")]
+        if shards := list(filter(_is_regular, named)):
+            kinds[kind] = shards
+    pictures = islice(_files_below(folder), MAX_STRAY + 1) if kinds else ()
+    stray = [path for path in pictures if path.name not in METADATA]
+    notes: list[Path] = []
+    if stray or len(kinds) > 1:
+        tables = kinds.pop("parquet", [])
+        kept = [table for table in tables if _holds_pictures(table, data)]
+        notes = sorted({*tables} - {*kept})
+        kinds = ({"parquet": kept} if kept else {}) | kinds
+    if not kinds:
+        return []
+
+    # One kind alone is used.
+    shards, *others = kinds.values()
+    if len(stray) > MAX_STRAY:
+        what = f"{folder} holds pictures and {shards[0].relative_to(folder)}"
+        raise UserError(f"{what}: move one kind out, or name the files of one by a pattern.")
+    for unused in (stray, notes, *others):
+        if unused:
+            name, beside = unused[0].relative_to(folder), shards[0].name
+            logger.info("%s: files beside %s, such as %s, are not used.", folder, beside, name)
+    return shards
+
+
+def _holds_pictures(table: Path, data: ImagesConfig) -> bool:
+    with readable(str(table), "read as Parquet"):
+        features = features_of(_open_parquet(table).schema_arrow)
+    try:
+        find_columns(features, str(table), replace(data, label_column=NO_LABELS))
+    except UserError:
+        return False
+    return True
 
 
 # Picture files
@@ -368,92 +576,194 @@ def _find_shards(folder: Path) -> list[Path]:
 
 def _open_folder(root: Path, data: ImagesConfig) -> Sources:
     """Pictures with class folders or without, or with train/ and validation/ or test/ in it."""
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    folders = [name for name in folders if not _is_junk(name)]
-    if "train" not in map(splits.split_of, folders):
-        return _open_pictures(root, data)
-    if not all(map(splits.split_of, folders)):
-        what = f"{root} holds the folders {', '.join(folders)}, of which 'train' is no class"
+    # Are its folders splits? In any case where train is one, and in seg_train/ and seg_test/.
+    folders = [entry.name for entry in _entries(root) if entry.is_dir()]
+    exact = "train" in map(splits.split_of, folders)
+    word_of = splits.split_of if exact else splits.loose_split_of
+    words = set(map(word_of, folders))
+    if "train" not in words or not (exact or words & {"validation", "test"}):
+        inner = _inner_folder(root)
+        return _open_pictures(root, data) if inner is None else _open_folder(inner, data)
+    if None in words or (not exact and len(words) < len(folders)):
+        name = next(name for name in folders if word_of(name) == "train")
+        what = f"{root} holds the folders {few(folders)}, of which {name!r} is no class"
         raise UserError(f"{what}: name it as data.path, and another as data.validation_path.")
-    train, held_out = splits.pick_splits(folders, str(root))
+
+    # A metadata file beside them names the pictures of all, else each is opened alone.
+    beside = [root / name for name in METADATA if (root / name).is_file()]
+    if (listed := _open_metadata(root, beside, [], data)) is not None:
+        return listed
+    train, held_out = splits.pick_splits(folders, str(root), word_of)
     table = _open_pictures(root / train, data).train
     return Sources(table, _open_pictures(root / held_out, data).train if held_out else None)
 
 
+def _inner_folder(root: Path) -> Path | None:
+    """The one folder that wraps all others, as archives have it: nothing else is in `root`."""
+    entries = [entry for entry in _entries(root) if entry.is_dir() or _is_used(entry.name)]
+    if len(entries) != 1 or not entries[0].is_dir() or entries[0].is_symlink():
+        return None
+    within = [entry for entry in _entries(entries[0]) if entry.is_dir() or _is_used(entry.name)]
+    if not within or not all(entry.is_dir() for entry in within):
+        return None
+    logger.info("%s: its one folder, %s, is opened instead.", root, entries[0].name)
+    return entries[0]
+
+
 def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
-    """All pictures below a folder; a metadata file, or the first folders, may name classes."""
-    by_name = {path.relative_to(root).as_posix(): path for path in _pictures_below(root)}
-    ids = sorted(by_name)
+    """All pictures below a folder; metadata files, or the first folders, may name classes."""
+    # Pictures, and what lists them.
+    while (inner := _inner_folder(root)) is not None:
+        root = inner
+    by_name = {path.relative_to(root).as_posix(): path for path in _files_below(root)}
+    ids = sorted(name for name, path in by_name.items() if path.name not in METADATA)
     if not ids:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise UserError(f"{root} holds no image ({suffixes}): check the folder.")
-    metadata = next((root / name for name in METADATA if (root / name).is_file()), None)
-    if metadata is not None:
-        listed = _open_list(metadata, data)
-        number = len(ids) - sum(len(table) for table in listed if table is not None)
-        if number > 0:
-            logger.info("%s: %d pictures are not in it, and not used.", metadata, number)
+    metadata = [path for path in by_name.values() if path.name in METADATA]
+    if (listed := _open_metadata(root, metadata, ids, data)) is not None:
         return listed
+
+    # Class folders.
     loose = [name for name in ids if "/" not in name]
     if loose and len(loose) < len(ids):
         logger.info("%s: no classes, because %s lies in no class folder.", root, loose[0])
-    labels = None if loose else ([name.split("/")[0] for name in ids], str(root), None)
+    labels = None
+    if not loose and data.label_column != NO_LABELS:
+        labels = [name.split("/")[0] for name in ids], str(root), None
+        numbers = splits.whole_numbers(set(labels[0])) or [1]
+        if len(numbers) > 1 and not any(number % 1000 for number in numbers):
+            text = "%s: are the folders %s classes? (If not: --data.label-column none.)"
+            logger.info(text, root, few(sorted(set(labels[0]))))
     files = [by_name[name] for name in ids]
     return make_table(str(root), ids, files, labels=labels, files=files)
 
 
-def _is_junk(name: str) -> bool:
-    return name.startswith((".", "@", "$")) or name in JUNK
+def _is_used(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES or name in METADATA
 
 
-def _pictures_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All picture files, through links too, but not into a folder that holds the present one."""
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All picture and metadata files, through links too, but not into a folder that holds the
+    present one. Raises OSError: a folder cannot be read."""
     above |= {os.path.realpath(folder)}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _is_junk(entry.name):
+            if is_junk(entry.name):
                 continue
             if entry.is_dir():
                 if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
-                    yield from _pictures_below(Path(entry.path), above)
-            elif Path(entry.name).suffix.lower() not in PICTURE_SUFFIXES:
-                continue
-            else:  # a broken link or a pipe is named when it is read
+                    yield from _files_below(Path(entry.path), above)
+            elif _is_used(entry.name) and (entry.is_file() or _is_regular(Path(entry.path))):
                 yield Path(entry.path)
 
 
-def _open_list(path: Path, data: ImagesConfig) -> Sources:
-    """A list of picture files, relative to its own folder: a path a line (.txt), or with the
-    columns path, label and split. Rows whose split is not train are held out."""
-    # Rows, by the file's suffix.
-    with (
-        readable(str(path), "read as a list"),
-        open(path, encoding="utf-8-sig", newline="") as file,
-    ):
-        lines = (line for line in file if line.strip())
-        if path.suffix == ".txt":
-            rows = [{"path": line.strip()} for line in lines]
-        elif path.suffix == ".jsonl":
-            rows = list(map(json.loads, lines))
+# Lists
+
+
+def _open_metadata(
+    root: Path, found: Iterable[Path], ids: Sequence[str], data: ImagesConfig
+) -> Sources | None:
+    """What the metadata file of a folder lists; or that of folders of splits (then there are no
+    `ids`), or those of its folders together, if they give a class to every picture."""
+    # One for each folder.
+    by_folder = {path.parent: path for path in sorted(found, key=str, reverse=True)}
+    own = by_folder.get(root) if ids else None
+    paths = [own] if own is not None else sorted(by_folder.values())
+    if not paths:
+        return None
+
+    # The folder's own is used in any case.
+    name = paths[0].relative_to(root)
+    try:
+        listed = _open_list(paths, root, data)
+    except UserError as error:
+        if own is not None:
+            raise
+        logger.info("%s: %s is not used: %s", root, name, error)
+        return None
+    names = [name for table in listed if isinstance(table, ImageTable) for name in table.ids]
+    for other in names:
+        if os.path.isabs(other) or {"..", "~"} & {*Path(other).parts}:
+            what = f"{paths[0]} names {shorten(other)}, which lies outside of its folder"
+            raise UserError(f"{what}: give the list itself as data.path, if it is yours.")
+    number = len(ids) - len(names)
+    if own is not None and number > 0:
+        logger.info("%s: %d pictures are not in it, and not used.", own, number)
+    elif own is None and (number > 0 or not listed.train.labelled):
+        logger.info("%s: %s is not used: it does not give each picture a class.", root, name)
+        return None
+    return listed
+
+
+def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources:
+    """Lists of picture files, each relative to its own folder (`root`, or one below): a path a line
+    (.txt), or with the columns path, label and split. Rows whose split is not train are held out.
+    """
+    # Rows.
+    ids: list[str] = []
+    values: list[Any] = []
+    row_splits: list[Any] = []
+    listings: dict[Path, dict[str, str]] = {}
+    files: list[Path] = []
+    for path in paths:
+        rows = _read_rows(path)
+        image, label = find_columns(rows[0], str(path), data, FILE_COLUMNS)
+        for column in (image, label):
+            if column is not None and any(row.get(column) is None for row in rows):
+                raise UserError(f"{path}: a row has no {column!r}, but others have: fill it in.")
+        for row in rows:
+            file = find_file(path.parent / os.path.expanduser(str(row[image])), listings)
+            if fault := _fault_of(file):
+                what = f"{path} names {shorten(str(row[image]))}, which {fault}"
+                raise UserError(f"{what}: paths start at the list.")
+            files.append(file)
+            prefix = "" if path.parent == root else f"{path.parent.relative_to(root).as_posix()}/"
+            ids.append(prefix + str(row[image]))
+            values.append(row[label] if label else None)
+            row_splits.append(row.get("split", "train"))
+
+    # A table of them.
+    name = str(paths[0] if len(paths) == 1 else root)
+    source = f"{name}: the column {label!r}"
+    labels = (values, source, None) if any(value is not None for value in values) else None
+    return make_table(name, ids, files, labels=labels, row_splits=row_splits, files=files)
+
+
+def _fault_of(file: Path) -> str | None:
+    """What is wrong with a file that a list names."""
+    try:
+        return None if stat.S_ISREG(os.stat(file).st_mode) else "is no regular file"
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', error)})"
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a list, by the file's suffix; spaces around names and values do not count."""
+    with readable(str(path), "read as a list"):
+        if path.suffix == ".parquet":
+            rows: list[Any] = _open_parquet(path).read().to_pylist()
         else:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                lines = (line for line in file if line.strip())
+                if path.suffix == ".txt":
+                    rows = [{"path": line} for line in lines]
+                elif path.suffix == ".jsonl":
+                    rows = list(map(json.loads, lines))
+                else:
+                    separator = "\t" if path.suffix == ".tsv" else ","
+                    reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
+                    rows = list(reader)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} holds no rows with columns: put one image on each line.")
-
-    # Files and labels.
-    image, label = find_columns(rows[0], str(path), data, FILE_COLUMNS)
-    for column in (image, label):
-        if column is not None and any(row.get(column) is None for row in rows):
-            raise UserError(f"{path}: a row has no {column!r}, but others have: fill it in.")
-    ids = [str(row[image]) for row in rows]
-    files = [path.parent / Path(name).expanduser() for name in ids]
-    missing = next((file for file in files if not file.exists()), None)
-    if missing is not None:
-        raise UserError(f"{path} names {missing}, which does not exist: paths start at the list.")
-    values = [row[label] for row in rows] if label else []
-    labels = (values, f"{path}: the column {label!r}", None) if label else None
-    row_splits = [row.get("split", "train") for row in rows]
-    return make_table(str(path), ids, files, labels=labels, row_splits=row_splits, files=files)
+    if path.suffix in (".txt", ".csv", ".tsv"):
+        for i, row in enumerate(rows):
+            rows[i] = {
+                str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()
+            }
+    return rows
 
 
 # Tables
@@ -466,54 +776,66 @@ def _open_tables(
     import datasets
 
     by_split = splits.split_files(files)
-    with readable(path, "read as a dataset", "check data.path"):
-        if saved:
-            loaded = datasets.load_from_disk(path)
-        elif files:
-            names = {split: list(map(str, paths)) for split, paths in by_split.items()}
-            loaded = datasets.load_dataset(files[0].suffix.removeprefix("."), data_files=names)
-        else:
-            loaded = datasets.load_dataset(path)
+    loaded: Any = {}
+    with readable(path, "read as a dataset", "check data.path (of the Hub: and room in HF_HOME)"):
+        for split, paths in by_split.items():
+            if files[0].suffix == ".parquet":
+                loaded[split] = ParquetTable(paths)
+            else:
+                tables = [datasets.Dataset.from_file(str(file)) for file in paths]
+                loaded[split] = datasets.concatenate_datasets(tables)
+        if not files:
+            loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     loaded = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     train, held_out = splits.pick_splits(loaded, path)
-    sources = _open_table(path, loaded[train], by_split.get(train, []), data)
+    own = saved or bool(files)
+    sources = _open_table(path, loaded[train], by_split.get(train, []), data, own)
     if held_out is None:
         return sources
-    own = _open_table(path, loaded[held_out], by_split.get(held_out, []), data)
-    return Sources(sources.train, own.train)
+    others = _open_table(path, loaded[held_out], by_split.get(held_out, []), data, own)
+    return Sources(sources.train, others.train)
 
 
-def _open_table(path: str, table: Any, files: Sequence[Path], data: ImagesConfig) -> Sources:
+def _open_table(
+    path: str, table: Any, files: Sequence[Path], data: ImagesConfig, is_own: bool
+) -> Sources:
+    """A table of `datasets`, or of Parquet files; `is_own` says that it is no one else's."""
     import datasets
-    import pyarrow.parquet as pq
 
     # Pictures, still encoded.
     features = table.features
     image, label = find_columns(features, path, data)
-    if isinstance(features[image], datasets.Image):
-        table = table.cast_column(image, datasets.Image(decode=False))
+    if isinstance(table, ParquetTable):
+        cells: Any = ParquetColumn(table, image)
+    else:
+        if isinstance(features[image], datasets.Image):
+            table = table.cast_column(image, datasets.Image(decode=False))
+        files = files or [Path(file["filename"]) for file in table.cache_files]
+        folder = files[0].parent if files and is_own else None
+        cells = TableColumn(table.select_columns([image]), image, folder)
 
     # Names: the table's own, else of shard and row, else numbers.
-    if "id" in features:
-        ids = list(map(str, table["id"]))
-    elif files and files[0].suffix == ".parquet":
-        ids = []
-        for file in files:
-            ids += row_ids(file.name, pq.read_metadata(file).num_rows)
-    else:
-        ids = _numbered(len(table))
+    with readable(path, "read as a dataset"):
+        if "id" in features:
+            ids = list(table["id"])
+            if wrong := [name for name in ids if type(name) not in (str, int)]:
+                what = f"{path} has the id {shorten(wrong[0])}"
+                raise UserError(f"{what}: give each image a name, or rename the column.")
+            ids = list(map(str, ids))
+        else:
+            is_parquet = isinstance(table, ParquetTable)
+            ids = table.ids() if is_parquet else _numbered(len(table))
 
-    # Labels and splits, as their columns' types or their values say.
-    labels, row_splits = None, []
-    if label is not None:
-        names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
-        labels = (list(table[label]), f"{path}: the column {label!r}", names)
-    if "split" in features:
-        row_splits = list(table["split"])
-        if isinstance(features["split"], datasets.ClassLabel):
-            row_splits = features["split"].int2str(row_splits)
-    files = files or [Path(file["filename"]) for file in table.cache_files]
-    cells = TableColumn(table.select_columns([image]), image)
+        # Labels and splits, as their columns' types or their values say.
+        labels, row_splits = None, []
+        if label is not None:
+            kind = features[label]
+            names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+            labels = (list(table[label]), f"{path}: the column {label!r}", names)
+        if "split" in features:
+            row_splits = list(table["split"])
+            if isinstance(features["split"], datasets.ClassLabel):
+                row_splits = features["split"].int2str(row_splits)
     return make_table(path, ids, cells, labels=labels, row_splits=row_splits, files=files)
 
 

@@ -36,7 +36,14 @@ from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data import work_parts
 from vqvae2.data.augmentation import no_change
 from vqvae2.data.decoding import readable
-from vqvae2.data.open_source import PREPARED, UNFINISHED, ImageTable, PreparedPictures, Sources
+from vqvae2.data.open_source import (
+    PREPARED,
+    UNFINISHED,
+    ImageTable,
+    PreparedPictures,
+    Sources,
+    load_parquet,
+)
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 
 logger = logging.getLogger(__name__)
@@ -122,8 +129,6 @@ def _read_manifest(folder: Path) -> PreparedManifest:
 
 
 def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: int) -> ImageTable:
-    import datasets
-
     # Rows, ids and labels; an empty split has no shard to open.
     image, names = manifest.image, [shard.name for shard in manifest.shards]
     files = [folder / name for name in names if name.startswith(split)]
@@ -133,9 +138,10 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
     labels: list[int] = []
     rows: Any = None
     if number:
-        with readable(str(folder / split), "read", "run vqvae2 prepare again"):
-            paths = list(map(str, files))
-            table = datasets.load_dataset("parquet", data_files=paths, split="train")
+        what_to_do = "run vqvae2 prepare again, or set HF_HOME to a place with more room"
+        with readable(str(folder / split), "read", what_to_do):
+            size = 1 if image.value_range == (0, 255) else 4
+            table = load_parquet(files, number * expected * size)
             ids, labels = list(table["id"]), list(table["label"])
             rows = table.select_columns(["pixels"]).with_format("arrow")  # numpy's widens to int64
             length = table.features["pixels"].length

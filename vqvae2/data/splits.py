@@ -11,9 +11,12 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import SAMPLE_NAME
@@ -26,6 +29,10 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "test": ("test", "testing", "eval", "evaluation"),
 }
 NUM_MARKS = 128
+MAX_NAME = 1000  # characters: what is longer is no name
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 100
+shorten = SHORT.repr
 
 
 def split_of(word: str) -> str | None:
@@ -33,9 +40,16 @@ def split_of(word: str) -> str | None:
     return next((split for split, words in SPLIT_WORDS.items() if word.lower() in words), None)
 
 
-def pick_splits(names: Collection[str], source: str) -> tuple[str, str | None]:
+def loose_split_of(name: str) -> str | None:
+    """The split that a word of a folder's name stands for, as in seg_train or test-set."""
+    return next(filter(None, map(split_of, re.split(r"[-_. ]", name))), None)
+
+
+def pick_splits(
+    names: Collection[str], source: str, word_of: Callable[[str], str | None] = split_of
+) -> tuple[str, str | None]:
     """The names of the training and of the held-out split: validation is preferred to test."""
-    by_split = {split_of(name) or name: name for name in reversed(list(names))}
+    by_split = {word_of(name) or name: name for name in reversed(list(names))}
     train = by_split.get("train", next(iter(names)))
     held_out = by_split.get("validation", by_split.get("test"))
     held_out = None if held_out == train else held_out
@@ -94,23 +108,57 @@ def number_classes(
     """Labels as numbers from 0 on, and the classes' names.
 
     Args:
-        values: class names, or numbers; all of one kind.
-        names: what the numbers mean; without it the sorted values are the classes.
+        values: class names, numbers or truth values; all of one kind.
+        names: what the numbers mean; without it the sorted values are the classes, as numbers
+            where all of them are whole.
 
     Raises:
         UserError: a value is missing, of another kind, or not the number of a class.
     """
-    kinds = {"empty" if value == "" else type(value).__name__ for value in values}
-    valid = kinds in ({"int"}, {"str"}, set())
-    if valid and values and names is not None:
-        valid = kinds == {"int"} and 0 <= min(values) <= max(values) < len(names)
-    if not valid:
-        found = ", ".join(sorted(kinds))
-        raise UserError(f"{source} does not give every row a class (found {found}): fill it in.")
+    # The first value that is no class. (-1 is the Hub's mark of a row without one.)
+    kind = type(values[0]) if values and type(values[0]) in (bool, int, str) else str
+    found: set[Any] = {value for value in values if type(value) is kind and value != ""}
+    numbers = whole_numbers(map(str, found)) if kind is not bool else None
+    bad = [value for value in values if type(value) is not kind or value == ""]
+    if names is not None and kind is int:
+        bad += [value for value in found if not 0 <= value < len(names)]
+    elif names is not None:
+        bad += values
+    elif numbers is not None and -1 in numbers and set(numbers) != {-1, 1}:
+        bad.append(-1)
+    if bad:
+        what = f"{source} does not give every row a class (found {shorten(bad[0])})"
+        what_to_do = "fill it in, or leave labels alone with --data.label-column none"
+        raise UserError(f"{what}: {what_to_do}.")
+
+    # Numbers for them.
     if names is not None:
         return list(values), tuple(names)
-    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
-    return [numbers[value] for value in values], tuple(map(str, numbers))
+    key = str if kind is str and numbers is None else lambda value: (int(value), str(value))
+    classes = sorted(found, key=key)
+    check_names(map(str, classes), source)
+    number_of = {value: number for number, value in enumerate(classes)}
+    return [number_of[value] for value in values], tuple(map(str, classes))
+
+
+def whole_numbers(names: Iterable[str]) -> list[int] | None:
+    """The names of classes as numbers, if all of them are whole numbers."""
+    names = list(names)
+    return list(map(int, names)) if all(re.fullmatch("-?[0-9]{1,18}", n) for n in names) else None
+
+
+def find_class(name: str, numbers: Mapping[str, int]) -> int | None:
+    """The number of a class by its name; accents may be composed in another way."""
+    if name in numbers:
+        return numbers[name]
+    composed = {normalize("NFC", other): number for other, number in numbers.items()}
+    return composed.get(normalize("NFC", name))
+
+
+def few(names: Collection[object]) -> str:
+    """The first names and the number of all, for a sentence."""
+    first = ", ".join(shorten(name).strip("'\"") for name in islice(names, 5))
+    return first if len(names) <= 5 else f"{first}, ... ({len(names):,})"
 
 
 def check_labelled(has_label: bool, labelled: bool, image: str) -> None:
@@ -131,13 +179,17 @@ def check_no_class_lost(lost: Collection[int], names: Sequence[str], source: str
 def check_names(names: Iterable[str], source: str) -> None:
     """Every image needs a name of its own, in characters that can be written down.
 
-    Raises UserError: naming one that occurs twice, or is not UTF-8."""
+    Raises UserError: naming one that occurs twice, or is no text that can be a name."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise UserError(f"{source} names {name!r} more than once: give each its own name.")
+            what = f"{source} names {shorten(name)} more than once"
+            raise UserError(f"{what}: give each its own name.")
         if not name.isascii() and re.search("[\ud800-\udfff]", name):
-            raise UserError(f"{source} holds {name!r}, which is not UTF-8: rename it.")
+            raise UserError(f"{source} holds {shorten(name)}, which is not UTF-8: rename it.")
+        if len(name) > MAX_NAME or "\0" in name:
+            what = f"{source} holds {shorten(name)}, which is no name"
+            raise UserError(f"{what}: give one of at most {MAX_NAME:,} characters, without NUL.")
         seen.add(name)
 
 

@@ -6,12 +6,14 @@ perhaps a label (.cls, or "label" in .json). Classes of a stream are numbers.
 
 import gzip
 import json
+import logging
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -24,11 +26,20 @@ from vqvae2.common.loading import ordered
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change, random_change
 from vqvae2.data.decoding import PICTURE_SUFFIXES, BadImage, first_line, readable
-from vqvae2.data.splits import is_held_out, marked
+from vqvae2.data.splits import few, is_held_out, marked, shorten
+
+logger = logging.getLogger(__name__)
 
 AHEAD = 3  # batches that are decoded while one is trained on
 MAX_CLASSES = 1 << 20
+NO_LABELS = "none"  # as data.label_column: leave labels alone
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
+LABEL_COLUMNS = ("label", "cls")
+LIKE_CLASSES = re.compile("class|label|categor|target", re.IGNORECASE)
+JUNK = {  # folders that nobody made
+    *("__MACOSX", "__pycache__", "lost+found", "System Volume Information"),
+    *("#recycle", "#snapshot", "RECYCLER", "RECYCLED"),
+}
 
 
 class StreamRow(NamedTuple):
@@ -66,7 +77,13 @@ class ImageStream:
     @property
     def labelled(self) -> bool:
         """Whether the first rows have labels; then all must."""
-        return any(row.label is not None for row in islice(self.all_rows(), 64))
+        first = list(islice(self.all_rows(), 64))
+        labelled = any(row.label is not None for row in first)
+        folders = {PurePosixPath(row.id).parent.name for row in first if row.id.count("/") > 1}
+        if len(folders) > 1 and not labelled and self.urls[0].endswith((".tar", ".tar.gz")):
+            text = "%s: no classes: the folders %s are not used (add a member .cls to each row)."
+            logger.info(text, self.name, few(sorted(folders)))
+        return labelled
 
     def rows(self, number: int, *, contents: bool = True) -> Iterator[StreamRow]:
         """The rows of one shard, in order; without `contents` their names alone, read faster.
@@ -78,11 +95,13 @@ class ImageStream:
             else:
                 rows = _tar_rows(file, url, contents or "://" in url)
             for row in rows:
-                is_class = type(row.label) is int and 0 <= row.label < MAX_CLASSES
-                if contents and row.label is not None and not is_class:
-                    what = f"{url} has the label {row.label!r}, but classes of a stream are numbers"
-                    raise UserError(f"{what} below {MAX_CLASSES:,}: number them in the shards.")
-                yield row
+                label = None if self.data.label_column == NO_LABELS else row.label
+                is_class = isinstance(label, int) and 0 <= label < MAX_CLASSES
+                if contents and label is not None and not is_class:
+                    what = f"{url} has the label {shorten(label)}, but classes of a stream are"
+                    what += f" numbers below {MAX_CLASSES:,}"
+                    raise UserError(f"{what}: number them, or add --data.label-column none.")
+                yield row._replace(label=int(label) if isinstance(label, bool) else label)
 
     def all_rows(self) -> Iterator[StreamRow]:
         """The rows of all shards, in order."""
@@ -111,12 +130,18 @@ def _opened(url: str) -> Iterator[BinaryIO]:
     import fsspec
 
     with readable(url, "opened", "check data.path and your access to it"):
-        file = fsspec.open(url, "rb").open()
+        system = fsspec.filesystem("file")  # which takes a path as it is written, also a::b
+        file = fsspec.open(url, "rb").open() if "://" in url else system.open(url, "rb")
     with file:
         yield file
 
 
 # Parquet
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is one that no person made."""
+    return name.startswith((".", "@", "$")) or name in JUNK
 
 
 def find_columns(
@@ -130,34 +155,56 @@ def find_columns(
     Raises UserError: there is no such column, or none of pictures."""
     import datasets
 
-    columns = f"{source} has the columns {list(features)}"
-    for option, column in (("image", data.image_column), ("label", data.label_column)):
-        if column is not None and column not in features:
+    # Pictures.
+    columns, own = f"{source} has the columns {few(features)}", data.label_column
+    for option, column in (("image", data.image_column), ("label", own)):
+        if column not in (None, *features) and (option, column) != ("label", NO_LABELS):
             raise UserError(f"{columns}, but no {column!r}: correct --data.{option}-column.")
+    known = {name.lower(): name for name in reversed([*features])}
     pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    pictures += [name for name in names if name in features]
+    pictures += [known[name] for name in names if name in known]
     if data.image_column is None and not pictures:
         raise UserError(f"{columns}, but none of images: set --data.image-column.")
-    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    classes = ["label"] if "label" in features else [name for name in classes if name != "split"]
-    return data.image_column or pictures[0], data.label_column or next(iter(classes), None)
+    image = data.image_column or pictures[0]
+
+    # Classes, if they are wanted; else what might be some is named.
+    classes = [known[name] for name in LABEL_COLUMNS[:1] if name in known]
+    classes += [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    classes += [known[name] for name in LABEL_COLUMNS if name in known]
+    label = own or next((name for name in classes if name not in ("split", image)), None)
+    others = [n for n in features if n not in (*pictures, image, "split", "id", "__key__")]
+    if label is None and others:
+        _say_unused(data.path, tuple(sorted(others, key=lambda n: not LIKE_CLASSES.search(n))))
+    return image, None if own == NO_LABELS else label
+
+
+@lru_cache
+def _say_unused(path: str, columns: Sequence[str]) -> None:
+    """Once, since a stream opens many shards."""
+    text = "%s: no classes: the columns %s are not used (--data.label-column %s)."
+    logger.info(text, path, few(columns), shorten(columns[0]).strip("'"))
+
+
+def features_of(schema: Any) -> dict[str, Any]:
+    """The columns of an Arrow schema; `datasets` writes into it which hold pictures and classes."""
+    import datasets
+
+    typed = datasets.Features.from_arrow_schema(schema)
+    return {name: typed.get(name) for name in schema.names}
 
 
 def _parquet_rows(
     file: BinaryIO, url: str, data: ImagesConfig, contents: bool
 ) -> Iterator[StreamRow]:
-    import datasets
     import pyarrow.parquet as pq
 
     with readable(url, "read as Parquet", "restore or remove it"):
-        # Columns: a table that `datasets` wrote says which hold pictures and classes.
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
         if "split" in schema.names:
             what = f"{url} has a column 'split', but a stream is held out by whole shards"
             raise UserError(f"{what}: write each split to shards of its own.")
-        typed = datasets.Features.from_arrow_schema(schema)
-        image, label = find_columns({n: typed.get(n) for n in schema.names}, url, data)
+        image, label = find_columns(features_of(schema), url, data)
         has_ids = "id" in schema.names
         columns = ["id"] * has_ids + ([image] if contents else []) + ([label] if label else [])
 
@@ -167,8 +214,8 @@ def _parquet_rows(
         for batch in table.iter_batches(batch_size=64, columns=columns):
             for cells in batch.to_pylist():
                 name = cells["id"] if has_ids else next(generated)
-                if name is None or str(name) in seen:
-                    what = f"{url} has the id {name!r} twice, or a row without one"
+                if type(name) not in (str, int) or str(name) in seen:
+                    what = f"{url} has the id {shorten(name)} twice, or one that is no name"
                     raise UserError(f"{what}: give each image a name, or rename the column.")
                 seen.add(str(name))
                 yield StreamRow(str(name), cells.get(label), cells.get(image))
@@ -210,6 +257,8 @@ def _members(file: BinaryIO, url: str, contents: bool) -> Iterator[_Member]:
             is_link = member.islnk() or member.issym()
             known = path.suffix.lower() in {*PICTURE_SUFFIXES, ".cls", ".json"}
             if not (member.isfile() or (is_link and known)) or path.name.startswith("."):
+                continue
+            if any(is_junk(folder) for folder in path.parts[:-1] if folder[0] != "."):
                 continue
             opened = None if is_link or not contents else archive.extractfile(member)
             content = opened.read() if opened is not None else b""

@@ -114,6 +114,10 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
     train, held_out = opened
     if isinstance(train, ImageTable):
         found = split_table(opened, config)
+        if train.labelled > found.validation.source.labelled and len(found.validation):
+            what = f"{found.validation.source.name} has no labels for the classes of {train.name}"
+            what_to_do = "name the training images alone, or add --data.label-column none"
+            raise UserError(f"{what}: {what_to_do}.")
         parts = [part for split, images in found.items() for part in _cut(split, images, size)]
         return Parts(tuple(parts), train.name, found.facts(), train.labelled, train.class_names)
 
