@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from vqvae2.common.files import looks_like_path, read_json, whole_file, write_js
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CONFIG_HASH, WEIGHTS_HASH = "config_hash", "weights_hash"  # in the metadata of the weights
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -53,9 +55,13 @@ class Artifact(ModelHubMixin):
         folder = Path(save_directory)
         state: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         state = {name: tensor.contiguous() for name, tensor in state.items()}
-        with whole_file(folder / WEIGHTS_NAME) as aside:
-            save_file(state, aside, metadata={"format": "pt"})
         config = {"architecture": type(self).__name__, **to_dict(self.config)}
+        hashes = {
+            CONFIG_HASH: content_hash(config, ()),
+            WEIGHTS_HASH: content_hash({}, state.items()),
+        }
+        with whole_file(folder / WEIGHTS_NAME) as aside:
+            save_file(state, aside, metadata={"format": "pt", **hashes})
         write_json(folder / CONFIG_NAME, config)
 
     @classmethod
@@ -67,6 +73,7 @@ class Artifact(ModelHubMixin):
         """
         folder = local_folder(name, revision=revision)
         data = read_json(folder / CONFIG_NAME)
+        _check_hash(folder, folder / CONFIG_NAME, CONFIG_HASH, content_hash(data, ()))
         kind = data.pop("architecture", None)
         if kind != cls.__name__:
             problem = f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected"
@@ -85,7 +92,20 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS_NAME
     state = read_tensors(path)
     check_weights(path, model.state_dict(), state)
+    _check_hash(folder, path, WEIGHTS_HASH, content_hash({}, state.items()))
     model.load_state_dict(state)
+
+
+def _check_hash(folder: Path, path: Path, key: str, found: str) -> None:
+    """Raise a `UserError` if a file of a model is not as it was saved. (Folders of earlier versions
+    do not say.)"""
+    try:
+        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+            expected = (file.metadata() or {}).get(key, found)
+    except Exception:  # `read_tensors` says what is wrong with it
+        return
+    if found != expected:
+        raise UserError(f"{path} was changed after the model was saved: restore or remake it.")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
