@@ -219,8 +219,8 @@ def find_held_out(
     own = not training or training.get("image_names_hash") == facts["image_names_hash"]
     if not own:
         logger.warning(
-            "%s: these are not the images that %s was trained on, or not all of them, so that any of "
-            "them may have trained it: give its --data.path and --data.validation-path.",
+            "%s: these are not the images that %s was trained on, or not all of them, so any may "
+            "have trained it: give its --data.path and --data.validation-path.",
             data.path,
             vqvae,
         )
