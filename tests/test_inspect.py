@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import PARQUET, vqvae2
+from tests.conftest import PARQUET, command, vqvae2
 from tests.test_data import GREY, load
 from tests.test_model import small_model
 from vqvae2.codebook_stats import carriers, perplexity, usage, verdict
@@ -33,6 +33,8 @@ def test_the_page_and_the_figures(run: Path, photos: Path, tmp_path: Path) -> No
     }
     figures = json.loads((report / "figures.json").read_text())
     page = (report / "index.html").read_text()
+
+    assert figures["split"] == "held-out"
 
     # The error is that of the training's own validation, which may have been in bf16.
     lines = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
@@ -109,3 +111,14 @@ def test_usage_in_numbers_and_words() -> None:
     assert "revival_threshold" in sentence
     _, sentence = verdict("bottom", collapsed, 16)
     assert "only 16 features, too few images to fill it: use more images" in sentence
+
+
+def test_other_images_are_not_called_held_out(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of the images, or they under other names: what is held out here may have trained."""
+    flags = ("--vqvae", run / "vqvae", "--data.path", photos / "bag", "--output-dir")
+    command("inspect", *flags, tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "figures.json").read_text())["split"] == "other"
+    command("reconstruct", *flags, tmp_path / "out", "--held-out")
+    assert capsys.readouterr().err.count("these are not the images that") == 2

@@ -105,8 +105,8 @@ def test_patterns(tmp_path: Path) -> None:
 def test_streams_hold_out_and_skip(tmp_path: Path) -> None:
     tars = numbered_tars(tmp_path / "x", shards=3, rows=40)
     config, data = replace(GREY, validation_fraction=0.2), DataConfig(path=str(tars))
-    held_out = held_out_images(data, config)
-    assert not len(held_out_images(data, GREY))
+    held_out, _ = held_out_images(data, config)
+    assert not len(held_out_images(data, GREY)[0])
     trained = set(shades(stream(tars, config=config).start_at(0), 60))
     kept = set(held_out.pixel_rows(range(len(held_out)))[:, 0, 0, 0].tolist())
     assert 10 < len(kept) < 40
@@ -136,7 +136,7 @@ def test_shards_of_held_out_splits_are_never_trained_on(tmp_path: Path) -> None:
     data = DataConfig(path=str(tmp_path / "split"))
     for split, expected in (("train", {"000", "001", "002"}), ("validation", {"003"})):
         assert {name.split("/")[0] for name in ids_of(data, split)} == expected
-    assert held_out_images(data, GREY).ids == ["003/0000", "003/0001", "003/0002"]
+    assert held_out_images(data, GREY)[0].ids == ["003/0000", "003/0001", "003/0002"]
     assert len(shards_at(tmp_path / "split" / "val")) == 1
 
 

@@ -22,8 +22,14 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.vocabulary import TRAINING_RECORD
-from vqvae2.config import TrainVQVAEConfig
-from vqvae2.data import ImageDataset, PythonImages, open_training_images, to_images
+from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig
+from vqvae2.data import (
+    ImageDataset,
+    PythonImages,
+    held_out_images,
+    open_training_images,
+    to_images,
+)
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
@@ -201,10 +207,25 @@ def read_training(vqvae: str) -> dict[str, Any]:
     return record
 
 
-def held_out_path(vqvae: str, path: str) -> str | None:
-    """The explicit held-out set, if a model was trained with one on the images at `path`."""
-    data = read_training(vqvae).get("data", {})
-    return data.get("validation_path") if same_place(data.get("path"), path) else None
+def find_held_out(
+    vqvae: str, data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool
+) -> tuple[ImageDataset, bool]:
+    """What a model's training held out of these images, and whether they are its images at all. If
+    not, as far as a record tells, a warning says that any of them may have trained it."""
+    training = read_training(vqvae)
+    recorded = training.get("data", {})
+    if data.validation_path is None and same_place(recorded.get("path"), data.path):
+        data = replace(data, validation_path=recorded.get("validation_path"))
+    images, facts = held_out_images(data, config, show_progress=show_progress)
+    own = not training or training.get("image_names_hash") == facts["image_names_hash"]
+    if not own:
+        logger.warning(
+            "%s: these are not the images that %s was trained on, or not all of them, so any may "
+            "have trained it: give its --data.path and --data.validation-path.",
+            data.path,
+            vqvae,
+        )
+    return images, own
 
 
 def same_place(one: str | None, other: str | None) -> bool:

@@ -1,11 +1,11 @@
 """`vqvae2 inspect`: what an autoencoder has learned, as a page and as figures on the terminal."""
 
 import base64
+import dataclasses
 import html
 import io
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ from pipelines.config import InspectConfig
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
 from vqvae2.common.accelerate import processes
 from vqvae2.common.files import write_json, write_text
-from vqvae2.common.lock import only_writer
+from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.runs import RunRecord
-from vqvae2.data import ImageDataset, held_out_images, load_images, to_images
+from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
-from vqvae2.training import held_out_path
+from vqvae2.training import find_held_out
 
 SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 10
 Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value
@@ -35,29 +35,32 @@ logger = logging.getLogger(__name__)
 
 def inspect_command(config: InspectConfig) -> None:
     """Inspect a trained autoencoder as the configuration says; print the figures."""
+    output_dir = Path(config.output_dir or Path(config.vqvae).expanduser() / "report")
+    _inspect(dataclasses.replace(config, output_dir=str(output_dir)), config.output_dir is not None)
+
+
+@writes_output
+def _inspect(config: InspectConfig, has_own_folder: bool) -> None:
     # The model, and the folder of its report.
-    state = processes()
+    state, output_dir = processes(), Path(config.output_dir or "")
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
-    output_dir = Path(config.output_dir or Path(config.vqvae) / "report")
     facts = {"encoder_hash": model.content_hash()}
     run = RunRecord("inspect", config, "inspect_config.yaml", facts=facts)
-    if config.output_dir is not None:
+    if has_own_folder:
         run.check(output_dir)
 
     # The held-out images, or all where there are not enough.
-    validation_path = held_out_path(config.vqvae, config.data.path)
-    data = replace(config.data, validation_path=config.data.validation_path or validation_path)
-    show, split = state.is_main_process, "held-out"
-    images = held_out_images(data, model.config.image, show_progress=show)
+    data, settings, show = config.data, model.config.image, state.is_main_process
+    images, own = find_held_out(config.vqvae, data, settings, show_progress=show)
+    split = "held-out" if own else "other"
     if len(images) < 2 and not data.streaming:
-        splits = load_images(data, model.config.image, show_progress=False)
-        images, split = splits.train, "training"
+        images = load_images(data, settings, show_progress=False).train
+        split = "training" if own else "other"
 
     # One process does it all.
-    with only_writer(output_dir):
-        if state.is_main_process:
-            run.write(output_dir)
-            print(write_report(model, images, output_dir, config.vqvae, split))
+    if state.is_main_process:
+        run.write(output_dir)
+        print(write_report(model, images, output_dir, config.vqvae, split))
     logger.info("%s shows the pictures.", output_dir / "index.html")
 
 
@@ -65,7 +68,7 @@ def write_report(
     model: VQVAE2, images: ImageDataset, output_dir: Path, title: str, split: str = "held-out"
 ) -> str:
     """Inspect a model, write index.html, its pictures and figures.json, and return the figures as
-    text. `title` names the model, and `split` the images: held-out or training ones."""
+    text. `title` names the model, and `split` the images: held-out, training or other ones."""
     # Figures, and what they mean.
     found = inspect(model, images, model.last_layer.device)
     names = [level_name(level, model.config.num_levels) for level in range(model.config.num_levels)]

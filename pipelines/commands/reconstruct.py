@@ -1,7 +1,6 @@
 """`vqvae2 reconstruct`: images beside what the autoencoder makes of them."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +11,10 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
-from vqvae2.data import ImageDataset, held_out_images, load_table, to_images
+from vqvae2.data import ImageDataset, load_table, to_images
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.model import VQVAE2
-from vqvae2.training import held_out_path
+from vqvae2.training import find_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,8 @@ def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
     """The first `num_images` images, or of those that the model's training held out."""
     data, settings = config.data, model.config.image
     if config.held_out:
-        validation_path = held_out_path(config.vqvae, data.path)
-        data = replace(data, validation_path=data.validation_path or validation_path)
-        images = held_out_images(data, settings, show_progress=processes().is_main_process)
+        show = processes().is_main_process
+        images, _ = find_held_out(config.vqvae, data, settings, show_progress=show)
         if not len(images):
             raise UserError(f"{data.path} has no held-out images: leave --held-out out.")
     else:

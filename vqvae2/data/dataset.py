@@ -288,19 +288,21 @@ def _checked(
 
 def held_out_images(
     data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool = True
-) -> ImageDataset:
-    """The held-out images of a table or stream, at hand; of a stream the first of them.
+) -> tuple[ImageDataset, Mapping[str, str]]:
+    """The held-out images of a table or stream, at hand; of a stream the first of them. And what a
+    run on all of its images is bound to.
 
     Raises:
         UserError: see `load_images`.
     """
     opened = sources.open_source(data, config)
     if isinstance(opened.train, ImageTable):
-        images = split_table(opened, config).validation
+        found = split_table(opened, config)
+        images, facts = found.validation, found.facts()
     else:
-        images = _held_out_of_stream(opened, config)
+        images, facts = _held_out_of_stream(opened, config), stream_facts(opened, config)
     images.check(skip=data.on_error == "skip", show_progress=show_progress)
-    return images
+    return images, facts
 
 
 def _held_out_of_stream(opened: Sources, config: PreprocessingConfig) -> ImageDataset:
