@@ -38,7 +38,6 @@ SAVED = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
 METADATA = ("metadata.csv", "metadata.jsonl")  # what `datasets` reads beside pictures
 FILE_COLUMNS = ("path", "file_name", "file", "image", "filename")
 JUNK = {"__MACOSX", "lost+found", "System Volume Information"}  # folders that nobody made
-MOST_NAMES = 10**6  # that a pattern stands for
 MAX_STRAY = 10  # pictures beside shards that are a banner; more are a dataset of their own
 MAX_HELD_OUT = 1024  # images of a stream that are held in memory to validate on
 PATTERN = re.compile(r"[*?\[\]{}]")
@@ -335,13 +334,10 @@ def expand_ranges(pattern: str) -> list[str]:
     if found is None:
         return [pattern]
     first, last = found.groups()
-    endings = expand_ranges(pattern[found.end() :])
-    if max(len(first), len(last)) > 18 or (int(last) - int(first) + 1) * len(endings) > MOST_NAMES:
-        raise UserError(f"{pattern} stands for more than {MOST_NAMES:,} names: check its numbers.")
     names: list[str] = []
     for number in range(int(first), int(last) + 1):
-        start = pattern[: found.start()] + str(number).zfill(len(first))
-        names += [start + ending for ending in endings]
+        digits = str(number).zfill(len(first))
+        names += expand_ranges(pattern[: found.start()] + digits + pattern[found.end() :])
     return names
 
 
