@@ -20,6 +20,7 @@ from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.registry import make_prior
 from vqvae2.common.accelerate import make_accelerator
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
+from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.runs import RunRecord

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -72,9 +73,9 @@ class Artifact(ModelHubMixin):
         if kind != cls.__name__:
             problem = f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected"
             raise UserError(f"{problem}: check which folder goes where.")
-        config = from_dict(cls.config_class, data, str(folder / CONFIG_NAME))
+        config: Any = from_dict(cls.config_class, data, str(folder / CONFIG_NAME))
         if (path := folder / WEIGHTS_NAME).is_file():
-            weights, needed = path.stat().st_size, state_bytes(lambda: cls(config))
+            weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
                 raise UserError(f"{path} {sizes}: the weights belong to another configuration.")
