@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -144,9 +143,8 @@ def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     family = ", ".join(command for command in COMMANDS if command.startswith(f"{word} "))
     if family:
         raise UserError(f"vqvae2 {word} needs a second word: {family} (see vqvae2 --help).")
-    raise UserError(
-        f"unknown subcommand {shown(word)}; {suggest(word, COMMANDS)} (see vqvae2 --help)."
-    )
+    near = suggest(word, COMMANDS)
+    raise UserError(f"unknown subcommand {shown(word)}; {near} (see vqvae2 --help).")
 
 
 def function_of(command: str) -> Callable[[Any], int | None]:
@@ -283,12 +281,8 @@ def load_recipe(name: str) -> dict[str, Any]:
         if key not in COMMANDS and not re.fullmatch("prior_[0-9]{1,3}", str(key)):
             allowed = "name it after a subcommand, or a level's train-prior prior_0, prior_1, ..."
             raise UserError(f"{path}: unknown section {shown(key)}: {allowed}.")
-        check(
-            isinstance(section, dict | types.NoneType),
-            f"{path}: {key}",
-            section,
-            "a mapping of settings",
-        )
+        fits = section is None or isinstance(section, dict)
+        check(fits, f"{path}: {key}", section, "a mapping of settings")
     return recipe
 
 

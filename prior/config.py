@@ -80,6 +80,8 @@ class PixelSNAILConfig:
         check_between(self, 1, MOST_WIDTH, "width", "residual_channels")
         check_between(self, 1, MOST_LAYERS, "num_blocks", "num_residual_blocks")
         check_between(self, 0, MOST_LAYERS, "num_condition_blocks", "num_output_blocks")
+        blocks = self.num_blocks * self.num_residual_blocks
+        check(blocks <= MOST_LAYERS, "num_blocks x num_residual_blocks", blocks, "at most 1,000")
         check_share(self, "dropout")
 
 

@@ -58,9 +58,22 @@ class Manifest:
         check(len(grids) <= MOST_LEVELS, "grids", grids, f"of at most {MOST_LEVELS} levels")
         check_codes(self)
         check(isinstance(self.versions, dict), "versions", self.versions, "a mapping")
+        fits = self.preprocessing is None or self.values_per_image > 0
+        allowed = "null, or a mapping with the channels and the size of an image"
+        check(fits, "preprocessing", self.preprocessing, allowed)
         for split in SPLITS:
             names = [shard.name for shard in self.shards(split)]
             check(len(set(names)) == len(names), split, names, "a list of shards without repeats")
+
+    @property
+    def values_per_image(self) -> int:
+        """Channels x height x width of an image, 0 if `preprocessing` does not say so."""
+        image = self.preprocessing if isinstance(self.preprocessing, dict) else {}
+        size = image.get("size")
+        numbers = [image.get("channels"), *(size if isinstance(size, list) else [])]
+        if len(numbers) not in (2, 3) or any(type(number) is not int for number in numbers):
+            return 0
+        return numbers[0] * numbers[1] * numbers[-1]
 
     def shards(self, split: str) -> tuple[ShardRecord, ...]:
         """The shards of "train" or "validation", in order."""

@@ -19,7 +19,8 @@ from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.registry import make_prior
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
-from vqvae2.common.artifact import load_weights, local_folder
+from vqvae2.common.artifact import check_memory, load_weights, local_folder
+from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
@@ -37,6 +38,8 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     # Open the manifest and the run folder, which may hold this run.
     output_dir = Path(config.output_dir)
     manifest = read_manifest(Path(config.codes))
+    if not manifest.num_train:
+        raise UserError(f"{config.codes} holds no rows to train on: extract codes of more images.")
     network = prior_config(config, manifest)
     accelerator = make_accelerator(config, output_dir)
     facts = {key: getattr(manifest, key) for key in ("encoder_hash", "rows_hash", "codes_hash")}
@@ -50,6 +53,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         return
 
     # Make the prior, and refuse one that cannot learn before it costs hours.
+    check_memory(lambda: make_prior(network))
     set_seed(config.seed)
     model = make_prior(network)
     if config.init_from is not None:
@@ -151,7 +155,7 @@ def evaluate(
     nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * num_positions)
     figures = {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2)}
     figures["unigram_bits"] = codes.unigram_bits(model.config.level)
-    image = codes.manifest.preprocessing
-    num_values = image["channels"] * image["size"][0] * image["size"][-1]
-    rate = figures["bits_per_code"] * num_positions / num_values
-    return {**figures, "code_bits_per_image_value": rate}
+    if num_values := codes.manifest.values_per_image:
+        rate = figures["bits_per_code"] * num_positions / num_values
+        figures["code_bits_per_image_value"] = rate
+    return figures

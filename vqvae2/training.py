@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqvae2.codebook_stats import CodebookWatch, perplexity, usage
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
-from vqvae2.common.artifact import load_weights, local_folder
+from vqvae2.common.artifact import check_memory, load_weights, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
 from vqvae2.common.lock import writes_output
@@ -62,6 +62,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         raise UserError("gradients of a discriminator vanish in fp16: use bf16 or no with one.")
 
     # The networks.
+    check_memory(lambda: VQVAE2(config.model))
     set_seed(config.seed)
     model = VQVAE2(config.model)
     if config.init_from is not None:

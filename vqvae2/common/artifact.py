@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -78,9 +80,32 @@ class Artifact(ModelHubMixin):
         if kind != cls.__name__:
             problem = f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected"
             raise UserError(f"{problem}: check which folder goes where.")
-        model = cls(from_dict(cls.config_class, data, str(folder / CONFIG_NAME)))
+        config: Any = from_dict(cls.config_class, data, str(folder / CONFIG_NAME))
+        if (path := folder / WEIGHTS_NAME).is_file():
+            weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
+            if needed > 8 * weights:
+                sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
+                raise UserError(f"{path} {sizes}: the weights belong to another configuration.")
+        model = cls(config)
         load_weights(model, folder)  # type: ignore[arg-type]
         return model.eval()  # type: ignore[attr-defined]
+
+
+def state_bytes(make_model: Callable[[], nn.Module]) -> int:
+    """How many bytes of weights a model has, of which none is made."""
+    with torch.device("meta"):
+        return sum(tensor.nbytes for tensor in make_model().state_dict().values())
+
+
+def check_memory(make_model: Callable[[], nn.Module]) -> None:
+    """Raise a `UserError` for a model whose weights alone exceed this machine's memory."""
+    needed, memory = (
+        state_bytes(make_model),
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"),
+    )
+    if needed > memory:
+        sizes = f"{needed / 2**30:,.1f} GiB of weights, but this machine has {memory / 2**30:,.1f}"
+        raise UserError(f"the network has {sizes} GiB of memory: make it smaller.")
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -187,7 +187,6 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
         if name in data or (is_dataclass(hints[name]) and missing is not MISSING):
             given = data.get(name, {})
             values[name] = _convert(hints[name], given, f"{where}: {name}", missing)
-            check(values[name] != "" or f.default == "", f"{where}: {name}", "", "given")
         elif required and missing is MISSING:
             raise UserError(f"{where}: the key {name!r} is missing; add it.")
         elif required:
@@ -242,8 +241,6 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
         check(math.isfinite(value), where, value, "a finite number")
     if hint is int:
         check(abs(value) < 2**63, where, value, "of at most 63 bits")
-    if hint is str:
-        check("\0" not in value, where, value, "a text without zero bytes")
     return value
 
 
