@@ -90,14 +90,14 @@ class TableColumn:
 
     table: Any
     column: str
-    folder: Path | None
-    """Where the table lies, if it is the user's own."""
+    folders: Sequence[Path]
+    """Where files that it names may lie."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Any:
-        return _find_cell(self.table[index][self.column], self.folder)
+        return _find_cell(self.table[index][self.column], self.folders)
 
 
 class ParquetTable:
@@ -160,7 +160,7 @@ class ParquetColumn:
                     kept -= self.read.pop(next(iter(self.read))).nbytes
             self.read[number] = rows  # the group used last is the last to go
         first = self.ends[number] - len(rows)
-        return _find_cell(rows[self.column][index - first].as_py(), file.parent)
+        return _find_cell(rows[self.column][index - first].as_py(), [file.parent])
 
 
 def load_parquet(files: Sequence[Path], num_bytes: int) -> Any:
@@ -183,14 +183,15 @@ def _open_parquet(file: Path) -> Any:
     return pq.ParquetFile(pa.OSFile(str(file)))
 
 
-def _find_cell(cell: Any, folder: Path | None) -> Any:
-    """A cell that names a file below its table's folder as that file. (Others are refused when
-    they are read: a stranger's table must not show the files of this machine.)"""
-    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path") and folder:
+def _find_cell(cell: Any, folders: Sequence[Path]) -> Any:
+    """A cell that names a file in one of these folders as that file. (Others are refused when they
+    are read: a stranger's table must not show the files of this machine.)"""
+    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
         with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
-            file = (folder / cell["path"]).resolve()
-            if file.is_relative_to(folder.resolve()) and _is_regular(file):
-                return folder / cell["path"]
+            for folder in folders:
+                file = (folder / cell["path"]).resolve()
+                if file.is_relative_to(folder.resolve()) and _is_regular(file):
+                    return file
     return cell
 
 
@@ -371,6 +372,9 @@ def make_table(
 
 def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     """What one path names, with the source's own split."""
+    if len(path) > splits.MAX_NAME:
+        raise UserError(f"data.path has {len(path):,} characters: give {KINDS}.")
+
     # Names that are not local: URLs are streamed; a Hub dataset is downloaded, or streamed.
     local = find_file(Path(os.path.expanduser(path)), {})
     is_pattern = PATTERN.search(path) is not None and not local.exists()
@@ -581,6 +585,9 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
     exact = "train" in map(splits.split_of, folders)
     word_of = splits.split_of if exact else splits.loose_split_of
     words = set(map(word_of, folders))
+    if len(folders) > 1 and all(map(splits.split_of, folders)) and not exact:
+        what = f"{root} holds {few(folders)}, of which none is to be trained on"
+        raise UserError(f"{what}: name one as data.path, and another as data.validation_path.")
     if "train" not in words or not (exact or words & {"validation", "test"}):
         inner = _inner_folder(root)
         return _open_pictures(root, data) if inner is None else _open_folder(inner, data)
@@ -777,7 +784,8 @@ def _open_tables(
 
     by_split = splits.split_files(files)
     loaded: Any = {}
-    with readable(path, "read as a dataset", "check data.path (of the Hub: and room in HF_HOME)"):
+    what_to_do = "check data.path" + ", and the room in HF_HOME" * (not files)
+    with readable(path, "read as a dataset", what_to_do):
         for split, paths in by_split.items():
             if files[0].suffix == ".parquet":
                 loaded[split] = ParquetTable(paths)
@@ -811,8 +819,8 @@ def _open_table(
         if isinstance(features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
         files = files or [Path(file["filename"]) for file in table.cache_files]
-        folder = files[0].parent if files and is_own else None
-        cells = TableColumn(table.select_columns([image]), image, folder)
+        folders = [file.parent for file in files[:1]] if is_own else _hub_folders()
+        cells = TableColumn(table.select_columns([image]), image, folders)
 
     # Names: the table's own, else of shard and row, else numbers.
     with readable(path, "read as a dataset"):
@@ -837,6 +845,14 @@ def _open_table(
             if isinstance(features["split"], datasets.ClassLabel):
                 row_splits = features["split"].int2str(row_splits)
     return make_table(path, ids, cells, labels=labels, row_splits=row_splits, files=files)
+
+
+def _hub_folders() -> list[Path]:
+    """Where pictures from the Hub are kept."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(HF_HUB_CACHE), Path(HF_DATASETS_CACHE)]
 
 
 def _numbered(number: int) -> list[str]:

@@ -29,7 +29,7 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "test": ("test", "testing", "eval", "evaluation"),
 }
 NUM_MARKS = 128
-MAX_NAME = 1000  # characters: what is longer is no name
+MAX_NAME = 4096  # characters: what is longer is no name
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 100
 shorten = SHORT.repr

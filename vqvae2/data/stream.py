@@ -80,7 +80,13 @@ class ImageStream:
         first = list(islice(self.all_rows(), 64))
         labelled = any(row.label is not None for row in first)
         folders = {PurePosixPath(row.id).parent.name for row in first if row.id.count("/") > 1}
-        if len(folders) > 1 and not labelled and self.urls[0].endswith((".tar", ".tar.gz")):
+        wanted = self.data.label_column != NO_LABELS
+        if (
+            len(folders) > 1
+            and wanted
+            and not labelled
+            and self.urls[0].endswith((".tar", ".tar.gz"))
+        ):
             text = "%s: no classes: the folders %s are not used (add a member .cls to each row)."
             logger.info(text, self.name, few(sorted(folders)))
         return labelled
