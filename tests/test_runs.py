@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from pipelines.cli import main, parse
 from pipelines.commands.assemble import assemble
 from pipelines.config import AssembleConfig
 from tests.conftest import command
+from vqvae2.common import lock
 from vqvae2.common.config import expand_paths, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, whole_file, write_text
@@ -203,6 +205,18 @@ def test_a_lock_leaves_nothing_and_may_be_taken_again_by_its_holder(tmp_path: Pa
     with only_writer(folder), only_writer(folder / ".." / "x"):
         assert f"process {os.getpid()} on host " in (folder / LOCK_NAME).read_text()
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_process_of_a_launch_ends_with_the_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [UserError("process 4711 is writing")]
+    monkeypatch.setattr(
+        lock, "processes", lambda: SimpleNamespace(is_main_process=False, num_processes=2)
+    )
+    monkeypatch.setattr(lock, "broadcast_object_list", lambda _: refused)
+    with pytest.raises(UserError, match="4711"), only_writer(tmp_path):
+        pass
 
 
 def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
