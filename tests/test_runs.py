@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -233,13 +234,15 @@ def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
     assert left == set(kept)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    refusal = OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=refusal))
     with caplog.at_level("WARNING"), only_writer(tmp_path / "x"):
         write_text(tmp_path / "x" / "file", "written")
     assert caplog.text.count("its file system has no locks") == 1
