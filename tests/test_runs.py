@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from pipelines.cli import main, parse
 from pipelines.commands.assemble import assemble
 from pipelines.config import AssembleConfig
 from tests.conftest import command
+from vqvae2.common import lock
 from vqvae2.common.config import expand_paths, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, whole_file, write_text
@@ -205,6 +208,18 @@ def test_a_lock_leaves_nothing_and_may_be_taken_again_by_its_holder(tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_every_process_of_a_launch_ends_with_the_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [UserError("process 4711 is writing")]
+    monkeypatch.setattr(
+        lock, "processes", lambda: SimpleNamespace(is_main_process=False, num_processes=2)
+    )
+    monkeypatch.setattr(lock, "broadcast_object_list", lambda _: refused)
+    with pytest.raises(UserError, match="4711"), only_writer(tmp_path):
+        pass
+
+
 def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
     for name in ("x/.000001.png.1-ab.partial/a", "x/images/.a.png.partial", "x/.step_1.removed/a"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -219,13 +234,15 @@ def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
     assert left == set(kept)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    refusal = OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=refusal))
     with caplog.at_level("WARNING"), only_writer(tmp_path / "x"):
         write_text(tmp_path / "x" / "file", "written")
     assert caplog.text.count("its file system has no locks") == 1

@@ -74,7 +74,7 @@ def _locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / LOCK_NAME
-    lock = FileLock(path, is_singleton=True)
+    lock = FileLock(path, is_singleton=True, fallback_to_soft=False)  # a soft one outlives us
 
     # The lock, and in it who holds it, where there is room to say so.
     try:
