@@ -57,29 +57,13 @@ class Trial:
 
 
 def make_run(x: Path) -> None:
-    """A small run with every kind of file that commands read."""
-    # Pictures, and lists and tables of them.
+    """A small run of every stage, and `make_inputs`."""
     rng = np.random.default_rng(0)
     for i in range(36):
         path = x / "photos" / ("bag", "coat", "dress")[i % 3] / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).save(path)
-    files = sorted((x / "photos").rglob("*.png"))
-    rows = [(str(file.relative_to(x)), file.parent.name) for file in files]
-    lists = x / "lists"
-    lists.mkdir()
-    (x / "list.txt").write_text("".join(f"{path}\n" for path, _ in rows))
-    (x / "list.csv").write_text("path,label\n" + "".join(f"{p},{label}\n" for p, label in rows))
-    lines = [json.dumps({"path": path, "label": label}) for path, label in rows]
-    (x / "list.jsonl").write_text("\n".join(lines))
-    table = {"image": [file.read_bytes() for file in files], "label": [row[1] for row in rows]}
-    pq.write_table(pa.table(table), x / "table.parquet")
-    np.save(x / "array.npy", rng.integers(0, 256, (36, 16, 16), np.uint8))
-    np.savez(x / "array.npz", images=np.zeros((36, 16, 16), np.uint8), labels=np.zeros(36, int))
-
-    # Every stage.
     tiny, images = ("--config", "tiny"), ("--data.path", f"{x}/photos")
-    run("prepare", *images, "--image.size", 16, "--image.channels", 1, "--output-dir", x / "ready")
     run("train", *tiny, *images, "--output-dir", x / "vqvae")
     run("extract", "--vqvae", x / "vqvae", *images, "--output-dir", x / "codes")
     for level in (0, 1):
@@ -87,6 +71,26 @@ def make_run(x: Path) -> None:
         run("train-prior", *tiny, "--codes", x / "codes", *prior)
     parts = ("--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "prior_1")
     run("assemble", *parts, "--output-dir", x / "pipeline")
+    make_inputs(x)
+
+
+def make_inputs(x: Path) -> None:
+    """Beside photos/ and pipeline/ of a run: other kinds of inputs, and what is no file."""
+    # Lists and tables of the pictures, and arrays.
+    files = sorted((x / "photos").rglob("*.png"))
+    rows = [(str(file.relative_to(x)), file.parent.name) for file in files]
+    (x / "list.txt").write_text("".join(f"{path}\n" for path, _ in rows))
+    (x / "list.csv").write_text("path,label\n" + "".join(f"{p},{label}\n" for p, label in rows))
+    lines = [json.dumps({"path": path, "label": label}) for path, label in rows]
+    (x / "list.jsonl").write_text("\n".join(lines))
+    table = {"image": [file.read_bytes() for file in files], "label": [row[1] for row in rows]}
+    pq.write_table(pa.table(table), x / "table.parquet")
+    np.save(x / "array.npy", np.zeros((36, 16, 16), np.uint8))
+    np.savez(x / "array.npz", images=np.zeros((36, 16, 16), np.uint8), labels=np.zeros(36, int))
+
+    # Folders that commands write.
+    image = ("--image.size", 16, "--image.channels", 1)
+    run("prepare", "--data.path", x / "photos", *image, "--output-dir", x / "ready")
     run("sample", "--pipeline", x / "pipeline", "--num-images", 2, "--output-dir", x / "samples")
 
     # Names that are no files.
@@ -217,7 +221,6 @@ BROKEN_YAML = {
     "a text": "text",
     "a number": "3",
     "nothing": "",
-    "zero bytes": 'train: {output_dir: "a\\0b"}',
     "binary": "train: {num_steps: !!binary aGFsbG8=}",
     "a set": "train: !!set {a, b}",
     "a long text": "train: {mixed_precision: " + "x" * (32 << 20) + "}",
@@ -399,7 +402,7 @@ def _paths(data: Any, path: tuple = ()) -> Iterator[tuple]:
     inside = data.items() if isinstance(data, dict) else enumerate(data[:1])
     for key, value in inside:
         yield (*path, key)
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) and key not in FREE:
             yield from _paths(value, (*path, key))
 
 
