@@ -253,7 +253,7 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
     """Open what the configuration names, or take {"images", "labels"} from Python.
 
     Raises:
-        UserError: no images, shards of held-out images among the training's, or other classes.
+        UserError: no images, or shards of held-out images among the training's.
     """
     try:
         ImageColor.getrgb(config.background)
@@ -268,7 +268,7 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
     train, held_out = _open(data.path, data, config.channels)
     if data.validation_path is not None:
         path = data.validation_path
-        at_once = replace(data, streaming=data.streaming and "://" in path)
+        at_once = replace(data, path=path, streaming=data.streaming and "://" in path)
         held_out, others = _open(path, at_once, config.channels)
         if others is not None and not (isinstance(others, ImageTable) and not len(others)):
             raise UserError(f"{path} is split itself: name its held-out part alone.")
@@ -336,6 +336,8 @@ def make_table(
     Raises:
         UserError: a name occurs twice, a row has no class, or no row trains.
     """
+    if not ids:
+        raise UserError(f"{name} holds no image: check data.path.")
     splits.check_names(ids, name)
     splits.check_names(map(os.path.normpath, ids), name)
     numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
@@ -622,8 +624,14 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
         if len(numbers) > 1 and not any(number % 1000 for number in numbers):
             text = "%s: are the folders %s classes? (If not: --data.label-column none.)"
             logger.info(text, root, few(sorted(set(labels[0]))))
+
+    # Splits in the class folders, as in cat/train and cat/test.
+    words = [splits.split_of(name.split("/")[1]) for name in ids if name.count("/") > 1]
+    split_words = {*words}
+    is_split = len(words) == len(ids) and None not in split_words and "train" in split_words
     files = [by_name[name] for name in ids]
-    return make_table(str(root), ids, files, labels=labels, files=files)
+    options: Any = {"labels": labels, "row_splits": words if is_split else (), "files": files}
+    return make_table(str(root), ids, files, **options)
 
 
 def _is_used(name: str) -> bool:
