@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ def pictures_of(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
 
 
-def write_table(path: Path, cells: Iterable[bytes], labels: Iterable[str]) -> None:
+def write_table(path: Path, cells: Iterable[bytes], labels: Iterable[str | int]) -> None:
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({"image": list(cells), "label": list(labels)}), path)
 
@@ -364,6 +365,214 @@ def test_labels_and_names_that_cannot_be_right_are_refused(tmp_path: Path) -> No
     shutil.copy(first, os.fsencode(folder) + b"/bag/\xff.png")
     with pytest.raises(UserError, match="not UTF-8"):
         load(folder)
+
+
+# Labels
+
+
+def write_files(root: Path, *names: str) -> Path:
+    """Pictures of these names; and lists, given as name: content."""
+    for i, name in enumerate(names):
+        path, _, content = name.partition(": ")
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content.encode() if content else encoded(i))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "classes"),
+    [
+        ("x.csv", ["a.png", "b.png", "x.csv: path, label\na.png, dog\nb.png ,cat \n"], "cat dog"),
+        ("x.csv", ["a.png", "b.png", "x.csv: Path,Label\na.png,dog\nb.png,cat\n"], "cat dog"),
+        ("", ["a.png", 'metadata.jsonl: {"file_name": "a.png", "label": "dog"}'], "dog"),
+        ("", ["s/a.png", "t/b.png", *(f"{d}.csv: file_name,label\n{f},{c}" for d, f, c in (
+            ("s/metadata", "a.png", "dog"), ("t/metadata", "b.png", "cat")))], "cat dog"),
+        ("", ["s/a.png", "t/b.png", "s/metadata.csv: file_name,label\na.png,dog"], "s t"),
+        ("", ["pets/dog/a.png", "pets/cat/b.png"], "cat dog"),
+        ("", ["a/Training/dog/a.png", "a/Training/cat/a.png", "a/Testing/cat/b.png"], "cat dog"),
+        ("", ["x_train/x_train/dog/a.png", "x_train/x_train/cat/a.png", "x_test/cat/b.png"],
+            "cat dog"),
+        ("", ["bullet_train/a.png", "car/b.png"], "bullet_train car"),
+        ("", ["2/a.png", "10/b.png", "1/c.png"], "1 2 10"),
+        ("", ["train/dog/a.png", "val/images/b.png"], "dog"),
+        ("", ["train/dog/a.png", "val/b.png"], "dog"),
+        ("", ["dog/train/a.png", "cat/train/c.png", "dog/test/b.png"], "cat dog"),
+    ],
+)  # fmt: skip
+def test_classes_are_found_and_splits_are_none(
+    path: str, files: list[str], classes: str, tmp_path: Path
+) -> None:
+    splits = load(write_files(tmp_path, *files) / path)
+    assert splits.class_names == tuple(classes.split())
+    words = ("val/", "Testing/", "test/")
+    assert len(splits.validation) == sum(any(word in name for word in words) for name in files)
+    assert load(tmp_path / path, label_column="none").class_names == ()
+
+
+def test_a_metadata_table_is_read_and_names_files_of_its_folder_alone(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "x", "a.png", "b.png")
+    for name, message in (("b.png", None), ("../c.png", "outside of its folder")):
+        write_files(tmp_path, "c.png")
+        rows = [{"file_name": "a.png", "label": "dog"}, {"file_name": name, "label": "cat"}]
+        pq.write_table(pa.Table.from_pylist(rows), root / "metadata.parquet")
+        if message is None:
+            assert load(root).class_names == ("cat", "dog")
+            continue
+        with pytest.raises(UserError, match=message):
+            load(root)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [([True, False], ("False", "True")), ([1, -1], ("-1", "1")), ([0, -1], "found -1"),
+     ([-1, -1], "found -1"), ([0.5, 1.0], "found 0.5"), ([[0], [1]], r"found \[0\]"),
+     (["a\0", "b"], "no name"), (["x" * 9999, "b"], "no name")],
+)  # fmt: skip
+def test_values_that_are_no_classes_are_named(
+    labels: list, found: str | tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [encoded()] * 2, "label": labels}), path)
+    if isinstance(found, tuple):
+        assert load(path).class_names == found
+    else:
+        with pytest.raises(UserError, match=found) as error:
+            load(path)
+        assert len(str(error.value)) < 400
+    assert load(path, label_column="none").class_names == ()
+
+
+def test_what_might_be_classes_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    table = {"jpg": [encoded()] * 2, "cls": [0, 1], "__key__": ["a", "b"]}
+    pq.write_table(pa.table(table), tmp_path / "wds.parquet")
+    assert load(tmp_path / "wds.parquet").class_names == ("0", "1")
+    list_of_one = "class.csv: filename,url,class\n01000/a.png,u,dog\n"
+    folder = write_files(tmp_path / "x", "00000/a.png", "01000/a.png", list_of_one)
+    load(folder / "class.csv")
+    assert "no classes: the columns class, url are not used (--data.label-column class)" in (
+        caplog.text
+    )
+    load(folder)
+    assert "are the folders 00000, 01000 classes?" in caplog.text
+    write_files(tmp_path / "y", *(f"train/{i}/a.png" for i in range(20)), "val/a.png")
+    load(tmp_path / "y")
+    assert "held out without labels: it has none; the training's are 0, 1, 2, 3, 4, ... (20)" in (
+        caplog.text
+    )
+    with pytest.raises(UserError, match="has no labels for the classes"):
+        items_of(ImagesConfig(path=str(tmp_path / "y")))
+    write_files(tmp_path / "z", "val/a.png", "test/a.png")
+    with pytest.raises(UserError, match="none is to be trained on"):
+        load(tmp_path / "z")
+
+
+def test_names_are_the_same_however_their_accents_are_composed(tmp_path: Path) -> None:
+    root = write_files(tmp_path, "cafe\u0301/a.png", "x.csv: path\ncaf\xe9/a.png\n")
+    assert load(root / "x.csv").train.ids == ["caf\xe9/a.png"]
+    assert load(root / "caf\xe9").train.ids == ["a.png"]
+    held_out = write_files(tmp_path / "held", "caf\xe9/a.png")
+    (root / "x.csv").unlink()
+    shutil.move(held_out, tmp_path.with_name("held"))
+    splits = load(root, validation_path=str(tmp_path.with_name("held")))
+    assert splits.validation.source.labels == [0]
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["data [2024]", "a::b", "{0..1}", "x*", "q?"])
+def test_a_path_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
+    root = write_files(tmp_path / name, "p/a.png", "x.csv: path\np/a.png\n")
+    for number in (0, 1):
+        write_table(root / "t" / f"{number}.parquet", [encoded()] * 2, [0, 1])
+        numbered_tars(root / "w", shards=2, rows=2)
+    for path in ("t", "t/*.parquet", "t/{0..1}.parquet", "t/[0-9].parquet", "**/*.parquet"):
+        assert len(load(root / path).train) == 4
+    assert len(load(root / "t" / "1.parquet").train) == 2
+    assert load(root / "x.csv").train.ids == ["p/a.png"]
+    for path in ("w", "w/{000..001}.tar", "w/*.tar", "t"):
+        assert len(items_of(ImagesConfig(path=str(root / path), streaming=True))) == 4
+    with pytest.raises(UserError, match=r"w/002\.tar is no file"):
+        load(root / "w/{000..002}.tar")
+    with pytest.raises(UserError, match="more than 1,000,000"):
+        load(root / "{0..99}{0..99}{0..99}{0..99}{0..99}{0..99}.tar")
+
+
+def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)  # which would copy it
+    folder = write_files(tmp_path / "x", "sub/a.png", "../b.png")
+    (folder / "link.png").symlink_to(tmp_path / "b.png")
+    path = folder / "x.parquet"
+
+    def write(name: str | None) -> None:
+        cells = [{"bytes": encoded(), "path": "a.png"}] * 5 + [{"bytes": None, "path": name}]
+        pq.write_table(pa.table({"image": cells}), path, row_group_size=2)
+
+    write("sub/a.png")
+    monkeypatch.setattr(sys.modules["vqvae2.data.open_source"], "ROWS_BYTES", 1)
+    assert len(load(path).train) == 6
+    with pytest.raises(BadImage, match="only files below a local table are read"):
+        [i.pixels(no_change) for i in items_of(ImagesConfig(path=str(path), streaming=True))]
+    for name in ("../b.png", str(tmp_path / "b.png"), "link.png", "a\0b", "x" * 99_999):
+        write(name)
+        with pytest.raises(BadImage, match="only files below a local table are read") as error:
+            load(path)
+        assert len(str(error.value)) < 500
+
+
+def test_only_regular_files_are_read_and_others_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    names = ("a/a.png", "#recycle/b.png", "x.csv: path\np.png\n", "y.csv: path\n" + "n" * 99_999)
+    root = write_files(tmp_path, *names)
+    os.mkfifo(root / "p.png")
+    os.mkfifo(root / "p.parquet")
+    (root / "link.png").symlink_to("p.png")
+    assert load(root).train.ids == ["a/a.png"]
+    for name in ("p.png", "p.parquet", "link.png"):
+        assert f"{name} is not used: it is no regular file" in caplog.text
+    for path in ("x.csv", "p.parquet", "p.png"):
+        with pytest.raises(UserError, match="no regular file"):
+            load(root / path)
+    for path in (root / "y.csv", root / ("x" * 9999)):
+        with pytest.raises(UserError) as error:
+            load(path)
+        assert len(str(error.value)) < 500
+
+    # A folder that cannot be read is not left out.
+    real = os.scandir
+
+    def scandir(folder: Path | str) -> object:
+        if str(folder).endswith("/a"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for pattern in (root, root / "*" / "*.tar"):
+        with pytest.raises(PermissionError, match="/a"):
+            load(pattern)
+
+
+def test_tables_without_pictures_are_notes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tars = numbered_tars(tmp_path / "x", shards=2, rows=3)
+    pq.write_table(pa.table({"url": ["u"], "key": ["k"]}), tars / "000.parquet")
+    for streaming in (False, True):
+        assert len(items_of(ImagesConfig(path=str(tars), streaming=streaming))) == 6
+    assert "files beside 000.tar, such as 000.parquet, are not used" in caplog.text
+    for tar in tars.glob("*.tar"):
+        tar.unlink()
+    write_files(tars, "d/a.png", "c/b.png")
+    assert load(tars).class_names == ("c", "d")
+
+
+# Python
 
 
 def test_data_of_python_code_that_does_not_fit_is_refused() -> None:

@@ -195,6 +195,28 @@ def test_columns_of_a_stream_are_those_of_a_table(tmp_path: Path) -> None:
             next(stream(path, batch_size=2).start_at(0))
 
 
+def test_labels_of_a_stream_that_are_not_used_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    junk = ["__MACOSX/cat/x.png", "@eaDir/x.png", "cat/._a.png"]
+    tar = write_members(tmp_path / "x.tar", ["cat/a.png", "dog/b.png", *junk])
+    table = write_table(tmp_path / "x.parquet", **{"class": [0] * 6})
+    for path, message in ((tar, "the folders cat, dog"), (table, "the columns class")):
+        data = ImagesConfig(path=str(path), streaming=True)
+        assert {item.label for item in items_of(data)} == {None}
+        assert f"no classes: {message} are not used" in caplog.text
+    assert len(items_of(ImagesConfig(path=str(tar)))) == 2
+    path = write_table(tmp_path / "y.parquet", label=[True, False] * 3)
+    assert [row.label for row in shards_at(path).all_rows()] == [1, 0] * 3
+    path = write_table(tmp_path / "z.parquet", label=["x" * 9999] * 6)
+    with pytest.raises(UserError, match="label-column none") as error:
+        list(shards_at(path).all_rows())
+    assert len(str(error.value)) < 400
+    data = ImagesConfig(path=str(path), streaming=True, label_column="none")
+    assert {item.label for item in items_of(data)} == {None}
+
+
 # Members of tars
 
 

@@ -257,8 +257,8 @@ def load_images(
             nothing is kept in memory.
 
     Raises:
-        UserError: no images, a broken image, held-out images among the training images, or other
-            classes; or the source is a stream.
+        UserError: no images, a broken image, or held-out images among the training images; or the
+            source is a stream.
     """
     opened = sources.open_source(data, config)
     if not check:

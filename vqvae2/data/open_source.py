@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import filter as matching
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -101,66 +101,46 @@ class TableColumn:
 
 
 class ParquetTable:
-    """Parquet files that are read where they lie, without a copy elsewhere."""
+    """Parquet files that are read where they lie, and the cells of one column of theirs, row by
+    row: the row groups read last stay in memory."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path], column: str = "") -> None:
+        self.files, self.column = files, column
+        self.features = features_of(open_parquet(files[0]).schema_arrow)
         self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
-        self.sizes: list[int] = []
-        num_bytes: list[int] = []
+        self.ends = [0]  # its last row, plus one
         for file in files:
-            metadata = _open_parquet(file).metadata
+            metadata = open_parquet(file).metadata
             for number in range(metadata.num_row_groups):
                 self.groups.append((file, number))
-                self.sizes.append(metadata.row_group(number).num_rows)
-                num_bytes.append(metadata.row_group(number).total_byte_size)
-        if sum(num_bytes) > ROWS_BYTES and max(num_bytes) > ROWS_BYTES >> 4:
-            text = "%s: slow, as single rows lie in groups of %d MiB: run vqvae2 prepare first."
-            logger.info(text, files[0], max(num_bytes) >> 20)
-        self.features = features_of(_open_parquet(files[0]).schema_arrow)
-
-    def __getitem__(self, column: str) -> list[Any]:
-        tables = [_open_parquet(file).read([column], use_threads=False) for file in self.files]
-        return [value for table in tables for value in table[column].to_pylist()]
-
-    def ids(self) -> list[str]:
-        """Names for the rows, of shard and row."""
-        numbers = dict.fromkeys(self.files, 0)
-        for (file, _), size in zip(self.groups, self.sizes, strict=True):
-            numbers[file] += size
-        return [name for file, number in numbers.items() for name in row_ids(file.name, number)]
-
-
-class ParquetColumn:
-    """A column of Parquet files, row by row: the row groups read last stay in memory."""
-
-    def __init__(self, table: ParquetTable, column: str) -> None:
-        self.groups, self.column = table.groups, column
-        self.ends = list(accumulate(table.sizes))
+                self.ends.append(self.ends[-1] + metadata.row_group(number).num_rows)
         self.read: dict[int, Any] = {}
         self.lock = threading.Lock()
 
     def __reduce__(self) -> Any:  # another process reads for itself
-        return ParquetColumn, (ParquetTable(list(dict(self.groups))), self.column)
+        return ParquetTable, (self.files, self.column)
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> Any:
-        number = bisect_right(self.ends, index)
+    def __getitem__(self, index: Any) -> Any:
+        """A cell of the column, or of a column by its name all values."""
+        if isinstance(index, str):
+            tables = [open_parquet(file).read([index], use_threads=False) for file in self.files]
+            return [value for table in tables for value in table[index].to_pylist()]
+        number = bisect_right(self.ends, index) - 1
         file, group = self.groups[number]
         with self.lock:
             rows = self.read.pop(number, None)
             if rows is None:
                 with readable(str(file), "read", "restore it"):
-                    opened = _open_parquet(file)
+                    opened = open_parquet(file)
                     rows = opened.read_row_group(group, [self.column], use_threads=False)
                 kept = sum(other.nbytes for other in self.read.values())
                 while self.read and kept + rows.nbytes > ROWS_BYTES:
                     kept -= self.read.pop(next(iter(self.read))).nbytes
             self.read[number] = rows  # the group used last is the last to go
-        first = self.ends[number] - len(rows)
-        return _find_cell(rows[self.column][index - first].as_py(), [file.parent])
+        return _find_cell(rows[self.column][index - self.ends[number]].as_py(), [file.parent])
 
 
 def load_parquet(files: Sequence[Path], num_bytes: int) -> Any:
@@ -172,10 +152,10 @@ def load_parquet(files: Sequence[Path], num_bytes: int) -> Any:
     if num_bytes > ROWS_BYTES:
         names = [glob.escape(str(file)) for file in files]
         return datasets.load_dataset("parquet", data_files=names, split="train")
-    return datasets.Dataset(pa.concat_tables([_open_parquet(file).read() for file in files]))
+    return datasets.Dataset(pa.concat_tables([open_parquet(file).read() for file in files]))
 
 
-def _open_parquet(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
     """Through an open file, since pyarrow and fsspec see more in a path than a path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -273,7 +253,7 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
     """Open what the configuration names, or take {"images", "labels"} from Python.
 
     Raises:
-        UserError: no images, shards of held-out images among the training's, or other classes.
+        UserError: no images, or shards of held-out images among the training's.
     """
     try:
         ImageColor.getrgb(config.background)
@@ -288,7 +268,7 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
     train, held_out = _open(data.path, data, config.channels)
     if data.validation_path is not None:
         path = data.validation_path
-        at_once = replace(data, streaming=data.streaming and "://" in path)
+        at_once = replace(data, path=path, streaming=data.streaming and "://" in path)
         held_out, others = _open(path, at_once, config.channels)
         if others is not None and not (isinstance(others, ImageTable) and not len(others)):
             raise UserError(f"{path} is split itself: name its held-out part alone.")
@@ -356,6 +336,8 @@ def make_table(
     Raises:
         UserError: a name occurs twice, a row has no class, or no row trains.
     """
+    if not ids:
+        raise UserError(f"{name} holds no image: check data.path.")
     splits.check_names(ids, name)
     splits.check_names(map(os.path.normpath, ids), name)
     numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
@@ -475,10 +457,11 @@ def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
         yield from _matches(folder / first, rest)
     elif first == "**":
         yield from _matches(folder, rest)
-        for path in _entries(folder):
-            yield from _matches(path, parts if not path.is_symlink() else ("",) * len(parts))
+        for entry in _entries(folder):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _matches(folder / entry.name, parts)
     elif PATTERN.search(first):
-        for name in matching([path.name for path in _entries(folder)], first):
+        for name in matching([entry.name for entry in _entries(folder)], first):
             yield from _matches(folder / name, rest)
 
 
@@ -513,9 +496,11 @@ def find_file(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
     return parent / listings[parent].get(normalize("NFC", path.name), path.name)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path | str) -> list[os.DirEntry]:
     """What a folder holds, but for what nobody made. Raises OSError: it cannot be read."""
-    return sorted(folder / name for name in os.listdir(folder) if not is_junk(name))
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if not is_junk(entry.name)]
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def _is_regular(path: Path) -> bool:
@@ -532,24 +517,30 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
     """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits).
 
     Raises UserError: there are such, and pictures beside them."""
-    # By kind. Tables without pictures are notes, where there is something else.
-    files: list[Path] = []
-    for entry in _entries(folder):
-        files += _entries(entry) if entry.is_dir() else [entry]
-    files = [file for file in sorted(files) if file.name not in METADATA]
+    # By kind.
+    entries = _entries(folder)
+    for entry in list(entries):
+        entries += _entries(entry.path) if entry.is_dir() else []
     kinds: dict[str, list[Path]] = {}
-    for kind in ("parquet", "arrow", "tar", "tar.gz"):
-        named = [file for file in files if file.name.endswith(f".{kind}")]
-        if shards := list(filter(_is_regular, named)):
-            kinds[kind] = shards
+    for kind in (".parquet", ".arrow", ".tar", ".tar.gz"):
+        named = [Path(entry.path) for entry in entries if entry.name.endswith(kind)]
+        named = [path for path in sorted(named) if path.name not in METADATA and _is_regular(path)]
+        kinds |= {kind: named} if named else {}
+
+    # Tables without pictures are notes, where there is something else.
     pictures = islice(_files_below(folder), MAX_STRAY + 1) if kinds else ()
     stray = [path for path in pictures if path.name not in METADATA]
     notes: list[Path] = []
     if stray or len(kinds) > 1:
-        tables = kinds.pop("parquet", [])
-        kept = [table for table in tables if _holds_pictures(table, data)]
-        notes = sorted({*tables} - {*kept})
-        kinds = ({"parquet": kept} if kept else {}) | kinds
+        tables, kept = kinds.pop(".parquet", []), []
+        for table in tables:
+            features = features_of(open_parquet(table).schema_arrow)
+            try:
+                find_columns(features, str(table), replace(data, label_column=NO_LABELS))
+                kept.append(table)
+            except UserError:
+                notes.append(table)
+        kinds = ({".parquet": kept} if kept else {}) | kinds
     if not kinds:
         return []
 
@@ -558,21 +549,10 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
     if len(stray) > MAX_STRAY:
         what = f"{folder} holds pictures and {shards[0].relative_to(folder)}"
         raise UserError(f"{what}: move one kind out, or name the files of one by a pattern.")
-    for unused in (stray, notes, *others):
-        if unused:
-            name, beside = unused[0].relative_to(folder), shards[0].name
-            logger.info("%s: files beside %s, such as %s, are not used.", folder, beside, name)
+    for unused in filter(None, (stray, notes, *others)):
+        name, beside = unused[0].relative_to(folder), shards[0].name
+        logger.info("%s: files beside %s, such as %s, are not used.", folder, beside, name)
     return shards
-
-
-def _holds_pictures(table: Path, data: ImagesConfig) -> bool:
-    with readable(str(table), "read as Parquet"):
-        features = features_of(_open_parquet(table).schema_arrow)
-    try:
-        find_columns(features, str(table), replace(data, label_column=NO_LABELS))
-    except UserError:
-        return False
-    return True
 
 
 # Picture files
@@ -610,11 +590,13 @@ def _inner_folder(root: Path) -> Path | None:
     entries = [entry for entry in _entries(root) if entry.is_dir() or _is_used(entry.name)]
     if len(entries) != 1 or not entries[0].is_dir() or entries[0].is_symlink():
         return None
-    within = [entry for entry in _entries(entries[0]) if entry.is_dir() or _is_used(entry.name)]
+    within = [
+        entry for entry in _entries(entries[0].path) if entry.is_dir() or _is_used(entry.name)
+    ]
     if not within or not all(entry.is_dir() for entry in within):
         return None
     logger.info("%s: its one folder, %s, is opened instead.", root, entries[0].name)
-    return entries[0]
+    return root / entries[0].name
 
 
 def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
@@ -642,8 +624,14 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
         if len(numbers) > 1 and not any(number % 1000 for number in numbers):
             text = "%s: are the folders %s classes? (If not: --data.label-column none.)"
             logger.info(text, root, few(sorted(set(labels[0]))))
+
+    # Splits in the class folders, as in cat/train and cat/test.
+    words = [splits.split_of(name.split("/")[1]) for name in ids if name.count("/") > 1]
+    split_words = {*words}
+    is_split = len(words) == len(ids) and None not in split_words and "train" in split_words
     files = [by_name[name] for name in ids]
-    return make_table(str(root), ids, files, labels=labels, files=files)
+    options: Any = {"labels": labels, "row_splits": words if is_split else (), "files": files}
+    return make_table(str(root), ids, files, **options)
 
 
 def _is_used(name: str) -> bool:
@@ -654,15 +642,12 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
     """All picture and metadata files, through links too, but not into a folder that holds the
     present one. Raises OSError: a folder cannot be read."""
     above |= {os.path.realpath(folder)}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if is_junk(entry.name):
-                continue
-            if entry.is_dir():
-                if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
-                    yield from _files_below(Path(entry.path), above)
-            elif _is_used(entry.name) and (entry.is_file() or _is_regular(Path(entry.path))):
-                yield Path(entry.path)
+    for entry in _entries(folder):
+        if entry.is_dir():
+            if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                yield from _files_below(Path(entry.path), above)
+        elif _is_used(entry.name) and (entry.is_file() or _is_regular(Path(entry.path))):
+            yield Path(entry.path)
 
 
 # Lists
@@ -751,7 +736,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a list, by the file's suffix; spaces around names and values do not count."""
     with readable(str(path), "read as a list"):
         if path.suffix == ".parquet":
-            rows: list[Any] = _open_parquet(path).read().to_pylist()
+            rows: list[Any] = open_parquet(path).read().to_pylist()
         else:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 lines = (line for line in file if line.strip())
@@ -813,8 +798,9 @@ def _open_table(
     # Pictures, still encoded.
     features = table.features
     image, label = find_columns(features, path, data)
+    cells: Any = table
     if isinstance(table, ParquetTable):
-        cells: Any = ParquetColumn(table, image)
+        table.column = image
     else:
         if isinstance(features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
@@ -830,9 +816,11 @@ def _open_table(
                 what = f"{path} has the id {shorten(wrong[0])}"
                 raise UserError(f"{what}: give each image a name, or rename the column.")
             ids = list(map(str, ids))
+        elif isinstance(table, ParquetTable):
+            counts = [(file.name, open_parquet(file).metadata.num_rows) for file in files]
+            ids = [name for shard, number in counts for name in row_ids(shard, number)]
         else:
-            is_parquet = isinstance(table, ParquetTable)
-            ids = table.ids() if is_parquet else _numbered(len(table))
+            ids = _numbered(len(table))
 
         # Labels and splits, as their columns' types or their values say.
         labels, row_splits = None, []
