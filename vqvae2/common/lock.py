@@ -80,7 +80,9 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = (path.read_text() if path.exists() else "") or "another process"
+        holder = "another process"
+        with suppress(OSError):
+            holder = path.read_text()[:200] or holder
         advice = "wait for it or choose another --output-dir"
         raise UserError(f"{holder} is writing to {folder}: {advice}.") from None
     except (OSError, NotImplementedError) as error:
