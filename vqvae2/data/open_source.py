@@ -12,7 +12,7 @@ import stat
 import threading
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from itertools import islice
@@ -497,10 +497,14 @@ def find_file(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
     return parent / listings[parent].get(normalize("NFC", path.name), path.name)
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry]:
-    """What a folder holds, but for what nobody made. Raises OSError: it cannot be read."""
+def _entries(
+    folder: Path | str, wanted: Callable[[str], bool] = lambda name: True
+) -> list[os.DirEntry]:
+    """The folders in a folder and those files whose names are wanted, by name, but for what nobody
+    made. Raises OSError: it cannot be read."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not is_junk(entry.name)]
+        made = [entry for entry in entries if not is_junk(entry.name)]
+    found = [entry for entry in made if entry.is_dir() or wanted(entry.name)]
     return sorted(found, key=lambda entry: entry.name)
 
 
@@ -528,11 +532,13 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
 
     Raises UserError: there are such, and pictures beside them."""
     # By kind.
-    entries = _entries(folder)
+    suffixes = (".parquet", ".arrow", ".tar", ".tar.gz")
+    entries = _entries(folder, lambda name: name.endswith(suffixes))
     for entry in list(entries):
-        entries += _entries(entry.path) if entry.is_dir() else []
+        if entry.is_dir():
+            entries += _entries(entry.path, lambda name: name.endswith(suffixes))
     kinds: dict[str, list[Path]] = {}
-    for kind in (".parquet", ".arrow", ".tar", ".tar.gz"):
+    for kind in suffixes:
         named = [Path(entry.path) for entry in entries if entry.name.endswith(kind)]
         named = [path for path in sorted(named) if path.name not in METADATA and _is_regular(path)]
         kinds |= {kind: named} if named else {}
@@ -597,16 +603,14 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
 
 def _inner_folder(root: Path) -> Path | None:
     """The one folder that wraps all others, as archives have it: nothing else is in `root`."""
-    entries = [entry for entry in _entries(root) if entry.is_dir() or _is_used(entry.name)]
-    if len(entries) != 1 or not entries[0].is_dir() or entries[0].is_symlink():
+    outer = _entries(root, _is_used)
+    if len(outer) != 1 or not outer[0].is_dir(follow_symlinks=False):
         return None
-    within = [
-        entry for entry in _entries(entries[0].path) if entry.is_dir() or _is_used(entry.name)
-    ]
-    if not within or not all(entry.is_dir() for entry in within):
+    inner = _entries(outer[0].path, _is_used)
+    if not inner or not all(entry.is_dir() for entry in inner):
         return None
-    logger.info("%s: its one folder, %s, is opened instead.", root, entries[0].name)
-    return root / entries[0].name
+    logger.info("%s: its one folder, %s, is opened instead.", root, outer[0].name)
+    return root / outer[0].name
 
 
 def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
@@ -652,11 +656,11 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
     """All picture and metadata files, through links too, but not into a folder that holds the
     present one. Raises OSError: a folder cannot be read."""
     above |= {os.path.realpath(folder)}
-    for entry in _entries(folder):
+    for entry in _entries(folder, _is_used):
         if entry.is_dir():
             if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                 yield from _files_below(Path(entry.path), above)
-        elif _is_used(entry.name) and (entry.is_file() or _is_regular(Path(entry.path))):
+        elif entry.is_file() or _is_regular(Path(entry.path)):
             yield Path(entry.path)
 
 
