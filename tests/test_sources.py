@@ -511,6 +511,11 @@ def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
         cells = [{"bytes": encoded(), "path": "a.png"}] * 5 + [{"bytes": None, "path": name}]
         pq.write_table(pa.table({"image": cells}), path, row_group_size=2)
 
+    sink = pa.OSFile(str(tmp_path / "x.arrow"), "wb")
+    with pa.ipc.new_file(sink, (table := pa.table({"image": [encoded()] * 3})).schema) as writer:
+        writer.write_table(table)
+    sink.close()
+    assert len(load(tmp_path / "x.arrow").train) == 3
     write("sub/a.png")
     monkeypatch.setattr(sys.modules["vqvae2.data.open_source"], "ROWS_BYTES", 1)
     assert len(load(path).train) == 6

@@ -12,7 +12,7 @@ import stat
 import threading
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from itertools import islice
@@ -109,8 +109,10 @@ class ParquetTable:
         self.features = features_of(open_parquet(files[0]).schema_arrow)
         self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
         self.ends = [0]  # its last row, plus one
+        self.ids: list[str] = []
         for file in files:
             metadata = open_parquet(file).metadata
+            self.ids += row_ids(file.name, metadata.num_rows)
             for number in range(metadata.num_row_groups):
                 self.groups.append((file, number))
                 self.ends.append(self.ends[-1] + metadata.row_group(number).num_rows)
@@ -170,7 +172,7 @@ def _find_cell(cell: Any, folders: Sequence[Path]) -> Any:
         with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
             for folder in folders:
                 file = (folder / cell["path"]).resolve()
-                if file.is_relative_to(folder.resolve()) and _is_regular(file):
+                if file.is_relative_to(folder.resolve()) and _fault_of(file) is None:
                     return file
     return cell
 
@@ -386,8 +388,7 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     elif local.is_file():
         files = [local]
     else:
-        what = f"{path} {'is no regular file' if local.exists() else 'does not exist'}"
-        raise UserError(f"{what}: check data.path ({KINDS}).")
+        raise UserError(f"{path} {_fault_of(local)}: check data.path ({KINDS}).")
 
     # Files, by their suffix.
     suffixes = {file.suffix for file in files}
@@ -496,21 +497,34 @@ def find_file(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
     return parent / listings[parent].get(normalize("NFC", path.name), path.name)
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry]:
-    """What a folder holds, but for what nobody made. Raises OSError: it cannot be read."""
+def _entries(
+    folder: Path | str, wanted: Callable[[str], bool] = lambda name: True
+) -> list[os.DirEntry]:
+    """The folders in a folder and those files whose names are wanted, by name, but for what nobody
+    made. Raises OSError: it cannot be read."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not is_junk(entry.name)]
+        made = [entry for entry in entries if not is_junk(entry.name)]
+    found = [entry for entry in made if entry.is_dir() or wanted(entry.name)]
     return sorted(found, key=lambda entry: entry.name)
 
 
+def _fault_of(file: Path) -> str | None:
+    """Why a file cannot be read to its end, if that is known before it is opened."""
+    try:
+        return None if stat.S_ISREG(os.stat(file).st_mode) else "is no regular file"
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', error)})"
+
+
 def _is_regular(path: Path) -> bool:
-    """Whether a file can be read to its end; others are named, but for folders. (So can a broken
-    link, which is named as unreadable.)"""
-    if path.is_file() or not path.exists():
-        return True
-    if not path.is_dir():
+    """Whether a file is none that is passed over, saying so. (A broken link is not: it is named as
+    unreadable later.)"""
+    special = not path.is_dir() and _fault_of(path) == "is no regular file"
+    if special:
         logger.info("%s is not used: it is no regular file.", path)
-    return False
+    return not (special or path.is_dir())
 
 
 def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
@@ -518,11 +532,13 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
 
     Raises UserError: there are such, and pictures beside them."""
     # By kind.
-    entries = _entries(folder)
+    suffixes = (".parquet", ".arrow", ".tar", ".tar.gz")
+    entries = _entries(folder, lambda name: name.endswith(suffixes))
     for entry in list(entries):
-        entries += _entries(entry.path) if entry.is_dir() else []
+        if entry.is_dir():
+            entries += _entries(entry.path, lambda name: name.endswith(suffixes))
     kinds: dict[str, list[Path]] = {}
-    for kind in (".parquet", ".arrow", ".tar", ".tar.gz"):
+    for kind in suffixes:
         named = [Path(entry.path) for entry in entries if entry.name.endswith(kind)]
         named = [path for path in sorted(named) if path.name not in METADATA and _is_regular(path)]
         kinds |= {kind: named} if named else {}
@@ -587,16 +603,14 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
 
 def _inner_folder(root: Path) -> Path | None:
     """The one folder that wraps all others, as archives have it: nothing else is in `root`."""
-    entries = [entry for entry in _entries(root) if entry.is_dir() or _is_used(entry.name)]
-    if len(entries) != 1 or not entries[0].is_dir() or entries[0].is_symlink():
+    outer = _entries(root, _is_used)
+    if len(outer) != 1 or not outer[0].is_dir(follow_symlinks=False):
         return None
-    within = [
-        entry for entry in _entries(entries[0].path) if entry.is_dir() or _is_used(entry.name)
-    ]
-    if not within or not all(entry.is_dir() for entry in within):
+    inner = _entries(outer[0].path, _is_used)
+    if not inner or not all(entry.is_dir() for entry in inner):
         return None
-    logger.info("%s: its one folder, %s, is opened instead.", root, entries[0].name)
-    return root / entries[0].name
+    logger.info("%s: its one folder, %s, is opened instead.", root, outer[0].name)
+    return root / outer[0].name
 
 
 def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
@@ -642,11 +656,11 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
     """All picture and metadata files, through links too, but not into a folder that holds the
     present one. Raises OSError: a folder cannot be read."""
     above |= {os.path.realpath(folder)}
-    for entry in _entries(folder):
+    for entry in _entries(folder, _is_used):
         if entry.is_dir():
             if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                 yield from _files_below(Path(entry.path), above)
-        elif _is_used(entry.name) and (entry.is_file() or _is_regular(Path(entry.path))):
+        elif entry.is_file() or _is_regular(Path(entry.path)):
             yield Path(entry.path)
 
 
@@ -722,16 +736,6 @@ def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources
     return make_table(name, ids, files, labels=labels, row_splits=row_splits, files=files)
 
 
-def _fault_of(file: Path) -> str | None:
-    """What is wrong with a file that a list names."""
-    try:
-        return None if stat.S_ISREG(os.stat(file).st_mode) else "is no regular file"
-    except FileNotFoundError:
-        return "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({getattr(error, 'strerror', error)})"
-
-
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a list, by the file's suffix; spaces around names and values do not count."""
     with readable(str(path), "read as a list"):
@@ -775,8 +779,7 @@ def _open_tables(
             if files[0].suffix == ".parquet":
                 loaded[split] = ParquetTable(paths)
             else:
-                tables = [datasets.Dataset.from_file(str(file)) for file in paths]
-                loaded[split] = datasets.concatenate_datasets(tables)
+                loaded[split] = datasets.concatenate_datasets(list(map(_open_arrow, paths)))
         if not files:
             loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     loaded = loaded if isinstance(loaded, Mapping) else {"train": loaded}
@@ -787,6 +790,17 @@ def _open_tables(
         return sources
     others = _open_table(path, loaded[held_out], by_split.get(held_out, []), data, own)
     return Sources(sources.train, others.train)
+
+
+def _open_arrow(file: Path) -> Any:
+    """A file as `datasets` writes it, or of Arrow's other format; neither is copied."""
+    import datasets
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(file))
+    if mapped.read(6) == b"ARROW1":
+        return datasets.Dataset(pa.ipc.open_file(mapped).read_all())
+    return datasets.Dataset.from_file(str(file))
 
 
 def _open_table(
@@ -817,8 +831,7 @@ def _open_table(
                 raise UserError(f"{what}: give each image a name, or rename the column.")
             ids = list(map(str, ids))
         elif isinstance(table, ParquetTable):
-            counts = [(file.name, open_parquet(file).metadata.num_rows) for file in files]
-            ids = [name for shard, number in counts for name in row_ids(shard, number)]
+            ids = table.ids
         else:
             ids = _numbered(len(table))
 
