@@ -528,6 +528,31 @@ def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
         assert len(str(error.value)) < 500
 
 
+def test_a_table_of_the_hub_shows_pictures_of_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, "cache/a.png", "b.png")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, is_read in (("cache/a.png", True), ("b.png", False)):
+        features = datasets.Features(image=datasets.Image())
+        rows = {"image": [{"bytes": None, "path": str(tmp_path / name)}]}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, table=table: table)
+        if is_read:
+            assert len(load("someone/images").train) == 1
+            continue
+        with pytest.raises(BadImage, match="only files below a local table"):
+            load("someone/images")
+
+    # What lies at the bottom of an error is said.
+    def fail(path: str) -> None:
+        raise ValueError("generating failed") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"No space left on device.*HF_HOME"):
+        load("someone/images")
+
+
 def test_only_regular_files_are_read_and_others_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
