@@ -500,8 +500,9 @@ def test_a_path_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
 
 
 def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(datasets, "load_dataset", None)  # which would copy it
     folder = write_files(tmp_path / "x", "sub/a.png", "../b.png")
     (folder / "link.png").symlink_to(tmp_path / "b.png")
@@ -519,6 +520,7 @@ def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
     write("sub/a.png")
     monkeypatch.setattr(sys.modules["vqvae2.data.open_source"], "ROWS_BYTES", 1)
     assert len(load(path).train) == 6
+    assert "x.parquet: slow, as a row is read with all" in caplog.text
     with pytest.raises(BadImage, match="only files below a local table are read"):
         [i.pixels(no_change) for i in items_of(ImagesConfig(path=str(path), streaming=True))]
     for name in ("../b.png", str(tmp_path / "b.png"), "link.png", "a\0b", "x" * 99_999):
