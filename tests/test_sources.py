@@ -500,8 +500,9 @@ def test_a_path_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
 
 
 def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(datasets, "load_dataset", None)  # which would copy it
     folder = write_files(tmp_path / "x", "sub/a.png", "../b.png")
     (folder / "link.png").symlink_to(tmp_path / "b.png")
@@ -519,6 +520,7 @@ def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
     write("sub/a.png")
     monkeypatch.setattr(sys.modules["vqvae2.data.open_source"], "ROWS_BYTES", 1)
     assert len(load(path).train) == 6
+    assert "x.parquet: slow, as a row is read with all" in caplog.text
     with pytest.raises(BadImage, match="only files below a local table are read"):
         [i.pixels(no_change) for i in items_of(ImagesConfig(path=str(path), streaming=True))]
     for name in ("../b.png", str(tmp_path / "b.png"), "link.png", "a\0b", "x" * 99_999):
@@ -526,6 +528,31 @@ def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
         with pytest.raises(BadImage, match="only files below a local table are read") as error:
             load(path)
         assert len(str(error.value)) < 500
+
+
+def test_a_table_of_the_hub_shows_pictures_of_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, "cache/a.png", "b.png")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, is_read in (("cache/a.png", True), ("b.png", False)):
+        features = datasets.Features(image=datasets.Image())
+        rows = {"image": [{"bytes": None, "path": str(tmp_path / name)}]}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, table=table: table)
+        if is_read:
+            assert len(load("someone/images").train) == 1
+            continue
+        with pytest.raises(BadImage, match="only files below a local table"):
+            load("someone/images")
+
+    # What lies at the bottom of an error is said.
+    def fail(path: str) -> None:
+        raise ValueError("generating failed") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"No space left on device.*HF_HOME"):
+        load("someone/images")
 
 
 def test_only_regular_files_are_read_and_others_named(

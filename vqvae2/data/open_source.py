@@ -110,12 +110,18 @@ class ParquetTable:
         self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
         self.ends = [0]  # its last row, plus one
         self.ids: list[str] = []
+        sizes: list[int] = []
         for file in files:
             metadata = open_parquet(file).metadata
             self.ids += row_ids(file.name, metadata.num_rows)
             for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
                 self.groups.append((file, number))
-                self.ends.append(self.ends[-1] + metadata.row_group(number).num_rows)
+                self.ends.append(self.ends[-1] + group.num_rows)
+                sizes.append(group.total_byte_size)
+        if sum(sizes) > ROWS_BYTES and max(sizes) > ROWS_BYTES >> 4:
+            text = "%s: slow, as a row is read with all %d MiB of its row group: prepare it first."
+            logger.info(text, files[0], max(sizes) >> 20)
         self.read: dict[int, Any] = {}
         self.lock = threading.Lock()
 
