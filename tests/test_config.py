@@ -133,9 +133,9 @@ def test_flags_win_over_recipe_and_recipe_over_defaults() -> None:
 def test_flags_are_held_to_the_rules_of_recipes() -> None:
     sample = ["--pipeline", "p", "--output-dir", "o"]
     for value in ("inf", "nan", "1e400"):
-        with pytest.raises(UserError, match="temperature.* is (inf|nan), .* a finite number"):
+        with pytest.raises(UserError, match=r"temperature.* is (inf|nan), .* a finite number"):
             parse("sample", [*sample, "--temperature", "1", value])
-        with pytest.raises(UserError, match="learning_rate is (inf|nan), but must be in"):
+        with pytest.raises(UserError, match=r"learning_rate is (inf|nan), but must be in"):
             parse("train", [*FLAGS, "--learning-rate", value])
 
 
