@@ -140,6 +140,7 @@ def flag_trials() -> Iterator[Trial]:
             for field in flags:
                 flag = f"--{prefix}{field.name.replace('_', '-')}"
                 for values, codes in wrong_values(hints[field.name], field.name):
+                    codes = ANY if values == (field.default,) else codes  # noqa: PLW2901
                     base = _without(BASES[command].split(), flag)
                     if command == "demo" and codes == ANY:
                         continue  # it would run for minutes

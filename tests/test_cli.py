@@ -172,6 +172,49 @@ def test_quiet_shows_warnings_only(
         assert {"--quiet", "--verbose", "--config", "--help"} < {*flag_names(command)}
 
 
+def test_a_closed_pipe_is_no_error() -> None:
+    """As of other programs whose output is read by `head`."""
+    program = f"{sys.executable} -m pipelines.cli completion; echo $? >&2"
+    shell = subprocess.run(
+        ["bash", "-c", f"({program}) | true"], capture_output=True, text=True, check=True
+    )
+    assert shell.stderr == "141\n"
+
+
+def test_the_machines_faults_get_a_sentence_and_ours_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> None:
+        def command(config: object) -> None:
+            raise error
+
+        monkeypatch.setattr("pipelines.cli.function_of", lambda name: command)
+        run_here("completion", code=2)
+
+    torchs = RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes")
+    for error, words in (
+        (OSError(28, "No space left on device"), "No space left"),
+        (MemoryError("Unable to allocate 9 TiB"), "memory of this machine does not suffice"),
+        (torchs, "memory of this machine does not suffice"),
+        (UserError("x" * 10**6 + "\nend"), "xxx end"),
+        (UserError(os.fsdecode(b"caf\xe9")), "caf"),
+    ):
+        fail(error)
+        text = capsys.readouterr().err
+        assert words in text
+        assert len(text) < 1000
+        assert text.count("\n") == 1
+    for wrong in (RuntimeError("sizes differ"), RecursionError(), KeyError("x")):
+        with pytest.raises(type(wrong)):
+            fail(wrong)
+
+
+def test_at_most_five_names_are_suggested() -> None:
+    with pytest.raises(UserError) as error:
+        parse("train", ["--zzz", "3"])
+    assert str(error.value).count("--") == 7  # the mistake, five, and --help
+
+
 def test_the_same_thing_has_the_same_flag_everywhere() -> None:
     """No positional arguments, `--image.*` for preprocessing and `--data.*` for images."""
     flags = {name: flag_names(name) for name in COMMANDS}

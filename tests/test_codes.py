@@ -21,7 +21,7 @@ import prior.manifest
 import prior.shards
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows, write_manifest
 from prior.shards import ShardRecord, content_hash, file_hash, flat_values, write_shard
-from tests.conftest import command, record_shard
+from tests.conftest import command, edit_manifest, record_shard
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 
@@ -346,6 +346,27 @@ def test_a_manifest_of_another_meaning_is_refused(
     write_manifest(tmp_path, dataclasses.replace(read_manifest(tmp_path), **meaning))
     with pytest.raises(UserError, match=sentence):
         read_train(tmp_path)
+
+
+def test_codes_without_rows_to_train_on_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "codes")
+    edit_manifest(tmp_path / "codes", train=())
+    words = ("--codes", tmp_path / "codes", "--level", "top", "--output-dir", tmp_path / "out")
+    command("train-prior", *words, code=2)
+    assert "holds no rows to train on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("image", [3, {}, {"channels": 3}, {"channels": "3", "size": [8]}])
+def test_what_the_images_were_is_known_or_null(image: object, tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert manifest.values_per_image == 3 * 64 * 64
+    assert dataclasses.replace(manifest, preprocessing=None).values_per_image == 0
+    with pytest.raises(UserError, match=r"preprocessing is .*, but must be null, or a mapping"):
+        dataclasses.replace(manifest, preprocessing=image)
 
 
 def test_a_prior_learns_the_same_from_codes_larger_than_memory(

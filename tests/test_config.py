@@ -1,13 +1,17 @@
 """Configuration is strict: what is not understood is refused, with the key and what is allowed."""
 
 import dataclasses
+import math
+import os
+from pathlib import Path
 
 import pytest
 
 from pipelines.cli import load_recipe, parse, recipe_names, recipe_section
-from prior.config import TransformerConfig, TransformerPriorConfig
+from prior.config import PixelSNAILConfig, TransformerConfig, TransformerPriorConfig
 from vqvae2.common.config import differences, from_dict, may_change, recipe_only, to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
 from vqvae2.config import TrainVQVAEConfig, VQVAE2Config
 
 TRAIN = {"output_dir": "o", "data": {"path": "p"}}
@@ -47,13 +51,75 @@ def test_a_configuration_survives_being_written_and_read() -> None:
         ({"model": {"codebook_sizes": [1, 2, 3]}}, ["codebook_sizes", "(1, 2, 3)", "2 levels"]),
         ({"data": {}}, ["data", "'path'", "missing"]),
         ({"data": 3}, ["here: data is 3", "mapping"]),
+        ({"batch_size": 10**10}, ["batch_size is 10000000000", "at most 1,048,576"]),
+        ({"batch_size": 2**70}, ["batch_size", "63 bits"]),
+        ({"model": {"codebook_sizes": [2**40]}}, ["codebook_sizes", "at most 16,777,216"]),
+        ({"model": {"image": {"channels": 10**9}}}, ["channels", "at most 1,024"]),
+        ({"model": {"image": {"size": [2**20]}}}, ["size", "at most 16,384"]),
+        ({"data": {"path": "p", "num_workers": 10**5}}, ["num_workers", "at most 1,024"]),
+        ({"adam_betas": [1.5, 2]}, ["adam_betas", "below 1"]),
+        ({"learning_rate": math.nan}, ["learning_rate is nan", "finite"]),
+        ({"learning_rate": math.inf}, ["learning_rate is inf", "finite"]),
+        ({"weight_decay": "1e400"}, ["weight_decay is inf", "finite"]),
+        ({"weight_decay": 10**400}, ["weight_decay", "float"]),
+        ({"mixed_precision": "x" * 10**6}, ["'xxxx", "...", "xxx'"]),
     ],
 )
 def test_mistakes_are_named(data: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         training(**data)
+    assert len(str(error.value)) < 500
     for word in words:
         assert word in str(error.value)
+
+
+def test_no_network_has_millions_of_layers() -> None:
+    for settings in ({"num_layers": 10**7}, {"width": 2**40}):
+        with pytest.raises(UserError, match="at most"):
+            TransformerConfig(**settings)
+    with pytest.raises(UserError, match="num_blocks x num_residual_blocks is 250000"):
+        PixelSNAILConfig(num_blocks=500, num_residual_blocks=500)
+
+
+def aliases(first: str, line: str) -> str:
+    """Fourteen lines, each of which holds the one before four times."""
+    lines = [line.format(i, "{", f"*a{i - 1}, " * 4, "}") for i in range(1, 15)]
+    return "\n".join([f"line0: &a0 {first}", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("train: {num_steps: 2001-99-99}", "month must be in"),
+        ("train: {num_steps: !!int abc}", "invalid literal"),
+        ("train: " + "[" * 20_000, "50 levels"),
+        (aliases("[x, x]", "line{0}: &a{0} [{2}]"), "200,000 values"),
+        (aliases("{x: 1}", "line{0}: &a{0} {1}<<: [{2}]{3}"), "200,000 values"),
+        ("train: &t {model: *t}", "stands for nothing before it"),
+        ("train: " + "x" * (1 << 22), "more than 4,194,304 bytes"),
+        ("train: {num_steps: " + "9" * 5000 + "}", "4300 digits"),
+        ("train: {num_steps: 0x" + "f" * 5000 + "}", "a number of 20000 bits"),
+        ("3: {}", "unknown section 3"),
+        ("[1, 2]: {}", "unhashable"),
+        ("train: 3", "train is 3, but must be a mapping"),
+        ("train: [1]", "train is .1., but must be a mapping"),
+    ],
+)
+def test_a_recipe_that_is_none_gets_a_sentence(tmp_path: Path, text: str, reason: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=reason) as error:
+        parse("train", ["--config", str(recipe), *FLAGS])
+    assert len(str(error.value)) < 700
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"pipe\.yaml is a pipe, a socket or a device"):
+        load_recipe(str(tmp_path / "pipe.yaml"))
+    with pytest.raises(UserError, match=r"config\.json is a pipe, a socket or a device"):
+        read_json(tmp_path / "config.json")
 
 
 def test_flags_win_over_recipe_and_recipe_over_defaults() -> None:
@@ -64,10 +130,21 @@ def test_flags_win_over_recipe_and_recipe_over_defaults() -> None:
     assert config.adam_betas == training().adam_betas
 
 
+def test_flags_are_held_to_the_rules_of_recipes() -> None:
+    sample = ["--pipeline", "p", "--output-dir", "o"]
+    for value in ("inf", "nan", "1e400"):
+        with pytest.raises(UserError, match=r"temperature.* is (inf|nan), .* a finite number"):
+            parse("sample", [*sample, "--temperature", "1", value])
+        with pytest.raises(UserError, match=r"learning_rate is (inf|nan), but must be in"):
+            parse("train", [*FLAGS, "--learning-rate", value])
+
+
 def test_recipes_speak_per_level() -> None:
     recipe = load_recipe("demo")
     for level, name in (("top", "prior_0"), ("0", "prior_0"), ("bottom", "prior_1")):
         assert recipe_section(recipe, "train-prior", level) == recipe[name]
+    many: dict[str, dict] = {f"prior_{level}": {"seed": level} for level in range(12)}
+    assert recipe_section(many, "train-prior", "bottom") == {"seed": 11}
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
+from vqvae2.common.artifact import check_memory
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
@@ -204,3 +205,15 @@ def test_the_hash_does_not_change_between_versions() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert model.content_hash().startswith("ce6f3a1939a7")
+
+
+def test_a_network_too_large_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Of a stranger's folder by its weights, of one's own training by the machine's memory."""
+    VQVAE2(VQVAE2Config(hidden_channels=16, code_dims=(8,))).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {**config, "hidden_channels": 1 << 16})
+    with pytest.raises(UserError, match=r"config\.json asks for .*: the weights belong to another"):
+        VQVAE2.from_pretrained(tmp_path)
+    giant = VQVAE2Config(hidden_channels=1 << 16)
+    with pytest.raises(UserError, match=r"the network has .* GiB of weights, but this machine has"):
+        check_memory(lambda: VQVAE2(giant))
