@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ from prior.attention import KVCache, attend
 from prior.audit import audit, check_attention, stop_if_unsound
 from prior.base import Prior
 from prior.manifest import read_manifest
+from prior.registry import load_prior
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.checks import Finding
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.quantizers import CodebookQuantizer, make_quantizer
 
@@ -512,8 +513,10 @@ def rewrite(x: Path, split: str, change: Callable[[dict], object]) -> None:
     (path,) = (x / "codes" / split).glob("*.parquet")
     edit_shard(path, change)
     codes_hash = read_manifest(x / "codes").codes_hash
-    for config in x.glob("prior_*/config.json"):
-        write_json(config, {**read_json(config), "codes_hash": codes_hash})
+    for folder in x.glob("prior_*"):
+        model = load_prior(folder)
+        model.config = replace(model.config, codes_hash=codes_hash)
+        model.save_pretrained(folder)
 
 
 def test_truncated_codes(copy_of_trained: Path) -> None:

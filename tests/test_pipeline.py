@@ -195,12 +195,20 @@ def test_weights_that_are_no_numbers_are_a_sentence(pipeline: VQVAE2Pipeline) ->
             VQVAE2Pipeline(pipeline.vqvae, [broken, pipeline.priors[1]])(1)
 
 
-def test_a_pipeline_with_a_flipped_byte_is_refused(copy_of_run: Path) -> None:
+def test_a_pipeline_with_a_flipped_byte_or_another_part_is_refused(copy_of_run: Path) -> None:
     folder = copy_of_run / "pipeline"
     weights = folder / "prior_1" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-9] ^= 4
     weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"safetensors was changed after the model was saved"):
+        VQVAE2Pipeline.from_pretrained(folder)
+
+    # A whole model that is not the pipeline's own.
+    weights.unlink()
+    other = load_prior(copy_of_run / "prior_1")
+    next(other.parameters()).data[0] += 1
+    other.save_pretrained(folder / "prior_1")
     with pytest.raises(UserError, match=r"prior_1 was changed .*: restore its files"):
         VQVAE2Pipeline.from_pretrained(folder)
     found = next(examine(**load(DoctorConfig(pipeline=str(folder)))))

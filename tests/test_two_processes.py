@@ -24,7 +24,7 @@ def test_stage_1_equals_one_process(tmp_path: Path) -> None:
         (tmp_path / number / variant).mkdir(parents=True)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, WORKER, "1", tmp_path / "one"], check=True, env=environment)
-    said = two_processes(WORKER, 2, tmp_path / "two").stdout
+    said = "".join(result.stdout for result in two_processes(WORKER, 2, tmp_path / "two"))
 
     # One process's SIGTERM stopped both at the same slow step, though no report was due; and each
     # says that they see other images.

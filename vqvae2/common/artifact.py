@@ -21,7 +21,7 @@ from vqvae2.common.files import looks_like_path, read_json, whole_file, write_js
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-CONFIG_HASH, WEIGHTS_HASH = "config_hash", "weights_hash"  # in the metadata of the weights
+HASHES = "hashes"  # of the configuration and of the weights, in the metadata of the weights
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -58,12 +58,9 @@ class Artifact(ModelHubMixin):
         state: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         state = {name: tensor.contiguous() for name, tensor in state.items()}
         config = {"architecture": type(self).__name__, **to_dict(self.config)}
-        hashes = {
-            CONFIG_HASH: content_hash(config, ()),
-            WEIGHTS_HASH: content_hash({}, state.items()),
-        }
-        with whole_file(folder / WEIGHTS_NAME) as aside:
-            save_file(state, aside, metadata={"format": "pt", **hashes})
+        hashes = f"{content_hash(config, ())} {content_hash({}, state.items())}"
+        with whole_file(folder / WEIGHTS_NAME) as aside:  # one entry: several come in any order
+            save_file(state, aside, metadata={HASHES: hashes})
         write_json(folder / CONFIG_NAME, config)
 
     @classmethod
@@ -75,7 +72,7 @@ class Artifact(ModelHubMixin):
         """
         folder = local_folder(name, revision=revision)
         data = read_json(folder / CONFIG_NAME)
-        _check_hash(folder, folder / CONFIG_NAME, CONFIG_HASH, content_hash(data, ()))
+        config_hash = content_hash(data, ())
         kind = data.pop("architecture", None)
         if kind != cls.__name__:
             problem = f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected"
@@ -88,6 +85,7 @@ class Artifact(ModelHubMixin):
                 raise UserError(f"{path} {sizes}: the weights belong to another configuration.")
         model = cls(config)
         load_weights(model, folder)  # type: ignore[arg-type]
+        _check_hash(folder / CONFIG_NAME, 0, config_hash)
         return model.eval()  # type: ignore[attr-defined]
 
 
@@ -99,10 +97,8 @@ def state_bytes(make_model: Callable[[], nn.Module]) -> int:
 
 def check_memory(make_model: Callable[[], nn.Module]) -> None:
     """Raise a `UserError` for a model whose weights alone exceed this machine's memory."""
-    needed, memory = (
-        state_bytes(make_model),
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"),
-    )
+    needed = state_bytes(make_model)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
     if needed > memory:
         sizes = f"{needed / 2**30:,.1f} GiB of weights, but this machine has {memory / 2**30:,.1f}"
         raise UserError(f"the network has {sizes} GiB of memory: make it smaller.")
@@ -117,19 +113,16 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS_NAME
     state = read_tensors(path)
     check_weights(path, model.state_dict(), state)
-    _check_hash(folder, path, WEIGHTS_HASH, content_hash({}, state.items()))
+    _check_hash(path, 1, content_hash({}, state.items()))
     model.load_state_dict(state)
 
 
-def _check_hash(folder: Path, path: Path, key: str, found: str) -> None:
-    """Raise a `UserError` if a file of a model is not as it was saved. (Folders of earlier versions
-    do not say.)"""
-    try:
-        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-            expected = (file.metadata() or {}).get(key, found)
-    except Exception:  # `read_tensors` says what is wrong with it
-        return
-    if found != expected:
+def _check_hash(path: Path, place: int, found: str) -> None:
+    """Raise a `UserError` if a model's configuration (place 0) or weights (1) are not as they were
+    saved. Folders of earlier versions do not say."""
+    with safe_open(path.with_name(WEIGHTS_NAME), "pt") as file:
+        saved = (file.metadata() or {}).get(HASHES, "").split()
+    if len(saved) == 2 and saved[place] != found:
         raise UserError(f"{path} was changed after the model was saved: restore or remake it.")
 
 
