@@ -27,13 +27,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from PIL import Image
 
 from pipelines.cli import COMMANDS, flag_groups, function_of, main
 from prior.manifest import Manifest
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json
 
 SECONDS, MEMORY = 60, 12 << 30  # of a trial, and over what is loaded when it starts
 LONGEST = 1000  # letters of a sentence
@@ -377,8 +377,9 @@ def _damages(x: Path, file: str, words: tuple[str, ...], rng: random.Random) -> 
     if file.endswith((".json", ".yaml")):
         for text in ("null", "[]", "3", '"text"', "[" * 100_000, "{}", '{"a": 1}', "\ud800"):
             yield trial(f"{text:.10}", text.encode("utf-8", "surrogatepass"))
-    if file.endswith(".json"):
-        data = read_json(x / file)
+    if file.endswith((".json", ".yaml")):
+        data = yaml.safe_load((x / file).read_text())
+        sure = ANY if file.endswith(".yaml") else frozenset({1, 2})
         for path in _paths(data):
             free = bool(FREE & {str(key) for key in path}) or command == "doctor"
             for value in (*WRONG_KINDS, ...):
@@ -387,7 +388,7 @@ def _damages(x: Path, file: str, words: tuple[str, ...], rng: random.Random) -> 
                 other = type(old) is not type(value) and value is not ...
                 other &= not (isinstance(old, float) and isinstance(value, int))
                 other &= not (isinstance(value, list) and isinstance(old, list))
-                codes = ANY if free or not other else frozenset({1, 2})
+                codes = ANY if free or not other else sure
                 what = "removed" if value is ... else f"{value!r:.20}"
                 place = ".".join(map(str, path))
                 if file.endswith("manifest.json"):

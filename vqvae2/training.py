@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -233,4 +234,5 @@ def same_place(one: str | None, other: str | None) -> bool:
     """Whether two paths (or URLs, or ids) name the same."""
     if one == other or one is None or other is None or "://" in one + other:
         return one == other
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    one, other = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
+    return one == other
