@@ -194,7 +194,7 @@ def wrong_values(hint: Any, name: str) -> Iterator[tuple[tuple[str, ...], frozen
             yield (value,), ANY if idle else wrong
         for value in ("{x}/nowhere.yaml", "~nosuchuser/x", "{x}/" + NO_TEXT, "{{0..99}}" * 6):
             yield (value,), sure
-        yield ("{x}/array.npy",), ANY if name == "path" else sure
+        yield ("{x}/array.npy",), ANY if name in ("path", "validation_path") else sure
         yield ("{x}/photos/bag",), ANY if name in ("path", "validation_path") else sure
 
 
