@@ -83,7 +83,7 @@ def write_checkpoint(folder: Path, tensors: Tensors, numbers: Numbers) -> None:
         for name, group in tensors.items():
             with whole_file(aside / f"{name}.safetensors") as path:
                 save_file({key: value.detach().contiguous() for key, value in group.items()}, path)
-        files = {path.name: file_hash(path) for path in aside.iterdir()}
+        files = {path.name: file_hash(path) for path in sorted(aside.iterdir())}
         write_json(aside / STATE_NAME, to_dict(replace(numbers, files=files).signed()))
         _sync(aside)
         if folder.exists():  # one that was not whole
