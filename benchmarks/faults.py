@@ -7,8 +7,7 @@ Commands are killed, run out of disk space, read damaged files, run twice at onc
 under torchrun; then the same command must end as if nothing had happened, or have refused in one
 sentence. Prints a table of promises, trials and failures; the exit code is 1 if anything failed.
 
-A full disk is a tmpfs
-where this process may mount one, else a limit on the size of files.
+A full disk is a tmpfs where this process may mount one, else a limit on the size of files.
 """
 
 import argparse
@@ -93,7 +92,7 @@ def make_images(folder: Path, number: int = 40) -> None:
 
 TINY = "--config tiny"
 TRAIN = f"train {TINY} --data.path {{work}}/photos --output-dir"
-PRIOR = f"train-prior {TINY} --codes {{work}}/codes --output-dir {{out}}"
+PRIOR = f"train-prior {TINY} --codes {{work}}/codes --vqvae {{work}}/vqvae --output-dir {{out}}"
 PARTS = "--vqvae {work}/vqvae --priors {work}/prior_0 {work}/prior_1"
 SAMPLE = f"sample --num-images 6 --output-dir {{out}} {PARTS}"
 STAGES = (  # in order: later ones read what earlier ones have written
@@ -185,8 +184,9 @@ class Faults:
         self.results: dict[str, Undisturbed] = {}
 
     def prepare(self) -> None:
-        """Make what the commands read."""
-        make_images(self.work / "photos")
+        """Make what the commands read, unless it is there."""
+        if not (self.work / "photos").exists():
+            make_images(self.work / "photos")
         for name, words in STAGES:
             self._undisturbed(Job(name, words))
 
@@ -201,7 +201,8 @@ class Faults:
             began = time.monotonic()
             ended = Running(job.command(self.work, out)).wait()
             assert ended.returncode == 0, f"{job.name}: {ended.stderr}"
-            self.results[job.name] = Undisturbed(contents(out), time.monotonic() - began)
+            seconds = max(1.0, time.monotonic() - began)
+            self.results[job.name] = Undisturbed(contents(out), seconds)
         return self.results[job.name]
 
     @contextlib.contextmanager
@@ -270,8 +271,9 @@ class Faults:
                 problem = problem_of(ended, 0, 2)
                 if not problem and ended.returncode == 0:
                     damaged = str(path.relative_to(copy))  # nothing reads it, if it stays
-                    found = {key: hash for key, hash in contents(out).items() if key != damaged}
-                    unlike = [key for key, hash in found.items() if undisturbed[name][key] != hash]
+                    found = contents(out)
+                    unlike = [key for key in found if found[key] != undisturbed[name][key]]
+                    unlike = [key for key in unlike if key != damaged]
                     problem = f"another {unlike[0]} without a word" if unlike else ""
                 trials.add(f"{name}/{path.relative_to(copy)} at byte {place}", problem)
         return trials
@@ -344,6 +346,23 @@ class Faults:
                 last = text.decode(errors="replace").strip()[-200:]
                 problem = problem or (f"continuing failed: {last}" if process.returncode else "")
                 trials.add("train", problem or wrong_result(out, expected))
+        return trials
+
+    def mistakes(self, number: int) -> Trials:
+        """Command lines with wrong flags, recipes and files: one sentence each."""
+        trials = Trials("mistaken command lines: one sentence, the right exit code")
+        ended = subprocess.run(
+            [sys.executable, "-m", "benchmarks.mistakes", "--trials", str(number)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        lines = ended.stdout.splitlines()
+        (table,) = [index for index, line in enumerate(lines) if line.startswith("promise:")]
+        for line in lines[1:table]:
+            trials.add("vqvae2", line, 0)
+        trials.number = sum(int(line.split()[-2]) for line in lines[table + 1 :])
         return trials
 
 
