@@ -4,7 +4,9 @@
 a recipe, which anybody may edit.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image, ImageOps
 
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
-from vqvae2.data.decoding import read_cell
+from vqvae2.data.decoding import Picture, picture_size, read_cell
 from vqvae2.data.open_source import ImageTable, PreparedPictures, open_source, refuse_stream
 
 LOOKED_AT = 300  # pictures that are read, from all over the source
@@ -29,20 +31,20 @@ class Look:
 
     number: int
     """Images in all, without those that the source holds out itself."""
-    has_own_split: bool
-    class_names: tuple[str, ...]
-    prepared: PreprocessingConfig | None
-    """How they were prepared already."""
-    aspects: np.ndarray
-    """Width / height of those looked at."""
-    short_side: float
+    has_own_split: bool = False
+    class_names: tuple[str, ...] = ()
+    prepared: PreprocessingConfig | None = None
+    """How they were prepared already; then the following was not looked at."""
+    aspects: np.ndarray = field(default_factory=lambda: np.ones(1))
+    """Width / height of each that was looked at."""
+    short_side: float = 0.0
     """Median of the shorter sides, in pixels."""
-    channels: int
+    channels: int = 3
     """1 if all are grey, else 3; of arrays, theirs."""
-    value_range: tuple[float, float]
-    transparent: float
+    value_range: tuple[float, float] = (0.0, 255.0)
+    transparent: float = 0.0
     """Share of pictures with transparent parts."""
-    vanished: dict[str, float]
+    vanished: Mapping[str, float] = field(default_factory=dict)
     """Background -> share of pictures of which nothing is seen on it."""
 
 
@@ -52,77 +54,75 @@ def look(data: ImagesConfig) -> Look:
     Raises:
         UserError: no images, a stream, or pictures of several kinds.
     """
-    # What the source says of all images.
+    # The pixels are what they are if they were prepared already.
     opened = open_source(data, PreprocessingConfig())
     table: ImageTable = refuse_stream(opened.train)
-    facts: dict[str, Any] = {
-        "number": len(table),
-        "has_own_split": opened.held_out is not None,
-        "class_names": table.class_names,
-        "prepared": None,
-    }
+    seen = Look(len(table), opened.held_out is not None, table.class_names)
     if isinstance(table.cells, PreparedPictures):
-        made = table.cells.config
-        height, width = made.height_width
-        seen = {"aspects": np.array([width / height]), "short_side": min(height, width)}
-        seen |= {"channels": made.channels, "value_range": made.value_range}
-        return Look(**{**facts, "prepared": made}, **seen, transparent=0.0, vanished={})
+        return replace(seen, prepared=table.cells.config)
 
-    # What some pictures show. Those that cannot be read are named when all are checked.
-    sizes: list[tuple[int, int]] = []
-    channels: set[int] = set()
-    ranges: set[tuple[float, float]] = set()
-    transparent = 0
-    vanished = dict.fromkeys(BACKGROUNDS, 0)
+    # Some pictures. Those that cannot be read are named when all are checked.
+    pictures: list[Picture] = []
     for i in range(0, len(table), max(1, len(table) // LOOKED_AT)):
-        try:
+        with suppress(Exception):  # decoders raise many kinds
             picture = read_cell(table.cells[i])
-        except Exception:  # decoders raise many kinds
-            continue
-        if isinstance(picture, np.ndarray):
-            sizes.append((picture.shape[1], picture.shape[0]))
-            channels.add(1 if picture.ndim == 2 else picture.shape[2])
-            ranges.add(_range_of(picture, table.name))
-            continue
-        upright = ImageOps.exif_transpose(picture)
-        sizes.append(upright.size)
-        ranges.add((0.0, 65535.0) if upright.mode.startswith("I") else (0.0, 255.0))
-        small = upright.convert("RGBA").resize((32, 32)) if upright.mode[0] not in "IF" else None
-        channels.add(1 if small is None or _is_grey(small) else 3)
-        if small is not None and small.getextrema()[3][0] < 255:
-            transparent += 1
-            for background in BACKGROUNDS:
-                vanished[background] += _is_flat_on(small, background)
-    if not sizes:
+            if isinstance(picture, Image.Image):
+                picture = ImageOps.exif_transpose(picture)
+            pictures.append(picture)
+    if not pictures:
         raise UserError(f"{table.name}: none of the images can be read: check data.path.")
+    ranges = {_range_of(picture, table.name) for picture in pictures}
     if len(ranges) > 1:
         raise UserError(f"{table.name} holds 8-bit and other pictures: convert one kind.")
 
-    widths, heights = np.array(sizes, float).T
-    number = len(sizes)
-    return Look(
-        **facts,
-        aspects=widths / heights,
-        short_side=float(np.median(np.minimum(widths, heights))),
-        channels=max(channels),
+    # What they show; of 8-bit pictures on a small copy.
+    sizes = np.array([picture_size(picture) for picture in pictures], float)
+    small = [_small(picture) for picture in pictures]
+    transparent = [image for image in small if image is not None and _is_transparent(image)]
+    vanished = {}
+    for name in BACKGROUNDS:
+        vanished[name] = sum(_is_flat_on(image, name) for image in transparent) / len(pictures)
+    return replace(
+        seen,
+        aspects=sizes[:, 0] / sizes[:, 1],
+        short_side=float(np.median(sizes.min(axis=1))),
+        channels=max(_channels_of(*pair) for pair in zip(pictures, small, strict=True)),
         value_range=ranges.pop(),
-        transparent=transparent / number,
-        vanished={name: count / number for name, count in vanished.items()},
+        transparent=len(transparent) / len(pictures),
+        vanished=vanished,
     )
 
 
-def _range_of(array: np.ndarray, name: str) -> tuple[float, float]:
-    if array.dtype.kind == "u":
-        return 0.0, float(np.iinfo(array.dtype).max)
-    raise UserError(
-        f"{name} holds {array.dtype} values: train step by step, with --image.value-range."
-    )
+def _range_of(picture: Picture, name: str) -> tuple[float, float]:
+    if isinstance(picture, Image.Image):
+        return 0.0, 65535.0 if picture.mode.startswith("I") else 255.0
+    if picture.dtype.kind == "u":
+        return 0.0, float(np.iinfo(picture.dtype).max)
+    what = f"{name} holds {picture.dtype} values, of which black and white are unknown"
+    raise UserError(f"{what}: train step by step, with --image.value-range.")
+
+
+def _small(picture: Picture) -> Image.Image | None:
+    """A small copy of an 8-bit picture."""
+    if isinstance(picture, np.ndarray) or picture.mode.startswith(("I", "F")):
+        return None
+    return picture.convert("RGBA").resize((32, 32))
+
+
+def _channels_of(picture: Picture, small: Image.Image | None) -> int:
+    if isinstance(picture, np.ndarray):
+        return 1 if picture.ndim == 2 else picture.shape[2]
+    return 1 if small is None or _is_grey(small) else 3
 
 
 def _is_grey(small: Image.Image) -> bool:
     red, green, blue, alpha = (np.asarray(band, int) for band in small.split())
     spread = np.maximum(abs(red - green), abs(green - blue))
     return bool(spread[alpha > 0].max(initial=0) <= 8)
+
+
+def _is_transparent(small: Image.Image) -> bool:
+    return bool(np.asarray(small)[..., 3].min() < 255)
 
 
 def _is_flat_on(small: Image.Image, background: str) -> bool:

@@ -16,10 +16,11 @@ from pipelines.choices import Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.commands.demo import best_validation
 from pipelines.config import PlanConfig, RunConfig
+from pipelines.pipeline import INDEX_NAME
 from pipelines.plan.command import plan, time_step
 from pipelines.plan.stages import stages_of
 from prior.manifest import read_manifest
-from vqvae2.common.accelerate import native_bf16, use_cpu
+from vqvae2.common.accelerate import native_bf16, processes, use_cpu
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
@@ -40,22 +41,28 @@ img{{max-width:100%}} pre{{white-space:pre-wrap}}</style><h1>{title}</h1>
 def run(config: RunConfig) -> None:
     """Choose what was not set, then train, extract, train the priors, assemble, reconstruct and
     sample. Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
-    root = Path(config.output_dir)
-    record = RunRecord("run", config, "run_config.yaml")
     if config.dry_run:
         show_plan(config)
         return
+
+    # The first process chooses for all.
+    root, state = Path(config.output_dir), processes()
+    record, recipe_file = RunRecord("run", config, "run_config.yaml"), root / RECIPE
     record.check(root)
-    recipe_file = root / RECIPE
-    if not recipe_file.exists():
+    state.wait_for_everyone()
+    if state.is_main_process and not recipe_file.exists():
         text, _ = make_recipe(config)
         record.write(root)
         write_text(recipe_file, text)
-    logger.info("%s holds the settings.", recipe_file)
+    state.wait_for_everyone()
+    logger.info("%s holds the settings, and why.", recipe_file)
+
+    # The stages, and what came out.
     run_stages(load_recipe(str(recipe_file)), root, to_dict(config.data))
-    text = summary(root)
-    write_page(root, config.data.path, text)
-    logger.info("\n%s\n\n%s shows all of it.", text, root / "index.html")
+    if state.is_main_process:
+        text = summary(root)
+        write_page(root, config.data.path, text)
+        logger.info("\n%s\n\n%s shows all of it.", text, root / "index.html")
 
 
 # Choices
@@ -91,10 +98,9 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
     seconds = parse_time(config.budget)
     for name, per_step in step_seconds(recipe, seen).items():
         section = recipe[name]
-        if "num_steps" not in section:
-            most = MOST_EPOCHS * seen.number // section["batch_size"]
-            set_steps(section, max(20, min(most, round(SHARES[name] * seconds / per_step))))
-        steps = section["num_steps"]
+        most = MOST_EPOCHS * seen.number // section["batch_size"]
+        steps = max(20, min(most, round(SHARES[name] * seconds / per_step)))
+        set_steps(section, steps)
         choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({config.budget})")
     lines = [f"# {reason}" for reason in choice.reasons]
     body = yaml.safe_dump(copy.deepcopy(recipe), sort_keys=False, default_flow_style=None)
@@ -120,7 +126,7 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_seconds(recipe: dict[str, Any], seen: Look) -> dict[str, float]:
-    """Seconds of a real training step of each stage, measured here."""
+    """Seconds of a real step of each training whose length is not given, measured here."""
     kind = "cpu" if use_cpu() else "cuda"
     precision = "bf16" if native_bf16() else "no"
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +135,8 @@ def step_seconds(recipe: dict[str, Any], seen: Look) -> dict[str, float]:
         stages = stages_of(str(path), len(seen.class_names))
     seconds = {}
     for stage in stages:
+        if "num_steps" in recipe[stage.name]:
+            continue
         passes, update = time_step(stage, stage.config.batch_size, kind, precision)
         seconds[stage.name] = passes + update
     return seconds
@@ -164,7 +172,8 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
     priors = [f"{root}/prior_{level}" for level in range(manifest.num_levels)]
     for level, folder in enumerate(priors):
         start("train-prior", folder, str(level), vqvae=vqvae, codes=codes)
-    start("assemble", pipeline, vqvae=vqvae, priors=priors)
+    if not (root / "pipeline" / INDEX_NAME).exists():
+        start("assemble", pipeline, vqvae=vqvae, priors=priors)
     if not (root / "reconstructions" / "reconstructions.png").exists():
         held_out = manifest.num_validation > 0
         folder = f"{root}/reconstructions"
@@ -214,8 +223,8 @@ def write_page(root: Path, title: str, text: str) -> None:
         "samples/samples.png": "New images",
         "vqvae/curves.png": "The autoencoder's training",
     }
-    for path in sorted(root.glob("prior_*/curves.png")):
-        captions[str(path.relative_to(root))] = f"The training of {path.parent.name}"
+    for curves in sorted(root.glob("prior_*/curves.png")):
+        captions[str(curves.relative_to(root))] = f"The training of {curves.parent.name}"
     body = [f"<pre>{html.escape(text)}</pre>"]
     for path, caption in captions.items():
         if (root / path).exists():
