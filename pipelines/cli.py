@@ -33,6 +33,7 @@ from vqvae2.config import PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and its function
     "demo": (configs.DemoConfig, "pipelines.commands.demo:demo"),
+    "run": (configs.RunConfig, "pipelines.commands.run:run"),
     "plan": (configs.PlanConfig, "pipelines.plan.command:plan"),
     "prepare": (PrepareConfig, "vqvae2.data.prepared:prepare_command"),
     "train": (TrainVQVAEConfig, "vqvae2.training:train"),
@@ -207,9 +208,10 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     if recipe is not None:
         level = _take_flag(arguments, "--level")[1] or ""
         section = recipe_section(load_recipe(recipe), command, level)
-    if config_class is configs.PlanConfig:
-        if recipe is None and not {"-h", "--help"} & {*arguments}:
-            raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
+    asks_for_help = bool({"-h", "--help"} & {*arguments})
+    if config_class is configs.PlanConfig and recipe is None and not asks_for_help:
+        raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
+    if config_class in (configs.PlanConfig, configs.RunConfig):
         section = {**section, "recipe": recipe or ""}
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
 

@@ -311,6 +311,46 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChosenImageConfig:
+    """How a file becomes an image, where it is not to be chosen (see `vqvae2 train --help`)."""
+
+    size: tuple[int, ...] = ()
+    """Height and width in pixels, or one number for both."""
+    channels: int | None = None
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha."""
+    fit: Literal["crop", "pad", "stretch"] | None = None
+    """crop the centre, pad with the background, or stretch."""
+    background: str | None = None
+    """Colour behind padding and transparency."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything, from images to samples: train, extract, train the priors, assemble, sample.
+
+    What is not set is chosen by what the images are and by the time there is; OUTPUT/recipe.yaml
+    says what and why, and --config RECIPE wins over it. The same command again continues.
+
+    Example: vqvae2 run --data.path photos --output-dir runs/photos --budget 30m
+    """
+
+    recipe: str = field(default="", metadata={"recipe_only": True})
+    """Settings that win over the chosen ones: a recipe's name, or a YAML file (--config)."""
+    data: ImagesConfig
+    """Where the images are."""
+    output_dir: str = may_change()
+    """Where everything goes."""
+    budget: str = "1h"
+    """About how long it may take on this machine: 30m, 2h, 1d."""
+    image: ChosenImageConfig = field(default_factory=ChosenImageConfig)
+    """How files become images."""
+    flips: Literal["auto", "yes", "no"] = "auto"
+    """Whether mirrored images are further training images: auto for less than 20,000 images."""
+    dry_run: bool = may_change(False)
+    """Show what would be chosen, and the memory it needs, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train everything on the Fashion-MNIST images that come with the package, and sample.
 

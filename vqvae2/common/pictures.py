@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vqvae2.common.files import whole_file
 
+PAPER = "#b4b4b4"  # images with white edges do not melt into it
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 INTEGERS: dict[tuple[float, float], type] = {(0, 255): np.uint8, (0, 65535): np.uint16}
 
@@ -55,7 +56,7 @@ def save_image(image: Tensor, path: Path, value_range: tuple[float, float]) -> N
 def sheet(
     rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2
 ) -> Image.Image:
-    """Rows of equally sized images on one white page, each row with its name on the left.
+    """Rows of equally sized images on one grey page, each row with its name on the left.
 
     Small images are enlarged to at least 48 pixels.
     """
@@ -67,7 +68,7 @@ def sheet(
     margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
     columns = max(len(row) for row in rows)
     page_size = (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap)
-    page = Image.new("RGB", page_size, "white")
+    page = Image.new("RGB", page_size, PAPER)
     draw = ImageDraw.Draw(page)
 
     # The rows; what is transparent shows the page.

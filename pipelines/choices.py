@@ -1,0 +1,261 @@
+"""Settings for a user's own images: chosen by what the images are and by the time there is.
+
+`look` reads some of the pictures, `choose` decides and says why; `vqvae2 run` writes the result as
+a recipe, which anybody may edit.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vqvae2.common.errors import UserError
+from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.data.decoding import Picture, picture_size, read_cell
+from vqvae2.data.open_source import ImageTable, PreparedPictures, open_source, refuse_stream
+
+LOOKED_AT = 300  # pictures that are read, from all over the source
+BACKGROUNDS = ("white", "black", "gray")
+FLAT = 4.0  # standard deviation of 8-bit values below which nothing can be seen in a picture
+CUT = 0.25  # share of a picture's area whose loss a person would mind
+MIN_HELD_OUT = 25  # images, below which the choice of the best weights is luck
+MULTIPLE = 8  # of a side in pixels: the product of the strides
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of the images; shares are of those that were looked at."""
+
+    number: int
+    """Images in all, without those that the source holds out itself."""
+    has_own_split: bool = False
+    class_names: tuple[str, ...] = ()
+    prepared: PreprocessingConfig | None = None
+    """How they were prepared already; then the following was not looked at."""
+    aspects: np.ndarray = field(default_factory=lambda: np.ones(1))
+    """Width / height of each that was looked at."""
+    short_side: float = 0.0
+    """Median of the shorter sides, in pixels."""
+    channels: int = 3
+    """1 if all are grey, else 3; of arrays, theirs."""
+    value_range: tuple[float, float] = (0.0, 255.0)
+    transparent: float = 0.0
+    """Share of pictures with transparent parts."""
+    vanished: Mapping[str, float] = field(default_factory=dict)
+    """Background -> share of pictures of which nothing is seen on it."""
+
+
+def look(data: ImagesConfig) -> Look:
+    """Open the source and read some of its pictures.
+
+    Raises:
+        UserError: no images, a stream, or pictures of several kinds.
+    """
+    # The pixels are what they are if they were prepared already.
+    opened = open_source(data, PreprocessingConfig())
+    table: ImageTable = refuse_stream(opened.train)
+    seen = Look(len(table), opened.held_out is not None, table.class_names)
+    if isinstance(table.cells, PreparedPictures):
+        return replace(seen, prepared=table.cells.config)
+
+    # Some pictures. Those that cannot be read are named when all are checked.
+    pictures: list[Picture] = []
+    for i in range(0, len(table), max(1, len(table) // LOOKED_AT)):
+        with suppress(Exception):  # decoders raise many kinds
+            picture = read_cell(table.cells[i])
+            if isinstance(picture, Image.Image):
+                picture = ImageOps.exif_transpose(picture)
+            pictures.append(picture)
+    if not pictures:
+        raise UserError(f"{table.name}: none of the images can be read: check data.path.")
+    ranges = {_range_of(picture, table.name) for picture in pictures}
+    if len(ranges) > 1:
+        raise UserError(f"{table.name} holds 8-bit and other pictures: convert one kind.")
+
+    # What they show; of 8-bit pictures on a small copy.
+    sizes = np.array([picture_size(picture) for picture in pictures], float)
+    small = [_small(picture) for picture in pictures]
+    transparent = [image for image in small if image is not None and _is_transparent(image)]
+    vanished = {}
+    for name in BACKGROUNDS:
+        vanished[name] = sum(_is_flat_on(image, name) for image in transparent) / len(pictures)
+    return replace(
+        seen,
+        aspects=sizes[:, 0] / sizes[:, 1],
+        short_side=float(np.median(sizes.min(axis=1))),
+        channels=max(_channels_of(*pair) for pair in zip(pictures, small, strict=True)),
+        value_range=ranges.pop(),
+        transparent=len(transparent) / len(pictures),
+        vanished=vanished,
+    )
+
+
+def _range_of(picture: Picture, name: str) -> tuple[float, float]:
+    if isinstance(picture, Image.Image):
+        return 0.0, 65535.0 if picture.mode.startswith("I") else 255.0
+    if picture.dtype.kind == "u":
+        return 0.0, float(np.iinfo(picture.dtype).max)
+    what = f"{name} holds {picture.dtype} values, of which black and white are unknown"
+    raise UserError(f"{what}: train step by step, with --image.value-range.")
+
+
+def _small(picture: Picture) -> Image.Image | None:
+    """A small copy of an 8-bit picture."""
+    if isinstance(picture, np.ndarray) or picture.mode.startswith(("I", "F")):
+        return None
+    return picture.convert("RGBA").resize((32, 32))
+
+
+def _channels_of(picture: Picture, small: Image.Image | None) -> int:
+    if isinstance(picture, np.ndarray):
+        return 1 if picture.ndim == 2 else picture.shape[2]
+    return 1 if small is None or _is_grey(small) else 3
+
+
+def _is_grey(small: Image.Image) -> bool:
+    red, green, blue, alpha = (np.asarray(band, int) for band in small.split())
+    spread = np.maximum(abs(red - green), abs(green - blue))
+    return bool(spread[alpha > 0].max(initial=0) <= 8)
+
+
+def _is_transparent(small: Image.Image) -> bool:
+    return bool(np.asarray(small)[..., 3].min() < 255)
+
+
+def _is_flat_on(small: Image.Image, background: str) -> bool:
+    page = Image.new("RGBA", small.size, background)
+    page.alpha_composite(small)
+    return bool(np.asarray(page.convert("L")).std() < FLAT)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe, and a sentence for each thing that was decided."""
+
+    recipe: dict[str, Any]
+    reasons: list[str]
+
+
+def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "auto") -> Choice:
+    """Everything but the numbers of steps, which depend on this machine's speed.
+
+    Args:
+        given: preprocessing that the user has set.
+        flips: yes, no or auto: whether mirrored images are further ones.
+    """
+    reasons: list[str] = []
+    image = seen.prepared or _choose_image(seen, on_gpu, reasons)
+    image = replace(image, **given)
+    if given:
+        reasons.append(f"as you asked: {', '.join(f'image.{k} {v}' for k, v in given.items())}")
+    number = round(seen.number * (1 - (0 if seen.has_own_split else image.validation_fraction)))
+    mirrored = flips == "yes" or (flips == "auto" and number < 20_000)
+    rows = number * (1 + mirrored)
+
+    # Codebooks and networks that so many images can fill without learning them by heart.
+    sizes = ((1000, 128), (5000, 256), (10**12, 512))
+    codes = next(size for most, size in sizes if number < most)
+    hidden = 128 if on_gpu or number >= 1000 else 64
+    networks = (  # rows, width, layers, heads, dropout
+        (4000, 128, 3, 2, 0.2),
+        (40_000, 192, 4, 3, 0.1),
+        (200_000 if on_gpu else 10**12, 256, 6, 4, 0.1),
+        (10**12, 512, 12, 8, 0.1),
+    )
+    _, width, layers, heads, dropout = next(net for net in networks if rows < net[0])
+    reasons.append(f"codebooks of {codes}, priors of width {width}: {number:,} training images")
+    if mirrored and flips == "auto":
+        reasons.append(
+            "mirrored images as further ones, because there are few (--flips no: where left and"
+            " right matter)"
+        )
+
+    # The sections of the recipe.
+    batch = 128 if on_gpu else 64 if number >= 2000 else 32
+    train = {
+        "model": {
+            "image": _changed(image),
+            "codebook_sizes": [codes],
+            "hidden_channels": hidden,
+        },
+        "batch_size": batch,
+    }
+    transformer = {"width": width, "num_layers": layers, "num_heads": heads, "dropout": dropout}
+    prior = {"transformer": transformer, "batch_size": batch, "learning_rate": 0.002}
+    recipe: dict[str, Any] = {"train": train, "prior_0": prior, "prior_1": dict(prior)}
+    if mirrored:
+        train["data"] = {"augmentation": {"horizontal_flip": True}}
+        recipe["extract"] = {"views": ["original", "flip"]}
+    return Choice(recipe, reasons)
+
+
+def _choose_image(seen: Look, on_gpu: bool, reasons: list[str]) -> PreprocessingConfig:
+    """How files become images."""
+    # Size: what the pictures have and the device can do. A common shape is kept.
+    sizes = (64, 128, 256) if on_gpu else (32, 64)
+    side = max([sizes[0], *(size for size in sizes if size <= 1.4 * seen.short_side)])
+    typical = float(np.median(seen.aspects))
+    same = np.mean(abs(np.log(seen.aspects / typical)) < 0.1)
+    height = width = side
+    if same >= 0.9 and abs(np.log(typical)) > 0.1:
+        width = _multiple(side * min(1.0, typical))
+        height = _multiple(side / max(1.0, typical))
+    device = "a GPU" if on_gpu else "a CPU"
+    reasons.append(
+        f"{width} x {height} pixels (width x height): the shorter sides are"
+        f" {seen.short_side:.0f} pixels in the median, and {device} trains"
+    )
+
+    # Fit: cutting is fine where little is cut.
+    ratio = seen.aspects / (width / height)
+    lost = 1 - np.minimum(ratio, 1 / ratio)
+    cut = float(np.mean(lost > CUT))
+    fit = "pad" if cut > 0.1 else "crop"
+    loses = f"{cut:.0%} of the pictures would lose more than a quarter of their area by cropping"
+    reasons.append(f"fit {fit}: {loses}")
+
+    # Background: on which everything can be seen.
+    background = "white"
+    if seen.transparent:
+        background = min(BACKGROUNDS, key=lambda name: seen.vanished[name])
+        text = f"{seen.transparent:.0%} have transparent parts"
+        gone = ", ".join(f"{seen.vanished[name]:.0%} on {name}" for name in BACKGROUNDS)
+        reasons.append(f"background {background}: {text}; so many would vanish: {gone}")
+
+    # Held out: enough to judge by, where there are enough.
+    fraction = 0.05
+    if not seen.has_own_split:
+        fraction = max(fraction, MIN_HELD_OUT / seen.number)
+        fraction = round(fraction, 3) if fraction <= 0.25 else 0.0
+        held_out = round(fraction * seen.number)
+        reasons.append(
+            f"about {held_out} images held out to measure with"
+            if fraction
+            else "no image held out: there are too few, so the last weights are kept"
+        )
+    return PreprocessingConfig(
+        size=(height,) if height == width else (height, width),
+        channels=seen.channels,
+        value_range=seen.value_range,
+        fit=fit,  # type: ignore[arg-type]
+        background=background,
+        validation_fraction=fraction,
+    )
+
+
+def _multiple(side: float) -> int:
+    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
+
+
+def _changed(image: PreprocessingConfig) -> dict[str, Any]:
+    """What differs from the defaults, and always the size."""
+    default = PreprocessingConfig()
+    values = {"size": list(image.size)}
+    for name in ("channels", "value_range", "fit", "background", "validation_fraction"):
+        value = getattr(image, name)
+        if value != getattr(default, name):
+            values[name] = list(value) if isinstance(value, tuple) else value
+    return values

@@ -1,0 +1,233 @@
+"""`vqvae2 run`: all stages, from a folder of images to samples and a page that shows them."""
+
+import copy
+import html
+import logging
+import re
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipelines.choices import Look, choose, look
+from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
+from pipelines.commands.demo import best_validation
+from pipelines.config import PlanConfig, RunConfig
+from pipelines.pipeline import INDEX_NAME
+from pipelines.plan.command import plan, time_step
+from pipelines.plan.stages import stages_of
+from prior.manifest import read_manifest
+from vqvae2.common.accelerate import native_bf16, processes, use_cpu
+from vqvae2.common.config import from_dict, to_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import write_text
+from vqvae2.common.runs import RunRecord
+
+logger = logging.getLogger(__name__)
+RECIPE = "recipe.yaml"
+SHARES = {"train": 0.4, "prior_0": 0.15, "prior_1": 0.35}  # of the budget; the rest is for all else
+MOST_EPOCHS = 400  # more than these teach nothing
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font-family:sans-serif;margin:2rem auto;max-width:62rem;line-height:1.4}}
+img{{max-width:100%}} pre{{white-space:pre-wrap}}</style><h1>{title}</h1>
+{body}
+"""
+
+
+def run(config: RunConfig) -> None:
+    """Choose what was not set, then train, extract, train the priors, assemble, reconstruct and
+    sample. Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
+    if config.dry_run:
+        show_plan(config)
+        return
+
+    # The first process chooses for all.
+    root, state = Path(config.output_dir), processes()
+    record, recipe_file = RunRecord("run", config, "run_config.yaml"), root / RECIPE
+    record.check(root)
+    state.wait_for_everyone()
+    if state.is_main_process and not recipe_file.exists():
+        text, _ = make_recipe(config)
+        record.write(root)
+        write_text(recipe_file, text)
+    state.wait_for_everyone()
+    logger.info("%s holds the settings, and why.", recipe_file)
+
+    # The stages, and what came out.
+    run_stages(load_recipe(str(recipe_file)), root, to_dict(config.data))
+    if state.is_main_process:
+        text = summary(root)
+        write_page(root, config.data.path, text)
+        logger.info("\n%s\n\n%s shows all of it.", text, root / "index.html")
+
+
+# Choices
+
+
+def show_plan(config: RunConfig) -> None:
+    """Print what would be chosen, and what it needs."""
+    text, seen = make_recipe(config)
+    print(text)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, RECIPE)
+        path.write_text(text)
+        classes = len(seen.class_names)
+        plan(PlanConfig(recipe=str(path), num_images=seen.number, num_classes=classes))
+
+
+def make_recipe(config: RunConfig) -> tuple[str, Look]:
+    """The recipe for these images and this machine as YAML, its reasons as comments."""
+    # From the images, then from a recipe of the user's own.
+    on_gpu, seen = not use_cpu(), look(config.data)
+    given = {}
+    for field in fields(config.image):
+        value = getattr(config.image, field.name)
+        if value is not None and value != ():
+            given[field.name] = value
+    choice = choose(seen, on_gpu=on_gpu, given=given, flips=config.flips)
+    recipe = choice.recipe
+    if config.recipe:
+        recipe = merged(recipe, load_recipe(config.recipe))
+        choice.reasons.append(f"what the recipe {config.recipe} says comes first")
+
+    # Steps: as many as the budget allows at this machine's speed.
+    seconds = parse_time(config.budget)
+    for name, per_step in step_seconds(recipe, seen).items():
+        section = recipe[name]
+        most = MOST_EPOCHS * seen.number // section["batch_size"]
+        steps = max(20, min(most, round(SHARES[name] * seconds / per_step)))
+        set_steps(section, steps)
+        choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({config.budget})")
+    lines = [f"# {reason}" for reason in choice.reasons]
+    body = yaml.safe_dump(copy.deepcopy(recipe), sort_keys=False, default_flow_style=None)
+    return "\n".join(["# What vqvae2 run has chosen, and why:", *lines, body]), seen
+
+
+def parse_time(text: str) -> float:
+    """Seconds of "90s", "30m", "2h" or "1d". Raises a `UserError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"budget is {text!r}: give a time such as 30m or 2h.")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, of which those that are given win."""
+    result = dict(chosen)
+    for key, value in given.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def step_seconds(recipe: dict[str, Any], seen: Look) -> dict[str, float]:
+    """Seconds of a real step of each training whose length is not given, measured here."""
+    kind = "cpu" if use_cpu() else "cuda"
+    precision = "bf16" if native_bf16() else "no"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, RECIPE)
+        path.write_text(yaml.safe_dump(recipe))
+        stages = stages_of(str(path), len(seen.class_names))
+    seconds = {}
+    for stage in stages:
+        if "num_steps" in recipe[stage.name]:
+            continue
+        passes, update = time_step(stage, stage.config.batch_size, kind, precision)
+        seconds[stage.name] = passes + update
+    return seconds
+
+
+def set_steps(section: dict[str, Any], steps: int) -> None:
+    """A number of steps, and the intervals that suit it."""
+    tenth = max(1, steps // 10)
+    section["num_steps"] = steps
+    section["warmup_steps"] = min(100, tenth)
+    section["validate_every"] = section["checkpoint_every"] = tenth
+    section["picture_every"] = max(1, steps // 4)
+    section["weight_ema_decay"] = 0.99 if steps < 5000 else 0.999
+
+
+# Stages
+
+
+def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None:
+    """Every command that is not finished, with the recipe's settings."""
+    vqvae, codes, pipeline = f"{root}/vqvae", f"{root}/codes", f"{root}/pipeline"
+
+    def start(command: str, output_dir: str, level: str = "", **settings: Any) -> None:
+        section = recipe_section(recipe, command, level)
+        settings |= {"level": level} if level else {}
+        settings = merged(section, {"output_dir": output_dir, **settings})
+        logger.info(f"\nvqvae2 {command} -> {output_dir}")
+        function_of(command)(from_dict(COMMANDS[command][0], settings, f"recipe {root}/{RECIPE}"))
+
+    start("train", vqvae, data=data)
+    start("extract", codes, vqvae=vqvae, data=data)
+    manifest = read_manifest(Path(codes))
+    priors = [f"{root}/prior_{level}" for level in range(manifest.num_levels)]
+    for level, folder in enumerate(priors):
+        start("train-prior", folder, str(level), vqvae=vqvae, codes=codes)
+    if not (root / "pipeline" / INDEX_NAME).exists():
+        start("assemble", pipeline, vqvae=vqvae, priors=priors)
+    if not (root / "reconstructions" / "reconstructions.png").exists():
+        held_out = manifest.num_validation > 0
+        folder = f"{root}/reconstructions"
+        start("reconstruct", folder, vqvae=vqvae, data=data, held_out=held_out, num_images=32)
+    if not (root / "samples" / "samples.png").exists():
+        start("sample", f"{root}/samples", pipeline=pipeline)
+
+
+# The end
+
+
+def summary(root: Path) -> str:
+    """How good it is, in words, and what to do next."""
+    manifest, stage_1 = read_manifest(root / "codes"), best_validation(root / "vqvae")
+    psnr = 10 * torch.tensor(4 / stage_1["mse"]).log10().item()
+    lines = [f"Reconstructions of held-out images: PSNR {psnr:.1f} dB ({in_words(psnr)})."]
+    for level, size in enumerate(manifest.codebook_sizes):
+        prior = best_validation(root / f"prior_{level}")
+        bits, alone = prior["bits_per_code"], prior["unigram_bits"]
+        gain = 1 - bits / alone
+        name = "top" if level == 0 else "bottom" if level == manifest.num_levels - 1 else level
+        text = f"{bits:.2f} bits per code, {gain:.0%} fewer than by frequency alone ({alone:.2f})"
+        lines.append(f"The {name} level ({size} codes): {text}; best at step {prior['step']:.0f}.")
+        if gain < 0.05:
+            lines.append("  It has learned next to nothing: samples will be noise. Train longer.")
+    lines += [
+        "",
+        "Next:",
+        f"  vqvae2 sample --pipeline {root}/pipeline --seed 1 --output-dir {root}/more",
+        f"  vqvae2 inspect --vqvae {root}/vqvae --data.path PHOTOS   # what the codes stand for",
+        f"  edit {root}/{RECIPE}, and start anew with --config {root}/{RECIPE} and more --budget",
+    ]
+    return "\n".join(lines)
+
+
+def in_words(psnr: float) -> str:
+    """What such an error looks like."""
+    if psnr < 18:
+        return "blurred: hardly to be recognised"
+    return "recognisable, without fine detail" if psnr < 25 else "close to the originals"
+
+
+def write_page(root: Path, title: str, text: str) -> None:
+    """index.html: pictures with captions, and the summary."""
+    captions = {
+        "reconstructions/reconstructions.png": "Originals, and their reconstructions below",
+        "samples/samples.png": "New images",
+        "vqvae/curves.png": "The autoencoder's training",
+    }
+    for curves in sorted(root.glob("prior_*/curves.png")):
+        captions[str(curves.relative_to(root))] = f"The training of {curves.parent.name}"
+    body = [f"<pre>{html.escape(text)}</pre>"]
+    for path, caption in captions.items():
+        if (root / path).exists():
+            body.append(f'<h2>{caption}</h2><img src="{path}" alt="{caption}">')
+    page = PAGE.format(title=html.escape(f"vqvae2: {title}"), body="\n".join(body))
+    write_text(root / "index.html", page)

@@ -1,0 +1,110 @@
+"""All stages by one command: what is chosen for which images, and that it continues."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.choices import Look, choose, look
+from pipelines.commands.run import merged, parse_time, step_seconds
+from tests.conftest import command, write_images
+from vqvae2.common.config import read_yaml
+from vqvae2.common.errors import UserError
+from vqvae2.config import ImagesConfig
+
+
+def make_pictures(folder: Path, sizes: list[tuple[int, int]], mode: str = "RGB") -> Path:
+    """Coloured noise of these sizes (width, height)."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        pixels = generator.integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def chosen_image(folder: Path, **given: object) -> dict:
+    choice = choose(look(ImagesConfig(path=str(folder))), on_gpu=False, given=given)
+    assert choice.reasons
+    return choice.recipe["train"]["model"]["image"]
+
+
+def test_pictures_of_all_shapes_are_padded_and_equal_shapes_kept(tmp_path: Path) -> None:
+    wide_and_tall = make_pictures(tmp_path / "a", [(120, 60), (60, 120), (100, 100)] * 20)
+    assert chosen_image(wide_and_tall)["fit"] == "pad"
+    faces = make_pictures(tmp_path / "b", [(96, 128)] * 30)
+    assert chosen_image(faces)["size"] == [64, 48]
+    assert "fit" not in chosen_image(faces)
+    assert chosen_image(faces, size=(128,))["size"] == [128]
+
+
+def test_small_grey_pictures_stay_small_and_grey(tmp_path: Path) -> None:
+    image = chosen_image(make_pictures(tmp_path / "a", [(28, 28)] * 30, "L"))
+    assert (image["size"], image["channels"]) == ([32], 1)
+
+
+def test_white_drawings_on_nothing_get_a_background_on_which_they_show(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for i in range(20):
+        drawing = Image.new("RGBA", (64, 64))
+        drawing.paste("white", (10 + i, 10, 40, 40))
+        drawing.save(tmp_path / "a" / f"{i}.png")
+    assert chosen_image(tmp_path / "a")["background"] in ("black", "gray")
+
+
+def test_enough_images_are_held_out_or_none(tmp_path: Path) -> None:
+    some = make_pictures(tmp_path / "some", [(40, 40)] * 120)
+    assert chosen_image(some)["validation_fraction"] * 120 == pytest.approx(25, abs=1)
+    few = make_pictures(tmp_path / "few", [(40, 40)] * 30)
+    assert chosen_image(few)["validation_fraction"] == 0
+
+
+def test_a_budget_is_a_time() -> None:
+    assert [parse_time(text) for text in ("90s", "1.5h", "2d")] == [90, 5400, 172800]
+    for text in ("", "30", "m", "-1m", "0m", "1 hour", "infm"):
+        with pytest.raises(UserError, match="30m or 2h"):
+            parse_time(text)
+
+
+def test_settings_that_are_given_win_at_any_depth() -> None:
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}}) == {
+        "a": {"b": 4, "c": 2},
+        "d": 3,
+    }
+
+
+def test_all_stages_run_once_and_an_edited_recipe_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_images(tmp_path / "photos", 150)
+    root, start = tmp_path / "all", ("run", "--data.path", photos, "--budget", "1s")
+    mine, steps = tmp_path / "mine.yaml", {"num_steps": 4, "validate_every": 2}
+    small = {**steps, "transformer": {"width": 16, "num_layers": 1, "num_heads": 2}}
+    train = {**steps, "model": {"hidden_channels": 16}}
+    mine.write_text(yaml.safe_dump({"train": train, "prior_0": small, "prior_1": small}))
+    command(*start, "--config", mine, "--dry-run", "--output-dir", root)
+    assert not root.exists()
+    assert "codebook_sizes: [128]" in capsys.readouterr().out
+
+    command(*start, "--config", mine, "--output-dir", root)
+    page = (root / "index.html").read_text()
+    for name in ("samples/samples.png", "reconstructions/reconstructions.png"):
+        assert (root / name).stat().st_size
+        assert f'src="{name}"' in page
+    model = read_yaml(root / "vqvae" / "train_config.yaml")["model"]
+    assert (model["hidden_channels"], model["image"]["channels"]) == (16, 1)
+
+    times = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    command(*start, "--config", mine, "--output-dir", root)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_the_steps_fit_the_budget() -> None:
+    """Twice the time, twice the steps, from a real step's time."""
+    seen = Look(1000, short_side=32.0, channels=1)
+    recipe = choose(seen, on_gpu=False, given={"size": (32,)}).recipe
+    seconds = step_seconds(recipe, seen)
+    assert list(seconds) == ["train", "prior_0", "prior_1"]
+    assert all(0 < each < 60 for each in seconds.values())
