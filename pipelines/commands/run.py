@@ -24,6 +24,7 @@ from vqvae2.common.accelerate import native_bf16, processes, use_cpu
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
+from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ img{{max-width:100%}} pre{{white-space:pre-wrap}}</style><h1>{title}</h1>
 """
 
 
+@writes_output
 def run(config: RunConfig) -> None:
     """Choose what was not set, then train, extract, train the priors, assemble, reconstruct and
     sample. Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
