@@ -20,7 +20,6 @@ import pyarrow as pa
 import torch
 from einops import rearrange
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from prior import shards
 from prior.config import MOST_LEVELS, check_codes
@@ -28,6 +27,7 @@ from prior.shards import REMAKE, ShardRecord, column_name, flat_values
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 
 MANIFEST_NAME = "manifest.json"
@@ -266,7 +266,9 @@ def _map(path: Path, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
 def _decode(folder: Path, manifest: Manifest, split: str, columns: dict[str, np.ndarray]) -> None:
     """Read columns of a split's shards into arrays, one entry per row; nothing for no columns."""
     first, records = 0, manifest.shards(split) if columns else ()
-    for shard in tqdm(records, f"reading {split} codes", unit="shard", delay=3, leave=False):
+    for shard in progress_bar(
+        records, f"reading {split} codes", unit="shard", delay=3, leave=False
+    ):
         for table in read_shard(folder, manifest, split, shard, list(columns)):
             end = first + len(table)
             for name, array in columns.items():

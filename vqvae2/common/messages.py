@@ -51,7 +51,6 @@ def progress_bar(*arguments: Any, **options: Any) -> Any:
 
     if not sys.stderr.isatty():
         options = {"mininterval": 30, "maxinterval": 60, **options}
-
     if not is_first_process() or logging.getLogger(PACKAGES[0]).level > logging.INFO:
         options["disable"] = True
     return tqdm(*arguments, **options)

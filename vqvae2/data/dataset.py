@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from vqvae2.common.config import differences, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import Loader, ShuffledLoader, ordered
+from vqvae2.common.messages import progress_bar
 from vqvae2.config import AugmentationConfig, DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data import open_source as sources
 from vqvae2.data import splits
@@ -107,8 +107,11 @@ class ImageDataset(Dataset):
         good: list[int] = []
         broken: list[BadImage] = []
         results = ordered(attempt, range(len(self)), num_threads=os.cpu_count() or 1)
-        hide, number = not show_progress, len(self)
-        bar = tqdm(results, "checking images", number, unit="image", disable=hide, leave=False)
+        number = len(self)
+        options: dict[str, Any] = {"unit": "image", "leave": False}
+        if not show_progress:
+            options["disable"] = True
+        bar = progress_bar(results, "checking images", number, **options)
         for index, result in enumerate(bar):
             if isinstance(result, BadImage):
                 if not skip:

@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm.auto import tqdm
 
 from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.config import check, from_dict, to_dict
@@ -30,6 +29,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
 from vqvae2.common.loading import ordered
 from vqvae2.common.lock import writes_output
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
@@ -109,7 +109,7 @@ def open_prepared(folder: Path) -> Sources:
     sound = ordered(
         lambda shard: shard.is_in(folder), manifest.shards, num_threads=os.cpu_count() or 1
     )
-    bar = tqdm(
+    bar = progress_bar(
         sound, f"verifying {folder}", len(manifest.shards), unit="shard", delay=3, leave=False
     )
     for shard, is_sound in zip(manifest.shards, bar, strict=True):

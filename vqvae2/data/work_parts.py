@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from accelerate.state import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, write_json
 from vqvae2.common.loading import ordered
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import ImagesConfig, PreprocessingConfig
@@ -221,8 +221,7 @@ def write_parts(
     parts = found.parts[state.process_index :: state.num_processes]
     sizes = [part.num_items for part in parts]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    hide = not state.is_main_process
-    with tqdm(desc=description, total=total, unit="image", disable=hide) as bar:
+    with progress_bar(desc=description, total=total, unit="image") as bar:
         for part in parts:
             if all(_is_done(part.path(output_dir, split)) for split in part.splits):
                 bar.update(part.num_items or 0)
