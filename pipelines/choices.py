@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.decoding import Picture, picture_size, read_cell
-from vqvae2.data.open_source import ImageTable, PreparedPictures, open_source, refuse_stream
+from vqvae2.data.open_source import open_source, refuse_stream
+from vqvae2.data.table import ImageTable, PreparedPictures
 
 LOOKED_AT = 300  # pictures that are read, from all over the source
 BACKGROUNDS = ("white", "black", "gray")

@@ -518,7 +518,7 @@ def test_a_table_is_read_where_it_lies_and_shows_no_other_files(
     sink.close()
     assert len(load(tmp_path / "x.arrow").train) == 3
     write("sub/a.png")
-    monkeypatch.setattr(sys.modules["vqvae2.data.open_source"], "ROWS_BYTES", 1)
+    monkeypatch.setattr(sys.modules["vqvae2.data.table"], "ROWS_BYTES", 1)
     assert len(load(path).train) == 6
     assert "x.parquet: slow, as a row is read with all" in caplog.text
     with pytest.raises(BadImage, match="only files below a local table are read"):

@@ -31,7 +31,7 @@ from tests.images import (
 from vqvae2.common.errors import UserError
 from vqvae2.config import DataConfig, ImagesConfig
 from vqvae2.data import BadImage, held_out_images, open_source
-from vqvae2.data.open_source import expand_ranges
+from vqvae2.data.paths import expand_ranges
 from vqvae2.data.work_parts import find_parts, read_items
 
 

@@ -16,9 +16,10 @@ from vqvae2.data.dataset import (
     open_training_images,
 )
 from vqvae2.data.decoding import BadImage, picture_size, read_picture_file
-from vqvae2.data.open_source import ImageTable, PythonImages, load_table, open_source
+from vqvae2.data.open_source import PythonImages, load_table, open_source
 from vqvae2.data.preprocessing import load_picture, prepare, to_images
 from vqvae2.data.splits import is_held_out
+from vqvae2.data.table import ImageTable
 
 __all__ = [
     "AugmentedImages", "BadImage", "ImageDataset", "ImageSplits", "ImageTable", "PythonImages",

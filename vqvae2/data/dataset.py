@@ -22,8 +22,9 @@ from vqvae2.data import open_source as sources
 from vqvae2.data import splits
 from vqvae2.data.augmentation import Choice, decode, no_change, random_change
 from vqvae2.data.decoding import BadImage
-from vqvae2.data.open_source import ImageTable, PreparedPictures, PythonImages, Sources
+from vqvae2.data.open_source import PythonImages, Sources
 from vqvae2.data.stream import ImageStream, StreamedImages
+from vqvae2.data.table import ImageTable, PreparedPictures
 
 logger = logging.getLogger(__name__)
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size

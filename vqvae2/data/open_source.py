@@ -1,34 +1,37 @@
 """From a path, a pattern, a Hub id or Python data to images: a table of rows in any order, or a
 stream of shards in order."""
 
-import contextlib
 import csv
-import glob
 import json
 import logging
 import os
-import re
-import stat
-import threading
-import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import filter as matching
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 from PIL import ImageColor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset
 
 from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import splits
-from vqvae2.data.decoding import PICTURE_SUFFIXES, mark_cell, readable
+from vqvae2.data.decoding import PICTURE_SUFFIXES, readable
+from vqvae2.data.paths import (
+    METADATA,
+    PATTERN,
+    expand,
+    expand_url,
+    fault_of,
+    files_below,
+    find_file,
+    is_regular,
+    is_used,
+    scan,
+)
 from vqvae2.data.splits import few, shorten
 from vqvae2.data.stream import (
     NO_LABELS,
@@ -36,10 +39,9 @@ from vqvae2.data.stream import (
     StreamRow,
     features_of,
     find_columns,
-    is_junk,
-    row_ids,
     shard_stem,
 )
+from vqvae2.data.table import ImageTable, ParquetTable, TableColumn, open_parquet
 
 logger = logging.getLogger(__name__)
 
@@ -52,202 +54,10 @@ KINDS = (
 )
 PREPARED, UNFINISHED = "prepared.json", "prepare_config.yaml"  # what vqvae2 prepare leaves
 SAVED = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets`', beside pictures
 FILE_COLUMNS = ("path", "file_name", "file", "image", "filename", "image_file_name")
 LISTS = {".txt", ".csv", ".tsv", ".jsonl"}
 MAX_STRAY = 10  # pictures beside shards that are a banner; more are a dataset of their own
 MAX_HELD_OUT = 1024  # images of a stream that are held in memory to validate on
-MAX_SHARDS = 1_000_000  # that a pattern may stand for
-ROWS_BYTES = 1 << 30  # of a Parquet table that stay in memory
-PATTERN = re.compile(r"[*?\[\]{}]")
-
-
-@dataclass(frozen=True)
-class PreparedPictures:
-    """Pixels in their final form: the Arrow-formatted column `pixels` of a `datasets` table, with
-    uint8 values, or float32 in [-1, 1]."""
-
-    config: PreprocessingConfig
-    rows: Any
-
-    def pixels(self, indices: Sequence[int]) -> np.ndarray:
-        """The pixels `(B, C, H, W)` of these rows."""
-        column = self.rows[list(indices)]["pixels"].combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(-1, self.config.channels, *self.config.height_width).copy()
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """As an array that can be prepared once more, in another size."""
-        values = np.moveaxis(self.pixels([index])[0], 0, -1)
-        low, high = self.config.value_range
-        is_bytes = values.dtype == np.uint8
-        return values if is_bytes else ((values + 1) / 2 * (high - low) + low).clip(low, high)
-
-
-@dataclass(frozen=True)
-class TableColumn:
-    """A column of a `datasets` table, row by row (twice as fast as its own lazy columns)."""
-
-    table: Any
-    column: str
-    folders: Sequence[Path]
-    """Where files that it names may lie."""
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Any:
-        return _find_cell(self.table[index][self.column], self.folders)
-
-
-class ParquetTable:
-    """Parquet files that are read where they lie, and the cells of one column of theirs, row by
-    row: the row groups read last stay in memory."""
-
-    def __init__(self, files: Sequence[Path], column: str = "") -> None:
-        self.files, self.column = files, column
-        self.features = features_of(open_parquet(files[0]).schema_arrow)
-        self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
-        self.ends = [0]  # its last row, plus one
-        self.ids: list[str] = []
-        sizes: list[int] = []
-        for file in files:
-            metadata = open_parquet(file).metadata
-            self.ids += row_ids(file.name, metadata.num_rows)
-            for number in range(metadata.num_row_groups):
-                group = metadata.row_group(number)
-                self.groups.append((file, number))
-                self.ends.append(self.ends[-1] + group.num_rows)
-                sizes.append(group.total_byte_size)
-        if sum(sizes) > ROWS_BYTES and max(sizes) > ROWS_BYTES >> 4:
-            text = "%s: slow, as a row is read with all %d MiB of its row group: prepare it first."
-            logger.info(text, files[0], max(sizes) >> 20)
-        self.read: dict[int, Any] = {}
-        self.lock = threading.Lock()
-
-    def __reduce__(self) -> Any:  # another process reads for itself
-        return ParquetTable, (self.files, self.column)
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        """A cell of the column, or of a column by its name all values."""
-        if isinstance(index, str):
-            tables = [open_parquet(file).read([index], use_threads=False) for file in self.files]
-            return [value for table in tables for value in table[index].to_pylist()]
-        number = bisect_right(self.ends, index) - 1
-        file, group = self.groups[number]
-        with self.lock:
-            rows = self.read.pop(number, None)
-            if rows is None:
-                with readable(str(file), "read", "restore it"):
-                    opened = open_parquet(file)
-                    rows = opened.read_row_group(group, [self.column], use_threads=False)
-                kept = sum(other.nbytes for other in self.read.values())
-                while self.read and kept + rows.nbytes > ROWS_BYTES:
-                    kept -= self.read.pop(next(iter(self.read))).nbytes
-            self.read[number] = rows  # the group used last is the last to go
-        return _find_cell(rows[self.column][index - self.ends[number]].as_py(), [file.parent])
-
-
-def load_parquet(files: Sequence[Path], num_bytes: int) -> Any:
-    """Parquet files as a table of `datasets`: in memory, or, if they are too large for that, from
-    its cache on the disk, into which they are copied."""
-    import datasets
-    import pyarrow as pa
-
-    if num_bytes > ROWS_BYTES:
-        names = [glob.escape(str(file)) for file in files]
-        return datasets.load_dataset("parquet", data_files=names, split="train")
-    return datasets.Dataset(pa.concat_tables([open_parquet(file).read() for file in files]))
-
-
-def open_parquet(file: Path) -> Any:
-    """Through an open file, since pyarrow and fsspec see more in a path than a path."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(pa.OSFile(str(file)))
-
-
-def _find_cell(cell: Any, folders: Sequence[Path]) -> Any:
-    """A cell that names a file in one of these folders as that file. (Others are refused when they
-    are read: a stranger's table must not show the files of this machine.)"""
-    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-        with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
-            for folder in folders:
-                file = (folder / cell["path"]).resolve()
-                if file.is_relative_to(folder.resolve()) and _fault_of(file) is None:
-                    return file
-    return cell
-
-
-@dataclass(frozen=True)
-class ImageTable:
-    """Named pictures, each with a label or none, that can be read in any order."""
-
-    name: str
-    ids: Sequence[str]
-    """A name for each picture: it decides the split and goes into the code dataset."""
-    cells: Any
-    """A picture for each index: a path, bytes, an array (see `decoding.read_cell`)."""
-    labels: Sequence[int] | None = None
-    class_names: tuple[str, ...] = ()
-    files: Sequence[Path] = ()
-    """The files behind it, where they are known: one for each picture, or shards of many."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def is_of_files(self) -> bool:
-        """Whether each picture is a file of its own."""
-        return len(self.files) == len(self)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the pictures have labels."""
-        return self.labels is not None
-
-    @property
-    def names(self) -> list[str]:
-        """What tells these images from others (of a stream, its shards' names)."""
-        return list(self.ids)
-
-    def marks(self) -> list[int]:
-        """Something cheap of some pictures that tells them from others of the same names."""
-        if isinstance(self.cells, PreparedPictures):
-            return [zlib.crc32(self.cells.pixels([i]).tobytes()) for i in splits.marked(len(self))]
-        return [mark_cell(self.cells[i]) for i in splits.marked(len(self))]
-
-    def choose(self, rows: Sequence[int]) -> "ImageTable":
-        """These rows alone."""
-        return replace(
-            self,
-            ids=[self.ids[i] for i in rows],
-            cells=Subset(self.cells, rows),
-            labels=None if self.labels is None else [self.labels[i] for i in rows],
-            files=[self.files[i] for i in rows] if self.is_of_files else self.files,
-        )
-
-    def with_classes_of(self, train: "ImageTable | ImageStream") -> "ImageTable":
-        """This table with its labels numbered as in the training images; without labels, saying
-        so, where those have other classes."""
-        if isinstance(train, ImageStream):  # its classes are numbers
-            class_names = tuple(name for name in self.class_names if name.isdecimal())
-            numbers = {name: int(name) for name in class_names}
-        else:
-            class_names = train.class_names
-            numbers = {name: number for number, name in enumerate(class_names)}
-        found: list[Any] = [splits.find_class(name, numbers) for name in self.class_names]
-        if self.labels is not None and class_names and None not in found:
-            return replace(self, labels=[found[i] for i in self.labels], class_names=class_names)
-        if class_names:
-            own = f"has the classes {few(self.class_names)}" if self.labelled else "has none"
-            text = "%s: held out without labels: it %s; the training's are %s."
-            logger.info(text, self.name, own, few(class_names))
-        return replace(self, labels=None, class_names=())
 
 
 class Sources(NamedTuple):
@@ -371,7 +181,7 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     is_hub_id = not (local.exists() or is_pattern or looks_like_path(path) or "://" in path)
     if "://" in path or (is_hub_id and data.streaming):
         url = f"hf://datasets/{path}/**/*.parquet" if is_hub_id else path
-        return _open_stream(path, _expand_url(url), data)
+        return _open_stream(path, expand_url(url), data)
     if is_hub_id:
         return _open_tables(path, [], data)
 
@@ -390,11 +200,11 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
         if not files and not data.streaming:
             return _open_folder(local, data)
     elif is_pattern:
-        files = _expand(local)
+        files = expand(local)
     elif local.is_file():
         files = [local]
     else:
-        raise UserError(f"{path} {_fault_of(local)}: check data.path ({KINDS}).")
+        raise UserError(f"{path} {fault_of(local)}: check data.path ({KINDS}).")
 
     # Files, by their suffix.
     suffixes = {file.suffix for file in files}
@@ -432,125 +242,24 @@ def _open_stream(path: str, urls: Sequence[str], data: ImagesConfig) -> Sources:
     return Sources(*streams)
 
 
-def _expand_url(pattern: str) -> list[str]:
-    """The URLs of a pattern with *, ?, [...] or {000..127}, in order of their names."""
-    import fsspec
-
-    with readable(pattern, "listed", "check data.path"):
-        system, _, names = fsspec.get_fs_token_paths(expand_ranges(pattern))
-    return [system.unstrip_protocol(name) for name in dict.fromkeys(names)]
-
-
-def _expand(pattern: Path) -> list[Path]:
-    """The same for files. What exists as it is written is no pattern."""
-    folder = next(parent for parent in pattern.parents if parent.exists())
-    found: list[Path] = []
-    for name in expand_ranges(str(pattern.relative_to(folder))):
-        matches = sorted(_matches(folder, Path(name).parts), key=str)
-        found += matches or ([] if PATTERN.search(name) else [folder / name])
-    for file in found or [pattern]:
-        if not file.is_file():
-            raise UserError(f"{pattern}: {file} is no file that exists: check data.path.")
-    return list(dict.fromkeys(found))
-
-
-def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """The files below a folder that a pattern names, part by part."""
-    if not parts or not folder.is_dir():
-        yield from () if parts else (folder,)
-        return
-    first, rest = parts[0], parts[1:]
-    if (folder / first).exists():
-        yield from _matches(folder / first, rest)
-    elif first == "**":
-        yield from _matches(folder, rest)
-        for entry in _entries(folder):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _matches(folder / entry.name, parts)
-    elif PATTERN.search(first):
-        for name in matching([entry.name for entry in _entries(folder)], first):
-            yield from _matches(folder / name, rest)
-
-
-def expand_ranges(pattern: str) -> list[str]:
-    """A pattern with {000..127} as the 128 names that it stands for; without one, itself.
-
-    Raises UserError: it stands for more than `MAX_SHARDS`."""
-    pieces = re.split(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
-    names = [pieces[0]]
-    for first, last, after in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        numbers = range(int(first), int(last) + 1)
-        if len(names) * len(numbers) > MAX_SHARDS:
-            what = f"{shorten(pattern)} stands for more than {MAX_SHARDS:,} files"
-            raise UserError(f"{what}: give smaller ranges.")
-        digits = [str(number).zfill(len(first)) for number in numbers]
-        names = [name + number + after for name in names for number in digits]
-    return names
-
-
-def find_file(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
-    """The file of this name; or the one whose name differs in how its accents are composed.
-
-    Args:
-        listings: the folders that were read by then, for the next call.
-    """
-    if os.path.exists(path) or path.parent == path or len(path.parts) > 100:
-        return path
-    parent = find_file(path.parent, listings)
-    if parent not in listings:
-        names = os.listdir(parent) if os.path.isdir(parent) else []
-        listings[parent] = {normalize("NFC", name): name for name in names}
-    return parent / listings[parent].get(normalize("NFC", path.name), path.name)
-
-
-def _entries(
-    folder: Path | str, wanted: Callable[[str], bool] = lambda name: True
-) -> list[os.DirEntry]:
-    """The folders in a folder and those files whose names are wanted, by name, but for what nobody
-    made. Raises OSError: it cannot be read."""
-    with os.scandir(folder) as entries:
-        made = [entry for entry in entries if not is_junk(entry.name)]
-    found = [entry for entry in made if entry.is_dir() or wanted(entry.name)]
-    return sorted(found, key=lambda entry: entry.name)
-
-
-def _fault_of(file: Path) -> str | None:
-    """Why a file cannot be read to its end, if that is known before it is opened."""
-    try:
-        return None if stat.S_ISREG(os.stat(file).st_mode) else "is no regular file"
-    except FileNotFoundError:
-        return "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({getattr(error, 'strerror', error)})"
-
-
-def _is_regular(path: Path) -> bool:
-    """Whether a file is none that is passed over, saying so. (A broken link is not: it is named as
-    unreadable later.)"""
-    special = not path.is_dir() and _fault_of(path) == "is no regular file"
-    if special:
-        logger.info("%s is not used: it is no regular file.", path)
-    return not (special or path.is_dir())
-
-
 def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
     """The Parquet, Arrow or tar files of a folder (perhaps in folders of splits).
 
     Raises UserError: there are such, and pictures beside them."""
     # By kind.
     suffixes = (".parquet", ".arrow", ".tar", ".tar.gz")
-    entries = _entries(folder, lambda name: name.endswith(suffixes))
+    entries = scan(folder, lambda name: name.endswith(suffixes))
     for entry in list(entries):
         if entry.is_dir():
-            entries += _entries(entry.path, lambda name: name.endswith(suffixes))
+            entries += scan(entry.path, lambda name: name.endswith(suffixes))
     kinds: dict[str, list[Path]] = {}
     for kind in suffixes:
         named = [Path(entry.path) for entry in entries if entry.name.endswith(kind)]
-        named = [path for path in sorted(named) if path.name not in METADATA and _is_regular(path)]
+        named = [path for path in sorted(named) if path.name not in METADATA and is_regular(path)]
         kinds |= {kind: named} if named else {}
 
     # Tables without pictures are notes, where there is something else.
-    pictures = islice(_files_below(folder), MAX_STRAY + 1) if kinds else ()
+    pictures = islice(files_below(folder), MAX_STRAY + 1) if kinds else ()
     stray = [path for path in pictures if path.name not in METADATA]
     notes: list[Path] = []
     if stray or len(kinds) > 1:
@@ -583,7 +292,7 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
 def _open_folder(root: Path, data: ImagesConfig) -> Sources:
     """Pictures with class folders or without, or with train/ and validation/ or test/ in it."""
     # Are its folders splits? In any case where train is one, and in seg_train/ and seg_test/.
-    folders = [entry.name for entry in _entries(root) if entry.is_dir()]
+    folders = [entry.name for entry in scan(root) if entry.is_dir()]
     exact = "train" in map(splits.split_of, folders)
     word_of = splits.split_of if exact else splits.loose_split_of
     words = set(map(word_of, folders))
@@ -609,10 +318,10 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
 
 def _inner_folder(root: Path) -> Path | None:
     """The one folder that wraps all others, as archives have it: nothing else is in `root`."""
-    outer = _entries(root, _is_used)
+    outer = scan(root, is_used)
     if len(outer) != 1 or not outer[0].is_dir(follow_symlinks=False):
         return None
-    inner = _entries(outer[0].path, _is_used)
+    inner = scan(outer[0].path, is_used)
     if not inner or not all(entry.is_dir() for entry in inner):
         return None
     logger.info("%s: its one folder, %s, is opened instead.", root, outer[0].name)
@@ -624,7 +333,7 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
     # Pictures, and what lists them.
     while (inner := _inner_folder(root)) is not None:
         root = inner
-    by_name = {path.relative_to(root).as_posix(): path for path in _files_below(root)}
+    by_name = {path.relative_to(root).as_posix(): path for path in files_below(root)}
     ids = sorted(name for name, path in by_name.items() if path.name not in METADATA)
     if not ids:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
@@ -652,22 +361,6 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
     files = [by_name[name] for name in ids]
     options: Any = {"labels": labels, "row_splits": words if is_split else (), "files": files}
     return make_table(str(root), ids, files, **options)
-
-
-def _is_used(name: str) -> bool:
-    return Path(name).suffix.lower() in PICTURE_SUFFIXES or name in METADATA
-
-
-def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All picture and metadata files, through links too, but not into a folder that holds the
-    present one. Raises OSError: a folder cannot be read."""
-    above |= {os.path.realpath(folder)}
-    for entry in _entries(folder, _is_used):
-        if entry.is_dir():
-            if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
-                yield from _files_below(Path(entry.path), above)
-        elif entry.is_file() or _is_regular(Path(entry.path)):
-            yield Path(entry.path)
 
 
 # Lists
@@ -726,7 +419,7 @@ def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources
                 raise UserError(f"{path}: a row has no {column!r}, but others have: fill it in.")
         for row in rows:
             file = find_file(path.parent / os.path.expanduser(str(row[image])), listings)
-            if fault := _fault_of(file):
+            if fault := fault_of(file):
                 what = f"{path} names {shorten(str(row[image]))}, which {fault}"
                 raise UserError(f"{what}: paths start at the list.")
             files.append(file)

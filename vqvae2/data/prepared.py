@@ -36,14 +36,8 @@ from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data import work_parts
 from vqvae2.data.augmentation import no_change
 from vqvae2.data.decoding import readable
-from vqvae2.data.open_source import (
-    PREPARED,
-    UNFINISHED,
-    ImageTable,
-    PreparedPictures,
-    Sources,
-    load_parquet,
-)
+from vqvae2.data.open_source import PREPARED, UNFINISHED, Sources
+from vqvae2.data.table import ImageTable, PreparedPictures, load_parquet
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 
 logger = logging.getLogger(__name__)
