@@ -24,10 +24,12 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
+from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.vocabulary import SPLITS, TRAINING_RECORD
 
 logger = logging.getLogger(__name__)
+LEAST_GAIN = 0.05  # of bits over frequencies alone, below which a prior knows nothing
 
 
 @writes_output
@@ -81,6 +83,18 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     evaluated = measure if len(validation) else None
     loss_fn = make_loss(network, token_corruption=config.token_corruption)
     fit(accelerator, model, loss_fn, loader, config, output_dir, evaluate=evaluated, draw=draw)
+    if best := best_validation(output_dir):
+        warn_of_noise(output_dir, best["bits_per_code"], best["unigram_bits"])
+
+
+def warn_of_noise(output_dir: Path, bits: float, unigram_bits: float) -> None:
+    """Say that a prior's samples will be noise, if it does hardly better than frequencies alone."""
+    if bits > (1 - LEAST_GAIN) * unigram_bits:
+        logger.warning(
+            "%s has learned next to nothing, and its samples will be noise: it needs %.2f bits per "
+            "code, frequencies alone need %.2f. Train longer, or on codes of more images.",
+            *(output_dir, bits, unigram_bits),
+        )
 
 
 def open_codes(

@@ -101,6 +101,17 @@ def test_all_stages_run_once_and_an_edited_recipe_wins(
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
+def test_so_few_images_that_none_is_held_out(tmp_path: Path) -> None:
+    photos, root = write_images(tmp_path / "photos", 40), tmp_path / "all"
+    steps = {"num_steps": 2}
+    small = {**steps, "transformer": {"width": 16, "num_layers": 1, "num_heads": 2}}
+    recipe = {"train": steps, "prior_0": small, "prior_1": small}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    start = ("run", "--data.path", photos, "--config", tmp_path / "mine.yaml")
+    command(*start, "--output-dir", root)
+    assert "No image was held out" in (root / "index.html").read_text()
+
+
 def test_the_steps_fit_the_budget() -> None:
     """Twice the time, twice the steps, from a real step's time."""
     seen = Look(1000, short_side=32.0, channels=1)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipelines.cli import load_recipe
+from prior.training import warn_of_noise
 from tests.conftest import command, kill_when, write_images
 from tests.test_sources import numbered_tars
 from tests.worker_two_processes import Images, small_model
@@ -23,6 +25,7 @@ from vqvae2.common.accelerate import make_accelerator, native_bf16
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.fit import fit, learning_rate, update_average
 from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.metrics import conclusion
 from vqvae2.data import is_held_out
 from vqvae2.losses import make_loss
 
@@ -345,3 +348,33 @@ def test_a_stream_s_broken_images_are_listed_and_counted(
     none_held_out = "--num-steps 12 --image.validation-fraction 0"
     command(*stream_command(tars, tmp_path / "y", none_held_out))
     assert "30 images could not be read and were skipped" in "".join(capsys.readouterr())
+
+
+# What a finished run says.
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([], "the last weights are kept"),
+        ([3.0, 2.0, 1.0, 0.9], "step 4 are kept: held-out loss 0.9; it was still falling"),
+        ([3.0, 2.0, 2.5, 2.9], r"step 2 are kept: .* over-fitted \(2.9 at the end\)"),
+        ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999$"),
+    ],
+)
+def test_the_end_of_a_run_says_what_is_kept_and_what_would_help(
+    losses: list[float], said: str, tmp_path: Path
+) -> None:
+    lines = [{"step": i, "validation/loss": loss} for i, loss in enumerate(losses, 1)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert re.search(said, conclusion(tmp_path))
+
+
+def test_a_prior_that_knows_nothing_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_noise(tmp_path, 5.0, 8.0)
+    assert not caplog.records
+    warn_of_noise(tmp_path, 8.311, 8.207)
+    assert "needs 8.31 bits per code, frequencies alone need 8.21" in caplog.text

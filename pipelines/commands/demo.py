@@ -1,6 +1,5 @@
 """`vqvae2 demo`: the whole method on images that come with the package, by the demo recipe."""
 
-import json
 import logging
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -11,6 +10,7 @@ from pipelines.config import DemoConfig
 from prior.manifest import read_manifest
 from vqvae2.common.config import from_dict
 from vqvae2.common.lock import writes_output
+from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -60,14 +60,6 @@ def _run(command: str, budget: float, **settings: Any) -> None:
         section["num_steps"] = max(1, round(section["num_steps"] * budget))
     logger.info(f"\nvqvae2 {command} -> {settings['output_dir']}")
     function_of(command)(from_dict(COMMANDS[command][0], section, "recipe demo"))
-
-
-def best_validation(run: Path) -> dict[str, float]:
-    """The held-out figures of the weights in a run folder, those with the lowest loss."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    validations = [line for line in lines if "validation/loss" in line]
-    best = min(validations, key=lambda line: line["validation/loss"])
-    return {name.removeprefix("validation/"): value for name, value in best.items()}
 
 
 def summary(root: Path) -> str:

@@ -3,28 +3,29 @@
 import copy
 import html
 import logging
+import math
 import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from pipelines.choices import Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
-from pipelines.commands.demo import best_validation
 from pipelines.config import PlanConfig, RunConfig
 from pipelines.pipeline import INDEX_NAME
 from pipelines.plan.command import plan, time_step
 from pipelines.plan.stages import stages_of
 from prior.manifest import read_manifest
+from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import native_bf16, processes, use_cpu
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
 from vqvae2.common.lock import writes_output
+from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -190,17 +191,16 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
 def summary(root: Path) -> str:
     """How good it is, in words, and what to do next."""
     manifest, stage_1 = read_manifest(root / "codes"), best_validation(root / "vqvae")
-    psnr = 10 * torch.tensor(4 / stage_1["mse"]).log10().item()
-    lines = [f"Reconstructions of held-out images: PSNR {psnr:.1f} dB ({in_words(psnr)})."]
+    lines = ["No image was held out, as there are too few: how good it is, only you can see."]
+    if stage_1:
+        psnr = 10 * math.log10(4 / stage_1["mse"])
+        lines = [f"Reconstructions of held-out images: PSNR {psnr:.1f} dB ({in_words(psnr)})."]
     for level, size in enumerate(manifest.codebook_sizes):
-        prior = best_validation(root / f"prior_{level}")
-        bits, alone = prior["bits_per_code"], prior["unigram_bits"]
-        gain = 1 - bits / alone
-        name = "top" if level == 0 else "bottom" if level == manifest.num_levels - 1 else level
-        text = f"{bits:.2f} bits per code, {gain:.0%} fewer than by frequency alone ({alone:.2f})"
-        lines.append(f"The {name} level ({size} codes): {text}; best at step {prior['step']:.0f}.")
-        if gain < 0.05:
-            lines.append("  It has learned next to nothing: samples will be noise. Train longer.")
+        if prior := best_validation(root / f"prior_{level}"):
+            bits, alone = prior["bits_per_code"], prior["unigram_bits"]
+            gain = f"{1 - bits / alone:.0%} fewer than by frequency alone ({alone:.2f})"
+            name = level_name(level, manifest.num_levels).capitalize()
+            lines.append(f"{name}, {size} codes: {bits:.2f} bits per code, {gain}.")
     lines += [
         "",
         "Next:",

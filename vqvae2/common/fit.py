@@ -26,7 +26,14 @@ from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.loading import Loader
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.metrics import Describe, Metrics, read_metrics, save_curves, scalar_means
+from vqvae2.common.metrics import (
+    Describe,
+    Metrics,
+    conclusion,
+    read_metrics,
+    save_curves,
+    scalar_means,
+)
 from vqvae2.common.pictures import save_picture
 
 logger = logging.getLogger(__name__)
@@ -195,6 +202,7 @@ def fit(
                 raise Stopped(f"{output_dir}: {done}; the same command continues.", number)
             metrics.started += time.perf_counter() - pause
     metrics.close()
+    logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir)))
 
 
 def is_finished(output_dir: Path, config: TrainingConfig) -> bool:

@@ -128,6 +128,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return figures
 
 
+def validations(run: Path) -> list[dict[str, float]]:
+    """The held-out figures of a run that has a loss, in order: step, loss, ..."""
+    found = []
+    for line in read_metrics(run / "metrics.jsonl"):
+        if "validation/loss" in line:
+            found.append({name.removeprefix("validation/"): x for name, x in line.items()})
+    return found
+
+
+def best_validation(run: Path) -> dict[str, float]:
+    """Those of the weights that are kept, with the lowest loss; empty if there are none."""
+    return min(validations(run), key=lambda line: line["loss"], default={})
+
+
+def conclusion(run: Path) -> str:
+    """Which weights a finished run keeps, and whether more steps would have done it good."""
+    found = validations(run)
+    if not found:
+        return "the last weights are kept, as there is no held-out loss to choose by"
+    best, last = best_validation(run), found[-1]
+    kept = f"the weights of step {best['step']:,} are kept: held-out loss {best['loss']:.4g}"
+    if last["loss"] > 1.02 * best["loss"]:
+        advice = "more images or dropout, or a smaller network, would help, more steps would not"
+        return f"{kept}; since then it has over-fitted ({last['loss']:.4g} at the end): {advice}"
+    earlier = found[2 * len(found) // 3 - 1]
+    if len(found) >= 3 and best["loss"] < 0.98 * earlier["loss"]:
+        return f"{kept}; it was still falling: a larger --num-steps would help"
+    return kept
+
+
 def save_curves(run: Path) -> None:
     """Write a run's curves.png: a panel for each figure of both training and held-out data."""
     lines = read_metrics(run / "metrics.jsonl")
