@@ -65,6 +65,9 @@ sample.
 RECIPE is a YAML file, or one of {recipes}; flags override it.
 vqvae2 SUBCOMMAND --help explains every flag. vqvae2 --version shows the version.
 On several processes: accelerate launch -m pipelines.cli SUBCOMMAND --flags"""
+SYNONYMS = {"epochs": "num-steps", "steps": "num-steps", "resolution": "size", "data": "path",
+            "output": "output-dir", "out": "output-dir", "input": "path", "images": "path",
+            "workers": "num-workers", "resume": "output-dir"}  # fmt: skip
 COMMON_HELP = """{description}
 
 --config RECIPE takes the defaults from a recipe: a YAML file, or {recipes}.
@@ -200,7 +203,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            near = suggest(flag, known)
+            near = suggest_flag(flag, known)
             raise UserError(f"unknown flag {flag:.100}; {near} (see vqvae2 {command} --help).")
 
     # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
@@ -262,6 +265,19 @@ def _annotate_for_tyro(config_class: type, for_help: bool) -> None:
         else:
             annotation = Annotated[hint, arg(help=texts[field.name])]
         config_class.__annotations__[field.name] = annotation
+
+
+def suggest_flag(flag: str, known: Sequence[str]) -> str:
+    """The known flag that an unknown one means: by what others call it, its initials, its last
+    part, or its letters."""
+    word = flag.removeprefix("--").lower()
+    for name in known:
+        last = name.removeprefix("--").rpartition(".")[2]
+        initials = "".join(part[0] for part in last.split("-"))
+        is_initials = len(word) > 1 and initials == word
+        if is_initials or last == SYNONYMS.get(word, word.rpartition(".")[2]):
+            return f"did you mean {name!r}?"
+    return suggest(flag, known)
 
 
 def recipe_names() -> list[str]:

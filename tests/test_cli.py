@@ -361,3 +361,19 @@ def test_mistakes_get_one_sentence_and_exit_code_2(
             assert word in sentence, (command, sentence)
         assert not out.exists(), command
     assert names_in(full) == {"thesis.txt"}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lr", "'--learning-rate'"),
+        ("--size", "'--image.size'"),
+        ("--model.image.size", "'--image.size'"),
+        ("--epochs", "'--num-steps'"),
+        ("--data", "'--data.path'"),
+        ("--batchsize", "'--batch-size'"),
+    ],
+)
+def test_a_flag_is_suggested_by_its_meaning(given: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"unknown flag {given}; did you mean {meant}"):
+        parse("train", [given, "3"])
