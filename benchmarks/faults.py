@@ -104,7 +104,6 @@ STAGES = (  # in order: later ones read what earlier ones have written
     ("prepared", "prepare --image.size 16 --image.channels 1 --image.fit pad"
      " --image.background black --shard-size 10"
      " --data.path {work}/photos --output-dir {out}"),
-    ("begun", TRAIN + " {out} --num-steps 8"),
 )  # fmt: skip
 OTHERS = (
     ("discriminator", TRAIN + " {out} --discriminator.weight 0.1 --discriminator.start-step 2"
@@ -189,6 +188,15 @@ class Faults:
             make_images(self.work / "photos")
         for name, words in STAGES:
             self._undisturbed(Job(name, words))
+
+        # A training that was killed after its last but one state.
+        checkpoints = self.work / "begun" / "checkpoints"
+        running = Running((TRAIN + " {out}").format(work=self.work, out=checkpoints.parent).split())
+        while running.is_alive() and not (checkpoints / "step_00000008").exists():
+            time.sleep(0.001)
+        running.send(signal.SIGKILL)
+        running.wait()
+        shutil.rmtree(checkpoints / "step_00000012", ignore_errors=True)
 
     def _choose(self) -> tuple[Job, Undisturbed]:
         """A job, and what it leaves undisturbed."""
