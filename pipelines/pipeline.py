@@ -1,10 +1,9 @@
 """The trained whole: an autoencoder and one prior per level, in one folder and behind one call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -12,23 +11,26 @@ from torch import Tensor
 from pipelines.belonging import refuse_mismatches
 from pipelines.config import LANES
 from pipelines.editing import check_known
+from pipelines.labels import Labels, label_numbers
+from pipelines.model_index import (
+    INDEX_NAME,
+    RESTORE,
+    changed_parts,
+    part_folders,
+    part_hash,
+    training_record,
+)
 from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds
-from vqvae2.common.artifact import content_hash, local_folder
+from vqvae2.common.artifact import local_folder
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import to_pil
-from vqvae2.common.runs import command_line, last_names, read_record, versions
-from vqvae2.data.splits import few, shorten, whole_numbers
+from vqvae2.common.runs import command_line, last_names, versions
 from vqvae2.model import VQVAE2
-
-INDEX_NAME = "model_index.json"
-RESTORE = "restore its files, or run vqvae2 assemble again"
-RECORD_NAMES = ("train_config.yaml", "import_config.yaml")
-Labels = int | str | Sequence[int | str] | None
 
 
 @dataclass(frozen=True)
@@ -187,37 +189,8 @@ class VQVAE2Pipeline:
         return PipelineOutput(to_pil(joined) if output_type == "pil" else joined, tuple(all_codes))
 
     def label_numbers(self, labels: Labels) -> list[int]:
-        """Class names or numbers as numbers; "none", the hidden label, is the number after the
-        last class. None: all classes. Without classes, no numbers. A `UserError` names a label
-        that is unknown."""
-        labels = labels.tolist() if isinstance(labels, Tensor) else labels
-        given = [labels] if isinstance(labels, int | str) else [] if labels is None else [*labels]
-        names = self.class_names
-        if given and not names:
-            what = f"labels are {few(given)}, but the priors have no classes"
-            raise UserError(f"{what}: leave them out.")
-
-        # A number is a place; but a name where all names are numbers, and nothing where it is both.
-        whole = whole_numbers(names)
-        numbers: dict[Any, int] = {"none": len(names)} if self.can_hide_labels else {}
-        for place, name in enumerate(names):
-            number = place if whole is None else whole[place]
-            numbers |= {number: place, str(number): place, normalize("NFC", name): place}
-        numbers |= {name: place for place, name in enumerate(names)}
-        for number in list(numbers) if whole is None else ():
-            if isinstance(number, int) and numbers[str(number)] != number:
-                del numbers[number]
-        places = []
-        for label in given:
-            key = label
-            if isinstance(label, str) and label not in numbers:
-                key = normalize("NFC", label)
-            if key not in numbers:
-                allowed = "" if whole else f"a number from 0 to {len(names) - 1}, or "
-                allowed += f"one of {few(names)}" + ", or none" * self.can_hide_labels
-                raise UserError(f"label {shorten(label)} names no class, or two: give {allowed}.")
-            places.append(numbers[key])
-        return places or list(range(len(names)))
+        """Class names or numbers as numbers; see `pipelines.labels.label_numbers`."""
+        return label_numbers(labels, self.class_names, can_hide=self.can_hide_labels)
 
     def samplings(self, **settings: Any) -> list[SamplingConfig]:
         """One configuration per level, of settings that are one value or one per level; None, or
@@ -244,48 +217,3 @@ def in_lanes(wanted: range, lanes: int) -> list[range]:
     """
     firsts = range(wanted.start // lanes * lanes, wanted.stop, lanes)
     return [range(max(i, wanted.start), min(i + lanes, wanted.stop)) for i in firsts]
-
-
-def part_folders(
-    pipeline: str | Path | None, vqvae: str | Path | None = None, priors: Sequence[str | Path] = ()
-) -> tuple[Any, list[Any]]:
-    """Where the autoencoder and the priors are: in a pipeline's folder, or each in its own."""
-    if pipeline is None:
-        return vqvae, list(priors)
-    folder = local_folder(pipeline).resolve()
-    path, index = folder / INDEX_NAME, read_json(folder / INDEX_NAME)
-    names = [index.get("vqvae"), *as_list(index.get("priors"))]
-    for key, name in zip(["vqvae", *["priors"] * (len(names) - 1)], names, strict=True):
-        inside = isinstance(name, str) and Path(name).name == name not in ("", "..")
-        allowed = f"the name of a folder in {folder}: remake it with vqvae2 assemble"
-        inside = inside and (folder / name).is_dir() and not (folder / name).is_symlink()
-        check(inside, f"{path}: {key}", name, allowed)
-    return folder / names[0], [folder / name for name in names[1:]]
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list as it is; of anything else a list that holds it."""
-    return value if isinstance(value, list) else [value]
-
-
-def changed_parts(index: Mapping[str, Any], parts: Mapping[str, Any]) -> list[str]:
-    """Which parts are not those that a pipeline's `model_index.json` was written for. (The first
-    versions wrote no hashes into it.)"""
-    changed = []
-    for name, part in parts.items() if any(f"{name}_hash" in index for name in parts) else ():
-        expected, found = index.get(f"{name}_hash"), part_hash(part)
-        if expected != found:
-            both = f"its content hash is {found[:12]}, but {INDEX_NAME} says {str(expected)[:12]}"
-            changed.append(f"{name} was changed ({both})")
-    return changed
-
-
-def part_hash(part: Any) -> str:
-    """A hash of a part: equal exactly if its configuration and weights are."""
-    return content_hash(part.config, part.state_dict().items())
-
-
-def training_record(folder: str | Path) -> dict[str, Any]:
-    """How a part was made, if its folder has a record: command, settings, versions, hashes."""
-    records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
-    return next((last_names(read_record(path)) for path in records if path.is_file()), {})

@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 
 from pipelines.config import AssembleConfig
-from pipelines.pipeline import INDEX_NAME, VQVAE2Pipeline
+from pipelines.model_index import INDEX_NAME
+from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output

@@ -13,7 +13,7 @@ from pipelines.belonging import ADVICE, describe_grids, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.pipeline import INDEX_NAME, RESTORE, changed_parts, part_folders
+from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders
 from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows

@@ -34,7 +34,7 @@ from vqvae2.data import PythonImages, to_images, work_parts
 from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 from vqvae2.model import VQVAE2
-from vqvae2.training import read_training, same_place
+from vqvae2.training_record import read_training, same_place
 
 logger = logging.getLogger(__name__)
 RECORD_NAME = "extract_config.yaml"

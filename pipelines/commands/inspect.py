@@ -21,7 +21,7 @@ from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, load_images, to_images
 from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
-from vqvae2.training import find_held_out
+from vqvae2.training_record import find_held_out
 
 SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 10
 Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value

@@ -14,7 +14,7 @@ from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, load_table, to_images
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.model import VQVAE2
-from vqvae2.training import find_held_out
+from vqvae2.training_record import find_held_out
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import yaml
 from pipelines.choices import Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import PlanConfig, RunConfig
-from pipelines.pipeline import INDEX_NAME
+from pipelines.model_index import INDEX_NAME
 from pipelines.plan.command import plan, time_step
 from pipelines.plan.stages import stages_of
 from prior.manifest import read_manifest

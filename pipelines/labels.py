@@ -1,0 +1,45 @@
+"""What a user means by a label: a class by its name or number, or none."""
+
+from collections.abc import Sequence
+from typing import Any
+from unicodedata import normalize
+
+from torch import Tensor
+
+from vqvae2.common.errors import UserError
+from vqvae2.data.splits import few, shorten, whole_numbers
+
+Labels = int | str | Sequence[int | str] | None
+
+
+def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> list[int]:
+    """Class names or numbers as numbers; "none", the hidden label, is the number after the
+    last class. None: all classes. Without classes, no numbers. A `UserError` names a label
+    that is unknown."""
+    labels = labels.tolist() if isinstance(labels, Tensor) else labels
+    given = [labels] if isinstance(labels, int | str) else [] if labels is None else [*labels]
+    if given and not names:
+        what = f"labels are {few(given)}, but the priors have no classes"
+        raise UserError(f"{what}: leave them out.")
+
+    # A number is a place; but a name where all names are numbers, and nothing where it is both.
+    whole = whole_numbers(names)
+    numbers: dict[Any, int] = {"none": len(names)} if can_hide else {}
+    for place, name in enumerate(names):
+        number = place if whole is None else whole[place]
+        numbers |= {number: place, str(number): place, normalize("NFC", name): place}
+    numbers |= {name: place for place, name in enumerate(names)}
+    for number in list(numbers) if whole is None else ():
+        if isinstance(number, int) and numbers[str(number)] != number:
+            del numbers[number]
+    places = []
+    for label in given:
+        key = label
+        if isinstance(label, str) and label not in numbers:
+            key = normalize("NFC", label)
+        if key not in numbers:
+            allowed = "" if whole else f"a number from 0 to {len(names) - 1}, or "
+            allowed += f"one of {few(names)}" + ", or none" * can_hide
+            raise UserError(f"label {shorten(label)} names no class, or two: give {allowed}.")
+        places.append(numbers[key])
+    return places or list(range(len(names)))

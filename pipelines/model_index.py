@@ -1,0 +1,59 @@
+"""`model_index.json`: what a pipeline's folder says of its parts, and whether they are those."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqvae2.common.artifact import content_hash, local_folder
+from vqvae2.common.config import check
+from vqvae2.common.files import read_json
+from vqvae2.common.runs import last_names, read_record
+
+INDEX_NAME = "model_index.json"
+RESTORE = "restore its files, or run vqvae2 assemble again"
+RECORD_NAMES = ("train_config.yaml", "import_config.yaml")
+
+
+def part_folders(
+    pipeline: str | Path | None, vqvae: str | Path | None = None, priors: Sequence[str | Path] = ()
+) -> tuple[Any, list[Any]]:
+    """Where the autoencoder and the priors are: in a pipeline's folder, or each in its own."""
+    if pipeline is None:
+        return vqvae, list(priors)
+    folder = local_folder(pipeline).resolve()
+    path, index = folder / INDEX_NAME, read_json(folder / INDEX_NAME)
+    names = [index.get("vqvae"), *_as_list(index.get("priors"))]
+    for key, name in zip(["vqvae", *["priors"] * (len(names) - 1)], names, strict=True):
+        inside = isinstance(name, str) and Path(name).name == name not in ("", "..")
+        allowed = f"the name of a folder in {folder}: remake it with vqvae2 assemble"
+        inside = inside and (folder / name).is_dir() and not (folder / name).is_symlink()
+        check(inside, f"{path}: {key}", name, allowed)
+    return folder / names[0], [folder / name for name in names[1:]]
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A list as it is; of anything else a list that holds it."""
+    return value if isinstance(value, list) else [value]
+
+
+def changed_parts(index: Mapping[str, Any], parts: Mapping[str, Any]) -> list[str]:
+    """Which parts are not those that a pipeline's `model_index.json` was written for. (The first
+    versions wrote no hashes into it.)"""
+    changed = []
+    for name, part in parts.items() if any(f"{name}_hash" in index for name in parts) else ():
+        expected, found = index.get(f"{name}_hash"), part_hash(part)
+        if expected != found:
+            both = f"its content hash is {found[:12]}, but {INDEX_NAME} says {str(expected)[:12]}"
+            changed.append(f"{name} was changed ({both})")
+    return changed
+
+
+def part_hash(part: Any) -> str:
+    """A hash of a part: equal exactly if its configuration and weights are."""
+    return content_hash(part.config, part.state_dict().items())
+
+
+def training_record(folder: str | Path) -> dict[str, Any]:
+    """How a part was made, if its folder has a record: command, settings, versions, hashes."""
+    records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
+    return next((last_names(read_record(path)) for path in records if path.is_file()), {})

@@ -1,0 +1,54 @@
+"""What a model's folder says of its training: on which images, and which of them it held out."""
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vqvae2.common.errors import UserError
+from vqvae2.common.runs import read_record
+from vqvae2.common.vocabulary import TRAINING_RECORD
+from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.data import ImageDataset, held_out_images
+
+logger = logging.getLogger(__name__)
+
+
+def read_training(vqvae: str) -> dict[str, Any]:
+    """The record of a model folder's training; empty without one (from the Hub, or imported)."""
+    path = Path(vqvae).expanduser() / TRAINING_RECORD
+    record = read_record(path) if path.exists() else {}
+    data: Any = record.get("data", {"path": ""})
+    if not (isinstance(data, dict) and isinstance(data.get("path"), str)):
+        raise UserError(f"{path} is broken: its 'data' names no path; restore it, or remove it.")
+    return record
+
+
+def find_held_out(
+    vqvae: str, data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool
+) -> tuple[ImageDataset, bool]:
+    """What a model's training held out of these images, and whether they are its images at all. If
+    not, as far as a record tells, a warning says that any of them may have trained it."""
+    training = read_training(vqvae)
+    recorded = training.get("data", {})
+    if data.validation_path is None and same_place(recorded.get("path"), data.path):
+        data = replace(data, validation_path=recorded.get("validation_path"))
+    images, facts = held_out_images(data, config, show_progress=show_progress)
+    own = not training or training.get("image_names_hash") == facts["image_names_hash"]
+    if not own:
+        logger.warning(
+            "%s: these are not the images that %s was trained on, or not all of them, so any may "
+            "have trained it: give its --data.path and --data.validation-path.",
+            data.path,
+            vqvae,
+        )
+    return images, own
+
+
+def same_place(one: str | None, other: str | None) -> bool:
+    """Whether two paths (or URLs, or ids) name the same."""
+    if one == other or one is None or other is None or "://" in one + other:
+        return one == other
+    one, other = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
+    return one == other
