@@ -49,14 +49,14 @@ class Look:
     """Background -> share of pictures of which nothing is seen on it."""
 
 
-def look(data: ImagesConfig) -> Look:
+def look(data: ImagesConfig, background: str = "white") -> Look:
     """Open the source and read some of its pictures.
 
     Raises:
-        UserError: no images, a stream, or pictures of several kinds.
+        UserError: no images, a stream, pictures of several kinds, or no such background colour.
     """
     # The pixels are what they are if they were prepared already.
-    opened = open_source(data, PreprocessingConfig())
+    opened = open_source(data, PreprocessingConfig(background=background))
     table: ImageTable = refuse_stream(opened.train)
     seen = Look(len(table), opened.held_out is not None, table.class_names)
     if isinstance(table.cells, PreparedPictures):

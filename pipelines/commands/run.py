@@ -85,7 +85,7 @@ def show_plan(config: RunConfig) -> None:
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
     """The recipe for these images and this machine as YAML, its reasons as comments."""
     # From the images, then from a recipe of the user's own.
-    on_gpu, seen = not use_cpu(), look(config.data)
+    on_gpu, seen = not use_cpu(), look(config.data, config.image.background or "white")
     given = {}
     for field in fields(config.image):
         value = getattr(config.image, field.name)
