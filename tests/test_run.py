@@ -1,6 +1,7 @@
 """All stages by one command: what is chosen for which images, and that it continues."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import yaml
 from PIL import Image
 
 from pipelines.choices import Look, choose, look
-from pipelines.commands.run import merged, parse_time, step_seconds
+from pipelines.commands.run import make_recipe, merged, parse_time, step_seconds
+from pipelines.config import RunConfig
 from tests.conftest import command, write_images
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
@@ -112,10 +114,26 @@ def test_so_few_images_that_none_is_held_out(tmp_path: Path) -> None:
     assert "No image was held out" in (root / "index.html").read_text()
 
 
-def test_the_steps_fit_the_budget() -> None:
-    """Twice the time, twice the steps, from a real step's time."""
+def test_the_steps_fit_the_budget(tmp_path: Path) -> None:
+    """Twice the time, twice the steps; and all of them together take less than the budget."""
+    seconds = {"train": 0.1, "prior_0": 0.05, "prior_1": 0.2}
+    data = ImagesConfig(path=str(write_images(tmp_path / "photos", 150)))
+    steps = []
+    for budget in ("2m", "4m"):
+        config = RunConfig(data=data, output_dir="out", budget=budget)
+        with mock.patch("pipelines.commands.run.step_seconds", return_value=seconds):
+            text, _ = make_recipe(config)
+        assert "&" not in text  # no alias
+        recipe = yaml.safe_load(text)
+        steps.append({name: recipe[name]["num_steps"] for name in seconds})
+    assert steps[1] == {name: 2 * number for name, number in steps[0].items()}
+    assert 100 < sum(seconds[name] * number for name, number in steps[0].items()) < 120
+
+
+def test_real_steps_are_timed_unless_their_number_is_given() -> None:
     seen = Look(1000, short_side=32.0, channels=1)
     recipe = choose(seen, on_gpu=False, given={"size": (32,)}).recipe
+    recipe["prior_1"]["num_steps"] = 3
     seconds = step_seconds(recipe, seen)
-    assert list(seconds) == ["train", "prior_0", "prior_1"]
+    assert list(seconds) == ["train", "prior_0"]
     assert all(0 < each < 60 for each in seconds.values())

@@ -1,7 +1,7 @@
 """`vqvae2 run`: all stages, from a folder of images to samples and a page that shows them."""
 
-import copy
 import html
+import json
 import logging
 import math
 import re
@@ -106,7 +106,8 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
         set_steps(section, steps)
         choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({config.budget})")
     lines = [f"# {reason}" for reason in choice.reasons]
-    body = yaml.safe_dump(copy.deepcopy(recipe), sort_keys=False, default_flow_style=None)
+    plain = json.loads(json.dumps(recipe))  # what two sections share would become an alias
+    body = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
     return "\n".join(["# What vqvae2 run has chosen, and why:", *lines, body]), seen
 
 

@@ -173,7 +173,7 @@ def fit(
                 texts = [f"loss {means['loss']:.4f}", *(f"{n} {means[n]:.0f}" for n in shown)]
                 texts.append(f"{means['images_per_second']:.0f} images/s")
                 texts.append(f"{means['data_wait_share']:.0%} of the time waiting for data")
-                bar.set_postfix_str(", ".join(texts))
+                bar.set_postfix_str(", ".join(texts), refresh=False)
 
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
