@@ -9,8 +9,6 @@ A folder `step_00000500` holds, besides state.json (the numbers, and the SHA-256
     random.safetensors     torch's generators of process r, as "r.cpu" and "r.cuda"
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -28,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae2.common.accelerate import on_main_process
-from vqvae2.common.artifact import check_weights, read_tensors
+from vqvae2.common.artifact import check_weights, content_hash, read_tensors
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, remove_folder, whole_file, write_json
@@ -52,9 +50,7 @@ class Numbers:
 
     def signed(self) -> "Numbers":
         """The same with the right `sha256`."""
-        plain = to_dict(replace(self, sha256=""))
-        text = json.dumps(plain, sort_keys=True)
-        return replace(self, sha256=hashlib.sha256(text.encode()).hexdigest())
+        return replace(self, sha256=content_hash(replace(self, sha256=""), ()))
 
 
 def step_name(step: int) -> str:

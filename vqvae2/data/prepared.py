@@ -6,7 +6,6 @@ A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or 
 and `label` where there are classes.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from vqvae2.common.accelerate import check_same_images, processes
+from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
@@ -87,8 +87,7 @@ class PreparedManifest:
 
     def with_hash(self) -> "PreparedManifest":
         """With its `content_hash` as it must be."""
-        content = json.dumps(to_dict(replace(self, content_hash="")), sort_keys=True)
-        return replace(self, content_hash=hashlib.sha256(content.encode()).hexdigest())
+        return replace(self, content_hash=content_hash(replace(self, content_hash=""), ()))
 
 
 # Reading
