@@ -207,7 +207,8 @@ def summary(root: Path) -> str:
         "Next:",
         f"  vqvae2 sample --pipeline {root}/pipeline --seed 1 --output-dir {root}/more",
         f"  vqvae2 inspect --vqvae {root}/vqvae --data.path PHOTOS   # what the codes stand for",
-        f"  edit {root}/{RECIPE}, and start anew with --config {root}/{RECIPE} and more --budget",
+        f"  for better ones, raise num_steps in a copy of {root}/{RECIPE}, and give it as --config",
+        "  (with another --output-dir); or begin with a longer --budget",
     ]
     return "\n".join(lines)
 
