@@ -4,7 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prior.config import TrainPriorConfig
-from vqvae2.common.config import MOST_ROWS, check, check_between, check_share, may_change
+from vqvae2.common.config import (
+    MOST_ROWS,
+    MOST_THREADS,
+    check,
+    check_between,
+    check_share,
+    may_change,
+)
 from vqvae2.common.errors import UserError
 from vqvae2.config import LONGEST_SHARD, ImagesConfig
 
@@ -38,9 +45,12 @@ class ExtractConfig(ModelToFolderConfig):
     (crops of nine tenths), flip_top_left, ... Held-out images are never changed."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
+    num_threads: int = 0
+    """Threads that compute on a CPU; 0: as PyTorch chooses. 1 may be fastest on a busy machine."""
 
     def __post_init__(self) -> None:
         check_between(self, 1, LONGEST_SHARD, "shard_size")
+        check_between(self, 0, MOST_THREADS, "num_threads")
         different = len(set(self.views)) == len(self.views) >= 1
         check(different, "views", self.views, "one or more different views")
 
@@ -164,6 +174,9 @@ class SampleConfig(PartsConfig):
     """Images computed side by side: more is faster on a GPU, and changes the images' last bits."""
     bf16: bool = False
     """Multiply in bfloat16 in the priors: faster, and other images."""
+    num_threads: int = 0
+    """Threads that compute on a CPU; 0: as PyTorch chooses. Images depend on it in their last bits;
+    1 may be fastest on a busy machine."""
     init_image: str | None = None
     """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
     (--keep-levels) and sample the finer ones."""
@@ -178,6 +191,7 @@ class SampleConfig(PartsConfig):
         super().__post_init__()
         check_between(self, 1, MOST_FILES, "num_images")
         check_between(self, 1, MOST_ROWS, "lanes")
+        check_between(self, 0, MOST_THREADS, "num_threads")
         check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
         masked, edited = self.mask is not None, self.init_image is not None
         check(edited or not masked, "mask", self.mask, "used together with init_image")

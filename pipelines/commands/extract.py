@@ -29,6 +29,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord, last_names, versions
+from vqvae2.common.threads import OwnCpus, set_threads
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, to_images, work_parts
 from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
@@ -56,6 +57,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     unknown = sorted(set(config.views) - set(known_views()))
     check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
     output_dir, state = Path(config.output_dir), processes()
+    set_threads(config.num_threads)
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
@@ -91,7 +93,13 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
 
     # Shards, then the manifest.
     model.to(state.device)
-    encode = partial(encode_lanes, model, bf16=config.mixed_precision == "bf16")
+    own_cpus = OwnCpus(bind=state.device.type == "cpu")
+
+    def encode(pixels: Tensor) -> list[Tensor]:
+        own_cpus.warn()
+        with own_cpus:
+            return encode_lanes(model, pixels, bf16=config.mixed_precision == "bf16")
+
     if config.mixed_precision == "bf16" and state.is_main_process:
         _report_changes(model, found.parts[0])
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images stay as they are

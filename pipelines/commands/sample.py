@@ -21,6 +21,7 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.threads import OwnCpus, set_threads
 from vqvae2.data import load_picture, picture_size, read_picture_file, to_images
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
     # The pipeline, and the codes of an image that is edited.
+    set_threads(config.num_threads)
     if config.pipeline is not None:
         pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline)
     elif config.vqvae is None or not config.priors:
@@ -91,9 +93,13 @@ def write_samples(
     own = unfinished[state.process_index :: state.num_processes]
     bar = progress_bar(total=sum(map(len, own)), desc="sampling", unit="image")
     options |= {"labels": labels, "lanes": lanes, "output_type": "pt"}
+    own_cpus = OwnCpus(bind=state.device.type == "cpu")
     for batch in own:
+        own_cpus.warn()
         options |= {"first_index": batch.start, "known": repeat_known(known, len(batch))}
-        for i, image in zip(batch, pipeline(len(batch), **options).images, strict=True):
+        with own_cpus:
+            images = pipeline(len(batch), **options).images
+        for i, image in zip(batch, images, strict=True):
             save_image(image, files[i], settings.value_range)
         bar.update(len(batch))
     bar.close()

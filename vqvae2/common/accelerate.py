@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
+from vqvae2.common.threads import set_threads
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more to do
@@ -98,6 +99,7 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
             do not divide.
     """
     keep_freed_memory()
+    set_threads(config.num_threads)
 
     # Precision. An earlier training of this Python process may have run in another one.
     precision = config.mixed_precision

@@ -27,6 +27,7 @@ MOST = 10**9  # of what is counted, and held nowhere: steps
 MOST_ROWS = 1 << 20  # that are computed together
 MOST_WIDTH = 1 << 16  # features, channels
 MOST_LAYERS = 1000
+MOST_THREADS = 1024
 MOST_CODES = 1 << 24  # K, of a codebook
 LONGEST_YAML = 1 << 22  # bytes: a second to read
 MOST_YAML, DEEPEST_YAML = 200_000, 50  # values, with what aliases stand for, and their nesting
@@ -67,6 +68,9 @@ class TrainingConfig:
     """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
     compile: bool = may_change(False)
     """Compile the model (torch.compile): slow to start, and worth it on a GPU alone."""
+    num_threads: int = 0
+    """Threads that compute on a CPU; 0: as PyTorch chooses. Results depend on it in the last bits.
+    While other programs keep the CPUs busy, 1 may be fastest."""
     weight_ema_decay: float = 0.999
     """Decay of the weights' running average, which is what is validated and saved; 0 for none."""
     seed: int = 0
@@ -90,6 +94,7 @@ class TrainingConfig:
         every = ("validate_every", "checkpoint_every", "keep_checkpoints", "log_every")
         check_between(self, 1, MOST, "num_steps", *every)
         check_between(self, 0, MOST, "warmup_steps", "picture_every")
+        check_between(self, 0, MOST_THREADS, "num_threads")
         check_between(self, 1, MOST_ROWS, "batch_size", "gradient_accumulation_steps")
         check_between(self, 0, 1e6, "weight_decay", "max_grad_norm")
         check(0 < self.learning_rate <= 1e3, "learning_rate", self.learning_rate, "in (0, 1000]")
@@ -291,7 +296,9 @@ def differences(
     hints = typing.get_type_hints(cls)
     changed: list[tuple[str, Any, Any]] = []
     for f in fields(cls):
-        before, after = old.get(f.name), new.get(f.name)
+        if f.name not in old:  # the record is older than the field
+            continue
+        before, after = old[f.name], new.get(f.name)
         if is_dataclass(hints[f.name]) and isinstance(before, dict) and isinstance(after, dict):
             changed += differences(hints[f.name], before, after, f"{prefix}{f.name}.")
         elif before != after and not f.metadata.get("may_change"):

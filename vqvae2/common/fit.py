@@ -35,6 +35,7 @@ from vqvae2.common.metrics import (
     scalar_means,
 )
 from vqvae2.common.pictures import save_picture
+from vqvae2.common.threads import OwnCpus
 
 logger = logging.getLogger(__name__)
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
@@ -130,6 +131,8 @@ def fit(
         if evaluate is None or not (output_dir / WEIGHTS_NAME).exists():
             result.save_pretrained(output_dir)
 
+    own_cpus = OwnCpus(bind=accelerator.device.type == "cpu" and not config.compile)
+
     with _signals() as received, bar:
         while state.step < num_steps:
             state.step += 1
@@ -144,7 +147,7 @@ def fit(
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 metrics.waited += time.perf_counter() - asked
                 is_complete = part == num_parts - 1  # now processes exchange their gradients
-                with nullcontext() if is_complete else accelerator.no_sync(net):
+                with own_cpus, nullcontext() if is_complete else accelerator.no_sync(net):
                     with accelerator.autocast():
                         loss, figures = loss_fn(net, batch)
                     accelerator.backward(loss / num_parts)
@@ -169,6 +172,7 @@ def fit(
             if report or validate or save or stop:
                 metrics.check_finite(step)
             if report:
+                own_cpus.warn()
                 means = metrics.write_means(step, learning_rate(step, config))
                 texts = [f"loss {means['loss']:.4f}", *(f"{n} {means[n]:.0f}" for n in shown)]
                 texts.append(f"{means['images_per_second']:.0f} images/s")
@@ -178,7 +182,7 @@ def fit(
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
             if validate and evaluate is not None:
-                with torch.no_grad(), accelerator.autocast():
+                with own_cpus, torch.no_grad(), accelerator.autocast():
                     held_out = evaluate(result.eval())
                 metrics.write(step, {f"validation/{name}": v for name, v in held_out.items()})
                 texts = [f"{name} {value:.4g}" for name, value in held_out.items()]

@@ -1,0 +1,63 @@
+"""Each computing thread gets a CPU of its own, and a busy machine is noticed."""
+
+import logging
+import os
+import threading
+
+import pytest
+import torch
+
+from vqvae2.common import threads
+from vqvae2.common.threads import OwnCpus, set_threads
+
+CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+several = pytest.mark.skipif(len(CPUS) < 2, reason="there is one CPU, or no way to bind to it")
+
+
+@pytest.fixture
+def one_thread_per_cpu(monkeypatch):
+    monkeypatch.setattr(threads, "DEFAULT_THREADS", torch.get_num_threads())
+    set_threads(len(CPUS))
+    yield
+    set_threads(0)
+
+
+@several
+def test_computing_threads_have_a_cpu_each_during_a_step_and_all_after_it(one_thread_per_cpu):
+    own_cpus = OwnCpus()
+    assert len(own_cpus.threads) == len(CPUS)
+    with own_cpus:
+        bound = [os.sched_getaffinity(thread) for thread in own_cpus.threads]
+    assert set().union(*bound) == CPUS
+    assert [len(cpus) for cpus in bound] == [1] * len(CPUS)
+    assert all(os.sched_getaffinity(thread) == CPUS for thread in own_cpus.threads)
+
+
+@several
+@pytest.mark.parametrize("reason", ["fewer threads", "another process", "not the main thread"])
+def test_threads_are_not_bound_where_the_scheduler_does_better(
+    reason, one_thread_per_cpu, monkeypatch
+):
+    made = []
+    if reason == "fewer threads":
+        set_threads(1)
+    if reason == "another process":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if reason == "not the main thread":
+        worker = threading.Thread(target=lambda: made.append(OwnCpus()))
+        worker.start()
+        worker.join()
+    assert (made or [OwnCpus()])[0].threads == []
+
+
+@pytest.mark.parametrize(("waited", "said"), [(0.6, True), (0.1, False)])
+def test_a_run_says_once_that_other_processes_keep_the_cpus_busy(waited, said, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(threads, "_waited", lambda: waited * now[0])
+    own_cpus = OwnCpus(bind=False)
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    with caplog.at_level(logging.WARNING):
+        for now[0] in (5.0, 20.0, 40.0):
+            own_cpus.warn()
+    assert [record.message.count("--num-threads 1") for record in caplog.records] == [1] * said
