@@ -18,17 +18,15 @@ from vqvae2.config import DataConfig, ImagesConfig
 
 logger = logging.getLogger(__name__)
 RECORDS = ("extract_config.yaml", "import_config.yaml", "train_config.yaml")
-STAGES = ("train", "extract", "train-prior", "assemble", "sample")  # which a recipe may be about
 
 
 def show_next(command: str, config: Any, recipe: str | None) -> None:
-    """Log what may follow a subcommand that has ended well; its recipe is that of later stages."""
+    """Log what may follow a subcommand that has ended well; its recipe goes on to later stages."""
     with contextlib.suppress(UserError, OSError):  # something is gone already
         lines = []
         for name, *words in next_steps(command, config):
-            takes = recipe is not None and name in STAGES and command != "sample"
-            text = shlex.join(["--config", str(recipe), *words] if takes else words)
-            lines.append(f"\n  vqvae2 {name} {text}")
+            config_flag = ["--config", recipe] if recipe is not None and command != "sample" else []
+            lines.append(f"\n  vqvae2 {name} {shlex.join([*config_flag, *words])}")
         if lines:
             logger.info("Next:%s", "".join(lines))
 

@@ -1,6 +1,7 @@
 """`vqvae2 reconstruct`: images beside what the autoencoder makes of them."""
 
 import logging
+import os
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -87,9 +88,11 @@ def file_names(names: Sequence[str], suffix: str) -> list[str]:
     """A file for each image, below one folder: cat/1.png for cat/1.jpg; where another image has
     that one, or has it but for capitals, cat/1.jpg.png or cat/1.jpg-2.png."""
     files: dict[str, str] = {}
+    absolute = all(map(os.path.isabs, names))
+    root = os.path.commonpath(map(os.path.dirname, names)) if absolute else ""
     for name in names:
-        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..", "~")]
-        path = PurePosixPath(*parts)
+        path = PurePosixPath(*(part for part in Path(name).parts if part not in ("..", "~")))
+        path = path.relative_to(root if absolute else path.anchor)
         stem = path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path
         numbered = (f"{path}-{number}" for number in count(2))
         tried = chain((f"{stem}", f"{path}"), numbered)
