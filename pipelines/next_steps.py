@@ -12,83 +12,69 @@ from typing import Any
 from prior.manifest import parse_level, read_manifest
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
 from vqvae2.config import DataConfig, ImagesConfig
 
 logger = logging.getLogger(__name__)
+PHOTOS = ImagesConfig(path="PHOTOS")  # whatever they are
 RECORDS = ("extract_config.yaml", "import_config.yaml", "train_config.yaml")
 
 
 def show_next(command: str, config: Any, recipe: str | None) -> None:
     """Log what may follow a subcommand that has ended well; its recipe goes on to later stages."""
+    given = ["--config", recipe] if recipe is not None and command != "sample" else []
     with contextlib.suppress(UserError, OSError):  # something is gone already
-        lines = []
-        for name, *words in next_steps(command, config):
-            config_flag = ["--config", recipe] if recipe is not None and command != "sample" else []
-            lines.append(f"\n  vqvae2 {name} {shlex.join([*config_flag, *words])}")
-        if lines:
-            logger.info("Next:%s", "".join(lines))
+        for number, (name, *words) in enumerate(next_steps(command, config)):
+            start = "  " if number else "Next:\n  "
+            logger.info("%svqvae2 %s %s", start, name, shlex.join([*given, *words]))
 
 
 def next_steps(command: str, config: Any) -> Iterator[list[str]]:
     """The subcommands that may follow, with their arguments."""
-    out = getattr(config, "output_dir", None) or ""
+    out, vqvae = getattr(config, "output_dir", ""), getattr(config, "vqvae", None)
     if command == "prepare":
         target = ["--output-dir", beside(out, "prepared", "vqvae")]
         yield ["train", "--data.path", out, *flags(config.image, "image."), *target]
-    elif command in ("train", "reconstruct", "inspect"):
-        vqvae, data = out if command == "train" else config.vqvae, config.data
-        if command != "train" and (own := record_of(vqvae).get("data")):  # not any other images
-            data = from_dict(DataConfig, own, vqvae)
+    elif command in ("train", "import-weights", "reconstruct", "inspect"):
+        vqvae = vqvae or out
+        own = record_of(vqvae).get("data")  # not any other images
+        data = from_dict(DataConfig, own, vqvae) if own else getattr(config, "data", PHOTOS)
         made_of = ["--vqvae", vqvae, *flags(data, "data.", ImagesConfig)]
         if command != "inspect":
             yield ["inspect", *made_of]
         yield ["extract", *made_of, "--output-dir", beside(vqvae, "vqvae", "codes")]
-    elif command == "import-weights":
-        codes = beside(out, "vqvae", "codes")
-        yield ["extract", "--vqvae", out, "--data.path", "PHOTOS", "--output-dir", codes]
-    elif command == "codes info":
-        yield ["codes verify", "--codes", config.codes]
     elif command in ("extract", "import-codes"):
-        yield from priors_of(out, config.vqvae, out, "codes")
-    elif command in ("codes view", "codes verify"):
-        yield from priors_of(config.codes, None, config.codes, "codes")
+        yield from priors_of(out, vqvae, out)
+    elif command.startswith("codes"):
+        yield from priors_of(config.codes, vqvae, config.codes)
     elif command == "train-prior":
         level = parse_level(config.level, read_manifest(Path(config.codes)).num_levels)
-        yield from priors_of(config.codes, config.vqvae, out, f"prior_{level}")
+        yield from priors_of(config.codes, vqvae, out, level)
     elif command == "assemble":
         yield ["sample", "--pipeline", out, "--output-dir", beside(out, "pipeline", "samples")]
-        given = record_of(config.priors[0]).get("codes")
-        yield ["doctor", "--pipeline", out, *(["--codes", given] if given else [])]
-    elif command == "doctor" and config.pipeline is not None:
-        samples = beside(config.pipeline, "pipeline", "samples")
-        yield ["sample", "--pipeline", config.pipeline, "--output-dir", samples]
+        codes = record_of(config.priors[0]).get("codes")
+        yield ["doctor", "--pipeline", out, *(["--codes", codes] if codes else [])]
     elif command == "sample":
         yield ["sample", *flags(replace(config, num_images=2 * config.num_images))]
 
 
-def priors_of(codes: str, vqvae: str | None, place: str, name: str) -> Iterator[list[str]]:
-    """To train a prior for each level that has none beside `place`, or to assemble what is there.
-    `name`: see `beside`."""
-    # What is trained: of two of one level, this one.
-    manifest, trained = read_manifest(Path(codes)), {}
+def priors_of(
+    codes: str, vqvae: str | None, place: str, level: int | None = None
+) -> Iterator[list[str]]:
+    """To train the priors that are missing beside `place` (codes, or a level's prior), or to
+    assemble all of them."""
+    name, levels = "codes", range(read_manifest(Path(codes)).num_levels)
+    if level is not None:
+        name = f"prior_{level}"
+    priors = [place if i == level else beside(place, name, f"prior_{i}") for i in levels]
     model = vqvae or record_of(codes).get("vqvae") or beside(place, name, "vqvae")
-    found = Path(place).absolute().parent.glob("*/config.json")
-    for path in sorted(found, key=lambda path: (path.parent.name == Path(place).name, path)):
-        facts = read_json(path)
-        if facts.get("codes_hash") == manifest.codes_hash:
-            trained[facts["level"]] = os.path.normpath(f"{place}/../{path.parent.name}")
-
-    # What is left.
-    made_of = ["--codes", codes, "--vqvae", model]
-    for level in sorted(set(range(manifest.num_levels)) - set(trained)):
-        target = ["--output-dir", beside(place, name, f"prior_{level}")]
-        yield ["train-prior", *made_of, "--level", str(level), *target]
-    if len(trained) == manifest.num_levels:
-        priors = [trained[level] for level in sorted(trained)]
-        target = ["--output-dir", beside(place, name, "pipeline")]
-        yield ["assemble", "--vqvae", model, "--priors", *priors, *target]
+    missing = [i for i in levels if not Path(priors[i], "config.json").exists()]
+    for i in missing:
+        words = ["--codes", codes, "--vqvae", model, "--level", str(i), "--output-dir", priors[i]]
+        yield ["train-prior", *words]
+    if not missing:
+        pipeline = beside(place, name, "pipeline")
+        yield ["assemble", "--vqvae", model, "--priors", *priors, "--output-dir", pipeline]
 
 
 def record_of(folder: str) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_no_two_images_are_reconstructed_to_one_file() -> None:
     files = ["cat/1.png", "cat/1.png.png", "CAT/1.JPG.png", "etc/x.png", "x.png"]
     files += ["v1.5/000001.png", "cat/1.jpg-2.png"]
     assert file_names(names, ".png") == files
-    assert file_names(["/a/b/1.jpg", "/a/c/1.jpg"], ".tif") == ["b/1.tif", "c/1.tif"]
+    assert file_names(["/a/b/1.jpg", "/a/d/../c/1.jpg"], ".tif") == ["b/1.tif", "c/1.tif"]
 
 
 def test_every_command_ends_with_what_comes_next(

@@ -11,7 +11,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.runs import read_record
 from vqvae2.common.vocabulary import TRAINING_RECORD
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
-from vqvae2.data import ImageDataset, ImageTable, held_out_images, open_source
+from vqvae2.data import ImageDataset, held_out_images, open_source
 from vqvae2.data.dataset import split_table
 from vqvae2.data.splits import not_held_out
 
@@ -49,23 +49,20 @@ def find_held_out(
     return images, own
 
 
-def trained_on(
-    vqvae: str, images: ImageTable, path: str, config: PreprocessingConfig
-) -> list[bool] | None:
-    """Which of these images, opened at `path`, a model was trained on: by their files or, in other
-    sources, their names. None where the training's own images are not at hand."""
-    data = read_training(vqvae).get("data", {})
+def trained_on(vqvae: str, images: ImageDataset, path: str) -> int | None:
+    """How many of these images, opened at `path`, a model was trained on: by their files or, in
+    other sources, their names. None where the training's own images are not at hand."""
+    data, config = read_training(vqvae).get("data", {}), images.config
     if not os.path.exists(data.get("path", "")):
         return None
     try:
-        found = split_table(open_source(from_dict(DataConfig, data, vqvae), config), config).train
+        own = split_table(open_source(from_dict(DataConfig, data, vqvae), config), config).train
     except UserError:  # changed since, or a stream
         return None
-    if images.is_of_files and found.source.is_of_files:
-        files = [found.source.files[i] for i in found.indices]
-        return [not is_other for is_other in not_held_out(images.files, files)]
-    names = set(found.ids)
-    return [name in names for name in images.ids] if same_place(data["path"], path) else None
+    if images.source.is_of_files and own.source.is_of_files:
+        files, known = ([of.source.files[i] for i in of.indices] for of in (images, own))
+        return not_held_out(files, known).count(False)
+    return len({*images.ids} & {*own.ids}) if same_place(data["path"], path) else None
 
 
 def same_place(one: str | None, other: str | None) -> bool:

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 @writes_output
 def reconstruct(config: ReconstructConfig) -> None:
     """Reconstruct images as the configuration says."""
-    # The model, and the images.
     state, output_dir = processes(), Path(config.output_dir)
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
     facts = {"encoder_hash": model.content_hash()}
@@ -38,19 +37,11 @@ def reconstruct(config: ReconstructConfig) -> None:
     if state.is_main_process:
         run.write(output_dir)
     write_reconstructions(model, images, output_dir)
-    if config.held_out:
-        return
-
-    # Training images look better than others.
-    table = images.source.choose(images.indices)
-    known = trained_on(config.vqvae, table, config.data.path, model.config.image)
-    if known is None:
-        logger.info("Whether the model was trained on some of them is not known here.")
-    else:
-        advice = ": --held-out shows others" if any(known) else ""
-        logger.info(
-            f"{sum(known)} of {len(known)} are images that the model was trained on{advice}."
-        )
+    if not config.held_out:  # training images look better than others
+        known = trained_on(config.vqvae, images, config.data.path)
+        seen = "It is not known how many" if known is None else f"{known} of {len(images)}"
+        advice = ": --held-out shows others" if known else ""
+        logger.info(f"{seen} are images that the model was trained on{advice}.")
 
 
 def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
@@ -91,11 +82,10 @@ def file_names(names: Sequence[str], suffix: str) -> list[str]:
     absolute = all(map(os.path.isabs, names))
     root = os.path.commonpath(map(os.path.dirname, names)) if absolute else ""
     for name in names:
-        path = PurePosixPath(*(part for part in Path(name).parts if part not in ("..", "~")))
-        path = path.relative_to(root if absolute else path.anchor)
+        parts = Path(os.path.relpath(name, root) if absolute else name).parts
+        path = PurePosixPath(*(part for part in parts if part not in ("/", "..", "~")))
         stem = path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path
-        numbered = (f"{path}-{number}" for number in count(2))
-        tried = chain((f"{stem}", f"{path}"), numbered)
-        file = next(new + suffix for new in tried if (new + suffix).casefold() not in files)
+        tried = chain((stem, path), (f"{path}-{number}" for number in count(2)))
+        file = next(f for new in tried if (f := f"{new}{suffix}").casefold() not in files)
         files[file.casefold()] = file
     return list(files.values())
