@@ -59,7 +59,8 @@ def num_columns(number: int, height: int = 1, most: int = 8) -> int:
     is about square and, if it can be, without a gap in its last row."""
     most = min(most, number)
     least = min(most, math.isqrt(number * height - 1) + 1)
-    return min(range(least, min(most, 2 * least) + 1), key=lambda columns: number % columns)
+    near = range(least - least // 4, min(most, 2 * least) + 1)
+    return min(near, key=lambda columns: number % columns)
 
 
 def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.Image]]:
