@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
 RECIPES = files("pipelines") / "recipes"
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
+NAMELESS = ("--data.path", "--pipeline", "--codes")  # what people give without the flag
 COMMON_FLAGS = ("--config", "--quiet", "--verbose", "--help")
 OVERVIEW = """usage: vqvae2 SUBCOMMAND [--config RECIPE] [--quiet | --verbose] [--flags]
 
@@ -111,6 +113,10 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
         command, flags = split_command(arguments)
         config = expand_paths(parse(command, flags))  # before torch is imported
         code = function_of(command)(config) or 0
+        if not code:
+            from pipelines.next_steps import show_next
+
+            show_next(command, config, _take_flag(list(flags), "--config")[1])
         print(end="", flush=True)
         return "", code
     except SystemExit:  # after --help
@@ -205,6 +211,10 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         if flag.startswith("--") and flag not in known:
             near = suggest_flag(flag, known)
             raise UserError(f"unknown flag {flag:.100}; {near} (see vqvae2 {command} --help).")
+    if arguments and not arguments[0].startswith("-"):
+        flag = next((f for f in NAMELESS if f in known and f not in arguments), known[0])
+        what = f"vqvae2 {command}: {shown(arguments[0])} has no flag in front of it"
+        raise UserError(f"{what}; did you mean {flag} {shlex.quote(arguments[0]):.100}?")
 
     # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
     section: dict[str, Any] = {}
@@ -335,7 +345,7 @@ def _one_sentence(box: str) -> str:
     if text.startswith("Required options"):
         return " and ".join(re.findall(r"(--[a-z.-]+) [A-Z{]", text)) + " must be given."
     title = r"^[A-Z]\w+ (error|choice|options|argument) (Error parsing [\w.]+: )?"
-    return re.sub(title, "", text) + "."
+    return re.sub(title, "", text).replace("Unrecognized options:", "no flag takes") + "."
 
 
 def _leave_process_group() -> None:

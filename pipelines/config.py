@@ -97,7 +97,7 @@ class CodesVerifyConfig(CodesInfoConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ModelToFolderConfig):
-    """Encode and decode images: one file each, and a sheet of originals above reconstructions.
+    """Encode and decode images: one file each, in images/ under its own name, and a sheet.
 
     Example: vqvae2 reconstruct --vqvae runs/x/vqvae --data.path holiday --output-dir out
     """
@@ -153,7 +153,7 @@ class SampleConfig(PartsConfig):
     """
 
     output_dir: str = may_change()
-    """Where the image files go."""
+    """The folder to write: images/, and samples.png, which shows some of them."""
     num_images: int = may_change(64)
     """How many images. A larger number continues a set."""
     labels: tuple[str, ...] = ()

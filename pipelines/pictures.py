@@ -1,6 +1,7 @@
 """The pictures that trainings and commands leave behind."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from prior.manifest import CodeDataset, parse_level, read_manifest
 from prior.sampling import image_seeds
 from vqvae2.common.accelerate import processes
 from vqvae2.common.fit import Draw
-from vqvae2.common.pictures import sheet, to_pil
+from vqvae2.common.pictures import in_rows, num_columns, sheet, to_pil
 from vqvae2.model import VQVAE2
 
 
@@ -34,24 +35,27 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
         labels = real["labels"].to(prior.device) if prior.config.num_classes else None
         codes[level] = prior.sample(number, codes[:level], labels, seeds=image_seeds(0, 0, number))
         with torch.no_grad():
-            return sheet(in_rows(to_pil(model.decode_codes(codes)), 8))
+            return sample_sheet(to_pil(model.decode_codes(codes)))
 
     return draw
 
 
 def sample_sheet(
-    images: Sequence[Image.Image], labels: Sequence[int], class_names: Sequence[str]
+    images: Sequence[Image.Image],
+    names: Sequence[str] = (),
+    front: Mapping[str, Image.Image] | None = None,
 ) -> Image.Image:
-    """Samples by class, a row for each of the first 20 with its name; else in rows of eight."""
-    if not class_names:
-        return sheet(in_rows(images, 8))
-    rows: dict[int, list[Image.Image]] = {}
-    for image, label in zip(images, labels, strict=True):
-        rows.setdefault(label, []).append(image)
-    shown = list(rows)[:20]
-    return sheet([rows[label] for label in shown], [class_names[label] for label in shown])
-
-
-def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.Image]]:
-    """A list of images cut into rows."""
-    return [images[first : first + columns] for first in range(0, len(images), columns)]
+    """Samples in whole rows, at most eight wide: those of each name (a class) together, if there
+    are names, of the first 20. `front`: what begins every row, by its name."""
+    groups: dict[str, list[Image.Image]] = {}
+    for image, name in zip(images, names or [""] * len(images), strict=True):
+        groups.setdefault(name, []).append(image)
+    groups, front = dict(islice(groups.items(), 20)), front or {}
+    number = min(map(len, groups.values()))
+    columns, rows, titles = num_columns(number, len(groups), 8 - len(front)), [], []
+    for name, group in groups.items():
+        for row in in_rows(group[: number // columns * columns], columns):
+            rows.append([*front.values(), *row])
+            what = name if len(groups) > 1 else "samples"
+            titles.append(", ".join([*front, what]) if front else name)
+    return sheet(rows, titles if any(titles) else ())

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,17 @@ import pytest
 from PIL import Image
 
 from pipelines import VQVAE2Pipeline
-from pipelines.cli import COMMANDS, RECIPES, flag_names, main, parse
+from pipelines.cli import COMMANDS, RECIPES, flag_names, main, parse, split_command
 from pipelines.commands.completion import completion_script
+from pipelines.commands.reconstruct import file_names
+from pipelines.next_steps import next_steps
 from tests.conftest import ROOT, edit_manifest, vqvae2, write_images
 from tests.conftest import command as run_here
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.config import TrainVQVAEConfig
+from vqvae2.data import is_held_out
 
 README = (ROOT / "README.md").read_text()
 RUN_FILES = {"config.json", "model.safetensors", "train_config.yaml", "metrics.jsonl", "images",
@@ -78,8 +82,9 @@ def test_samples_of_names_or_numbers_of_a_folder_or_parts_are_the_same(
     run_here(
         "sample", *pipeline, *options, "--labels", "dress", "0", "--output-dir", tmp_path / "a"
     )
-    files = {f"{i:06d}.png" for i in range(5)} | {"samples.png"}
-    assert names_in(tmp_path / "a") == files | {"sample_config.yaml"}
+    files = ["samples.png", *(f"images/{i:06d}.png" for i in range(5))]
+    assert names_in(tmp_path / "a") == {"samples.png", "sample_config.yaml", "images"}
+    assert len(names_in(tmp_path / "a" / "images")) == 5  # a metric over them counts no sheet
     parts = ("--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
     run_here("sample", *parts, *options, "--labels", "2", "bag", "--output-dir", tmp_path / "b")
     for name in files:
@@ -106,9 +111,10 @@ def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> No
     program = [*launcher, "2", "-m", "pipelines.cli", "sample", *map(str, flags), tmp_path / "two"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     subprocess.run(program, check=True, env=environment, cwd=ROOT, capture_output=True)
-    assert len(names_in(tmp_path / "one")) == 9
-    for path in (tmp_path / "one").glob("*.png"):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert len(names_in(tmp_path / "one" / "images")) == 7
+    for path in (tmp_path / "one").rglob("*.png"):
+        two = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == two.read_bytes()
 
 
 def test_reconstruct_reads_images_as_every_command_does(
@@ -123,7 +129,105 @@ def test_reconstruct_reads_images_as_every_command_does(
     data = ("--data.path", tmp_path / "list.csv", "--data.image-column", "picture")
     reconstruct = ("reconstruct", "--vqvae", run / "vqvae", *data, "--output-dir", tmp_path / "out")
     run_here(*reconstruct, "--num-images", 3)
-    assert {f"{i:06d}.png" for i in range(3)} < names_in(tmp_path / "out")
+    names = [path.relative_to(photos / "bag").as_posix() for path in files]
+    assert names_in(tmp_path / "out" / "images") == {*names}
+
+
+def test_reconstruct_keeps_names_and_tells_training_images(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture, a pattern of them and a folder, one of whose files has another's name."""
+    bags = sorted((photos / "bag").glob("*.png"))
+    mine = shutil.copytree(photos / "bag", tmp_path / "mine" / "a")
+    shutil.copy(bags[0], mine / f"{bags[0].stem}.bmp")
+    trained = [not is_held_out(f"bag/{path.name}", 0.05) for path in bags]
+    first = bags[trained.index(True)]
+    for name, path, number, seen in (
+        ("one", first, 1, 1),
+        ("bags", f"{photos}/b*/*.png", len(bags), sum(trained)),
+        ("mine", mine.parent, len(bags) + 1, 0),
+    ):
+        out = ("--num-images", 0, "--output-dir", tmp_path / "out" / name)
+        run_here("reconstruct", "--vqvae", run / "vqvae", "--data.path", path, *out)
+        told = f"\n{seen} of {number} are images that the model was trained on"
+        assert told in capsys.readouterr().out
+        assert len([*(tmp_path / "out" / name / "images").rglob("*.png")]) == number
+    assert names_in(tmp_path / "out" / "one" / "images") == {first.name}
+    assert f"{bags[0].name}.png" in names_in(tmp_path / "out" / "mine" / "images" / "a")
+
+
+def test_no_two_images_are_reconstructed_to_one_file() -> None:
+    names = ["cat/1.jpg", "cat/1.png", "CAT/1.JPG", "/etc/x", "../x", "v1.5/000001", "cat/1.jpg"]
+    files = ["cat/1.png", "cat/1.png.png", "CAT/1.JPG.png", "etc/x.png", "x.png"]
+    files += ["v1.5/000001.png", "cat/1.jpg-2.png"]
+    assert file_names(names, ".png") == files
+    assert file_names(["/a/b/1.jpg", "/a/d/../c/1.jpg"], ".tif") == ["b/1.tif", "c/1.tif"]
+
+
+def test_every_command_ends_with_what_comes_next(
+    copy_of_run: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever copies the printed lines comes from images to samples, with one recipe."""
+    monkeypatch.chdir(copy_of_run.parent.parent)
+    shutil.rmtree("runs/x/prior_1")
+    todo, done = [f"vqvae2 train --config tiny --data.path {photos} --output-dir runs/x/vqvae"], []
+    while todo:
+        line = todo.pop(0)
+        _, name, *words = shlex.split(line)
+        parse(name, words)
+        if line not in done and name != "doctor" and "samples --num-images" not in line:
+            run_here(name, *words)
+            done.append(line)
+            shown = capsys.readouterr().out.partition("Next:\n")[2]
+            assert shown, line
+            todo += shown.splitlines()
+    names = ["train", "inspect", "extract", "train-prior", "assemble", "sample"]
+    assert [line.split()[1] for line in done] == names
+    assert "--config tiny --codes runs/x/codes --vqvae runs/x/vqvae --level 1" in done[3]
+    assert len(names_in(Path("runs/x/samples/images"))) == 20  # as the recipe says
+
+
+def test_what_comes_next_of_what_lies_elsewhere(tmp_path: Path) -> None:
+    """Flags that were not the default, and folders beside the given one, whatever its name."""
+    for line, expected in (
+        (
+            "prepare --data.path a --image.size 8 16 --output-dir big/",
+            "train --data.path big/ --image.size 8 16 --output-dir big_vqvae",
+        ),
+        (
+            "train --data.path a --data.streaming --data.label-column none --output-dir x/my_vqvae",
+            "extract --vqvae x/my_vqvae --data.path a --data.streaming --data.label-column none "
+            "--output-dir x/my_codes",
+        ),
+        (
+            "import-weights --checkpoint a.pt --output-dir vqvae",
+            "extract --vqvae vqvae --data.path PHOTOS --output-dir codes",
+        ),
+        (
+            "reconstruct --vqvae a/vqvae --data.path b --output-dir out",
+            "extract --vqvae a/vqvae --data.path b --output-dir a/codes",
+        ),
+    ):
+        command, words = split_command(line.split())
+        (*_, last) = next_steps(command, parse(command, words))
+        assert " ".join(last) == expected
+        parse(last[0], last[1:])
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [("train photos", "--data.path photos"), ("sample x --num-images 3", "--pipeline x"),
+     ("codes info x/codes", "--codes x/codes"), ("completion zsh", "--shell zsh")],
+)  # fmt: skip
+def test_a_word_without_its_flag_is_told_the_flag(line: str, flag: str) -> None:
+    command, words = split_command(line.split())
+    with pytest.raises(UserError, match=f"no flag in front of it; did you mean {flag}"):
+        parse(command, words)
+    with pytest.raises(UserError, match="no flag takes b"):
+        parse("extract", ["--vqvae", "x", "--data.path", "a", "b", "--output-dir", "c"])
 
 
 def test_a_pipeline_survives_a_round_trip(run: Path, tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
         "--output-dir",
         tmp_path / "out",
     )
-    files = sorted((tmp_path / "out").glob("*.tif"))
+    files = sorted((tmp_path / "out" / "images").glob("*.tif"))
     sampled = np.stack([tifffile.imread(path) for path in files])
     assert (sampled.shape, sampled.dtype) == ((3, 16, 16, 5), np.float32)
     assert -3 <= sampled.min() <= sampled.max() <= 3
@@ -464,7 +464,7 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
         "--num-images 2 "
         f"--output-dir {tmp_path / 'again'}",
     )
-    assert len(list((tmp_path / "again").glob("*.tif"))) == 2
+    assert len(list((tmp_path / "again" / "images").glob("*.tif"))) == 2
 
 
 def test_doctor_knows_views(copy_of_run: Path, photos: Path) -> None:

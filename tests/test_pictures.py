@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from pipelines.pictures import sample_sheet
 from tests.images import load
 from vqvae2.common.errors import UserError
 from vqvae2.config import PreprocessingConfig
@@ -151,3 +152,22 @@ def test_a_picture_that_the_machine_cannot_read_now_is_not_broken(tmp_path: Path
             with pytest.raises(UserError, match=r"x\.png") as caught:
                 decode("photos", "x.png", tmp_path / "x.png", SIZE, no_change)
             assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("number", "classes"), [(64, 0), (20, 0), (7, 0), (1, 0), (64, 3), (40, 40)]
+)
+def test_a_sheet_has_whole_rows_of_at_most_eight_that_stand_out(number: int, classes: int) -> None:
+    """Also of white pictures: the page is grey around each of them."""
+    names = [f"class {i % classes}" for i in range(number)] if classes else []
+    page = np.asarray(
+        sample_sheet([Image.new("L", (48, 48), "white")] * number, names).convert("L")
+    )
+    white = page == 255
+    rows, columns = white.any(axis=1), white.any(axis=0)
+    height, width = (int((np.diff(edge.astype(int)) == 1).sum()) for edge in (rows, columns))
+    assert white[np.ix_(rows, columns)].all()
+    assert 1 <= width <= 8
+    shown = height * width
+    assert shown > 0.85 * number or (classes > 20 and height == 20)
+    assert classes or height <= 2 * width

@@ -64,9 +64,12 @@ def test_a_set_of_samples_is_continued_and_extended(run: Path, tmp_path: Path) -
     whole, partial = tmp_path / "whole", tmp_path / "partial"
     sample = ("sample", "--pipeline", run / "pipeline", "--lanes", 4, "--output-dir")
     run_here(*sample, whole, "--num-images", 30, "--npz")
-    kill_when((partial / "000005.png").exists, *sample, partial, "--num-images", 18)
+    kill_when((partial / "images/000005.png").exists, *sample, partial, "--num-images", 18)
+    (partial / "images/000000.png").rename(partial / "000000.png")  # as of a set begun before
+    made = (partial / "000000.png").stat().st_mtime_ns
     run_here(*sample, partial, "--num-images", 30, "--npz")
-    names = [f"{i:06d}.png" for i in range(30)]
+    names = [f"images/{i:06d}.png" for i in range(30)]
+    assert (partial / names[0]).stat().st_mtime_ns == made
     for name in names:
         assert (whole / name).read_bytes() == (partial / name).read_bytes()
     with np.load(partial / "samples.npz") as arrays:
@@ -78,7 +81,7 @@ def test_a_set_of_samples_is_continued_and_extended(run: Path, tmp_path: Path) -
 def test_samples_are_written_from_python_too(pipeline: VQVAE2Pipeline, tmp_path: Path) -> None:
     write_samples(pipeline, tmp_path, 2, labels=["bag"], seed=3, temperature=0.5)
     (_, expected) = pipeline(2, labels="bag", seed=3, temperature=0.5).images
-    assert Image.open(tmp_path / "000001.png").tobytes() == expected.tobytes()
+    assert Image.open(tmp_path / "images/000001.png").tobytes() == expected.tobytes()
 
 
 def read(pipeline: VQVAE2Pipeline, picture: Path) -> torch.Tensor:
@@ -117,7 +120,15 @@ def test_an_image_file_is_edited(
     Image.new("L", (28, 28)).save(nothing)
     run_here(*edit, "--mask", nothing, "--output-dir", tmp_path / "same")
     (expected,) = to_pil(pipeline.vqvae(read(pipeline, picture)).reconstruction)
-    assert Image.open(tmp_path / "same" / "000001.png").tobytes() == expected.tobytes()
+    sample = Image.open(tmp_path / "same" / "images/000001.png")
+    assert sample.tobytes() == expected.tobytes()
+
+    # The sheet shows what was given in front of the samples.
+    original = to_pil(read(pipeline, picture))[0]
+    page = np.asarray(Image.open(tmp_path / "same" / "samples.png").convert("L"))
+    shown = page[4:52, -208:].reshape(48, 4, 52)[..., :48][:, :, 1::3][1::3]  # 16 x 16, times 3
+    for place, image in enumerate((original, Image.new("L", (16, 16)), sample, sample)):
+        assert np.array_equal(shown[:, place], np.asarray(image))
     run_here(*edit, "--output-dir", tmp_path / "varied")
     run_here(*edit, "--mask", tmp_path / "none.png", "--output-dir", tmp_path / "x", code=2)
     assert "none.png cannot be read" in capsys.readouterr().err

@@ -174,10 +174,10 @@ class ImagesConfig:
     """Where the images are. (A run is bound to the images' names, not to their place.)"""
 
     path: str = may_change()
-    """A folder (with or without class folders, or with train/ and validation/ in it), a list of
-    files (.txt, .csv, .tsv or .jsonl with the columns path and label), Parquet or Arrow files or a
-    folder of them, WebDataset tar shards, a .npy or .npz stack, or a Hub dataset id. Several files
-    as a pattern: 'shards/*.tar', 'shards/{000..127}.tar'."""
+    """A folder (with or without class folders, or with train/ and validation/ in it), a picture, a
+    list of files (.txt, .csv, .tsv or .jsonl with the columns path and label), Parquet or Arrow
+    files or a folder of them, WebDataset tar shards, a .npy or .npz stack, or a Hub dataset id.
+    Several files as a pattern: 'cats/*.jpg', 'shards/{000..127}.tar'."""
     validation_path: str | None = may_change(None)
     """An explicit held-out set, of the same kinds."""
     streaming: bool = False

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.pictures import sheet, to_pil
+from vqvae2.common.pictures import in_rows, num_columns, sheet, to_pil
 from vqvae2.data import ImageDataset, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
@@ -117,14 +117,15 @@ def decode_level(
 def reconstruction_sheet(
     model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int
 ) -> Image.Image:
-    """Originals above their reconstructions, evenly spread over the set, in rows of eight."""
-    number = min(num_images, len(images))
+    """Originals above their reconstructions, evenly spread over the set, in whole rows."""
+    columns = num_columns(min(num_images, len(images)), 2)
+    number = min(num_images, len(images)) // columns * columns
     indices = [i * len(images) // number for i in range(number)]
     originals = _load(images, indices, device)
     above, below = to_pil(originals), to_pil(model(originals).reconstruction)
-    rows: list[list[Image.Image]] = []
-    for first in range(0, number, 8):
-        rows += [above[first : first + 8], below[first : first + 8]]
+    rows: list[Sequence[Image.Image]] = []
+    for pair in zip(in_rows(above, columns), in_rows(below, columns), strict=True):
+        rows += pair
     return sheet(rows, ["original", "reconstruction"] * (len(rows) // 2))
 
 

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import read_record
 from vqvae2.common.vocabulary import TRAINING_RECORD
-from vqvae2.config import ImagesConfig, PreprocessingConfig
-from vqvae2.data import ImageDataset, held_out_images
+from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
+from vqvae2.data import ImageDataset, held_out_images, open_source
+from vqvae2.data.dataset import split_table
+from vqvae2.data.splits import not_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,22 @@ def find_held_out(
             vqvae,
         )
     return images, own
+
+
+def trained_on(vqvae: str, images: ImageDataset, path: str) -> int | None:
+    """How many of these images, opened at `path`, a model was trained on: by their files or, in
+    other sources, their names. None where the training's own images are not at hand."""
+    data, config = read_training(vqvae).get("data", {}), images.config
+    if not os.path.exists(data.get("path", "")):
+        return None
+    try:
+        own = split_table(open_source(from_dict(DataConfig, data, vqvae), config), config).train
+    except UserError:  # changed since, or a stream
+        return None
+    if images.source.is_of_files and own.source.is_of_files:
+        files, known = ([of.source.files[i] for i in of.indices] for of in (images, own))
+        return not_held_out(files, known).count(False)
+    return len({*images.ids} & {*own.ids}) if same_place(data["path"], path) else None
 
 
 def same_place(one: str | None, other: str | None) -> bool:

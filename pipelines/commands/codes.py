@@ -13,7 +13,6 @@ from einops import rearrange
 
 from pipelines.belonging import describe_grids, refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
-from pipelines.pictures import in_rows
 from prior.manifest import Manifest, check_range, read_manifest, read_rows, read_shard
 from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
 from vqvae2.codebook_stats import level_name, perplexity, usage
@@ -22,7 +21,7 @@ from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.pictures import save_picture, sheet, to_pil
+from vqvae2.common.pictures import in_rows, num_columns, save_picture, sheet, to_pil
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.model import VQVAE2
 
@@ -104,7 +103,7 @@ def view_rows(codes: Path, vqvae: str, output_dir: Path, rows: Sequence[int], sp
         view = f", {row['view']}" if row["view"] != ORIGINAL else ""
         label = f", {manifest.class_names[row['label']]}" if manifest.class_names else ""
         captions.append(f"{split} row {number}: {row['id']}{view}{label}")
-    save_picture(sheet(in_rows(pictures, 8)), output_dir / "rows.png")
+    save_picture(sheet(in_rows(pictures, num_columns(len(pictures)))), output_dir / "rows.png")
     return "\n".join(captions)
 
 

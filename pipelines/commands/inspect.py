@@ -23,7 +23,7 @@ from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
 from vqvae2.model import VQVAE2
 from vqvae2.training_record import find_held_out
 
-SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 10
+SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 8
 Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value
 ERRORS = ("kept", "shuffled", "most frequent", "alone kept")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>

@@ -1,7 +1,10 @@
 """`vqvae2 reconstruct`: images beside what the autoencoder makes of them."""
 
 import logging
-from pathlib import Path
+import os
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -12,9 +15,10 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, load_table, to_images
+from vqvae2.data.decoding import PICTURE_SUFFIXES
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.model import VQVAE2
-from vqvae2.training_record import find_held_out
+from vqvae2.training_record import find_held_out, trained_on
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,11 @@ def reconstruct(config: ReconstructConfig) -> None:
     if state.is_main_process:
         run.write(output_dir)
     write_reconstructions(model, images, output_dir)
+    if not config.held_out:  # training images look better than others
+        known = trained_on(config.vqvae, images, config.data.path)
+        seen = "It is not known how many" if known is None else f"{known} of {len(images)}"
+        advice = ": --held-out shows others" if known else ""
+        logger.info(f"{seen} are images that the model was trained on{advice}.")
 
 
 def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
@@ -52,15 +61,31 @@ def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
 
 @torch.no_grad()
 def write_reconstructions(vqvae: VQVAE2, images: ImageDataset, output_dir: str | Path) -> None:
-    """Write the reconstruction of each image as a file, and a sheet of some of them below their
-    originals. Processes share the work."""
+    """Write the reconstruction of each image as a file in images/, under its own name, and beside
+    it a sheet of some of them below their originals. Processes share the work."""
     state, folder, settings = processes(), Path(output_dir), vqvae.config.image
-    suffix = file_suffix(settings.channels, settings.value_range)
+    names = file_names(images.ids, file_suffix(settings.channels, settings.value_range))
     for i in range(state.process_index, len(images), state.num_processes):
         batch = to_images(images.__getitems__([i])["images"].to(state.device))
         (image,) = vqvae(batch).reconstruction
-        save_image(image, folder / f"{i:06d}{suffix}", settings.value_range)
+        save_image(image, folder / "images" / names[i], settings.value_range)
+    shown = folder / "reconstructions.png"
     if state.is_main_process:
-        sheet = reconstruction_sheet(vqvae, images, state.device, num_images=32)
-        save_picture(sheet, folder / "reconstructions.png")
-    logger.info(f"{folder}: {len(images)} reconstructions; reconstructions.png compares some.")
+        save_picture(reconstruction_sheet(vqvae, images, state.device, num_images=32), shown)
+    logger.info(f"{folder / 'images'}: {len(images)} reconstructions; {shown} compares some.")
+
+
+def file_names(names: Sequence[str], suffix: str) -> list[str]:
+    """A file for each image, below one folder: cat/1.png for cat/1.jpg; where another image has
+    that one, or has it but for capitals, cat/1.jpg.png or cat/1.jpg-2.png."""
+    files: dict[str, str] = {}
+    absolute = all(map(os.path.isabs, names))
+    root = os.path.commonpath(map(os.path.dirname, names)) if absolute else ""
+    for name in names:
+        parts = Path(os.path.relpath(name, root) if absolute else name).parts
+        path = PurePosixPath(*(part for part in parts if part not in ("/", "..", "~")))
+        stem = path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path
+        tried = chain((stem, path), (f"{path}-{number}" for number in count(2)))
+        file = next(f for new in tried if (f := f"{new}{suffix}").casefold() not in files)
+        files[file.casefold()] = file
+    return list(files.values())

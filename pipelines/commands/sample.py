@@ -2,11 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from pipelines.config import LANES, SampleConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
@@ -22,6 +23,7 @@ from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import OwnCpus, set_threads
+from vqvae2.config import PreprocessingConfig
 from vqvae2.data import load_picture, picture_size, read_picture_file, to_images
 
 logger = logging.getLogger(__name__)
@@ -41,9 +43,11 @@ def sample(config: SampleConfig) -> None:
         pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
     pipeline.to(processes().device)
     known: list[Known | None] = []
+    front: dict[str, Image] = {}
     labels = list(config.labels) or None
     if config.init_image is not None:
         known = known_codes(pipeline, config.init_image, config.mask, config.keep_levels)
+        front = _given(config, pipeline.vqvae.config.image)
         if labels is None and pipeline.can_hide_labels:
             labels = ["none"]  # the image may show anything
 
@@ -61,7 +65,8 @@ def sample(config: SampleConfig) -> None:
 
     # Sample.
     settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
-    write_samples(pipeline, folder, config.num_images, labels=labels, known=known, **settings)
+    settings |= {"labels": labels, "known": known, "front": front}
+    write_samples(pipeline, folder, config.num_images, **settings)
 
 
 def write_samples(
@@ -72,17 +77,24 @@ def write_samples(
     labels: Sequence[int | str] | None = None,
     lanes: int = LANES,
     known: Sequence[Known | None] = (),
+    front: Mapping[str, Image] | None = None,
     npz: bool = False,
     **options: Any,
 ) -> None:
-    """Write samples as files, a sheet of them, and samples.npz for evaluators if asked for. Files
-    that exist are not made again, and processes share the work. `known` are codes that all images
-    start from, one row per level; for the others see `VQVAE2Pipeline.__call__`."""
+    """Write samples as files in images/, a sheet of them beside it, and samples.npz for evaluators
+    if asked for. Files that exist are not made again, and processes share the work. `known` are
+    codes that all images start from, one row per level, `front` pictures that the sheet shows
+    before them, by name; for the others see `VQVAE2Pipeline.__call__`."""
     # The files, and the label of each.
     folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)
-    files = [folder / f"{i:06d}{suffix}" for i in range(num_images)]
+    files = [folder / "images" / f"{i:06d}{suffix}" for i in range(num_images)]
+    if state.is_main_process:  # images lay beside the sheet once
+        for old in folder.glob(f"[0-9]*{suffix}"):
+            files[0].parent.mkdir(exist_ok=True)
+            old.rename(files[0].with_name(old.name))
+    state.wait_for_everyone()
 
     # Find the batches of which a file is missing, all processes before the first one writes.
     unfinished = []
@@ -108,14 +120,15 @@ def write_samples(
         return
 
     # Show some of them by class, and collect all of them for evaluators.
-    shown = range(min(num_images, 10 * min(20, max(6, len(numbers)))))
+    period = len(numbers) or 1
+    shown = [i for i in range(num_images) if i % period < 20][: max(64, 8 * min(20, period))]
     pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
-    rows = [numbers[i % len(numbers)] for i in shown] if numbers else []
-    names = [*pipeline.class_names, "no label"] if numbers else []
-    save_picture(sample_sheet(pictures, rows, names), folder / "samples.png")
+    names = [*pipeline.class_names, "no label"]
+    rows = [names[numbers[i % period]] for i in shown] if numbers else []
+    save_picture(sample_sheet(pictures, rows, front), folder / "samples.png")
     if npz:
         _write_npz(files, numbers, folder / "samples.npz")
-    logger.info(f"{folder}: {num_images} samples, and samples.png with {len(shown)} of them.")
+    logger.info(f"{files[0].parent}: {num_images} samples; {folder / 'samples.png'} shows some.")
 
 
 def known_codes(
@@ -133,6 +146,16 @@ def known_codes(
     grey = dataclasses.replace(settings, channels=1, background="black", value_range=(0, 255))
     painted = load_picture(mask, grey).to(device)[:, 0] > 127
     return [*known_outside(pipeline.vqvae, images, painted)]
+
+
+def _given(config: SampleConfig, settings: PreprocessingConfig) -> dict[str, Image]:
+    """The image that is edited, and its mask if there is one, as the pipeline sees them."""
+    grey = dataclasses.replace(settings, channels=1, background="black", value_range=(0, 255))
+    given = {}
+    for name, file, how in (("original", config.init_image, settings), ("mask", config.mask, grey)):
+        if file is not None:
+            given[name] = to_pil(to_images(load_picture(file, how)))[0]
+    return given
 
 
 def _write_npz(files: Sequence[Path], labels: Sequence[int], path: Path) -> None:

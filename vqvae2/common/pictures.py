@@ -1,5 +1,6 @@
 """Pictures for people: tensors to PIL images, and sheets of them with names beside the rows."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,8 +54,22 @@ def save_image(image: Tensor, path: Path, value_range: tuple[float, float]) -> N
         tifffile.imwrite(aside, pixels, photometric="minisblack", planarconfig=layout)
 
 
+def num_columns(number: int, height: int = 1, most: int = 8) -> int:
+    """In how many columns, at most `most`, a sheet of `number` pictures, each `height` rows high,
+    is about square and, if it can be, without a gap in its last row."""
+    most = min(most, number)
+    least = min(most, math.isqrt(number * height - 1) + 1)
+    near = range(least - least // 4, min(most, 2 * least) + 1)
+    return min(near, key=lambda columns: number % columns)
+
+
+def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.Image]]:
+    """A list of images cut into rows."""
+    return [images[first : first + columns] for first in range(0, len(images), columns)]
+
+
 def sheet(
-    rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2
+    rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 4
 ) -> Image.Image:
     """Rows of equally sized images on one grey page, each row with its name on the left.
 

@@ -49,8 +49,8 @@ PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 """{"images", "labels"} of arrays or tensors, or rows of that."""
 
 KINDS = (
-    "an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar files, "
-    "a .npy or .npz file, or a Hub dataset id"
+    "a picture, an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar "
+    "files, a .npy or .npz file, or a Hub dataset id"
 )
 PREPARED, UNFINISHED = "prepared.json", "prepare_config.yaml"  # what vqvae2 prepare leaves
 SAVED = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
@@ -120,7 +120,9 @@ def load_table(data: ImagesConfig, config: PreprocessingConfig) -> ImageTable:
     opened = open_source(data, config)
     tables = [refuse_stream(table) for table in opened if table is not None]
     ids = [name for table in tables for name in table.ids]
-    return ImageTable(tables[0].name, ids, ConcatDataset([table.cells for table in tables]))
+    files = [file for table in tables if table.is_of_files for file in table.files]
+    cells: Any = ConcatDataset([table.cells for table in tables])
+    return ImageTable(tables[0].name, ids, cells, files=files)
 
 
 def refuse_stream(source: ImageTable | ImageStream) -> ImageTable:
@@ -216,6 +218,10 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
         return _open_list(files, files[0].parent, data)
     if suffixes <= {".npy", ".npz"} and len(files) == 1:
         return _open_array_file(files[0], channels)
+    if {suffix.lower() for suffix in suffixes} <= PICTURE_SUFFIXES - {".npy"}:
+        folder = os.path.commonpath([file.parent for file in files])
+        ids = [file.relative_to(folder).as_posix() for file in files]
+        return make_table(path, ids, files, files=files)
     raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")
 
 

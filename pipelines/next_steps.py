@@ -1,0 +1,103 @@
+"""What comes after a command: command lines to copy, with the paths that the user gave."""
+
+import contextlib
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from prior.manifest import parse_level, read_manifest
+from vqvae2.common.config import from_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.runs import read_record
+from vqvae2.config import DataConfig, ImagesConfig
+
+logger = logging.getLogger(__name__)
+PHOTOS = ImagesConfig(path="PHOTOS")  # whatever they are
+RECORDS = ("extract_config.yaml", "import_config.yaml", "train_config.yaml")
+
+
+def show_next(command: str, config: Any, recipe: str | None) -> None:
+    """Log what may follow a subcommand that has ended well; its recipe goes on to later stages."""
+    given = ["--config", recipe] if recipe is not None and command != "sample" else []
+    with contextlib.suppress(UserError, OSError):  # something is gone already
+        for number, (name, *words) in enumerate(next_steps(command, config)):
+            start = "  " if number else "Next:\n  "
+            logger.info("%svqvae2 %s %s", start, name, shlex.join([*given, *words]))
+
+
+def next_steps(command: str, config: Any) -> Iterator[list[str]]:
+    """The subcommands that may follow, with their arguments."""
+    out, vqvae = getattr(config, "output_dir", ""), getattr(config, "vqvae", None)
+    if command == "prepare":
+        target = ["--output-dir", beside(out, "prepared", "vqvae")]
+        yield ["train", "--data.path", out, *flags(config.image, "image."), *target]
+    elif command in ("train", "import-weights", "reconstruct", "inspect"):
+        vqvae = vqvae or out
+        own = record_of(vqvae).get("data")  # not any other images
+        data = from_dict(DataConfig, own, vqvae) if own else getattr(config, "data", PHOTOS)
+        made_of = ["--vqvae", vqvae, *flags(data, "data.", ImagesConfig)]
+        if command != "inspect":
+            yield ["inspect", *made_of]
+        yield ["extract", *made_of, "--output-dir", beside(vqvae, "vqvae", "codes")]
+    elif command in ("extract", "import-codes"):
+        yield from priors_of(out, vqvae, out)
+    elif command.startswith("codes"):
+        yield from priors_of(config.codes, vqvae, config.codes)
+    elif command == "train-prior":
+        level = parse_level(config.level, read_manifest(Path(config.codes)).num_levels)
+        yield from priors_of(config.codes, vqvae, out, level)
+    elif command == "assemble":
+        yield ["sample", "--pipeline", out, "--output-dir", beside(out, "pipeline", "samples")]
+        codes = record_of(config.priors[0]).get("codes")
+        yield ["doctor", "--pipeline", out, *(["--codes", codes] if codes else [])]
+    elif command == "sample":
+        yield ["sample", *flags(replace(config, num_images=2 * config.num_images))]
+
+
+def priors_of(
+    codes: str, vqvae: str | None, place: str, level: int | None = None
+) -> Iterator[list[str]]:
+    """To train the priors that are missing beside `place` (codes, or a level's prior), or to
+    assemble all of them."""
+    name, levels = "codes", range(read_manifest(Path(codes)).num_levels)
+    if level is not None:
+        name = f"prior_{level}"
+    priors = [place if i == level else beside(place, name, f"prior_{i}") for i in levels]
+    model = vqvae or record_of(codes).get("vqvae") or beside(place, name, "vqvae")
+    missing = [i for i in levels if not Path(priors[i], "config.json").exists()]
+    for i in missing:
+        words = ["--codes", codes, "--vqvae", model, "--level", str(i), "--output-dir", priors[i]]
+        yield ["train-prior", *words]
+    if not missing:
+        pipeline = beside(place, name, "pipeline")
+        yield ["assemble", "--vqvae", model, "--priors", *priors, "--output-dir", pipeline]
+
+
+def record_of(folder: str) -> dict[str, Any]:
+    """What a folder's record says of how it was made; empty without one."""
+    paths = (Path(folder).expanduser() / name for name in RECORDS)
+    return next((read_record(path) for path in paths if path.exists()), {})
+
+
+def beside(folder: str, name: str, other: str) -> str:
+    """A folder beside one: x/codes beside x/vqvae, x/big_codes beside x/big."""
+    own = os.path.basename(os.path.abspath(folder))
+    stem = own.removesuffix(name) if own.endswith(name) else f"{own}_"
+    return os.path.normpath(f"{folder}/../{stem}{other}")
+
+
+def flags(config: Any, prefix: str = "", of: type | None = None) -> list[str]:
+    """The flags that say how a configuration, or the part of it in the class `of`, differs from
+    the defaults."""
+    words = []
+    for field in fields(of or config):
+        value = getattr(config, field.name)
+        if value != field.default and not field.metadata.get("recipe_only"):
+            words.append(f"--{prefix}{field.name}".replace("_", "-"))
+            if value is not True:
+                words += map(str, value if isinstance(value, tuple) else [value])
+    return words
