@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,20 +77,25 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         problem = f"{output_dir} lies in {config.data.path}"
         raise UserError(f"{problem}: its own pictures would become data; choose another folder.")
     num_parts = config.gradient_accumulation_steps
+
+    def check_facts(facts: Mapping[str, str | None], number: int) -> None:
+        check_same_images(facts, number)
+        replace(record, facts=facts).check(output_dir)
+
     data = open_training_images(
         config.data,
         config.model.image,
         config.batch_size // num_parts,
         images=images,
+        check_facts=check_facts,
         on_skipped=partial(_list_skipped, output_dir, accelerator.process_index),
         show_progress=accelerator.is_main_process,
         seed=config.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    check_same_images(data.facts, data.number)
+    check_facts(data.facts, data.number)
     record = replace(record, facts=data.facts)
-    record.check(output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record.write(output_dir)
