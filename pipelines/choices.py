@@ -17,13 +17,13 @@ from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.decoding import Picture, picture_size, read_cell
 from vqvae2.data.open_source import open_source, refuse_stream
 from vqvae2.data.preprocessing import prepare
+from vqvae2.data.splits import enough_held_out
 from vqvae2.data.survey import MANY, is_flat, is_transparent, loses_much
 from vqvae2.data.table import ImageTable, PreparedPictures
 
 LOOKED_AT = 300  # pictures that are read, from all over the source
 SMALL = (32, 32)  # pixels that show whether there is anything to be seen
 BACKGROUNDS = ("white", "black", "gray")
-MIN_HELD_OUT = 25  # images, below which the choice of the best weights is luck
 MULTIPLE = 8  # of a side in pixels: the product of the strides
 
 
@@ -221,8 +221,7 @@ def _choose_image(seen: Look, on_gpu: bool, reasons: list[str]) -> Preprocessing
     # Held out: enough to judge by, where there are enough.
     fraction = 0.05
     if not seen.has_own_split:
-        fraction = max(fraction, MIN_HELD_OUT / seen.number)
-        fraction = round(fraction, 3) if fraction <= 0.25 else 0.0
+        fraction = enough_held_out(seen.number)
         held_out = round(fraction * seen.number)
         reasons.append(
             f"about {held_out} images held out to measure with"

@@ -50,6 +50,16 @@ def verdict(name: str, counts: Tensor, num_features: int | None = None) -> tuple
     return False, f"{use}: it has collapsed; {advice}."
 
 
+def warn_of_few(number: int, sizes: Sequence[int]) -> None:
+    """Say that so many training images are fewer than the codes of a codebook."""
+    if number < max(sizes):
+        text = (
+            "%d training images are fewer than the %d codes of a codebook, which may learn them by "
+        )
+        text += "heart: use more images, or smaller codebook_sizes."
+        logger.warning(text, number, max(sizes))
+
+
 class CodebookWatch:
     """Turns the sums of a window of steps into figures, and warns while a codebook collapses."""
 

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 
-from vqvae2.codebook_stats import CodebookWatch, perplexity, usage
+from vqvae2.codebook_stats import CodebookWatch, perplexity, usage, warn_of_few
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
 from vqvae2.common.errors import UserError
@@ -30,6 +30,7 @@ from vqvae2.data import (
     open_training_images,
     to_images,
 )
+from vqvae2.data.splits import MIN_HELD_OUT
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
@@ -103,6 +104,12 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
+    rows = getattr(data.loader, "dataset", None)
+    if rows is not None:
+        warn_of_few(len(rows), config.model.codebook_size_per_level)
+        if len(rows) < config.batch_size:
+            text = "a batch of %d shows some of the %d training images twice: lower --batch-size."
+            logger.warning(text, config.batch_size, len(rows))
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
     # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
@@ -120,7 +127,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
 
     def validate(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
         figures = evaluate(autoencoder(net), data.validation, accelerator, config, perceptual)
-        if adversarial is None:  # then the weights with the lowest "loss" are kept
+        # The weights with the lowest "loss" are kept, where enough images tell.
+        if adversarial is None and len(data.validation) >= MIN_HELD_OUT:
             weighted = perceptual_weight * figures.get("perceptual", 0.0)
             figures["loss"] = figures["reconstruction"] + weighted
         return figures
@@ -129,7 +137,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         return reconstruction_sheet(autoencoder(net), data.shown, accelerator.device, num_images=16)
 
     # How many different features there can be, where that is known.
-    rows, num_features = getattr(data.loader, "dataset", None), []
+    num_features = []
     if isinstance(rows, ImageDataset):
         num_features = [len(rows) * math.prod(grid) for grid in config.model.grids]
 

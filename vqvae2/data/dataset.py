@@ -388,6 +388,7 @@ def open_training_images(
         held_out = _held_out_of_stream(opened, config)
         skipped = held_out.check(**options)
         survey.report(f"{stream.name}, held out")
+        splits.warn_of_few_held_out(stream.name, len(held_out), 0)
         share = config.validation_fraction if opened.held_out is None else 0.0
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
         summary = f"{len(stream)} shards, {len(held_out)} images held out"
@@ -400,6 +401,10 @@ def open_training_images(
     check_facts(found.facts(), len(opened.train))
     found = _checked(found, shared=workers > 0, **options)
     survey.report(opened.train.name)
+    number = len(found.train) + len(found.validation)
+    if config.validation_fraction or opened.held_out is not None:
+        by_name = number if opened.held_out is None else 0
+        splits.warn_of_few_held_out(opened.train.name, len(found.validation), by_name)
     train: Any = found.train
     if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
         train = AugmentedImages(found.train, data.augmentation, place["seed"])
@@ -409,7 +414,7 @@ def open_training_images(
         found.validation,
         found.validation if len(found.validation) else found.train,
         {**found.facts(), "skipped_hash": found.skipped_hash()},
-        len(found.train) + len(found.validation),
+        number,
         f"{len(found.train)} training images, {len(found.validation)} held out, {classes}",
         found.skipped,
     )

@@ -28,6 +28,7 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+MIN_HELD_OUT = 20  # images, below which it is luck which weights are the best on them
 NUM_MARKS = 128
 MAX_NAME = 4096  # characters: what is longer is no name
 SHORT = reprlib.Repr()
@@ -73,6 +74,26 @@ def split_files(files: Iterable[Path]) -> dict[str, list[Path]]:
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether the image of this name is held out: a hash decides, whatever the other images are."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+
+
+def enough_held_out(number: int) -> float:
+    """The share of so many images to hold out; 0 if it would be more than a quarter of them."""
+    share = max(0.05, 1.5 * MIN_HELD_OUT / number)  # names decide, so it may become fewer
+    return round(share, 3) if share <= 0.25 else 0.0
+
+
+def warn_of_few_held_out(source: str, held_out: int, number: int) -> None:
+    """Say that too few images are held out. `number`: of how many they were chosen by their names,
+    or 0 if in another way."""
+    if held_out >= MIN_HELD_OUT:
+        return
+    share, advice = enough_held_out(number or 1), "hold out more"
+    if number:
+        gives = f"holds out about {share * number:.0f}" if share else "trains on these too"
+        advice = f"--image.validation-fraction {share:g} {gives}"
+    what = "%d images are held out, too few to tell which weights are best"
+    text = f"%s: {what}, so the last are kept: %s."
+    logger.warning(text, source, held_out, advice)
 
 
 def not_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> list[bool]:
