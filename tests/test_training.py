@@ -269,11 +269,13 @@ def test_the_average_moves_parameters_and_copies_buffers() -> None:
 def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     """With a learning rate that ruins the model after a good start, the folder holds the start."""
     ruin = "--learning-rate 0.5 --warmup-steps 50 --weight-ema-decay 0"
-    x = train(photos, tmp_path / "x", ruin)
+    enough = "--image.validation-fraction 0.2"
+    x = train(photos, tmp_path / "x", ruin, enough)
     held_out = [line["validation/mse"] for line in metrics(x) if "validation/mse" in line]
     assert min(held_out) < held_out[-1]
     still = "--num-steps 1 --learning-rate 1e-12 --model.quantizer.decay 0.99999"
-    again = train(photos, tmp_path / "again", "--init-from", x, "--weight-ema-decay 0", still)
+    options = ("--weight-ema-decay 0", still, enough)
+    again = train(photos, tmp_path / "again", "--init-from", x, *options)
     assert metrics(again)[-1]["validation/mse"] == pytest.approx(min(held_out), rel=0.02)
 
 
