@@ -51,13 +51,12 @@ def verdict(name: str, counts: Tensor, num_features: int | None = None) -> tuple
 
 
 def warn_of_few(number: int, sizes: Sequence[int]) -> None:
-    """Say that so many training images are fewer than the codes of a codebook."""
+    """Say that a codebook has more codes than there are training images, if one has."""
     if number < max(sizes):
         text = (
-            "%d training images are fewer than the %d codes of a codebook, which may learn them by "
+            "only %d training images for %d codes, which may learn them by heart: use more images"
         )
-        text += "heart: use more images, or smaller codebook_sizes."
-        logger.warning(text, number, max(sizes))
+        logger.warning(f"{text}, or smaller codebook_sizes.", number, max(sizes))
 
 
 class CodebookWatch:

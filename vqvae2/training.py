@@ -30,7 +30,7 @@ from vqvae2.data import (
     open_training_images,
     to_images,
 )
-from vqvae2.data.splits import MIN_HELD_OUT
+from vqvae2.data.splits import MIN_HELD_OUT, enough_held_out
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
@@ -90,7 +90,6 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         images=images,
         check_facts=check_facts,
         on_skipped=partial(_list_skipped, output_dir, accelerator.process_index),
-        show_progress=accelerator.is_main_process,
         seed=config.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
@@ -104,12 +103,15 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
-    rows = getattr(data.loader, "dataset", None)
-    if rows is not None:
+    rows, share = getattr(data.loader, "dataset", ()), enough_held_out(data.number)
+    if rows:
         warn_of_few(len(rows), config.model.codebook_size_per_level)
-        if len(rows) < config.batch_size:
-            text = "a batch of %d shows some of the %d training images twice: lower --batch-size."
-            logger.warning(text, config.batch_size, len(rows))
+    if len(data.validation) < MIN_HELD_OUT and config.model.image.validation_fraction:
+        logger.warning(
+            "Only %d images are held out, too few to choose the best weights by: the last ones are "
+            "kept. Add images, or set --image.validation-fraction %g.",
+            *(len(data.validation), share),
+        )
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
     # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
@@ -137,7 +139,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         return reconstruction_sheet(autoencoder(net), data.shown, accelerator.device, num_images=16)
 
     # How many different features there can be, where that is known.
-    num_features = []
+    num_features: list[int] = []
     if isinstance(rows, ImageDataset):
         num_features = [len(rows) * math.prod(grid) for grid in config.model.grids]
 

@@ -363,11 +363,10 @@ def open_training_images(
     images: PythonImages | None = None,
     check_facts: Callable[[Mapping[str, str], int], None],
     on_skipped: Callable[[str, str], None],
-    show_progress: bool = True,
     **place: int,
 ) -> TrainingImages:
-    """Images found, split, checked and shuffled; or shards that are read as they come. What is lost
-    in them is said (see `Survey`).
+    """Images found, split, checked and shuffled, saying what is lost in them (see `Survey`); or
+    shards that are read as they come, of which only the held-out images are checked.
 
     Args:
         images: see `load_images`; instead of what `data.path` names.
@@ -381,30 +380,22 @@ def open_training_images(
     # A stream, in an order of its own.
     opened = sources.open_source(data if images is None else images, config)
     skip, survey = data.on_error == "skip" and images is None, Survey(config)
-    options: Any = {"skip": skip, "show_progress": show_progress, "choose": survey.choose}
     if isinstance(opened.train, ImageStream):
-        stream, stream_is_of = opened.train, stream_facts(opened, config)
-        check_facts(stream_is_of, len(stream))
+        stream, facts = opened.train, stream_facts(opened, config)
+        check_facts(facts, len(stream))
         held_out = _held_out_of_stream(opened, config)
-        skipped = held_out.check(**options)
+        skipped = held_out.check(skip=skip, choose=survey.choose)
         survey.report(f"{stream.name}, held out")
-        splits.warn_of_few_held_out(stream.name, len(held_out), 0)
         share = config.validation_fraction if opened.held_out is None else 0.0
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
         summary = f"{len(stream)} shards, {len(held_out)} images held out"
-        return TrainingImages(
-            loader, held_out, held_out, stream_is_of, len(stream), summary, skipped
-        )
+        return TrainingImages(loader, held_out, held_out, facts, len(stream), summary, skipped)
 
     # A table, shuffled anew in every epoch.
     found, workers = split_table(opened, config), data.num_workers
     check_facts(found.facts(), len(opened.train))
-    found = _checked(found, shared=workers > 0, **options)
+    found = _checked(found, skip=skip, shared=workers > 0, choose=survey.choose)
     survey.report(opened.train.name)
-    number = len(found.train) + len(found.validation)
-    if config.validation_fraction or opened.held_out is not None:
-        by_name = number if opened.held_out is None else 0
-        splits.warn_of_few_held_out(opened.train.name, len(found.validation), by_name)
     train: Any = found.train
     if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
         train = AugmentedImages(found.train, data.augmentation, place["seed"])
@@ -414,7 +405,7 @@ def open_training_images(
         found.validation,
         found.validation if len(found.validation) else found.train,
         {**found.facts(), "skipped_hash": found.skipped_hash()},
-        number,
+        len(found.train) + len(found.validation),
         f"{len(found.train)} training images, {len(found.validation)} held out, {classes}",
         found.skipped,
     )

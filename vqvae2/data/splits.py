@@ -82,20 +82,6 @@ def enough_held_out(number: int) -> float:
     return round(share, 3) if share <= 0.25 else 0.0
 
 
-def warn_of_few_held_out(source: str, held_out: int, number: int) -> None:
-    """Say that too few images are held out. `number`: of how many they were chosen by their names,
-    or 0 if in another way."""
-    if held_out >= MIN_HELD_OUT:
-        return
-    share, advice = enough_held_out(number or 1), "hold out more"
-    if number:
-        gives = f"holds out about {share * number:.0f}" if share else "trains on these too"
-        advice = f"--image.validation-fraction {share:g} {gives}"
-    what = "%d images are held out, too few to tell which weights are best"
-    text = f"%s: {what}, so the last are kept: %s."
-    logger.warning(text, source, held_out, advice)
-
-
 def not_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> list[bool]:
     """Whether each training file is not held out too, whatever names it (a link, a spelling)."""
     known = {_file(path) for path in held_out}

@@ -21,11 +21,11 @@ MOST_COMPARED = 1 << 20  # pictures: their checksums take 100 MiB
 FINDINGS = {  # what was counted -> the share, and the number, of which more are worth this line
     "cut": (MANY, 0, "lose more than a quarter of their area by cropping: --image.fit pad shows"
             " all of them"),
-    "vanished": (0, 0, "are transparent, and cannot be seen on {background}: set --image.background"
-                 " {other}, or --image.channels 4 to keep what is transparent"),
+    "vanished": (0, 0, "are transparent, and cannot be seen on {0}: set --image.background {1}, or"
+                 " --image.channels 4 to keep what is transparent"),
     "flat": (0, 1, "are of one colour, with nothing to be seen in them: check them"),
-    "enlarged": (MANY, 0, "are enlarged 4 times or more to {width} x {height} pixels: a smaller"
-                 " --image.size shows as much, and is faster"),
+    "enlarged": (MANY, 0, "are enlarged 4 times or more to {3} x {2} pixels: a smaller --image.size"
+                 " shows as much, and is faster"),
     "copies": (MANY, 0, "are copies of others: held-out ones may have been trained on, and then"
                " look better than new images would"),
     "grey": (0.999, 0, "are grey: --image.channels 1 is faster, and makes no colours"),
@@ -78,7 +78,7 @@ class Survey:
             "grey": len(pixels) == 3 and bool((pixels[:1] == pixels[1:]).all()),
         }
         with self.lock:
-            found["copies"] = checksum in self.checksums
+            found["copies"] = checksum in self.checksums and not flat
             if len(self.checksums) < MOST_COMPARED:
                 self.checksums.add(checksum)
             self.counts.update(["all", *(name for name, is_so in found.items() if is_so)])
@@ -87,10 +87,11 @@ class Survey:
         """Say what was found, a line each with the flag that helps. `shared`: each process has seen
         some of the pictures, and calls this."""
         found = sum(gather_object([self.counts]), Counter()) if shared else self.counts
-        background, (height, width) = self.config.background, self.config.height_width
+        background = self.config.background
         other = "white" if background == "black" else "black"
-        values = {"background": background, "other": other, "height": height, "width": width}
-        for name, (share, number, text) in FINDINGS.items():
-            if found[name] > max(share * found["all"], number):
-                line = "%s: %d of %d pictures " + text.format(**values)
-                logger.warning(line, source, found[name], found["all"])
+        for name, (share, least, text) in FINDINGS.items():
+            if found[name] > max(share * found["all"], least):
+                line = "%s: %d of %d pictures " + text.format(
+                    background, other, *self.config.height_width
+                )
+                logger.warning(line + ".", source, found[name], found["all"])
