@@ -279,6 +279,20 @@ def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     assert metrics(again)[-1]["validation/mse"] == pytest.approx(min(held_out), rel=0.02)
 
 
+def test_too_few_images_are_said_and_do_not_choose_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_images(tmp_path / "photos", 20)
+    x = train(few, tmp_path / "x", "--num-steps 2 --image.validation-fraction 0.3")
+    said = capsys.readouterr()
+    assert re.search("only [0-9]+ training images for 32 codes", said.err)
+    assert "the last ones are kept" in said.err
+    assert "set --image.validation-fraction 0" in said.err
+    assert [
+        line for line in metrics(x) if "validation/mse" in line and "validation/loss" not in line
+    ]
+
+
 def test_a_tracker_is_written_to(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     x = train(photos, tmp_path / "x", "--num-steps 6 --tracker tensorboard")
@@ -304,6 +318,7 @@ def test_a_run_on_other_images_is_refused(
 ) -> None:
     x, other = train(photos, tmp_path / "x", "--num-steps 4"), write_images(tmp_path / "other", 40)
     capsys.readouterr()
+    next(other.rglob("*.png")).write_bytes(b"")  # which is not looked at before
     command(*train_command(other, x, "--num-steps 8"), code=2)
     assert "image_names_hash" in capsys.readouterr().err
     command(*train_command(other, other / "run", "--num-steps 4"), code=2)
