@@ -103,14 +103,14 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
-    rows, share = getattr(data.loader, "dataset", ()), enough_held_out(data.number)
+    rows = getattr(data.loader, "dataset", ())
     if rows:
         warn_of_few(len(rows), config.model.codebook_size_per_level)
     if len(data.validation) < MIN_HELD_OUT and config.model.image.validation_fraction:
         logger.warning(
-            "Only %d images are held out, too few to choose the best weights by: the last ones are "
+            "%d images are held out, too few to choose the best weights by: the last ones are "
             "kept. Add images, or set --image.validation-fraction %g.",
-            *(len(data.validation), share),
+            *(len(data.validation), enough_held_out(data.number)),
         )
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and

@@ -399,7 +399,8 @@ def open_training_images(
     train: Any = found.train
     if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
         train = AugmentedImages(found.train, data.augmentation, place["seed"])
-    classes = f"{len(found.class_names) or 'no'} classes"
+    few = {0: "no classes", 1: "one class, so that labels change nothing"}
+    classes = few.get(len(found.class_names), f"{len(found.class_names)} classes")
     return TrainingImages(
         ShuffledLoader(train, batch_size, num_workers=workers, **place),
         found.validation,
