@@ -103,15 +103,13 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
-    rows = getattr(data.loader, "dataset", ())
+    rows, advice = getattr(data.loader, "dataset", ()), "give some with --data.validation-path"
     if rows:
         warn_of_few(len(rows), config.model.codebook_size_per_level)
+        advice = f"set --image.validation-fraction {enough_held_out(data.number):g}"
     if len(data.validation) < MIN_HELD_OUT and config.model.image.validation_fraction:
-        logger.warning(
-            "%d images are held out, too few to choose the best weights by: the last ones are "
-            "kept. Add images, or set --image.validation-fraction %g.",
-            *(len(data.validation), enough_held_out(data.number)),
-        )
+        text = "%d images are held out, too few to choose the best weights by: the last ones are "
+        logger.warning(f"{text}kept. Add images, or {advice}.", len(data.validation))
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
     # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
