@@ -16,13 +16,14 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.decoding import Picture, picture_size, read_cell
 from vqvae2.data.open_source import open_source, refuse_stream
+from vqvae2.data.preprocessing import prepare
+from vqvae2.data.splits import enough_held_out
+from vqvae2.data.survey import MANY, is_flat, is_transparent, loses_much
 from vqvae2.data.table import ImageTable, PreparedPictures
 
 LOOKED_AT = 300  # pictures that are read, from all over the source
+SMALL = (32, 32)  # pixels that show whether there is anything to be seen
 BACKGROUNDS = ("white", "black", "gray")
-FLAT = 4.0  # standard deviation of 8-bit values below which nothing can be seen in a picture
-CUT = 0.25  # share of a picture's area whose loss a person would mind
-MIN_HELD_OUT = 25  # images, below which the choice of the best weights is luck
 MULTIPLE = 8  # of a side in pixels: the product of the strides
 
 
@@ -79,10 +80,13 @@ def look(data: ImagesConfig, background: str = "white") -> Look:
     # What they show; of 8-bit pictures on a small copy.
     sizes = np.array([picture_size(picture) for picture in pictures], float)
     small = [_small(picture) for picture in pictures]
-    transparent = [image for image in small if image is not None and _is_transparent(image)]
+    pairs = zip(pictures, small, strict=True)
+    transparent = [image for picture, image in pairs if image and is_transparent(picture)]
     vanished = {}
     for name in BACKGROUNDS:
-        vanished[name] = sum(_is_flat_on(image, name) for image in transparent) / len(pictures)
+        on_it = PreprocessingConfig(size=SMALL, background=name)
+        gone = [is_flat(prepare(image, on_it)) for image in transparent]
+        vanished[name] = sum(gone) / len(pictures)
     return replace(
         seen,
         aspects=sizes[:, 0] / sizes[:, 1],
@@ -107,7 +111,7 @@ def _small(picture: Picture) -> Image.Image | None:
     """A small copy of an 8-bit picture."""
     if isinstance(picture, np.ndarray) or picture.mode.startswith(("I", "F")):
         return None
-    return picture.convert("RGBA").resize((32, 32))
+    return picture.convert("RGBA").resize(SMALL)
 
 
 def _channels_of(picture: Picture, small: Image.Image | None) -> int:
@@ -120,16 +124,6 @@ def _is_grey(small: Image.Image) -> bool:
     red, green, blue, alpha = (np.asarray(band, int) for band in small.split())
     spread = np.maximum(abs(red - green), abs(green - blue))
     return bool(spread[alpha > 0].max(initial=0) <= 8)
-
-
-def _is_transparent(small: Image.Image) -> bool:
-    return bool(np.asarray(small)[..., 3].min() < 255)
-
-
-def _is_flat_on(small: Image.Image, background: str) -> bool:
-    page = Image.new("RGBA", small.size, background)
-    page.alpha_composite(small)
-    return bool(np.asarray(page.convert("L")).std() < FLAT)
 
 
 @dataclass(frozen=True)
@@ -211,10 +205,8 @@ def _choose_image(seen: Look, on_gpu: bool, reasons: list[str]) -> Preprocessing
     )
 
     # Fit: cutting is fine where little is cut.
-    ratio = seen.aspects / (width / height)
-    lost = 1 - np.minimum(ratio, 1 / ratio)
-    cut = float(np.mean(lost > CUT))
-    fit = "pad" if cut > 0.1 else "crop"
+    cut = np.mean(loses_much(seen.aspects, PreprocessingConfig(size=(height, width))))
+    fit = "pad" if cut > MANY else "crop"
     loses = f"{cut:.0%} of the pictures would lose more than a quarter of their area by cropping"
     reasons.append(f"fit {fit}: {loses}")
 
@@ -229,8 +221,7 @@ def _choose_image(seen: Look, on_gpu: bool, reasons: list[str]) -> Preprocessing
     # Held out: enough to judge by, where there are enough.
     fraction = 0.05
     if not seen.has_own_split:
-        fraction = max(fraction, MIN_HELD_OUT / seen.number)
-        fraction = round(fraction, 3) if fraction <= 0.25 else 0.0
+        fraction = enough_held_out(seen.number)
         held_out = round(fraction * seen.number)
         reasons.append(
             f"about {held_out} images held out to measure with"

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.conftest import PARQUET, write_images
 from vqvae2.common.errors import UserError
 from vqvae2.config import DataConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, ImageSplits, is_held_out, load_images, prepare, to_images
+from vqvae2.data.survey import Survey
 
 GREY = PreprocessingConfig(size=(32,), channels=1, fit="pad", background="black")
 
@@ -161,6 +163,54 @@ def test_transparency_lands_on_the_background_and_exif_is_honoured() -> None:
     image.save(file, "JPEG", exif=exif)
     upright = prepare(Image.open(file), PreprocessingConfig(size=(40, 20), fit="stretch"))
     assert upright[0, 5, 10] < upright[0, 35, 10]
+
+
+def drawing(number: int) -> Image.Image:
+    """White on nothing."""
+    image = Image.new("RGBA", (64, 64))
+    image.paste("white", (10, 10 + number, 40, 40))
+    return image
+
+
+def photo(number: int, *size: int) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+PHOTOS = [photo(i, 64, 64) for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "change", "said"),
+    [
+        (PHOTOS, {}, None),
+        ([photo(16, 80, 64), *PHOTOS], {"background": "black", "channels": 1}, None),
+        ([photo(i, 90, 64) for i in range(2)] + PHOTOS, {}, "2 of 18 .* cropping: --image.fit pad"),
+        ([photo(i, 90, 64) for i in range(2)] + PHOTOS, {"fit": "pad"}, None),
+        ([drawing(0), *PHOTOS], {}, "1 of 17 .* on white: set --image.background black, or --ima"),
+        ([drawing(0), *PHOTOS], {"background": "black"}, None),
+        ([drawing(0), *PHOTOS], {"channels": 4}, None),
+        ([Image.new("RGB", (64, 64), "navy")] * 2 + PHOTOS, {}, "2 of 18 .* of one colour"),
+        ([Image.new("RGBA", (64, 64))] * 2 + PHOTOS, {}, "2 of 18 .* of one colour"),
+        ([photo(0, 16, 16)] * 2 + PHOTOS[2:], {}, "2 of 16 .* enlarged .* to 64 x 64 pixels"),
+        (PHOTOS[:1] * 3 + PHOTOS[1:], {}, "2 of 18 pictures are copies of others"),
+        ([image.convert("L") for image in PHOTOS], {}, "16 of 16 .* grey: --image.channels 1"),
+    ],
+)
+def test_what_is_lost_in_pictures_is_said_with_the_flag_that_helps(
+    pictures: list, change: dict, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PreprocessingConfig(size=(64,), **change)
+    survey = Survey(config)
+    for image in pictures:
+        pixels = survey.choose(image.size).apply(image, config)
+        assert np.array_equal(pixels, prepare(image, config))
+    survey.report("photos")
+    if said is None:
+        assert not caplog.messages
+    else:
+        (line,) = caplog.messages
+        assert re.search(f"^photos: {said}", line)
 
 
 def test_pixels_are_cached_and_come_back_the_same(photos: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -66,7 +67,11 @@ def test_preparation_is_the_same_when_killed_and_on_two_processes(
     arguments = ["prepare", "--data.path", photos, "--output-dir", tmp_path / "killed", *FLAGS]
     kill_when(lambda: len(list(shards.glob("*.parquet"))) >= 2, *arguments)
     times = {path: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
-    two_processes(ROOT / "scripts" / "prepare.py", *arguments[1:])
+    done = [pq.read_metadata(path).num_rows for path in shards.parent.glob("*/[0-9]*.parquet")]
+    first, other = two_processes(ROOT / "scripts" / "prepare.py", *arguments[1:])
+    left = 150 - sum(done)  # which both of them have seen, and one counts
+    assert f"{left} of {left} pictures are grey: --image.channels 1" in first.stderr
+    assert "grey" not in other.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "x")
 

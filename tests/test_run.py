@@ -58,7 +58,7 @@ def test_white_drawings_on_nothing_get_a_background_on_which_they_show(tmp_path:
 
 def test_enough_images_are_held_out_or_none(tmp_path: Path) -> None:
     some = make_pictures(tmp_path / "some", [(40, 40)] * 120)
-    assert chosen_image(some)["validation_fraction"] * 120 == pytest.approx(25, abs=1)
+    assert chosen_image(some)["validation_fraction"] * 120 == pytest.approx(30, abs=1)
     few = make_pictures(tmp_path / "few", [(40, 40)] * 30)
     assert chosen_image(few)["validation_fraction"] == 0
 

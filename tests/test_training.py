@@ -269,12 +269,28 @@ def test_the_average_moves_parameters_and_copies_buffers() -> None:
 def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     """With a learning rate that ruins the model after a good start, the folder holds the start."""
     ruin = "--learning-rate 0.5 --warmup-steps 50 --weight-ema-decay 0"
-    x = train(photos, tmp_path / "x", ruin)
+    enough = "--image.validation-fraction 0.2"
+    x = train(photos, tmp_path / "x", ruin, enough)
     held_out = [line["validation/mse"] for line in metrics(x) if "validation/mse" in line]
     assert min(held_out) < held_out[-1]
     still = "--num-steps 1 --learning-rate 1e-12 --model.quantizer.decay 0.99999"
-    again = train(photos, tmp_path / "again", "--init-from", x, "--weight-ema-decay 0", still)
+    options = ("--weight-ema-decay 0", still, enough)
+    again = train(photos, tmp_path / "again", "--init-from", x, *options)
     assert metrics(again)[-1]["validation/mse"] == pytest.approx(min(held_out), rel=0.02)
+
+
+def test_too_few_images_are_said_and_do_not_choose_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_images(tmp_path / "photos", 20)
+    x = train(few, tmp_path / "x", "--num-steps 2 --image.validation-fraction 0.3")
+    said = capsys.readouterr()
+    assert re.search("only [0-9]+ training images for 32 codes", said.err)
+    assert "the last ones are kept" in said.err
+    assert "set --image.validation-fraction 0" in said.err
+    assert [
+        line for line in metrics(x) if "validation/mse" in line and "validation/loss" not in line
+    ]
 
 
 def test_a_tracker_is_written_to(photos: Path, tmp_path: Path) -> None:
@@ -302,6 +318,7 @@ def test_a_run_on_other_images_is_refused(
 ) -> None:
     x, other = train(photos, tmp_path / "x", "--num-steps 4"), write_images(tmp_path / "other", 40)
     capsys.readouterr()
+    next(other.rglob("*.png")).write_bytes(b"")  # which is not looked at before
     command(*train_command(other, x, "--num-steps 8"), code=2)
     assert "image_names_hash" in capsys.readouterr().err
     command(*train_command(other, other / "run", "--num-steps 4"), code=2)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 
-from vqvae2.codebook_stats import CodebookWatch, perplexity, usage
+from vqvae2.codebook_stats import CodebookWatch, perplexity, usage, warn_of_few
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
 from vqvae2.common.errors import UserError
@@ -29,6 +30,7 @@ from vqvae2.data import (
     open_training_images,
     to_images,
 )
+from vqvae2.data.splits import MIN_HELD_OUT, enough_held_out
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
@@ -76,20 +78,24 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         problem = f"{output_dir} lies in {config.data.path}"
         raise UserError(f"{problem}: its own pictures would become data; choose another folder.")
     num_parts = config.gradient_accumulation_steps
+
+    def check_facts(facts: Mapping[str, str | None], number: int) -> None:
+        check_same_images(facts, number)
+        replace(record, facts=facts).check(output_dir)
+
     data = open_training_images(
         config.data,
         config.model.image,
         config.batch_size // num_parts,
         images=images,
+        check_facts=check_facts,
         on_skipped=partial(_list_skipped, output_dir, accelerator.process_index),
-        show_progress=accelerator.is_main_process,
         seed=config.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    check_same_images(data.facts, data.number)
+    check_facts(data.facts, data.number)
     record = replace(record, facts=data.facts)
-    record.check(output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record.write(output_dir)
@@ -97,6 +103,13 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
+    rows, advice = getattr(data.loader, "dataset", ()), "give some with --data.validation-path"
+    if rows:
+        warn_of_few(len(rows), config.model.codebook_size_per_level)
+        advice = f"set --image.validation-fraction {enough_held_out(data.number):g}"
+    if len(data.validation) < MIN_HELD_OUT and config.model.image.validation_fraction:
+        text = "%d images are held out, too few to choose the best weights by: the last ones are "
+        logger.warning(f"{text}kept. Add images, or {advice}.", len(data.validation))
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
     # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
@@ -114,7 +127,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
 
     def validate(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
         figures = evaluate(autoencoder(net), data.validation, accelerator, config, perceptual)
-        if adversarial is None:  # then the weights with the lowest "loss" are kept
+        # The weights with the lowest "loss" are kept, where enough images tell.
+        if adversarial is None and len(data.validation) >= MIN_HELD_OUT:
             weighted = perceptual_weight * figures.get("perceptual", 0.0)
             figures["loss"] = figures["reconstruction"] + weighted
         return figures
@@ -123,7 +137,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         return reconstruction_sheet(autoencoder(net), data.shown, accelerator.device, num_images=16)
 
     # How many different features there can be, where that is known.
-    rows, num_features = getattr(data.loader, "dataset", None), []
+    num_features: list[int] = []
     if isinstance(rows, ImageDataset):
         num_features = [len(rows) * math.prod(grid) for grid in config.model.grids]
 

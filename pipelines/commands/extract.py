@@ -23,6 +23,7 @@ from torch import Tensor
 from pipelines.config import ExtractConfig
 from prior.manifest import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
 from prior.shards import ShardRecord, smallest_type, write_shard
+from vqvae2.codebook_stats import warn_of_few
 from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -243,6 +244,7 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         raise UserError(f"{found.source}: no training image can be read: check data.path.")
     write = partial(write_manifest, output_dir, manifest)
     work_parts.finish(found, output_dir, paths, write)
+    warn_of_few(manifest.num_train // len(config.views), manifest.codebook_sizes)
     numbers = manifest.num_train, manifest.num_validation
     logger.info("%s: codes of %d training rows and %d held out.", output_dir, *numbers)
 

@@ -85,6 +85,7 @@ def show_plan(config: RunConfig) -> None:
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
     """The recipe for these images and this machine as YAML, its reasons as comments."""
     # From the images, then from a recipe of the user's own.
+    seconds = parse_time(config.budget)
     on_gpu, seen = not use_cpu(), look(config.data, config.image.background or "white")
     given = {}
     for field in fields(config.image):
@@ -98,7 +99,6 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
         choice.reasons.append(f"what the recipe {config.recipe} says comes first")
 
     # Steps: as many as the budget allows at this machine's speed.
-    seconds = parse_time(config.budget)
     for name, per_step in step_seconds(recipe, seen).items():
         section = recipe[name]
         most = MOST_EPOCHS * seen.number // section["batch_size"]

@@ -28,10 +28,14 @@ class Change:
 
     window: Window | None = None
     flip: bool = False
+    note: Callable[[Picture, np.ndarray], object] | None = None
+    """Is told of the picture and its pixels."""
 
     def apply(self, picture: Picture, config: PreprocessingConfig) -> np.ndarray:
         """The picture's pixels `(C, H, W)`, changed."""
         pixels = prepare(picture, config, self.window)
+        if self.note is not None:
+            self.note(picture, pixels)
         return pixels[..., ::-1].copy() if self.flip else pixels
 
 

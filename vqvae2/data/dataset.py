@@ -24,6 +24,7 @@ from vqvae2.data.augmentation import Choice, decode, no_change, random_change
 from vqvae2.data.decoding import BadImage
 from vqvae2.data.open_source import PythonImages, Sources
 from vqvae2.data.stream import ImageStream, StreamedImages
+from vqvae2.data.survey import Survey
 from vqvae2.data.table import ImageTable, PreparedPictures
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ class ImageDataset(Dataset):
         """One picture, changed as chosen for its size: `(C, H, W)`. Raises BadImage: naming the
         picture and what is wrong with it."""
         row, table = self.indices[index], self.source
-        if choose is no_change and self.prepared is not None:
-            return torch.from_numpy(self.prepared.pixels([row])[0])
+        if self.prepared is not None:
+            change = choose((1, 1))
+            if change.window is None and not change.flip:
+                return torch.from_numpy(self.prepared.pixels([row])[0])
         return decode(table.name, table.ids[row], table.cells[row], self.config, choose)
 
     def pixels(self, index: int) -> Tensor:
@@ -83,7 +86,12 @@ class ImageDataset(Dataset):
         return {"images": images, "labels": torch.tensor([self.label(i) for i in indices])}
 
     def check(
-        self, *, skip: bool = False, shared: bool = False, show_progress: bool = True
+        self,
+        *,
+        skip: bool = False,
+        shared: bool = False,
+        show_progress: bool = True,
+        choose: Choice = no_change,
     ) -> list[BadImage]:
         """Decode every picture once, so that a broken one stops the run at its start; and keep
         their pixels in memory where all of them fit into `CACHE_BYTES`.
@@ -91,6 +99,7 @@ class ImageDataset(Dataset):
         Args:
             skip: leave broken ones out, and return what is wrong with them.
             shared: keep the pixels where the processes of a loader see them too.
+            choose: `no_change`, or a `Survey`'s.
 
         Raises:
             BadImage: naming the first broken picture, unless they are skipped.
@@ -100,7 +109,7 @@ class ImageDataset(Dataset):
 
         def attempt(index: int) -> Tensor | BadImage:
             try:
-                return self.changed(index, no_change)
+                return self.changed(index, choose)
             except BadImage as error:
                 return error
 
@@ -264,22 +273,19 @@ def load_images(
         UserError: no images, a broken image, or held-out images among the training images; or the
             source is a stream.
     """
-    opened = sources.open_source(data, config)
+    found = split_table(sources.open_source(data, config), config)
     if not check:
-        return split_table(opened, config)
+        return found
     skip = isinstance(data, ImagesConfig) and data.on_error == "skip"
-    return _checked(opened, config, skip, num_workers > 0, show_progress)
+    return _checked(found, skip=skip, shared=num_workers > 0, show_progress=show_progress)
 
 
-def _checked(
-    opened: Sources, config: PreprocessingConfig, skip: bool, shared: bool, show_progress: bool
-) -> ImageSplits:
-    found = split_table(opened, config)
+def _checked(found: ImageSplits, **options: Any) -> ImageSplits:
     skipped: list[BadImage] = []
     lost: set[int] = set()
     kept: set[int] = set()
     for _, images in found.items():
-        skipped += images.check(skip=skip, shared=shared, show_progress=show_progress)
+        skipped += images.check(**options)
         if images.source.labels is not None:
             lost |= {images.source.labels[row] for row in images.left_out}
             kept |= {images.source.labels[row] for row in images.indices}
@@ -355,14 +361,16 @@ def open_training_images(
     batch_size: int,
     *,
     images: PythonImages | None = None,
+    check_facts: Callable[[Mapping[str, str], int], None],
     on_skipped: Callable[[str, str], None],
-    show_progress: bool = True,
     **place: int,
 ) -> TrainingImages:
-    """Images found, split, checked and shuffled; or shards that are read as they come.
+    """Images found, split, checked and shuffled, saying what is lost in them (see `Survey`); or
+    shards that are read as they come, of which only the held-out images are checked.
 
     Args:
         images: see `load_images`; instead of what `data.path` names.
+        check_facts: called with the facts and the number before the images are checked.
         on_skipped: see `StreamedImages`.
         place: `seed`, `num_processes` and `process_index`.
 
@@ -370,26 +378,29 @@ def open_training_images(
         UserError: see `open_source` and `load_images`.
     """
     # A stream, in an order of its own.
-    opened, skip = (
-        sources.open_source(data if images is None else images, config),
-        data.on_error == "skip",
-    )
+    opened = sources.open_source(data if images is None else images, config)
+    skip, survey = data.on_error == "skip" and images is None, Survey(config)
     if isinstance(opened.train, ImageStream):
-        stream, held_out = opened.train, _held_out_of_stream(opened, config)
-        skipped = held_out.check(skip=skip, show_progress=show_progress)
+        stream, facts = opened.train, stream_facts(opened, config)
+        check_facts(facts, len(stream))
+        held_out = _held_out_of_stream(opened, config)
+        skipped = held_out.check(skip=skip, choose=survey.choose)
+        survey.report(f"{stream.name}, held out")
         share = config.validation_fraction if opened.held_out is None else 0.0
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
         summary = f"{len(stream)} shards, {len(held_out)} images held out"
-        facts = stream_facts(opened, config)
         return TrainingImages(loader, held_out, held_out, facts, len(stream), summary, skipped)
 
     # A table, shuffled anew in every epoch.
-    workers = data.num_workers
-    found = _checked(opened, config, skip and images is None, workers > 0, show_progress)
+    found, workers = split_table(opened, config), data.num_workers
+    check_facts(found.facts(), len(opened.train))
+    found = _checked(found, skip=skip, shared=workers > 0, choose=survey.choose)
+    survey.report(opened.train.name)
     train: Any = found.train
     if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
         train = AugmentedImages(found.train, data.augmentation, place["seed"])
-    classes = f"{len(found.class_names) or 'no'} classes"
+    few = {0: "no classes", 1: "one class, so that labels change nothing"}
+    classes = few.get(len(found.class_names), f"{len(found.class_names)} classes")
     return TrainingImages(
         ShuffledLoader(train, batch_size, num_workers=workers, **place),
         found.validation,

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.splits import shorten
@@ -128,7 +128,8 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     """Width and height of a picture as it stands upright."""
     if isinstance(picture, np.ndarray):
         return picture.shape[1], picture.shape[0]
-    return ImageOps.exif_transpose(picture).size
+    is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return picture.size[::-1] if is_turned else picture.size
 
 
 def _decode(file: BinaryIO, suffix: str) -> Picture:

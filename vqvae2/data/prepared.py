@@ -34,9 +34,9 @@ from vqvae2.common.runs import RunRecord, last_names
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data import work_parts
-from vqvae2.data.augmentation import no_change
 from vqvae2.data.decoding import readable
 from vqvae2.data.open_source import PREPARED, UNFINISHED, Sources
+from vqvae2.data.survey import Survey
 from vqvae2.data.table import ImageTable, PreparedPictures, load_parquet
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 
@@ -179,9 +179,11 @@ def prepare_command(config: PrepareConfig) -> None:
     # Shards, then the manifest.
     began, skip = time.perf_counter(), config.data.on_error == "skip"
     write = partial(_write_part, output_dir, config.image)
-    choices = {split: [no_change] for split in SPLITS}
+    survey = Survey(config.image)
+    choices = {split: [survey.choose] for split in SPLITS}
     options: Any = {"description": "preparing", "num_threads": config.num_threads}
     work_parts.write_parts(found, output_dir, write, choices, state, skip=skip, **options)
+    survey.report(found.source, shared=True)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(output_dir, config, found, time.perf_counter() - began)

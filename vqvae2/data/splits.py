@@ -28,6 +28,7 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+MIN_HELD_OUT = 20  # images, below which it is luck which weights are the best on them
 NUM_MARKS = 128
 MAX_NAME = 4096  # characters: what is longer is no name
 SHORT = reprlib.Repr()
@@ -73,6 +74,12 @@ def split_files(files: Iterable[Path]) -> dict[str, list[Path]]:
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether the image of this name is held out: a hash decides, whatever the other images are."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+
+
+def enough_held_out(number: int) -> float:
+    """The share of so many images to hold out; 0 if it would be more than a quarter of them."""
+    share = max(0.05, 1.5 * MIN_HELD_OUT / number)  # names decide, so it may become fewer
+    return round(share, 3) if share <= 0.25 else 0.0
 
 
 def not_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> list[bool]:
