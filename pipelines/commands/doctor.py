@@ -13,11 +13,18 @@ from pipelines.belonging import ADVICE, describe_grids, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders
+from pipelines.model_index import (
+    INDEX_NAME,
+    RESTORE,
+    changed_parts,
+    part_folders,
+    prior_bits,
+    training_record,
+)
 from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
-from prior.probes import dataset_rows, spread
+from prior.probes import dataset_rows, nats_per_code, spread
 from prior.registry import load_prior
 from prior.shards import column_name
 from vqvae2.codebook_stats import level_name
@@ -84,8 +91,11 @@ def load(config: DoctorConfig) -> dict[str, Any]:
             if isinstance(source, ImageTable):  # a stream is not searched
                 images[split] = source
     index = config.pipeline and read_json(local_folder(config.pipeline) / INDEX_NAME)
+    names = [f"prior_{prior.config.level}" for prior in priors]
+    records = dict(zip(names, map(training_record, prior_folders), strict=True))
+    bits = prior_bits(index.get("trainings") if index else records)
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
-    return {**loaded, "index": index}
+    return {**loaded, "index": index, "bits": bits}
 
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
@@ -105,9 +115,11 @@ def examine(
     images: Mapping[str, ImageTable] | None = None,
     *,
     index: Mapping[str, Any] | None = None,
+    bits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Iterator[Finding]:
     """All checks that these allow, the cheap and basic ones first: of the folder `codes`, by the
-    `images` that it was extracted from, by split; of a pipeline by what its `index` says."""
+    `images` that it was extracted from, by split; of a pipeline by what its `index` says; of priors
+    by the recorded `bits` (see `prior_bits`), if not by codes."""
     # Together, and the autoencoder alone.
     manifest, complete = read_manifest(codes) if codes is not None else None, index is not None
     if index is not None:
@@ -129,23 +141,29 @@ def examine(
         if datasets and images and vqvae is not None and vqvae.config.grids == manifest.grids:
             yield check_extraction(vqvae, codes, manifest, images)
     for prior in priors:
-        for finding in examine_prior(prior, manifest, datasets):
+        recorded = (bits or {}).get(f"prior_{prior.config.level}")
+        for finding in examine_prior(prior, manifest, datasets, recorded):
             yield finding._replace(name=f"prior of level {prior.config.level}, {finding.name}")
 
 
 def examine_prior(
-    prior: Prior, manifest: Manifest | None, datasets: Mapping[str, CodeDataset]
+    prior: Prior,
+    manifest: Manifest | None,
+    datasets: Mapping[str, CodeDataset],
+    recorded: tuple[float, float] | None,
 ) -> Iterator[Finding]:
     """The structural checks, and with codes that the prior can read those of what it has learned:
     on held-out rows, if there are two."""
     yield from audit(prior)
     if not datasets or mismatches(None, [prior], manifest, facts=("grids", "classes")):
+        yield from [check_beats_frequencies(*recorded)] if recorded else []
         return
     held_out = datasets["validation"] if len(datasets["validation"]) > 1 else datasets["train"]
     few, rows = (dataset_rows(prior, held_out, number) for number in (2, MOST_ROWS))
     yield check_cache(prior, few)._replace(name="cache on real codes")
     yield from filter(None, [check_condition_helps(prior, rows)])
-    yield check_beats_frequencies(prior, rows, datasets["train"])
+    alone = held_out.unigram_bits(prior.config.level, datasets["train"])
+    yield check_beats_frequencies(nats_per_code(prior, rows) / math.log(2), alone)
 
 
 @check("files", f"{RESTORE[0].upper()}{RESTORE[1:]}.")

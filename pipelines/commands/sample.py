@@ -37,6 +37,7 @@ def sample(config: SampleConfig) -> None:
         raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
     else:
         pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    pipeline.warn_of_noise()
     pipeline.to(processes().device)
     known: list[Known | None] = []
     labels = list(config.labels) or None
