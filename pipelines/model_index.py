@@ -58,9 +58,8 @@ def part_hash(part: Any) -> str:
 def training_record(folder: str | Path) -> dict[str, Any]:
     """How a part was made, if its folder has a record: command, settings, versions, hashes, and
     the `held_out` figures of its weights."""
-    paths = [Path(folder).expanduser() / name for name in RECORD_NAMES]
-    for path in paths:
-        if path.is_file():
+    for name in RECORD_NAMES:
+        if (path := Path(folder).expanduser() / name).is_file():
             return {**last_names(read_record(path)), "held_out": best_validation(path.parent)}
     return {}
 

@@ -13,14 +13,7 @@ from pipelines.belonging import ADVICE, describe_grids, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.model_index import (
-    INDEX_NAME,
-    RESTORE,
-    changed_parts,
-    part_folders,
-    prior_bits,
-    training_record,
-)
+from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders, prior_bits
 from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
@@ -91,11 +84,8 @@ def load(config: DoctorConfig) -> dict[str, Any]:
             if isinstance(source, ImageTable):  # a stream is not searched
                 images[split] = source
     index = config.pipeline and read_json(local_folder(config.pipeline) / INDEX_NAME)
-    names = [f"prior_{prior.config.level}" for prior in priors]
-    records = dict(zip(names, map(training_record, prior_folders), strict=True))
-    bits = prior_bits(index.get("trainings") if index else records)
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
-    return {**loaded, "index": index, "bits": bits}
+    return {**loaded, "index": index}
 
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
@@ -115,11 +105,9 @@ def examine(
     images: Mapping[str, ImageTable] | None = None,
     *,
     index: Mapping[str, Any] | None = None,
-    bits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Iterator[Finding]:
     """All checks that these allow, the cheap and basic ones first: of the folder `codes`, by the
-    `images` that it was extracted from, by split; of a pipeline by what its `index` says; of priors
-    by the recorded `bits` (see `prior_bits`), if not by codes."""
+    `images` that it was extracted from, by split; of a pipeline by what its `index` says."""
     # Together, and the autoencoder alone.
     manifest, complete = read_manifest(codes) if codes is not None else None, index is not None
     if index is not None:
@@ -141,22 +129,22 @@ def examine(
         if datasets and images and vqvae is not None and vqvae.config.grids == manifest.grids:
             yield check_extraction(vqvae, codes, manifest, images)
     for prior in priors:
-        recorded = (bits or {}).get(f"prior_{prior.config.level}")
-        for finding in examine_prior(prior, manifest, datasets, recorded):
+        for finding in examine_prior(prior, manifest, datasets):
             yield finding._replace(name=f"prior of level {prior.config.level}, {finding.name}")
+
+    # Without codes there is only what the pipeline says of its trainings.
+    for name, bits in prior_bits(index.get("trainings")).items() if index and not codes else ():
+        finding = check_beats_frequencies(*bits)
+        yield finding._replace(name=f"{name}, {finding.name} when it was trained")
 
 
 def examine_prior(
-    prior: Prior,
-    manifest: Manifest | None,
-    datasets: Mapping[str, CodeDataset],
-    recorded: tuple[float, float] | None,
+    prior: Prior, manifest: Manifest | None, datasets: Mapping[str, CodeDataset]
 ) -> Iterator[Finding]:
     """The structural checks, and with codes that the prior can read those of what it has learned:
     on held-out rows, if there are two."""
     yield from audit(prior)
     if not datasets or mismatches(None, [prior], manifest, facts=("grids", "classes")):
-        yield from [check_beats_frequencies(*recorded)] if recorded else []
         return
     held_out = datasets["validation"] if len(datasets["validation"]) > 1 else datasets["train"]
     few, rows = (dataset_rows(prior, held_out, number) for number in (2, MOST_ROWS))

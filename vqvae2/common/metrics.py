@@ -155,13 +155,14 @@ def stopped_early(run: Path, patience: int) -> bool:
 
 def warn_if_unfinished(run: Path) -> None:
     """Warn that a model's training goes on, if its folder says so."""
-    path, names = run / TRAINING_RECORD, {field.name for field in fields(TrainingConfig)}
-    if not path.exists() or not (found := validations(run)):
-        return
-    settings = {key: value for key, value in read_yaml(path).items() if key in names}
-    config, step = from_dict(TrainingConfig, settings, str(path)), int(found[-1]["step"])
-    if step < config.num_steps and not stopped_early(run, config.patience):
-        made = f"{step:,} of {config.num_steps:,} steps"
+    path, found = run / TRAINING_RECORD, validations(run)
+    record = read_yaml(path) if found and path.exists() else {}
+    known = {
+        field.name: record[field.name] for field in fields(TrainingConfig) if field.name in record
+    }
+    config = from_dict(TrainingConfig, known, str(path))
+    if record and found[-1]["step"] < config.num_steps and not stopped_early(run, config.patience):
+        made = f"step {found[-1]['step']:,} of {config.num_steps:,}"
         logger.warning("%s: its training is not finished (%s); its weights may change.", run, made)
 
 
