@@ -282,12 +282,12 @@ def check_condition_helps(prior: Prior, rows: Rows) -> str | None:
     return seen
 
 
-@check("likelihood", "Train it longer, or give the codes that it was trained on.")
+@check("likelihood", "Train it longer, or on codes of more images.")
 def check_beats_frequencies(bits: float, alone: float) -> str:
     """The prior's bits per held-out code are fewer than by frequency alone, by `LEAST_GAIN`."""
     seen = f"a code costs {bits:.3f} bits, by frequency alone {alone:.3f}"
     if not bits <= (1 - LEAST_GAIN) * alone:
-        raise Failed(f"{seen}: the prior knows hardly more, and its samples will be noise")
+        raise Failed(f"{seen}: the prior knows hardly more than that, and its samples are noise")
     return seen
 
 
