@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.cli import load_recipe
@@ -26,7 +27,7 @@ from vqvae2.common.accelerate import make_accelerator, native_bf16
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.fit import fit, is_finished, learning_rate, update_average
 from vqvae2.common.loading import ShuffledLoader
-from vqvae2.common.metrics import best_validation, conclusion
+from vqvae2.common.metrics import PANEL, best_validation, conclusion, save_curves
 from vqvae2.data import is_held_out
 from vqvae2.losses import make_loss
 
@@ -297,6 +298,9 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
     rates = [learning_rate(step, config) for step in range(1, 11)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(1, 7)])
+    cut, half = TrainingConfig(num_steps=50, warmup_steps=1000), TrainingConfig(num_steps=50)
+    assert learning_rate(25, cut) > 0.9 * cut.learning_rate  # half of the run, not all of it
+    assert half.validation_interval == 10
     for num_steps in (1, 5, 19):  # shorter than the warm-up
         short = TrainingConfig(num_steps=num_steps)
         assert all(0 < learning_rate(step, short) <= 1e-3 for step in range(1, num_steps + 1))
@@ -397,6 +401,27 @@ def test_a_stream_s_broken_images_are_listed_and_counted(
 
 
 # What a finished run says.
+
+
+def test_a_model_that_is_not_there_yet_or_not_finished_is_told(
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vqvae, extract = tmp_path / "vqvae", ("extract", "--data.path", photos)
+    shutil.copytree(run / "vqvae", vqvae)
+    record = vqvae / "train_config.yaml"
+    record.write_text(record.read_text().replace("num_steps: 12", "num_steps: 1200"))
+    command(*extract, "--vqvae", vqvae, "--output-dir", tmp_path / "codes")
+    assert "its training is not finished (step 12 of 1,200)" in capsys.readouterr().err
+    (vqvae / "model.safetensors").unlink()
+    command(*extract, "--vqvae", vqvae, "--output-dir", tmp_path / "none", code=2)
+    assert "holds a training that has no model yet" in capsys.readouterr().err
+
+
+def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:
+    line = {"step": 5, "images": 20, "loss": 0.5, "reconstruction": 0.4}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    save_curves(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size >= PANEL
 
 
 @pytest.mark.parametrize(

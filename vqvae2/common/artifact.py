@@ -35,9 +35,7 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     if path.is_dir():
         if (path / TRAINING_RECORD).exists() and not (path / WEIGHTS_NAME).exists():
             seen = f"{name} holds a training that has no model yet"
-            raise UserError(
-                f"{seen}: it writes one at its first validation; let it run until then."
-            )
+            raise UserError(f"{seen}: let it run to its first validation (its end, without one).")
         return path
     if looks_like_path(str(name)):
         raise UserError(f"{name} is not a folder: check the path, or make it by the earlier step.")
