@@ -431,6 +431,7 @@ def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:
         ([3.0, 2.0, 1.0, 0.9], "step 4 are kept: held-out loss 0.9; it was still falling"),
         ([3.0, 2.0, 2.5, 2.9], r"step 2 are kept: .* over-fitted \(2.9 at the end\)"),
         ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999; it falls no more"),
+        ([3.0, 2.5, 2.0, 1.5, 1.51], "^stopped early at step 3, .*; it falls no more"),
         ([3.0], "step 4 are kept: held-out loss 3; with a smaller --validate-every"),
         (
             [2.0, 2.1, 2.2],
@@ -441,7 +442,7 @@ def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:
 def test_the_end_of_a_run_says_what_is_kept_and_what_would_help(
     losses: list[float], said: str, tmp_path: Path
 ) -> None:
-    first = {1: 4}.get(len(losses), 1)
+    first = {1: 4, 5: -1}.get(len(losses), 1)
     lines = [{"step": i, "validation/loss": loss} for i, loss in enumerate(losses, first)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)

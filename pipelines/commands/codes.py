@@ -59,7 +59,7 @@ def code_info(codes: Path) -> str:
         "classes": f"{len(classes)} ({first_names(classes)})" if classes else "none",
         "encoder": manifest.encoder_hash,
         "content": manifest.codes_hash,
-        "written": ", ".join(written_by) or "by unknown versions",
+        "written": " ".join(written_by) or "by unknown versions",
         "on disk": f"{on_disk / max(rows, 1):,.1f} bytes per row in {len(shards)} shard(s)",
     }
     grids = describe_grids(manifest.grids, manifest.codebook_sizes)

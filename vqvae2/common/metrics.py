@@ -173,7 +173,7 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
     if not found:
         return f"{end}; the last weights are kept, as there is no held-out loss to choose by"
     best, last = best_validation(run), found[-1]
-    if last["step"] < config.num_steps:
+    if is_early := last["step"] < config.num_steps:
         since = f"the held-out loss had not fallen for {config.patience} validations"
         end = f"stopped early at step {last['step']:,}, as {since} (a larger --patience goes on)"
 
@@ -185,7 +185,7 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
     if len(found) < 3:
         return f"{kept}; with a smaller --validate-every you would see whether more steps help"
     earlier = found[2 * len(found) // 3 - 1]
-    if best["loss"] < 0.98 * earlier["loss"]:
+    if best["loss"] < 0.98 * earlier["loss"] and not is_early:
         return f"{kept}; it was still falling: a larger --num-steps would help"
     return f"{kept}; it falls no more: more images or a larger network would help, not more steps"
 
