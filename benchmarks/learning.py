@@ -155,7 +155,7 @@ def print_level(options: argparse.Namespace, folder: Path, level: str) -> None:
     print(f"{len(train)} training rows, {rows} held out")
     titles = f"{'parameters':>11}{'steps':>8}{'seconds':>9}{'held-out bits':>15}{'training':>10}"
     print(f"{'bits per code':28}{titles}")
-    bits, training_bits = held_out.unigram_bits(number), train.unigram_bits(number)
+    bits, training_bits = held_out.unigram_bits(number, train), train.unigram_bits(number, train)
     print(f"{'frequencies':28}{'':28}{bits:15.3f}{training_bits:10.3f}")
     for run in runs:
         with torch.no_grad():

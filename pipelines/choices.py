@@ -180,6 +180,7 @@ def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "aut
     }
     transformer = {"width": width, "num_layers": layers, "num_heads": heads, "dropout": dropout}
     prior = {"transformer": transformer, "batch_size": batch, "learning_rate": 0.002}
+    prior["patience"] = 5  # of ten validations: one that learns its few rows by heart stops
     recipe: dict[str, Any] = {"train": train, "prior_0": prior, "prior_1": dict(prior)}
     if mirrored:
         train["data"] = {"augmentation": {"horizontal_flip": True}}

@@ -1,12 +1,14 @@
 """`model_index.json`: what a pipeline's folder says of its parts, and whether they are those."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vqvae2.common.artifact import content_hash, local_folder
 from vqvae2.common.config import check
 from vqvae2.common.files import read_json
+from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import last_names, read_record
 
 INDEX_NAME = "model_index.json"
@@ -54,6 +56,20 @@ def part_hash(part: Any) -> str:
 
 
 def training_record(folder: str | Path) -> dict[str, Any]:
-    """How a part was made, if its folder has a record: command, settings, versions, hashes."""
-    records = [Path(folder).expanduser() / name for name in RECORD_NAMES]
-    return next((last_names(read_record(path)) for path in records if path.is_file()), {})
+    """How a part was made, if its folder has a record: command, settings, versions, hashes, and
+    the `held_out` figures of its weights."""
+    for name in RECORD_NAMES:
+        if (path := Path(folder).expanduser() / name).is_file():
+            return {**last_names(read_record(path)), "held_out": best_validation(path.parent)}
+    return {}
+
+
+def prior_bits(trainings: Any) -> dict[str, tuple[float, float]]:
+    """Of each prior (prior_0, ...) whose `training_record` says so: bits per held-out code, and by
+    frequency alone."""
+    known: dict[str, tuple[float, float]] = {}
+    for name, record in trainings.items() if isinstance(trainings, dict) else ():
+        with suppress(LookupError, TypeError, ValueError):  # recorded by an earlier version
+            held_out = record["held_out"]
+            known[name] = float(held_out["bits_per_code"]), float(held_out["unigram_bits"])
+    return known

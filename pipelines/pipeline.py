@@ -18,8 +18,10 @@ from pipelines.model_index import (
     changed_parts,
     part_folders,
     part_hash,
+    prior_bits,
     training_record,
 )
+from prior.audit import warn_of_noise
 from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds
@@ -88,6 +90,11 @@ class VQVAE2Pipeline:
             "trainings": self.trainings,
         }
         write_json(Path(folder) / INDEX_NAME, last_names(index))
+
+    def warn_of_noise(self) -> None:
+        """Log a warning for each prior that has learned next to nothing, as far as is known."""
+        for name, bits in prior_bits(self.trainings).items():
+            warn_of_noise(name, *bits)
 
     def to(self, device: str | torch.device) -> Self:
         """Move all parts to a device."""

@@ -187,18 +187,20 @@ class CodeDataset(Dataset):
             batch["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
         return batch
 
-    def counts(self, level: int) -> np.ndarray:
-        """How often each code of a level occurs: `(K,)`."""
+    def counts(self, level: int, *, step: int = 1) -> np.ndarray:
+        """How often each code of a level occurs, in every row or in each `step`-th: `(K,)`."""
         counts = np.zeros(self.manifest.codebook_sizes[level], np.int64)
-        for first in range(0, len(self), 4096):  # counting needs rows as int64
-            rows = self.codes[level][first : first + 4096]
+        for first in range(0, len(self), 4096 * step):  # counting needs rows as int64
+            rows = self.codes[level][first : first + 4096 * step : step]
             counts += np.bincount(rows.reshape(-1), minlength=len(counts))
         return counts
 
-    def unigram_bits(self, level: int) -> float:
-        """Entropy of a level's code frequencies in bits: the cost of a code without a model."""
-        counts = torch.from_numpy(self.counts(level)).double()
-        return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
+    def unigram_bits(self, level: int, train: "CodeDataset") -> float:
+        """What a code of a level costs here by frequency alone, in bits: by how often the training
+        rows (200,000 are enough) have it, counted once more so that none is impossible."""
+        step = 1 + len(train) // 200_000
+        counts, known = self.counts(level), train.counts(level, step=step) + 1
+        return float(np.average(-np.log2(known / known.sum()), weights=counts))
 
 
 def load_columns(

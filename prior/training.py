@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prior import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
-from prior.audit import stop_if_unsound
+from prior.audit import stop_if_unsound, warn_of_noise
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.registry import make_prior
@@ -24,12 +24,11 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
-from vqvae2.common.metrics import best_validation
+from vqvae2.common.metrics import best_validation, conclusion
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.vocabulary import SPLITS, TRAINING_RECORD
 
 logger = logging.getLogger(__name__)
-LEAST_GAIN = 0.05  # of bits over frequencies alone, below which a prior knows nothing
 
 
 @writes_output
@@ -51,7 +50,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     run = RunRecord("train-prior", config, TRAINING_RECORD, facts=facts, notes=notes)
     run.check(output_dir)
     if on_main_process(accelerator, partial(is_finished, output_dir, config)):
-        logger.info(f"{output_dir}: all {config.num_steps} steps are done already.")
+        logger.info("%s: %s.", output_dir, conclusion(output_dir, config))
         return
 
     # Make the prior, and refuse one that cannot learn before it costs hours.
@@ -79,22 +78,15 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     number, rank = accelerator.num_processes, accelerator.process_index
     loader = ShuffledLoader(train, rows, seed=config.seed, num_processes=number, process_index=rank)
     batch_size = min(128, rows // number)
-    measure = partial(evaluate, codes=validation, accelerator=accelerator, batch_size=batch_size)
-    evaluated = measure if len(validation) else None
+    evaluated = None
+    if len(validation):
+        alone = validation.unigram_bits(network.level, train)
+        options: dict[str, Any] = {"accelerator": accelerator, "batch_size": batch_size}
+        evaluated = partial(evaluate, codes=validation, unigram_bits=alone, **options)
     loss_fn = make_loss(network, token_corruption=config.token_corruption)
     fit(accelerator, model, loss_fn, loader, config, output_dir, evaluate=evaluated, draw=draw)
     if best := best_validation(output_dir):
         warn_of_noise(output_dir, best["bits_per_code"], best["unigram_bits"])
-
-
-def warn_of_noise(output_dir: Path, bits: float, unigram_bits: float) -> None:
-    """Say that a prior's samples will be noise, if it does hardly better than frequencies alone."""
-    if bits > (1 - LEAST_GAIN) * unigram_bits:
-        logger.warning(
-            "%s has learned next to nothing, and its samples will be noise: it needs %.2f bits per "
-            "code, frequencies alone need %.2f. Train longer, or on codes of more images.",
-            *(output_dir, bits, unigram_bits),
-        )
 
 
 def open_codes(
@@ -151,7 +143,12 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
 
 
 def evaluate(
-    model: Prior, codes: CodeDataset, accelerator: Accelerator, *, batch_size: int = 128
+    model: Prior,
+    codes: CodeDataset,
+    accelerator: Accelerator,
+    *,
+    unigram_bits: float,
+    batch_size: int = 128,
 ) -> dict[str, float]:
     """Figures on held-out codes, the same for any number of processes: `loss` and `nats`, the mean
     negative log-likelihood of a code, and `bits_per_code`; `unigram_bits`, what a code costs by
@@ -168,7 +165,7 @@ def evaluate(
     num_positions = model.config.num_positions
     nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * num_positions)
     figures = {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2)}
-    figures["unigram_bits"] = codes.unigram_bits(model.config.level)
+    figures["unigram_bits"] = unigram_bits
     if num_values := codes.manifest.values_per_image:
         rate = figures["bits_per_code"] * num_positions / num_values
         figures["code_bits_per_image_value"] = rate

@@ -269,7 +269,12 @@ def test_quiet_shows_warnings_only(
 ) -> None:
     assemble = ("assemble", "--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
     run_here(*assemble, "--output-dir", tmp_path / "a", "--quiet")
-    assert capsys.readouterr() == ("", "")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line[:17] for line in shown.err.splitlines()] == [
+        "warning: prior_0:",
+        "warning: prior_1:",
+    ]
     run_here("--verbose", *assemble, "--output-dir", tmp_path / "b")
     assert "the pipeline" in capsys.readouterr().out
     for command in COMMANDS:

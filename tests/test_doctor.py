@@ -30,6 +30,7 @@ from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.checks import Finding
 from vqvae2.common.errors import UserError
+from vqvae2.common.metrics import best_validation
 from vqvae2.config import QuantizerConfig
 from vqvae2.quantizers import CodebookQuantizer, make_quantizer
 
@@ -435,6 +436,16 @@ def test_failures_decide_the_exit_code(run: Path, capsys: pytest.CaptureFixture[
     assert "Train it longer" in line
     assert "1 of 12 checks failed." in said
     assert "Not checked: the autoencoder (give --pipeline, or --vqvae)." in said
+    training = best_validation(run / "prior_0")
+    figures = training["bits_per_code"], training["unigram_bits"]
+    assert "costs {:.3f} bits, by frequency alone {:.3f}".format(*figures) in line  # as in training
+
+
+def test_without_codes_the_pipeline_s_own_figures_count(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("doctor", "--pipeline", run / "pipeline", code=1)
+    assert "FAIL  prior_0, likelihood when it was trained: " in capsys.readouterr().out
 
 
 def test_fewer_parts_fewer_checks(trained: Path) -> None:

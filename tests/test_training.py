@@ -1,5 +1,6 @@
 """The training loop: what it computes is a function of its configuration alone."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,18 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.cli import load_recipe
-from prior.training import warn_of_noise
+from prior.audit import warn_of_noise
 from tests.conftest import command, kill_when, write_images
 from tests.test_sources import numbered_tars
 from tests.worker_two_processes import Images, small_model
 from vqvae2.common.accelerate import make_accelerator, native_bf16
 from vqvae2.common.config import TrainingConfig
-from vqvae2.common.fit import fit, learning_rate, update_average
+from vqvae2.common.fit import fit, is_finished, learning_rate, update_average
 from vqvae2.common.loading import ShuffledLoader
-from vqvae2.common.metrics import conclusion
+from vqvae2.common.metrics import PANEL, best_validation, conclusion, save_curves
 from vqvae2.data import is_held_out
 from vqvae2.losses import make_loss
 
@@ -176,6 +178,51 @@ def test_a_moved_run_continues(photos: Path, tmp_path: Path) -> None:
     assert metrics(moved)[-1]["step"] == 12
 
 
+def test_a_run_stops_when_its_held_out_loss_has_not_fallen_for_a_while(tmp_path: Path) -> None:
+    """With patience 2; one that broke off on the way stops at the same step, with the same bits."""
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.0, 10: 0.5, 12: 2.0}
+
+    def run_fit(output_dir: Path, *, breaks_at: int = 99, **changes: int) -> TrainingConfig:
+        model, calls = small_model(), []
+        mse = make_loss("mse", model.config.codebook_size_per_level)
+        intervals = {"validate_every": 2, "checkpoint_every": 3, "log_every": 1}
+        steps = {"num_steps": 12, "warmup_steps": 2, "patience": 2, **intervals, **changes}
+        config = TrainingConfig(batch_size=4, mixed_precision="no", **steps)
+
+        def loss_fn(net: torch.nn.Module, batch: Mapping) -> tuple:
+            calls.append(batch)
+            if len(calls) == breaks_at:
+                raise RuntimeError("power failure")
+            return mse(net, batch)
+
+        def evaluate(net: torch.nn.Module) -> dict[str, float]:
+            return {"loss": losses[metrics(output_dir)[-1]["step"]]}
+
+        accelerator, loader = make_accelerator(config, output_dir), ShuffledLoader(Images(), 4)
+        fit(accelerator, model, loss_fn, loader, config, output_dir, evaluate=evaluate)
+        return config
+
+    x, parts = tmp_path / "x", tmp_path / "parts"
+    config = run_fit(x)
+    assert last_checkpoint(x).name == "step_00000008"
+    assert best_validation(x)["step"] == 4
+    assert is_finished(x, config)
+    for breaks_at in (5, 4):  # after step 4, then after 3 + 3
+        with pytest.raises(RuntimeError, match="power failure"):
+            run_fit(parts, breaks_at=breaks_at)
+    run_fit(parts)
+    assert_same_run(x, parts)
+
+    # More steps alone change nothing, more patience goes on.
+    run_fit(x, num_steps=20)
+    assert last_checkpoint(x).name == "step_00000008"
+    assert not is_finished(x, dataclasses.replace(config, patience=3))
+    run_fit(x, patience=3)
+    assert last_checkpoint(x).name == "step_00000012"
+    assert best_validation(x)["step"] == 10
+    assert (x / "curves.png").stat().st_size
+
+
 # Nor does how a batch is computed.
 
 
@@ -251,6 +298,9 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
     rates = [learning_rate(step, config) for step in range(1, 11)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(1, 7)])
+    cut, half = TrainingConfig(num_steps=50, warmup_steps=1000), TrainingConfig(num_steps=50)
+    assert learning_rate(25, cut) > 0.9 * cut.learning_rate  # half of the run, not all of it
+    assert half.validation_interval == 10
     for num_steps in (1, 5, 19):  # shorter than the warm-up
         short = TrainingConfig(num_steps=num_steps)
         assert all(0 < learning_rate(step, short) <= 1e-3 for step in range(1, num_steps + 1))
@@ -268,11 +318,11 @@ def test_the_average_moves_parameters_and_copies_buffers() -> None:
 
 def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     """With a learning rate that ruins the model after a good start, the folder holds the start."""
-    ruin = "--learning-rate 0.5 --warmup-steps 50 --weight-ema-decay 0"
+    ruin = "--learning-rate 0.5 --warmup-steps 30 --weight-ema-decay 0 --patience 3"
     enough = "--image.validation-fraction 0.2"
     x = train(photos, tmp_path / "x", ruin, enough)
     held_out = [line["validation/mse"] for line in metrics(x) if "validation/mse" in line]
-    assert min(held_out) < held_out[-1]
+    assert min(held_out) == held_out[-4] < held_out[-1]  # it was stopped early
     still = "--num-steps 1 --learning-rate 1e-12 --model.quantizer.decay 0.99999"
     options = ("--weight-ema-decay 0", still, enough)
     again = train(photos, tmp_path / "again", "--init-from", x, *options)
@@ -370,22 +420,50 @@ def test_a_stream_s_broken_images_are_listed_and_counted(
 # What a finished run says.
 
 
+def test_a_model_that_is_not_there_yet_or_not_finished_is_told(
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vqvae, extract = tmp_path / "vqvae", ("extract", "--data.path", photos)
+    shutil.copytree(run / "vqvae", vqvae)
+    record = vqvae / "train_config.yaml"
+    record.write_text(record.read_text().replace("num_steps: 12", "num_steps: 1200"))
+    command(*extract, "--vqvae", vqvae, "--output-dir", tmp_path / "codes")
+    assert "its training is not finished (step 12 of 1,200)" in capsys.readouterr().err
+    (vqvae / "model.safetensors").unlink()
+    command(*extract, "--vqvae", vqvae, "--output-dir", tmp_path / "none", code=2)
+    assert "holds a training that has no model yet" in capsys.readouterr().err
+
+
+def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:
+    line = {"step": 5, "images": 20, "loss": 0.5, "reconstruction": 0.4}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    save_curves(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size >= PANEL
+
+
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([], "the last weights are kept"),
+        ([], "all 4 steps are done; the last weights are kept"),
         ([3.0, 2.0, 1.0, 0.9], "step 4 are kept: held-out loss 0.9; it was still falling"),
         ([3.0, 2.0, 2.5, 2.9], r"step 2 are kept: .* over-fitted \(2.9 at the end\)"),
-        ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999$"),
+        ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999; it falls no more"),
+        ([3.0, 2.5, 2.0, 1.5, 1.51], "^stopped early at step 3, .*; it falls no more"),
+        ([3.0], "step 4 are kept: held-out loss 3; with a smaller --validate-every"),
+        (
+            [2.0, 2.1, 2.2],
+            "^stopped early at step 3, .* not fallen for 2 .* step 1 are kept: .* over",
+        ),
     ],
 )
 def test_the_end_of_a_run_says_what_is_kept_and_what_would_help(
     losses: list[float], said: str, tmp_path: Path
 ) -> None:
-    lines = [{"step": i, "validation/loss": loss} for i, loss in enumerate(losses, 1)]
+    first = {1: 4, 5: -1}.get(len(losses), 1)
+    lines = [{"step": i, "validation/loss": loss} for i, loss in enumerate(losses, first)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert re.search(said, conclusion(tmp_path))
+    assert re.search(said, conclusion(tmp_path, TrainingConfig(num_steps=4, patience=2)))
 
 
 def test_a_prior_that_knows_nothing_is_warned_of(
@@ -394,4 +472,4 @@ def test_a_prior_that_knows_nothing_is_warned_of(
     warn_of_noise(tmp_path, 5.0, 8.0)
     assert not caplog.records
     warn_of_noise(tmp_path, 8.311, 8.207)
-    assert "needs 8.31 bits per code, frequencies alone need 8.21" in caplog.text
+    assert "costs 8.311 bits, by frequency alone 8.207" in caplog.text

@@ -20,6 +20,7 @@ from vqvae2.common.artifact import check_memory, load_weights, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
 from vqvae2.common.lock import writes_output
+from vqvae2.common.metrics import conclusion
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.vocabulary import TRAINING_RECORD
@@ -57,7 +58,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     record = RunRecord("train", config, TRAINING_RECORD)
     record.check(output_dir)
     if on_main_process(accelerator, partial(is_finished, output_dir, config)):
-        logger.info("%s: all %d steps are done.", output_dir, config.num_steps)
+        logger.info("%s: %s.", output_dir, conclusion(output_dir, config))
         return
     if config.discriminator.weight and accelerator.mixed_precision == "fp16":
         raise UserError("gradients of a discriminator vanish in fp16: use bf16 or no with one.")

@@ -58,13 +58,13 @@ def code_info(codes: Path) -> str:
         "classes": f"{len(classes)} ({first_names(classes)})" if classes else "none",
         "encoder": manifest.encoder_hash,
         "content": manifest.codes_hash,
-        "written": ", ".join(written_by) or "by unknown versions",
+        "written": " ".join(written_by) or "by unknown versions",
         "on disk": f"{on_disk / max(rows, 1):,.1f} bytes per row in {len(shards)} shard(s)",
     }
     grids = describe_grids(manifest.grids, manifest.codebook_sizes)
     for level, count in enumerate(counts):
         bits, most = math.log2(perplexity(count)) if rows else 0, math.log2(len(count))
-        entropy = f"{bits:.2f} of {most:.2f} bits by frequency alone"
+        entropy = f"{bits:.2f} of {most:.2f} bits of entropy"
         used = f"{int((count > 0).sum())} used ({usage(count):.0%}), {entropy}"
         facts[columns[level]] = f"{level_name(level, len(counts))}, {grids[level]} codes: {used}"
     lines = [f"  {name:<9} {fact}" for name, fact in facts.items()]

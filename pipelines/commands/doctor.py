@@ -13,11 +13,11 @@ from pipelines.belonging import ADVICE, describe_grids, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders
+from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders, prior_bits
 from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
-from prior.probes import dataset_rows, spread
+from prior.probes import dataset_rows, nats_per_code, spread
 from prior.registry import load_prior
 from prior.shards import column_name
 from vqvae2.codebook_stats import level_name
@@ -132,6 +132,11 @@ def examine(
         for finding in examine_prior(prior, manifest, datasets):
             yield finding._replace(name=f"prior of level {prior.config.level}, {finding.name}")
 
+    # Without codes there is only what the pipeline says of its trainings.
+    for name, bits in prior_bits(index.get("trainings")).items() if index and not codes else ():
+        finding = check_beats_frequencies(*bits)
+        yield finding._replace(name=f"{name}, {finding.name} when it was trained")
+
 
 def examine_prior(
     prior: Prior, manifest: Manifest | None, datasets: Mapping[str, CodeDataset]
@@ -145,7 +150,8 @@ def examine_prior(
     few, rows = (dataset_rows(prior, held_out, number) for number in (2, MOST_ROWS))
     yield check_cache(prior, few)._replace(name="cache on real codes")
     yield from filter(None, [check_condition_helps(prior, rows)])
-    yield check_beats_frequencies(prior, rows, datasets["train"])
+    alone = held_out.unigram_bits(prior.config.level, datasets["train"])
+    yield check_beats_frequencies(nats_per_code(prior, rows) / math.log(2), alone)
 
 
 @check("files", f"{RESTORE[0].upper()}{RESTORE[1:]}.")

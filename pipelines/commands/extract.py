@@ -29,6 +29,7 @@ from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.lock import writes_output
+from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.common.threads import OwnCpus, set_threads
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
@@ -62,6 +63,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     model = VQVAE2.from_pretrained(config.vqvae)
     run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
     run.check(output_dir)
+    warn_if_unfinished(Path(config.vqvae).expanduser())
     training = read_training(config.vqvae)
     if training:
         _refuse_other_split(config, training)

@@ -41,6 +41,7 @@ def sample(config: SampleConfig) -> None:
         raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
     else:
         pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    pipeline.warn_of_noise()
     pipeline.to(processes().device)
     known: list[Known | None] = []
     front: dict[str, Image] = {}

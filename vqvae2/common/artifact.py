@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path, read_json, whole_file, write_json
+from vqvae2.common.vocabulary import TRAINING_RECORD
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -32,6 +33,9 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     """
     path, wanted = Path(name).expanduser(), ["*.json", "*.safetensors"]
     if path.is_dir():
+        if (path / TRAINING_RECORD).exists() and not (path / WEIGHTS_NAME).exists():
+            seen = f"{name} holds a training that has no model yet"
+            raise UserError(f"{seen}: let it run to its first validation (its end, without one).")
         return path
     if looks_like_path(str(name)):
         raise UserError(f"{name} is not a folder: check the path, or make it by the earlier step.")

@@ -57,7 +57,8 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises to its peak; a cosine then takes it down to zero."""
+    """Steps over which the learning rate rises to its peak; a cosine then takes it down to zero.
+    At most half of the run."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices and convolution kernels only."""
     adam_betas: tuple[float, float] = recipe_only((0.9, 0.99))
@@ -77,8 +78,11 @@ class TrainingConfig:
     """Seed of the initial weights, the data order and dropout."""
     init_from: str | None = None
     """Fine-tune: start from the weights of this model folder. (A run continues by itself.)"""
-    validate_every: int = 500
-    """Steps between validations on held-out data. The output folder holds the best weights."""
+    validate_every: int | None = may_change(None)
+    """Steps between validations on held-out data. The output folder holds the best weights. By
+    default a fifth of the run, and at most 500."""
+    patience: int = may_change(0)
+    """Stop when the held-out loss has not fallen for this many validations; 0: never."""
     checkpoint_every: int = 500
     """Steps between saved training states, from which a killed run continues."""
     keep_checkpoints: int = may_change(2, recipe_only=True)
@@ -91,15 +95,27 @@ class TrainingConfig:
     """Also log to this tracker, which must be installed."""
 
     def __post_init__(self) -> None:
-        every = ("validate_every", "checkpoint_every", "keep_checkpoints", "log_every")
-        check_between(self, 1, MOST, "num_steps", *every)
-        check_between(self, 0, MOST, "warmup_steps", "picture_every")
+        check_between(self, 1, MOST, "num_steps", "checkpoint_every", "log_every")
+        check_between(self, 1, MOST, "keep_checkpoints")
+        check_between(self, 0, MOST, "warmup_steps", "picture_every", "patience")
+        if self.validate_every is not None:
+            check_between(self, 1, MOST, "validate_every")
         check_between(self, 0, MOST_THREADS, "num_threads")
         check_between(self, 1, MOST_ROWS, "batch_size", "gradient_accumulation_steps")
         check_between(self, 0, 1e6, "weight_decay", "max_grad_norm")
         check(0 < self.learning_rate <= 1e3, "learning_rate", self.learning_rate, "in (0, 1000]")
         check_share(self, "weight_ema_decay", "adam_betas")
         check_between(self, 0, 2**32 - 1, "seed")
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps between validations."""
+        return self.validate_every or max(1, min(500, self.num_steps // 5))
+
+    @property
+    def shortened_warmup(self) -> int:
+        """Steps of warm-up that a short run makes."""
+        return min(self.warmup_steps, self.num_steps // 2)
 
 
 def check(condition: bool, key: str, value: Any, allowed: str) -> None:

@@ -33,6 +33,8 @@ from vqvae2.common.metrics import (
     read_metrics,
     save_curves,
     scalar_means,
+    stopped_early,
+    validations,
 )
 from vqvae2.common.pictures import save_picture
 from vqvae2.common.threads import OwnCpus
@@ -46,9 +48,10 @@ ParameterGroups = Sequence[Mapping[str, Any]]
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """The rate of step `step` (from 1): linear warm-up, then a cosine to zero at the last step."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.num_steps + 1 - config.warmup_steps)
+    warmup = config.shortened_warmup
+    if step <= warmup:
+        return config.learning_rate * step / (warmup + 1)
+    progress = (step - warmup) / (config.num_steps + 1 - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -115,6 +118,9 @@ def fit(
     if state.step >= config.num_steps:  # a run that was shortened before it left a model
         main(partial(result.save_pretrained, output_dir))
         return
+    if config.shortened_warmup < config.warmup_steps:
+        shorter = "warm-up of %d steps instead of %d: half of the run; a longer run has all of it"
+        logger.warning(shorter, config.shortened_warmup, config.warmup_steps)
     metrics.begin(state.step)
     num_steps, num_parts = config.num_steps, config.gradient_accumulation_steps
     batches = loader.start_at(state.step * num_parts)
@@ -134,7 +140,8 @@ def fit(
     own_cpus = OwnCpus(bind=accelerator.device.type == "cpu" and not config.compile)
 
     with _signals() as received, bar:
-        while state.step < num_steps:
+        last = False
+        while not last:
             state.step += 1
             step, last = state.step, state.step == num_steps
 
@@ -164,8 +171,8 @@ def fit(
 
             # What to do after this step.
             report = last or step % config.log_every == 0
-            validate = evaluate is not None and (last or step % config.validate_every == 0)
-            save = last or step % config.checkpoint_every == 0
+            validate = evaluate is not None and (last or step % config.validation_interval == 0)
+            save = step % config.checkpoint_every == 0
             stop = agreement.stop(bool(received), ask=report)
 
             # Report. Only here does the host wait for the device.
@@ -185,20 +192,24 @@ def fit(
                 with own_cpus, torch.no_grad(), accelerator.autocast():
                     held_out = evaluate(result.eval())
                 metrics.write(step, {f"validation/{name}": v for name, v in held_out.items()})
-                texts = [f"{name} {value:.4g}" for name, value in held_out.items()]
-                logger.info("step %d: held out %s", step, ", ".join(texts))
+                once: dict[Any, str] = {}  # of those that are the same number, the first
+                for name, value in held_out.items():
+                    once.setdefault(name if name[-1].isdigit() else value, f"{name} {value:.4g}")
+                logger.info("step %d: held out %s", step, ", ".join(once.values()))
                 is_best = held_out.get("loss", -math.inf) < state.best
                 state.best = min(state.best, held_out.get("loss", state.best))
-                main(partial(save_curves, output_dir))
                 if is_best:
                     main(partial(result.save_pretrained, output_dir))
+                last = last or main(partial(stopped_early, output_dir, config.patience))
+            if validate or last:
+                main(partial(save_curves, output_dir))
             if config.picture_every > 0 and (last or step % config.picture_every == 0):
                 main(partial(show, step))
 
             # Save the last weights if there are no best ones, and the state to continue from.
             if last:
                 main(save_last)
-            if save or stop:
+            if save or stop or last:
                 state.save(config.keep_checkpoints)
             if stop and not last:
                 number = received[0] if received else signal.SIGTERM
@@ -206,12 +217,12 @@ def fit(
                 raise Stopped(f"{output_dir}: {done}; the same command continues.", number)
             metrics.started += time.perf_counter() - pause
     metrics.close()
-    logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir)))
+    logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir, config)))
 
 
 def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
-    """Whether the run in this folder has made all its steps and left its model. (To save space,
-    its checkpoints may have been removed: then the last line of its metrics tells.)
+    """Whether the run in this folder has made all its steps, or was stopped early, and left its
+    model. (To save space, its checkpoints may have been removed: then its metrics tell.)
 
     Raises:
         UserError: there is a model, but nothing to continue from; or a link leads out of the run.
@@ -226,11 +237,13 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     # The steps that were made.
     if not (output_dir / WEIGHTS_NAME).exists():
         return False
+    end, path = config.num_steps, output_dir / "metrics.jsonl"
+    if stopped_early(output_dir, config.patience):
+        end = min(end, int(validations(output_dir)[-1]["step"]))
     if steps := saved_steps(output_dir / "checkpoints"):
-        return steps[-1] >= config.num_steps
-    path = output_dir / "metrics.jsonl"
+        return steps[-1] >= end
     steps = [line["step"] for line in read_metrics(path)] if path.exists() else []
-    if steps and steps[-1] >= config.num_steps:
+    if steps and steps[-1] >= end:
         return True
     made = f"of step {steps[-1]}" if steps else "of an unknown step"
     raise UserError(

@@ -1,9 +1,11 @@
 """The figures of a run: metrics.jsonl, curves.png, and the tracker."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vqvae2.common.accelerate import on_main_process
-from vqvae2.common.config import TrainingConfig
+from vqvae2.common.config import TrainingConfig, from_dict, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, write_text
 from vqvae2.common.pictures import save_picture, sheet
+from vqvae2.common.vocabulary import TRAINING_RECORD
 
+logger = logging.getLogger(__name__)
 Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
 Points = Sequence[tuple[float, float]]
 PANEL, FRAME = (340, 240), (48, 34, 328, 216)  # width, height; left, top, right, bottom
+NO_CURVES = ("step", "images", "learning_rate", "images_per_second", "data_wait_share")
 COLOURS = ("#4477aa", "#cc5522", "#228833", "#aa3377", "#777777")
 
 
@@ -130,8 +135,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def validations(run: Path) -> list[dict[str, float]]:
     """The held-out figures of a run that has a loss, in order: step, loss, ..."""
-    found = []
-    for line in read_metrics(run / "metrics.jsonl"):
+    found, path = [], run / "metrics.jsonl"
+    for line in read_metrics(path) if path.exists() else ():
         if "validation/loss" in line:
             found.append({name.removeprefix("validation/"): x for name, x in line.items()})
     return found
@@ -142,38 +147,67 @@ def best_validation(run: Path) -> dict[str, float]:
     return min(validations(run), key=lambda line: line["loss"], default={})
 
 
-def conclusion(run: Path) -> str:
-    """Which weights a finished run keeps, and whether more steps would have done it good."""
-    found = validations(run)
+def stopped_early(run: Path, patience: int) -> bool:
+    """Whether the held-out loss has not fallen for `patience` validations (0: never so)."""
+    losses = [line["loss"] for line in validations(run)]
+    return bool(losses) and 0 < patience < len(losses) - losses.index(min(losses))
+
+
+def warn_if_unfinished(run: Path) -> None:
+    """Warn that a model's training goes on, if its folder says so."""
+    path, found = run / TRAINING_RECORD, validations(run)
+    record = read_yaml(path) if found and path.exists() else {}
+    known = {
+        field.name: record[field.name] for field in fields(TrainingConfig) if field.name in record
+    }
+    config = from_dict(TrainingConfig, known, str(path))
+    if record and found[-1]["step"] < config.num_steps and not stopped_early(run, config.patience):
+        made = f"step {found[-1]['step']:,} of {config.num_steps:,}"
+        logger.warning("%s: its training is not finished (%s); its weights may change.", run, made)
+
+
+def conclusion(run: Path, config: TrainingConfig) -> str:
+    """Why a run ended, which weights it keeps, and whether more steps would have done it good."""
+    # Why.
+    found, end = validations(run), f"all {config.num_steps:,} steps are done"
     if not found:
-        return "the last weights are kept, as there is no held-out loss to choose by"
+        return f"{end}; the last weights are kept, as there is no held-out loss to choose by"
     best, last = best_validation(run), found[-1]
-    kept = f"the weights of step {best['step']:,} are kept: held-out loss {best['loss']:.4g}"
+    if is_early := last["step"] < config.num_steps:
+        since = f"the held-out loss had not fallen for {config.patience} validations"
+        end = f"stopped early at step {last['step']:,}, as {since} (a larger --patience goes on)"
+
+    # Which, and what would help.
+    kept = f"{end}; the weights of step {best['step']:,} are kept: held-out loss {best['loss']:.4g}"
     if last["loss"] > 1.02 * best["loss"]:
         advice = "more images or dropout, or a smaller network, would help, more steps would not"
         return f"{kept}; since then it has over-fitted ({last['loss']:.4g} at the end): {advice}"
+    if len(found) < 3:
+        return f"{kept}; with a smaller --validate-every you would see whether more steps help"
     earlier = found[2 * len(found) // 3 - 1]
-    if len(found) >= 3 and best["loss"] < 0.98 * earlier["loss"]:
+    if best["loss"] < 0.98 * earlier["loss"] and not is_early:
         return f"{kept}; it was still falling: a larger --num-steps would help"
-    return kept
+    return f"{kept}; it falls no more: more images or a larger network would help, not more steps"
 
 
 def save_curves(run: Path) -> None:
-    """Write a run's curves.png: a panel for each figure of both training and held-out data."""
+    """Write a run's curves.png: a panel for each figure of both training and held-out data; where
+    there is no held-out figure, for each of training."""
     lines = read_metrics(run / "metrics.jsonl")
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, Any] = {}  # name -> (step, value) of each line
     for line in lines:
         for name, value in line.items():
             if math.isfinite(value):
                 points.setdefault(name, []).append((line["step"], value))
 
     # The held-out loss lacks what only training pays, so its components are shown instead.
-    names = [name.removeprefix("validation/") for name in points if name.startswith("validation/")]
-    panels = []
+    held_out = [name.removeprefix("validation/") for name in points if "validation/" in name]
+    names, panels = [name for name in held_out or points if name not in NO_CURVES], []
     for name in names:
-        training, held_out = points.get(name, []), points[f"validation/{name}"]
-        if min(len(training), len(held_out)) >= 2 and (name != "loss" or len(names) == 1):
-            panels.append(draw_panel(name, {"training": training, "held out": held_out}))
+        curves = {"training": points.get(name, []), "held out": points.get(f"validation/{name}")}
+        drawn = {place: curve for place, curve in curves.items() if curve}
+        if "training" in drawn and (name != "loss" or len(names) == 1):
+            panels.append(draw_panel(name, drawn))
     rows = [panels[i : i + 3] for i in range(0, len(panels), 3)]
     if rows:
         save_picture(sheet(rows), run / "curves.png")
@@ -196,6 +230,7 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
         down = bottom - (bottom - top) * ((y.clip(low, high) - low) / (high - low))
         pixels = np.stack([across, down], axis=1).ravel().tolist()  # x, y, x, y, ...
         draw.line(pixels, fill=colour, width=2, joint="curve")
+        draw.circle(pixels[-2:], 2, fill=colour)  # also the only one
         draw.text((left + 70 * i, 18), name, fill=colour, font=font)
 
     # The title and the ends of both axes.
