@@ -52,6 +52,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "completion": (configs.CompletionConfig, "pipelines.commands.completion:completion"),
 }
 RECIPES = files("pipelines") / "recipes"
+PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
 COMMON_FLAGS = ("--config", "--quiet", "--verbose", "--help")
@@ -140,6 +141,8 @@ def run_script(command: str) -> None:
 
 def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The subcommand, of one word or two ("codes info"), and its arguments, or a `UserError`."""
+    if list(arguments[:2]) == ["plan", "run"]:
+        return "run", ["--output-dir", "nowhere", *arguments[2:], "--dry-run"]
     for number in (1, 2):
         if (command := " ".join(arguments[:number])) in COMMANDS:
             return command, arguments[number:]
@@ -196,26 +199,37 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     Raises a `UserError` for an unknown flag, and for a value that is wrong or missing."""
     import tyro
 
-    # Refuse unknown flags with the nearest known one.
+    # Refuse unknown flags with the nearest known one. `plan` takes those of another command too.
     config_class: Any = COMMANDS[command][0]
     arguments, recipe = _take_flag(list(arguments), "--config")
-    known = flag_names(command)
+    planned = ""
+    if command == "plan" and arguments and not arguments[0].startswith("-"):
+        planned = arguments.pop(0)
+        check(planned in PLANNED, "the command to plan", planned, f"one of {', '.join(PLANNED)}")
+    known = [*flag_names(command), *(flag_names(planned) if planned else ())]
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
             near = suggest_flag(flag, known)
             raise UserError(f"unknown flag {flag:.100}; {near} (see vqvae2 {command} --help).")
 
-    # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
+    # Take the defaults from the recipe. For `plan` and `run`, the recipe itself is a setting.
     section: dict[str, Any] = {}
     if recipe is not None:
         level = _take_flag(arguments, "--level")[1] or ""
         section = recipe_section(load_recipe(recipe), command, level)
     asks_for_help = bool({"-h", "--help"} & {*arguments})
-    if config_class is configs.PlanConfig and recipe is None and not asks_for_help:
-        raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
     if config_class in (configs.PlanConfig, configs.RunConfig):
         section = {**section, "recipe": recipe or ""}
+    if config_class is configs.PlanConfig:
+        section["planned"] = None
+        if planned and not asks_for_help:
+            arguments, words = _split_planned(arguments)
+            words += [] if recipe is None else ["--config", recipe]
+            section["planned"] = parse(planned, words)
+        elif recipe is None and not asks_for_help:
+            what = "a command must be given to plan, such as vqvae2 plan train --data.path photos"
+            raise UserError(f"vqvae2 plan: {what}, or --config RECIPE for all of its trainings.")
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
 
     # Let tyro parse the flags or print the help, and shorten its message about a mistake.
@@ -234,7 +248,21 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         raise UserError(f"vqvae2 {command}: {sentence} See vqvae2 {command} --help.") from None
 
     # Flags are held to the same rules as recipes: no NaN, no empty name.
-    return from_dict(config_class, to_dict(config), f"vqvae2 {command}")
+    config = from_dict(config_class, to_dict(config), f"vqvae2 {command}")
+    return dataclasses.replace(config, planned=section["planned"]) if command == "plan" else config
+
+
+def _split_planned(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of `plan` itself, and those of the command that it plans, which is given an
+    output folder, because nothing will be written."""
+    own: list[str] = []
+    part = others = ["--output-dir", "nowhere"]
+    plan_flags = flag_names("plan")
+    for word in arguments:
+        if word.startswith("--"):
+            part = own if word.split("=")[0].replace("_", "-") in plan_flags else others
+        part.append(word)
+    return own, others
 
 
 @cache

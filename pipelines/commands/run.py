@@ -79,7 +79,9 @@ def show_plan(config: RunConfig) -> None:
         path = Path(folder, RECIPE)
         path.write_text(text)
         classes = len(seen.class_names)
-        plan(PlanConfig(recipe=str(path), num_images=seen.number, num_classes=classes))
+        plan(
+            PlanConfig(recipe=str(path), planned=None, num_images=seen.number, num_classes=classes)
+        )
 
 
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
