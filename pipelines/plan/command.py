@@ -1,22 +1,19 @@
-"""`vqvae2 plan`: what a command or a recipe needs, before it starts."""
+"""`vqvae2 plan`: what a command or a recipe needs, before it starts, and whether to start it."""
 
-import contextlib
-from pathlib import Path
+from collections.abc import Callable
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch.utils.benchmark import Timer
 
 from pipelines.config import PlanConfig
-from pipelines.plan.stages import Stage, stages_of, trace
+from pipelines.plan.stages import PRECISIONS, Stage, stages_of, trace
 from vqvae2.common.accelerate import native_bf16, use_cpu
+from vqvae2.common.artifact import machine_memory
 from vqvae2.common.config import check
 from vqvae2.common.messages import progress_bar
 
 # What a process takes over its tensors. CPU: measured, 1.2 to 1.7. GPU: assumed, not measured.
 OVERHEAD = {"cpu": 1.7, "cuda": 1.1}
-SPEED = {"cpu": 2e11, "cuda": 2e13}  # FLOP/s, until a step has been timed
-LONGEST_ROW = 5  # seconds at that speed, above which not even one row is timed
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB
 DAY = 86400
 UNITS = {"years": 365 * DAY, "days": DAY, "hours": 3600, "minutes": 60, "seconds": 1}
@@ -29,82 +26,82 @@ def plan(config: PlanConfig) -> None:
     here, memory = kind == "cpu" or torch.cuda.is_available(), config.memory_gibibytes
     allowed = "on this machine, unless --memory-gibibytes is given"
     check(here or memory is not None, "device", kind, allowed)
-    if memory is None and kind == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     if memory is None:
-        memory = psutil.virtual_memory().total / 2**30
-        with contextlib.suppress(OSError, ValueError):  # a container may have less
-            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()) / 2**30)
-    needs: list[tuple[Stage, float, str, float]] = []
-    lines, speed = [f"{config.num_devices} x {kind} with {memory:,.1f} GiB"], SPEED[kind]
+        is_cpu = kind == "cpu"
+        gpu = None if is_cpu else torch.cuda.get_device_properties(0)
+        memory = (machine_memory() if gpu is None else gpu.total_memory) / 2**30
+    stages, needs, speed = stages_of(config), [], 0.0
+    lines = [f"On {config.num_devices} x {kind} with {memory:,.1f} GiB:"]
+    bar = progress_bar(total=2 * len(stages), leave=False)
 
-    for stage in progress_bar(stages_of(config), "planning", leave=False):
+    for stage in stages:
         # Each device computes this many rows at once, in the precision that a training chooses.
+        bar.set_description(f"planning {stage.name}")
         batch_size, steps = stage.config.batch_size, stage.config.num_steps
         parts = config.num_devices * stage.config.gradient_accumulation_steps
         allowed = f"divisible by {config.num_devices} devices x accumulation steps = {parts}"
         check(batch_size % parts == 0, f"{stage.name}: batch_size", batch_size, allowed)
-        precision = str(stage.config.mixed_precision)
+        precision, rows = str(stage.config.mixed_precision), batch_size // parts
         if precision == "auto":
             precision = "bf16" if native_bf16() or not here else "no"
-        rows = batch_size // parts
         num_parameters, flops, sizes = trace(stage, rows, precision)
+        size = sum(sizes.values())
         advice, most_rows = advise(stage, rows, sizes, memory / OVERHEAD[kind])
+        bar.update()
 
-        # Seconds of a step, from a second of it. What takes long or does not fit is estimated at
-        # the speed of the stage before.
-        timed_rows, how = min(rows, most_rows, 1 + int(speed / flops * rows)), "estimated"
-        seconds = flops * stage.config.gradient_accumulation_steps / speed
-        if here and timed_rows and flops / rows < LONGEST_ROW * speed:
-            passes, update = time_step(stage, timed_rows, kind, precision)
-            seconds = passes * batch_size / timed_rows / config.num_devices + update
-            speed, how = flops / rows * timed_rows / passes, "measured"
-        needs.append((stage, sum(sizes.values()), advice, seconds * steps if here else 0.0))
-
-        time = f"{in_words(seconds * steps)}, {seconds:.2g} s a step ({how})" if here else "unknown"
-        of_rows = f" of {stage.num_rows:,} rows" if stage.num_rows else ""
-        epochs = f", {steps * batch_size / stage.num_rows:,.3g} epochs" if stage.num_rows else ""
+        # Seconds of a step, from a part of it. What would take long to time or does not fit is
+        # estimated from the operations, at the speed of a matrix product or an earlier stage.
+        seconds, time = 0.0, "unknown"
+        if here:
+            speed = speed or matrix_speed(kind, precision)
+            seconds, how = flops * parts / config.num_devices / speed, "estimated"
+            if most_rows and flops / rows < 3 * speed:
+                timed_rows = min(rows, most_rows, 1 + int(speed / 2 / flops * rows))
+                passes, update = time_step(stage, timed_rows, kind, precision)
+                seconds = passes * batch_size / timed_rows / config.num_devices + update
+                speed, how = flops / rows * timed_rows / passes, "measured"
+            time = f"{in_words(seconds * steps)}: {steps:,} steps of {seconds:.2g} s ({how})"
+        if stage.num_rows:
+            time += f"; {steps * batch_size / stage.num_rows:,.1f} x {stage.num_rows:,} rows"
+        needs.append((stage, size, advice, seconds * steps))
         lines += [
             f"\n{stage.name}: {num_parameters:,} parameters",
             f"  batch    {batch_size} images, {rows} at once, mixed precision {precision}",
-            f"  memory   {needs[-1][1]:,.3f} GiB x {OVERHEAD[kind]}: {advice}",
-            "           " + ", ".join(f"{name} {size:,.3f}" for name, size in sizes.items()),
+            f"  memory   {size:,.3f} GiB x {OVERHEAD[kind]}: {advice}",
+            "           " + ", ".join(f"{name} {part:,.3f}" for name, part in sizes.items()),
             f"  compute  {flops * parts / 1e12:,.3g} TFLOP per step",
-            f"  time     {time}; {steps:,} steps{epochs}{of_rows}",
+            f"  time     {time}",
         ]
+        bar.update()
+    bar.close()
     print("\n".join(lines), f"\nVerdict: {verdict(needs, memory)}", sep="\n")
 
 
 def verdict(needs: list[tuple[Stage, float, str, float]], memory: float) -> str:
-    """Whether it fits, which GPU would do, and whether anybody would wait for it, in words.
+    """Whether it fits and which GPU would do, and whether anybody would wait for it, in words.
 
-    Args:
-        needs: of each stage the GiB of its tensors, `advise`'s advice, and seconds (0: unknown).
-        memory: of this machine, in GiB.
+    `needs`: of each stage its tensors in GiB, `advise`'s advice, and seconds (0: unknown).
     """
-    # Memory.
-    needed = max(size for _, size, _, _ in needs) * OVERHEAD["cuda"]
-    gpu = next((f"a GPU of {size} GiB" for size in GPUS if needed < size), "no single GPU")
+    needed = max(size for _, size, *_ in needs) * OVERHEAD["cuda"]
+    gpu = next((f"a GPU of {size} GiB would do" for size in GPUS if needed < size), "no GPU would")
     faults = [f"{stage.name} {advice}" for stage, _, advice, _ in needs if advice != "fits"]
-    text = f"fits into {memory:,.1f} GiB ({gpu} would do)"
-    if faults:
-        text = f"{'; '.join(faults)} ({gpu} would do as it is)"
-
-    # Time.
-    slowest, _, _, most = max(needs, key=lambda need: need[3])
+    text = f"{'; '.join(faults) or f'fits into {memory:,.1f} GiB'} ({gpu})"
     total = sum(seconds for *_, seconds in needs)
     if not total:
-        return f"{text}; how long it takes can only be said where the device is."
+        return f"{text}; how long it takes can be said on such a device alone."
     text += f"; it takes {in_words(total)} on this machine"
+    slowest = max(needs, key=lambda need: need[-1])[0]
     if total > 7 * DAY:
-        return f"{text}, which is NOT PRACTICAL: use a GPU, {slowest.smaller} (for {slowest.name})."
-    return f"{text}: a GPU would shorten that." if total > DAY else f"{text}."
+        return (
+            f"{text}, WHICH IS NOT PRACTICAL: use a GPU or, for {slowest.name}, {slowest.quicker}."
+        )
+    return f"{text}; a GPU would be faster." if total > DAY else f"{text}."
 
 
 def in_words(seconds: float) -> str:
-    """About how long that is: in a unit of which there are two or more."""
-    unit, size = next(((u, s) for u, s in UNITS.items() if seconds >= 2 * s), ("seconds", 1))
-    return f"about {max(1, round(seconds / size)):,} {unit}"
+    """About how long that is, in a unit of which there are at least two."""
+    unit = next((unit for unit, size in UNITS.items() if seconds >= 2 * size), "seconds")
+    return f"about {max(1, round(seconds / UNITS[unit])):,} {unit}"
 
 
 def advise(stage: Stage, rows: int, sizes: dict[str, float], memory: float) -> tuple[str, int]:
@@ -126,13 +123,21 @@ def time_step(stage: Stage, rows: int, kind: str, precision: str) -> tuple[float
         model, batch = stage.make_model(), stage.make_batch(rows)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    def seconds(work: object) -> float:
-        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.3).median
-
-    def step() -> None:
+    def passes() -> None:
         loss = stage.loss(model, batch, precision)
         if loss.requires_grad:  # not of an extraction
             loss.backward()
 
-    return seconds(step), seconds(optimizer.step)
+    return time_work(passes), time_work(optimizer.step)
+
+
+def matrix_speed(kind: str, precision: str) -> float:
+    """FLOP/s of a matrix product here and now."""
+    matrix = torch.ones(1024, 1024, dtype=PRECISIONS[precision], device=kind)
+    return 2 * 1024**3 / time_work(lambda: matrix @ matrix)
+
+
+def time_work(work: Callable[[], object]) -> float:
+    """Median seconds."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.3).median

@@ -24,14 +24,16 @@ from prior.config import TrainPriorConfig
 from prior.manifest import Manifest, read_manifest
 from prior.registry import make_prior
 from vqvae2 import losses
-from vqvae2.common.config import TrainingConfig, check, from_dict
+from vqvae2.common.config import TrainingConfig, from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path
-from vqvae2.config import ImagesConfig, TrainVQVAEConfig, VQVAE2Config
+from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import load_images, to_images
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage(NamedTuple):
@@ -43,20 +45,19 @@ class Stage(NamedTuple):
     make_model: Callable[[], nn.Module]
     loss_fn: Callable[[Any, Any], Any]
     make_batch: Callable[[int], dict[str, Any]]
-    smaller: str  #: what makes it quicker
+    quicker: str  #: what makes it quicker
 
     def loss(self, model: nn.Module, batch: Any, precision: str) -> Tensor:
-        """The loss `()` of a batch under autocast; an extraction's top codes."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        device = next(model.parameters()).device.type
-        with torch.autocast(device, dtype, dtype is not None):
+        """The loss `()` of a batch under autocast; of an extraction, codes."""
+        device, dtype = next(model.parameters()).device.type, PRECISIONS[precision]
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return self.loss_fn(model, batch)[0]
 
 
 def stages_of(plan: PlanConfig) -> list[Stage]:
-    """The stage of a command, or those of the demo or a recipe: the autoencoder's training, then
-    each level's prior. Raises a `UserError` as the commands do, or if images cannot be counted."""
-    # What an earlier command has not made yet is planned as the recipe says, or the defaults.
+    """The stage of a command; of the demo or a recipe, the autoencoder's training and each level's
+    prior. Raises a `UserError` as the commands do, and for images that cannot be counted."""
+    # The autoencoder: what an earlier command has not made yet is as the recipe would make it.
     command, images = plan.planned, getattr(plan.planned, "data", None)
     recipe, where = load_recipe(plan.recipe) if plan.recipe else {}, f"recipe {plan.recipe}"
     if isinstance(command, DemoConfig):
@@ -64,39 +65,32 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
     train = command if isinstance(command, TrainVQVAEConfig) else train
-    model, number, num_classes = train.model, plan.num_images, plan.num_classes
+    network, number, num_classes = train.model, plan.num_images, plan.num_classes
     if isinstance(command, ExtractConfig) and _is_there(command.vqvae):
-        model = VQVAE2.from_pretrained(command.vqvae).config
+        network = VQVAE2.from_pretrained(command.vqvae).config
 
     # The images.
     if images is not None and number is None:
         try:
-            found = load_images(images, model.image, check=False)
+            found = load_images(images, network.image, check=False)
         except UserError as error:
             what = "the images cannot be counted, so correct this or give --num-images"
             raise UserError(f"{what}: {error}") from None
         number, num_classes = len(found.train), len(found.class_names)
-        held_out = f"{len(found.validation):,} held out, {num_classes or 'no'} classes"
-        print(f"{number:,} training images, {held_out}")
-
-    # One stage.
-    if isinstance(command, TrainVQVAEConfig):
-        return [_autoencoder_stage(command, number)]
+        others = f"{len(found.validation):,} held out, {num_classes or 'no'} classes"
+        print(f"{number:,} training images, {others}")
     if isinstance(command, ExtractConfig):
-        return [_extraction_stage(command, model, number or 0, plan.num_devices)]
+        return [_extraction_stage(command, network, number or 0, plan.num_devices)]
+
+    # The codes.
     unknown: dict[str, Any] = {"encoder_hash": "", "rows_hash": "", "preprocessing": None}
-    sizes, classes = model.codebook_size_per_level, tuple(map(str, range(num_classes)))
-    codes = Manifest(grids=model.grids, codebook_sizes=sizes, class_names=classes, **unknown)
+    sizes, classes = network.codebook_size_per_level, tuple(map(str, range(num_classes)))
+    codes = Manifest(grids=network.grids, codebook_sizes=sizes, class_names=classes, **unknown)
     if isinstance(command, TrainPriorConfig):
         codes = read_manifest(Path(command.codes)) if _is_there(command.codes) else codes
         return [_prior_stage(command, codes, number or codes.num_train)]
-
-    # All trainings of a recipe.
-    priors = [f"prior_{level}" for level in range(model.num_levels)]
-    extra = [name for name in recipe if name.startswith("prior_") and name not in priors]
-    check(not extra, f"{where}: section", ", ".join(extra), f"one of {', '.join(priors)}")
     stages = [_autoencoder_stage(train, number)]
-    for level in map(str, range(len(priors))):
+    for level in map(str, range(0 if command is train else network.num_levels)):
         section = {**recipe_section(recipe, "train-prior", level), "level": level}
         config = from_dict(TrainPriorConfig, section, where, missing=tyro.MISSING)
         stages.append(_prior_stage(config, codes, number))
@@ -104,50 +98,52 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
 
 
 def _is_there(place: str) -> bool:
-    """Whether there is such a folder, or might be on the Hub; says so if not."""
-    if there := Path(place).exists() or not looks_like_path(place):
-        return there
-    print(f"{place} is not there yet: planned for what the recipe or the defaults would make")
-    return False
+    there = Path(place).exists() or not looks_like_path(place)
+    if not there:
+        print(f"{place} is not there yet: planned for what the recipe or the defaults make")
+    return there
 
 
-def _image_batch(config: VQVAE2Config, rows: int) -> dict[str, Any]:
-    shape = (rows, config.image.channels, *config.image.height_width)
+def _pixels(image: PreprocessingConfig, rows: int) -> dict[str, Any]:
+    shape = rows, image.channels, *image.height_width
     return {"images": torch.randint(256, shape, dtype=torch.uint8)}
 
 
 def _autoencoder_stage(config: TrainVQVAEConfig, number: int | None) -> Stage:
-    gan, batch = config.discriminator, partial(_image_batch, config.model)
-    kind, sizes = config.reconstruction_loss, config.model.codebook_size_per_level
+    gan, pixels = config.discriminator, partial(_pixels, config.model.image)
+    loss = config.reconstruction_loss, config.model.codebook_size_per_level
 
     def loss_fn(model: Any, batch: Any) -> Any:
         if not gan.weight:
-            return losses.make_loss(kind, sizes)(model, batch)
+            return losses.make_loss(*loss)(model, batch)
         term = losses.make_adversarial_term(gan, model.autoencoder.last_layer, start=0)
-        return losses.make_loss(kind, sizes, adversarial=term)(model, batch)
+        return losses.make_loss(*loss, adversarial=term)(model, batch)
 
     def make_model() -> nn.Module:
         model = VQVAE2(config.model)
         return AdversarialPair(model, gan) if gan.weight else model
 
-    smaller = "a smaller --image.size, or fewer --num-steps"
-    return Stage("train", config, number, make_model, loss_fn, batch, smaller)
+    if config.perceptual.weight:
+        print("The network of the perceptual loss takes more of everything than is planned here")
+    quicker = "a smaller --image.size or fewer --num-steps"
+    return Stage("train", config, number, make_model, loss_fn, pixels, quicker)
 
 
 def _extraction_stage(
     config: ExtractConfig, network: VQVAE2Config, number: int, num_devices: int
 ) -> Stage:
-    """Its steps are batches of `LANES` images on each device."""
-    size, rows = LANES * num_devices, number * len(config.views)
+    size, rows = LANES * num_devices, number * len(config.views)  # a step: a batch on each device
     options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "weight_ema_decay": 0}
     steps = TrainingConfig(batch_size=size, num_steps=-(-rows // size), **options)
-    model = lambda: VQVAE2(network).eval().requires_grad_(False)
-    codes = lambda model, batch: [
-        quantized.codes for quantized in model.encode(to_images(batch["images"]))
-    ]
-    return Stage(
-        "extract", steps, rows, model, codes, partial(_image_batch, network), "several machines"
-    )
+
+    def codes(model: Any, batch: Any) -> Any:
+        return [level.codes for level in model.encode(to_images(batch["images"]))]
+
+    def make_model() -> nn.Module:
+        return VQVAE2(network).eval().requires_grad_(False)
+
+    pixels = partial(_pixels, network.image)
+    return Stage("extract", steps, rows, make_model, codes, pixels, "several machines")
 
 
 def _prior_stage(config: TrainPriorConfig, codes: Manifest, number: int | None) -> Stage:
@@ -159,11 +155,9 @@ def _prior_stage(config: TrainPriorConfig, codes: Manifest, number: int | None) 
         codes = [torch.randint(size, (rows, *grid)) for size, grid in levels]
         return {"codes": codes, "labels": torch.zeros(rows, dtype=torch.int64)}
 
-    name, smaller = (
-        f"prior_{model.level}",
-        f"a smaller --{config.family}.width, or fewer --num-steps",
-    )
-    return Stage(name, config, number, lambda: make_prior(model), loss_fn, make_batch, smaller)
+    quicker, make_model = f"a smaller --{config.family}.width", partial(make_prior, model)
+    quicker += " or fewer --num-steps"
+    return Stage(f"prior_{model.level}", config, number, make_model, loss_fn, make_batch, quicker)
 
 
 ATEN, FLOPS = torch.ops.aten, dict(flop_registry)
