@@ -300,13 +300,10 @@ class PlanConfig:
     """Memory of the device, if it is not this machine's."""
     num_devices: int = 1
     """Devices that share a batch."""
-    images_per_second: tuple[float, ...] = ()
-    """Known rates (see metrics.jsonl), one or one per training, instead of timing steps here."""
 
     def __post_init__(self) -> None:
         check_between(self, 1, MOST_ROWS, "num_devices")
         check_between(self, 0, MOST_ROWS, "num_classes")
-        check_between(self, 1e-3, 1e9, "images_per_second")
         if self.num_images is not None:
             check_between(self, 1, 10**12, "num_images")
         if self.memory_gibibytes is not None:

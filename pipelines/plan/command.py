@@ -60,9 +60,10 @@ def plan(config: PlanConfig) -> None:
                 passes, update = time_step(stage, timed_rows, kind, precision)
                 seconds = passes * batch_size / timed_rows / config.num_devices + update
                 speed, how = flops / rows * timed_rows / passes, "measured"
-            time = f"{in_words(seconds * steps)}: {steps:,} steps of {seconds:.2g} s ({how})"
+            time = f"{in_words(seconds * steps)}: {steps:,} steps of {seconds:,.3f} s ({how})"
         if stage.num_rows:
-            time += f"; {steps * batch_size / stage.num_rows:,.1f} x {stage.num_rows:,} rows"
+            epochs = steps * batch_size / stage.num_rows
+            time += f", {epochs:,.1f} epochs of {stage.num_rows:,} rows"
         needs.append((stage, size, advice, seconds * steps))
         lines += [
             f"\n{stage.name}: {num_parameters:,} parameters",
@@ -83,13 +84,16 @@ def verdict(needs: list[tuple[Stage, float, str, float]], memory: float) -> str:
     `needs`: of each stage its tensors in GiB, `advise`'s advice, and seconds (0: unknown).
     """
     needed = max(size for _, size, *_ in needs) * OVERHEAD["cuda"]
-    gpu = next((f"a GPU of {size} GiB would do" for size in GPUS if needed < size), "no GPU would")
+    gpu = next(
+        (f"a GPU of {size} GiB would do" for size in GPUS if needed < size),
+        "no single GPU would do",
+    )
     faults = [f"{stage.name} {advice}" for stage, _, advice, _ in needs if advice != "fits"]
     text = f"{'; '.join(faults) or f'fits into {memory:,.1f} GiB'} ({gpu})"
     total = sum(seconds for *_, seconds in needs)
     if not total:
         return f"{text}; how long it takes can be said on such a device alone."
-    text += f"; it takes {in_words(total)} on this machine"
+    text += f"; it takes {in_words(total)} on this machine, as busy as it is"
     slowest = max(needs, key=lambda need: need[-1])[0]
     if total > 7 * DAY:
         return (
