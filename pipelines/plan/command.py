@@ -12,8 +12,9 @@ from vqvae2.common.artifact import machine_memory
 from vqvae2.common.config import check
 from vqvae2.common.messages import progress_bar
 
-# What a process takes over its tensors. CPU: measured, 1.2 to 1.7. GPU: assumed, not measured.
-OVERHEAD = {"cpu": 1.7, "cuda": 1.1}
+# What a process takes beside its tensors, in GiB, and what for each byte of them. CPU: measured,
+# 1.2 to 1.5. GPU: assumed, not measured.
+PROCESS, OVERHEAD = 0.45, {"cpu": 1.5, "cuda": 1.1}
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB
 DAY = 86400
 UNITS = {"years": 365 * DAY, "days": DAY, "hours": 3600, "minutes": 60, "seconds": 1}
@@ -27,9 +28,8 @@ def plan(config: PlanConfig) -> None:
     allowed = "on this machine, unless --memory-gibibytes is given"
     check(here or memory is not None, "device", kind, allowed)
     if memory is None:
-        is_cpu = kind == "cpu"
-        gpu = None if is_cpu else torch.cuda.get_device_properties(0)
-        memory = (machine_memory() if gpu is None else gpu.total_memory) / 2**30
+        on_gpu = kind == "cuda" and torch.cuda.get_device_properties(0).total_memory
+        memory = (on_gpu or machine_memory()) / 2**30
     stages, needs, speed = stages_of(config), [], 0.0
     lines = [f"On {config.num_devices} x {kind} with {memory:,.1f} GiB:"]
     bar = progress_bar(total=2 * len(stages), leave=False)
@@ -46,7 +46,7 @@ def plan(config: PlanConfig) -> None:
             precision = "bf16" if native_bf16() or not here else "no"
         num_parameters, flops, sizes = trace(stage, rows, precision)
         size = sum(sizes.values())
-        advice, most_rows = advise(stage, rows, sizes, memory / OVERHEAD[kind])
+        advice, most_rows = advise(stage, rows, sizes, (memory - PROCESS) / OVERHEAD[kind])
         bar.update()
 
         # Seconds of a step, from a part of it. What would take long to time or does not fit is
@@ -54,7 +54,8 @@ def plan(config: PlanConfig) -> None:
         seconds, time = 0.0, "unknown"
         if here:
             speed = speed or matrix_speed(kind, precision)
-            seconds, how = flops * parts / config.num_devices / speed, "estimated"
+            seconds = flops * stage.config.gradient_accumulation_steps / speed
+            how = "estimated"
             if most_rows and flops / rows < 3 * speed:
                 timed_rows = min(rows, most_rows, 1 + int(speed / 2 / flops * rows))
                 passes, update = time_step(stage, timed_rows, kind, precision)
@@ -68,38 +69,35 @@ def plan(config: PlanConfig) -> None:
         lines += [
             f"\n{stage.name}: {num_parameters:,} parameters",
             f"  batch    {batch_size} images, {rows} at once, mixed precision {precision}",
-            f"  memory   {size:,.3f} GiB x {OVERHEAD[kind]}: {advice}",
-            "           " + ", ".join(f"{name} {part:,.3f}" for name, part in sizes.items()),
+            f"  memory   {PROCESS + OVERHEAD[kind] * size:,.2f} GiB: {advice}",
+            "  tensors  " + ", ".join(f"{name} {part:,.3f}" for name, part in sizes.items()),
             f"  compute  {flops * parts / 1e12:,.3g} TFLOP per step",
             f"  time     {time}",
         ]
         bar.update()
     bar.close()
-    print("\n".join(lines), f"\nVerdict: {verdict(needs, memory)}", sep="\n")
+    more = "a GPU" if kind == "cpu" else "more GPUs"
+    print("\n".join(lines), f"\nVerdict: {verdict(needs, memory, more)}", sep="\n")
 
 
-def verdict(needs: list[tuple[Stage, float, str, float]], memory: float) -> str:
+def verdict(needs: list[tuple[Stage, float, str, float]], memory: float, more: str) -> str:
     """Whether it fits and which GPU would do, and whether anybody would wait for it, in words.
 
-    `needs`: of each stage its tensors in GiB, `advise`'s advice, and seconds (0: unknown).
+    Args:
+        needs: of each stage the GiB of its tensors, `advise`'s advice, and seconds (0: unknown).
+        more: what would be faster, such as a GPU.
     """
-    needed = max(size for _, size, *_ in needs) * OVERHEAD["cuda"]
-    gpu = next(
-        (f"a GPU of {size} GiB would do" for size in GPUS if needed < size),
-        "no single GPU would do",
-    )
+    needed = PROCESS + OVERHEAD["cuda"] * max(size for _, size, *_ in needs)
+    gpu = next((f"a GPU of {size} GiB" for size in GPUS if needed < size), "no single GPU")
     faults = [f"{stage.name} {advice}" for stage, _, advice, _ in needs if advice != "fits"]
-    text = f"{'; '.join(faults) or f'fits into {memory:,.1f} GiB'} ({gpu})"
-    total = sum(seconds for *_, seconds in needs)
+    text = f"{'; '.join(faults) or f'fits into {memory:,.1f} GiB'} ({gpu} would do)"
+    slowest, total = max(needs, key=lambda need: need[3])[0], sum(need[3] for need in needs)
     if not total:
         return f"{text}; how long it takes can be said on such a device alone."
     text += f"; it takes {in_words(total)} on this machine, as busy as it is"
-    slowest = max(needs, key=lambda need: need[-1])[0]
-    if total > 7 * DAY:
-        return (
-            f"{text}, WHICH IS NOT PRACTICAL: use a GPU or, for {slowest.name}, {slowest.quicker}."
-        )
-    return f"{text}; a GPU would be faster." if total > DAY else f"{text}."
+    if total <= 7 * DAY:
+        return f"{text}; {more} would be faster." if total > DAY else f"{text}."
+    return f"{text}, WHICH IS NOT PRACTICAL: use {more}, or {slowest.quicker} ({slowest.name})."
 
 
 def in_words(seconds: float) -> str:

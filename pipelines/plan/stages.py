@@ -125,7 +125,8 @@ def _autoencoder_stage(config: TrainVQVAEConfig, number: int | None) -> Stage:
 
     if config.perceptual.weight:
         print("The network of the perceptual loss takes more of everything than is planned here")
-    quicker = "a smaller --image.size or fewer --num-steps"
+    half = "--image.size " + " ".join(str(side // 2) for side in config.model.image.size)
+    quicker = f"{half}, or fewer --num-steps"
     return Stage("train", config, number, make_model, loss_fn, pixels, quicker)
 
 
