@@ -258,14 +258,14 @@ def test_a_streams_images_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_verdict_is_in_words() -> None:
     stage = tiny_stages()[0]
     hours = verdict([(stage, 1.0, "fits", 10_000)], 24, "a GPU")
-    assert hours == "fits into 24.0 GiB (a GPU of 8 GiB would do); " + (
+    assert hours == "fits into 24.0 GiB; as it is, a GPU of 8 GiB would do; " + (
         "it takes about 3 hours on this machine, as busy as it is."
     )
     days = verdict([(stage, 1.0, "fits", 200_000)], 24, "a GPU")
     assert days.endswith("a GPU would be faster.")
     years = verdict([(stage, 30.0, "DOES NOT FIT", 20736000)], 24, "a GPU")
     assert years.startswith(
-        "train DOES NOT FIT (a GPU of 40 GiB would do); it takes about 240 days"
+        "train DOES NOT FIT; as it is, a GPU of 40 GiB would do; it takes about 240 days"
     )
     assert "NOT PRACTICAL: use a GPU, or --image.size 8" in years
     assert [in_words(seconds) for seconds in (0.1, 100, 3600, 1e9)] == [

@@ -138,7 +138,8 @@ def step_seconds(recipe: dict[str, Any], seen: Look) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, RECIPE)
         path.write_text(yaml.safe_dump(recipe))
-        stages = stages_of(str(path), len(seen.class_names))
+        classes = len(seen.class_names)
+        stages = stages_of(PlanConfig(recipe=str(path), planned=None, num_classes=classes))
     seconds = {}
     for stage in stages:
         if "num_steps" in recipe[stage.name]:

@@ -90,7 +90,7 @@ def verdict(needs: list[tuple[Stage, float, str, float]], memory: float, more: s
     needed = PROCESS + OVERHEAD["cuda"] * max(size for _, size, *_ in needs)
     gpu = next((f"a GPU of {size} GiB" for size in GPUS if needed < size), "no single GPU")
     faults = [f"{stage.name} {advice}" for stage, _, advice, _ in needs if advice != "fits"]
-    text = f"{'; '.join(faults) or f'fits into {memory:,.1f} GiB'} ({gpu} would do)"
+    text = f"{'; '.join(faults) or f'fits into {memory:,.1f} GiB'}; as it is, {gpu} would do"
     slowest, total = max(needs, key=lambda need: need[3])[0], sum(need[3] for need in needs)
     if not total:
         return f"{text}; how long it takes can be said on such a device alone."

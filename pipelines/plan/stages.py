@@ -1,5 +1,6 @@
 """The stages that a command line stands for, and what a step of each needs."""
 
+import os
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -87,7 +88,11 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
     sizes, classes = network.codebook_size_per_level, tuple(map(str, range(num_classes)))
     codes = Manifest(grids=network.grids, codebook_sizes=sizes, class_names=classes, **unknown)
     if isinstance(command, TrainPriorConfig):
-        codes = read_manifest(Path(command.codes)) if _is_there(command.codes) else codes
+        codes = (
+            read_manifest(Path(command.codes))
+            if _is_there(os.path.abspath(command.codes))
+            else codes
+        )
         return [_prior_stage(command, codes, number or codes.num_train)]
     stages = [_autoencoder_stage(train, number)]
     for level in map(str, range(0 if command is train else network.num_levels)):
