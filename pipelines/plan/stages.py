@@ -95,6 +95,7 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         )
         return [_prior_stage(command, codes, number or codes.num_train)]
     stages = [_autoencoder_stage(train, number)]
+    number = number and number * len(recipe_section(recipe, "extract").get("views", [""]))
     for level in map(str, range(0 if command is train else network.num_levels)):
         section = {**recipe_section(recipe, "train-prior", level), "level": level}
         config = from_dict(TrainPriorConfig, section, where, missing=tyro.MISSING)
