@@ -265,7 +265,7 @@ def recipe_trials() -> Iterator[Trial]:
                 yield _recipe(command, (), value)
         for path, hint in settings(config_class):
             for value in WRONG_KINDS:
-                if not _may_be(hint, value) and path != ("recipe",):
+                if not _may_be(hint, value) and path not in (("recipe",), ("planned",)):
                     yield _recipe(command, path, value)
 
 

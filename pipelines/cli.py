@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "completion": (configs.CompletionConfig, "pipelines.commands.completion:completion"),
 }
 RECIPES = files("pipelines") / "recipes"
+PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
 NAMELESS = ("--data.path", "--pipeline", "--codes")  # what people give without the flag
@@ -146,6 +147,8 @@ def run_script(command: str) -> None:
 
 def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The subcommand, of one word or two ("codes info"), and its arguments, or a `UserError`."""
+    if list(arguments[:2]) == ["plan", "run"]:  # it chooses what to plan, and plans it itself
+        return "run", ["--output-dir", "nowhere", *arguments[2:], "--dry-run"]
     for number in (1, 2):
         if (command := " ".join(arguments[:number])) in COMMANDS:
             return command, arguments[number:]
@@ -202,34 +205,41 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     Raises a `UserError` for an unknown flag, and for a value that is wrong or missing."""
     import tyro
 
-    # Refuse unknown flags with the nearest known one.
+    # Refuse unknown flags with the nearest known one. `plan` takes those of the command behind it.
     config_class: Any = COMMANDS[command][0]
     arguments, recipe = _take_flag(list(arguments), "--config")
-    known = flag_names(command)
+    asks_for_help, planned = bool({"-h", "--help"} & {*arguments}), ""
+    if command == "plan" and arguments and not arguments[0].startswith("-"):
+        planned = arguments.pop(0)
+    if command == "plan" and not (asks_for_help or (recipe and not planned)):
+        allowed = f"one of {', '.join(PLANNED)}, or left out beside --config RECIPE"
+        check(planned in PLANNED, "vqvae2 plan: the command", planned, allowed)
+    known = flag_names(command) + (flag_names(planned) if planned in PLANNED else [])
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            near = suggest_flag(flag, known)
-            raise UserError(f"unknown flag {flag:.100}; {near} (see vqvae2 {command} --help).")
+            near = suggest_flag(flag, list(dict.fromkeys(known)))
+            where = f"vqvae2 {planned or command} --help"
+            raise UserError(f"unknown flag {flag:.100}; {near} (see {where}).")
     if arguments and not arguments[0].startswith("-"):
         flag = next((f for f in NAMELESS if f in known and f not in arguments), known[0])
         what = f"vqvae2 {command}: {shown(arguments[0])} has no flag in front of it"
         raise UserError(f"{what}; did you mean {flag} {shlex.quote(arguments[0]):.100}?")
 
-    # Take the defaults from the recipe. For `plan`, the recipe itself is a setting.
+    # Take the defaults from the recipe. For some commands, the recipe itself is a setting.
     section: dict[str, Any] = {}
     if recipe is not None:
         level = _take_flag(arguments, "--level")[1] or ""
         section = recipe_section(load_recipe(recipe), command, level)
-    asks_for_help = bool({"-h", "--help"} & {*arguments})
-    if config_class is configs.PlanConfig and recipe is None and not asks_for_help:
-        raise UserError("vqvae2 plan: --config must be given. See vqvae2 plan --help.")
     if config_class in (configs.PlanConfig, configs.RunConfig):
         section = {**section, "recipe": recipe or ""}
+    if command == "plan":
+        arguments, words = _split_planned(arguments, recipe)
+        section["planned"] = parse(planned, words) if planned and not asks_for_help else None
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
 
     # Let tyro parse the flags or print the help, and shorten its message about a mistake.
-    _annotate_for_tyro(config_class, bool({"-h", "--help"} & {*arguments}))
+    _annotate_for_tyro(config_class, asks_for_help)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
     description = COMMON_HELP.format(description=lesson, recipes=", ".join(recipe_names()))
     options: dict[str, Any] = {"prog": f"vqvae2 {command}", "description": description}
@@ -244,7 +254,21 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         raise UserError(f"vqvae2 {command}: {sentence} See vqvae2 {command} --help.") from None
 
     # Flags are held to the same rules as recipes: no NaN, no empty name.
-    return from_dict(config_class, to_dict(config), f"vqvae2 {command}")
+    config = from_dict(config_class, to_dict(config), f"vqvae2 {command}")
+    return dataclasses.replace(config, planned=section["planned"]) if command == "plan" else config
+
+
+def _split_planned(arguments: Sequence[str], recipe: str | None) -> tuple[list[str], list[str]]:
+    """The arguments of `plan` itself, and those of the command that it plans: also its recipe, and
+    an output folder, which a plan does not need."""
+    own: list[str] = []
+    part = others = ["--output-dir", "nowhere", *([] if recipe is None else ["--config", recipe])]
+    for word in arguments:
+        if word.startswith("--"):
+            is_own = word.split("=")[0].replace("_", "-") in flag_names("plan")
+            part = own if is_own else others
+        part.append(word)
+    return own, others
 
 
 @cache

@@ -1,7 +1,7 @@
 """Configuration of the commands that need both stages. Torch-free."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from prior.config import TrainPriorConfig
 from vqvae2.common.config import (
@@ -292,32 +292,32 @@ class ImportCodesConfig(ModelToFolderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Estimate what a recipe's trainings need: parameters, memory, hours, and whether they fit.
+    """Say what a command needs before it runs: memory, time, and whether that is practical.
 
-    Example: vqvae2 plan --config ffhq256 --num-images 70000 --device cuda --memory-gibibytes 24
+    Put plan before a command that trains or extracts, with all of its flags; --config RECIPE alone
+    plans all trainings of a recipe. Images are counted, steps are timed, and nothing is written.
+
+    Example: vqvae2 plan train --data.path photos --image.size 128
     """
 
-    recipe: str = field(metadata={"recipe_only": True})
+    recipe: str = field(default="", metadata={"recipe_only": True})
     """The recipe: its name, or a YAML file (--config)."""
+    planned: Any = field(metadata={"recipe_only": True})
+    """The configuration of the command to plan; without it, all trainings of the recipe."""
     num_images: int | None = None
-    """Training images, for the hours per epoch; without it an epoch is a million images."""
+    """Training images, instead of counting them: those of a stream, or of a recipe."""
     num_classes: int = 0
-    """Classes that the priors are conditioned on (a training reads them from the codes)."""
+    """Classes that the priors are conditioned on, if there are no images or codes yet to tell."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: what a training would use here. cuda without a GPU needs --memory-gibibytes."""
     memory_gibibytes: float | None = None
     """Memory of the device, if it is not this machine's."""
     num_devices: int = 1
     """Devices that share a batch."""
-    measure: bool = False
-    """Time a real step of every training on this device, for the hours."""
-    images_per_second: tuple[float, ...] = ()
-    """Measured rates (see metrics.jsonl): one, or one per training. They override --measure."""
 
     def __post_init__(self) -> None:
         check_between(self, 1, MOST_ROWS, "num_devices")
         check_between(self, 0, MOST_ROWS, "num_classes")
-        check_between(self, 1e-3, 1e9, "images_per_second")
         if self.num_images is not None:
             check_between(self, 1, 10**12, "num_images")
         if self.memory_gibibytes is not None:

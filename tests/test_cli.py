@@ -402,7 +402,7 @@ train --config tiny --data.path {photos} --output-dir {x}/vqvae --batch-size 8 -
 train --config tiny --data.path {photos} --output-dir {x}/prior_0 -> 'train-prior' | 'train'
 train --config tinny --data.path {photos} --output-dir {out} -> no recipe 'tinny' | tiny
 train --config -> --config has no value
-plan -> --config must be given
+plan -> train-prior | --config RECIPE
 EXTRACT --vqvae {x}/vqvae --data.validation-path {photos} -> trained with None
 EXTRACT --vqvae {empty} -> config.json | does not exist
 EXTRACT --vqvae runs/nowhere/vqvae -> runs/nowhere/vqvae is not a folder

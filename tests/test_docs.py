@@ -12,7 +12,7 @@ import pytest
 
 from docs.docstrings import as_rst
 from docs.flags import all_commands, describe, docstrings, groups
-from pipelines.cli import COMMANDS, flag_names, parse, split_command
+from pipelines.cli import COMMANDS, PLANNED, flag_names, parse, split_command
 from tests.conftest import ROOT, command
 from vqvae2 import quantizers
 from vqvae2.config import TrainVQVAEConfig
@@ -127,12 +127,14 @@ def commands_on(page: Path) -> Iterator[list[str]]:
 
 
 def test_every_command_on_the_pages_can_be_given() -> None:
-    """A shell's line continuations, dashes and comments included."""
+    """A shell's line continuations, dashes and comments included; and planned, where it trains."""
     number = 0
     for page in PAGES:
         if page.name != "CHANGELOG.md":  # it names flags of the past
             for words in commands_on(page):
                 parse(*split_command(words))
+                if words[0] in PLANNED:
+                    parse(*split_command(["plan", *words]))
                 number += 1
     assert number > 40
 

@@ -14,6 +14,7 @@ from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
+IMAGES = files("pipelines") / "demo_data" / "fashion_mnist.parquet"
 SUMMARY = """
 Made in {root}/:
   vqvae/ codes/ prior_0/ prior_1/       each stage's artifacts, metrics.jsonl and images/
@@ -38,7 +39,7 @@ def demo(config: DemoConfig) -> None:
     run.write(root)
     budget, made = config.budget, {"vqvae": f"{root}/vqvae"}
     codes, priors = f"{root}/codes", [f"{root}/prior_0", f"{root}/prior_1"]
-    with as_file(files("pipelines") / "demo_data" / "fashion_mnist.parquet") as images:
+    with as_file(IMAGES) as images:
         data = {"path": str(images)}
         _run("train", budget, data=data, output_dir=made["vqvae"])
         _run("extract", budget, **made, data=data, output_dir=codes)
@@ -53,11 +54,18 @@ def demo(config: DemoConfig) -> None:
     logger.info(summary(root))
 
 
+def demo_recipe(budget: float) -> dict[str, Any]:
+    """The demo recipe with this share of its training steps."""
+    recipe = load_recipe("demo")
+    for section in recipe.values():
+        if "num_steps" in section:
+            section["num_steps"] = max(1, round(section["num_steps"] * budget))
+    return recipe
+
+
 def _run(command: str, budget: float, **settings: Any) -> None:
     """A subcommand with the demo recipe's section and these settings."""
-    section = recipe_section(load_recipe("demo"), command, settings.get("level", "")) | settings
-    if "num_steps" in section:
-        section["num_steps"] = max(1, round(section["num_steps"] * budget))
+    section = recipe_section(demo_recipe(budget), command, settings.get("level", "")) | settings
     logger.info(f"\nvqvae2 {command} -> {settings['output_dir']}")
     function_of(command)(from_dict(COMMANDS[command][0], section, "recipe demo"))
 

@@ -79,7 +79,9 @@ def show_plan(config: RunConfig) -> None:
         path = Path(folder, RECIPE)
         path.write_text(text)
         classes = len(seen.class_names)
-        plan(PlanConfig(recipe=str(path), num_images=seen.number, num_classes=classes))
+        plan(
+            PlanConfig(recipe=str(path), planned=None, num_images=seen.number, num_classes=classes)
+        )
 
 
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
@@ -136,7 +138,8 @@ def step_seconds(recipe: dict[str, Any], seen: Look) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, RECIPE)
         path.write_text(yaml.safe_dump(recipe))
-        stages = stages_of(str(path), len(seen.class_names))
+        classes = len(seen.class_names)
+        stages = stages_of(PlanConfig(recipe=str(path), planned=None, num_classes=classes))
     seconds = {}
     for stage in stages:
         if "num_steps" in recipe[stage.name]:

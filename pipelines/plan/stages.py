@@ -1,7 +1,10 @@
-"""The trainings of a recipe, and what a step of each needs."""
+"""The stages that a command line stands for, and what a step of each needs."""
 
+import os
 import weakref
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,78 +17,143 @@ from torch.utils.flop_counter import flop_registry
 
 import prior.training
 from pipelines.cli import load_recipe, recipe_section
+from pipelines.commands.demo import IMAGES, demo_recipe
+from pipelines.commands.extract import LANES
+from pipelines.config import DemoConfig, ExtractConfig, PlanConfig
 from prior import attention
 from prior.config import TrainPriorConfig
-from prior.manifest import Manifest
+from prior.manifest import Manifest, read_manifest
 from prior.registry import make_prior
 from vqvae2 import losses
-from vqvae2.common.config import TrainingConfig, check, from_dict
-from vqvae2.config import TrainVQVAEConfig
+from vqvae2.common.config import TrainingConfig, from_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import looks_like_path
+from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
+from vqvae2.data import load_images, to_images
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Stage(NamedTuple):
-    """One training. Models and batches (of a number of random rows) lie on the default device."""
+    """A training, or an extraction. Models and batches of random rows lie on the default device."""
 
     name: str
     config: TrainingConfig
+    num_rows: int | None  #: of an epoch, where they are known
     make_model: Callable[[], nn.Module]
     loss_fn: Callable[[Any, Any], Any]
     make_batch: Callable[[int], dict[str, Any]]
+    quicker: str  #: what makes it quicker
 
     def loss(self, model: nn.Module, batch: Any, precision: str) -> Tensor:
-        """The loss `()` of a batch under autocast."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        with torch.autocast(next(model.parameters()).device.type, dtype, dtype is not None):
+        """The loss `()` of a batch under autocast; of an extraction, codes."""
+        device, dtype = next(model.parameters()).device.type, PRECISIONS[precision]
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return self.loss_fn(model, batch)[0]
 
 
-def stages_of(recipe_name: str, num_classes: int = 0) -> list[Stage]:
-    """The autoencoder's training, then each level's prior, coarse to fine. Raises a `UserError`:
-    no such recipe, an impossible setting, or a prior of a level that does not exist."""
-    recipe, where = load_recipe(recipe_name), f"recipe {recipe_name}"
+def stages_of(plan: PlanConfig) -> list[Stage]:
+    """The stage of a command; of the demo or a recipe, the autoencoder's training and each level's
+    prior. Raises a `UserError` as the commands do, and for images that cannot be counted."""
+    # The autoencoder: what an earlier command has not made yet is as the recipe would make it.
+    command, images = plan.planned, getattr(plan.planned, "data", None)
+    recipe, where = load_recipe(plan.recipe) if plan.recipe else {}, f"recipe {plan.recipe}"
+    if isinstance(command, DemoConfig):
+        recipe, images = demo_recipe(command.budget), ImagesConfig(path=str(IMAGES))
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
-    priors = [f"prior_{level}" for level in range(train.model.num_levels)]
-    extra = [name for name in recipe if name.startswith("prior_") and name not in priors]
-    check(not extra, f"{where}: section", ", ".join(extra), f"one of {', '.join(priors)}")
+    train = command if isinstance(command, TrainVQVAEConfig) else train
+    network, number, num_classes = train.model, plan.num_images, plan.num_classes
+    if isinstance(command, ExtractConfig) and _is_there(command.vqvae):
+        network = VQVAE2.from_pretrained(command.vqvae).config
 
-    # A prior takes its grids and vocabulary from a code dataset: describe the one to come.
+    # The images.
+    if images is not None and number is None:
+        try:
+            found = load_images(images, network.image, check=False)
+        except UserError as error:
+            what = "the images cannot be counted, so correct this or give --num-images"
+            raise UserError(f"{what}: {error}") from None
+        number, num_classes = len(found.train), len(found.class_names)
+        others = f"{len(found.validation):,} held out, {num_classes or 'no'} classes"
+        print(f"{number:,} training images, {others}")
+    if isinstance(command, ExtractConfig):
+        return [_extraction_stage(command, network, number or 0, plan.num_devices)]
+
+    # The codes.
     unknown: dict[str, Any] = {"encoder_hash": "", "rows_hash": "", "preprocessing": None}
-    sizes, classes = train.model.codebook_size_per_level, tuple(map(str, range(num_classes)))
-    codes = Manifest(grids=train.model.grids, codebook_sizes=sizes, class_names=classes, **unknown)
-    stages = [_autoencoder_stage(train)]
-    for level in map(str, range(len(priors))):
+    sizes, classes = network.codebook_size_per_level, tuple(map(str, range(num_classes)))
+    codes = Manifest(grids=network.grids, codebook_sizes=sizes, class_names=classes, **unknown)
+    if isinstance(command, TrainPriorConfig):
+        codes = (
+            read_manifest(Path(command.codes))
+            if _is_there(os.path.abspath(command.codes))
+            else codes
+        )
+        return [_prior_stage(command, codes, number or codes.num_train)]
+    stages = [_autoencoder_stage(train, number)]
+    number = number and number * len(recipe_section(recipe, "extract").get("views", [""]))
+    for level in map(str, range(0 if command is train else network.num_levels)):
         section = {**recipe_section(recipe, "train-prior", level), "level": level}
         config = from_dict(TrainPriorConfig, section, where, missing=tyro.MISSING)
-        stages.append(_prior_stage(config, codes))
+        stages.append(_prior_stage(config, codes, number))
     return stages
 
 
-def _autoencoder_stage(config: TrainVQVAEConfig) -> Stage:
-    image, gan = config.model.image, config.discriminator
-    kind, sizes = config.reconstruction_loss, config.model.codebook_size_per_level
+def _is_there(place: str) -> bool:
+    there = Path(place).exists() or not looks_like_path(place)
+    if not there:
+        print(f"{place} is not there yet: planned for what the recipe or the defaults make")
+    return there
+
+
+def _pixels(image: PreprocessingConfig, rows: int) -> dict[str, Any]:
+    shape = rows, image.channels, *image.height_width
+    return {"images": torch.randint(256, shape, dtype=torch.uint8)}
+
+
+def _autoencoder_stage(config: TrainVQVAEConfig, number: int | None) -> Stage:
+    gan, pixels = config.discriminator, partial(_pixels, config.model.image)
+    loss = config.reconstruction_loss, config.model.codebook_size_per_level
 
     def loss_fn(model: Any, batch: Any) -> Any:
         if not gan.weight:
-            return losses.make_loss(kind, sizes)(model, batch)
+            return losses.make_loss(*loss)(model, batch)
         term = losses.make_adversarial_term(gan, model.autoencoder.last_layer, start=0)
-        return losses.make_loss(kind, sizes, adversarial=term)(model, batch)
+        return losses.make_loss(*loss, adversarial=term)(model, batch)
 
     def make_model() -> nn.Module:
         model = VQVAE2(config.model)
         return AdversarialPair(model, gan) if gan.weight else model
 
-    def make_batch(rows: int) -> dict[str, Any]:
-        shape = (rows, image.channels, *image.height_width)
-        return {"images": torch.randint(256, shape, dtype=torch.uint8)}
+    if config.perceptual.weight:
+        print("The network of the perceptual loss takes more of everything than is planned here")
+    half = "--image.size " + " ".join(str(side // 2) for side in config.model.image.size)
+    quicker = f"{half}, or fewer --num-steps"
+    return Stage("train", config, number, make_model, loss_fn, pixels, quicker)
 
-    return Stage("train", config, make_model, loss_fn, make_batch)
+
+def _extraction_stage(
+    config: ExtractConfig, network: VQVAE2Config, number: int, num_devices: int
+) -> Stage:
+    size, rows = LANES * num_devices, number * len(config.views)  # a step: a batch on each device
+    options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "weight_ema_decay": 0}
+    steps = TrainingConfig(batch_size=size, num_steps=-(-rows // size), **options)
+
+    def codes(model: Any, batch: Any) -> Any:
+        return [level.codes for level in model.encode(to_images(batch["images"]))]
+
+    def make_model() -> nn.Module:
+        return VQVAE2(network).eval().requires_grad_(False)
+
+    pixels = partial(_pixels, network.image)
+    return Stage("extract", steps, rows, make_model, codes, pixels, "several machines")
 
 
-def _prior_stage(config: TrainPriorConfig, codes: Manifest) -> Stage:
+def _prior_stage(config: TrainPriorConfig, codes: Manifest, number: int | None) -> Stage:
     model = prior.training.prior_config(config, codes)
     loss_fn = prior.training.make_loss(model, token_corruption=config.token_corruption)
 
@@ -94,7 +162,9 @@ def _prior_stage(config: TrainPriorConfig, codes: Manifest) -> Stage:
         codes = [torch.randint(size, (rows, *grid)) for size, grid in levels]
         return {"codes": codes, "labels": torch.zeros(rows, dtype=torch.int64)}
 
-    return Stage(f"prior_{model.level}", config, lambda: make_prior(model), loss_fn, make_batch)
+    quicker, make_model = f"a smaller --{config.family}.width", partial(make_prior, model)
+    quicker += " or fewer --num-steps"
+    return Stage(f"prior_{model.level}", config, number, make_model, loss_fn, make_batch, quicker)
 
 
 ATEN, FLOPS = torch.ops.aten, dict(flop_registry)
@@ -130,21 +200,23 @@ def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, 
 
     The step is the real one under `FakeTensorMode` (meta tensors know no autocast, and torch's
     `MemTracker` is slower), as if on a CPU: for a GPU, which fuses operations, an approximation.
+    Several devices take no more each: the gradients are views of the buckets that they exchange.
     """
     with torch.device("meta"):
         model = stage.make_model()
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        model.to_empty(device="cpu").train()
+        model.to_empty(device="cpu")
         weights = meter.alive
-        for parameter in model.parameters():  # an earlier part of the batch has left its gradients
-            parameter.grad = torch.empty_like(parameter)
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter.grad = torch.empty_like(parameter)  # left by an earlier part of the batch
         constant = meter.alive
         for module in model.modules():
             if isinstance(module, Quantizer):  # its codebook's updates read values: there are none
                 module.eval()
         loss = stage.loss(model, stage.make_batch(rows), precision)
         activations = meter.alive - constant
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
     for cached in (attention._future, attention._window):
         cached.cache_clear()  # masks without memory must not meet real tensors
     averaged, gradients = weights * (stage.config.weight_ema_decay > 0), constant - weights

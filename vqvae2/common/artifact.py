@@ -1,5 +1,6 @@
 """Models as folders: `config.json` + `model.safetensors`, loaded strictly, no pickle."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -99,10 +100,18 @@ def state_bytes(make_model: Callable[[], nn.Module]) -> int:
         return sum(tensor.nbytes for tensor in make_model().state_dict().values())
 
 
+def machine_memory() -> int:
+    """Bytes of memory of this machine; of a container, what it may use."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    with contextlib.suppress(OSError, ValueError):
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
 def check_memory(make_model: Callable[[], nn.Module]) -> None:
     """Raise a `UserError` for a model whose weights alone exceed this machine's memory."""
     needed = state_bytes(make_model)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    memory = machine_memory()
     if needed > memory:
         sizes = f"{needed / 2**30:,.1f} GiB of weights, but this machine has {memory / 2**30:,.1f}"
         raise UserError(f"the network has {sizes} GiB of memory: make it smaller.")
