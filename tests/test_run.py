@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines.choices import Look, choose, look
+from pipelines.choices import choose, look
 from pipelines.commands.run import make_recipe, merged, parse_time, step_seconds
 from pipelines.config import RunConfig
 from tests.conftest import command, write_images
@@ -121,7 +121,9 @@ def test_the_steps_fit_the_budget(tmp_path: Path) -> None:
     steps = []
     for budget in ("2m", "4m"):
         config = RunConfig(data=data, output_dir="out", budget=budget)
-        with mock.patch("pipelines.commands.run.step_seconds", return_value=seconds):
+        with mock.patch(
+            "pipelines.commands.run.step_seconds", side_effect=lambda stage: seconds[stage.name]
+        ):
             text, _ = make_recipe(config)
         assert "&" not in text  # no alias
         recipe = yaml.safe_load(text)
@@ -130,10 +132,22 @@ def test_the_steps_fit_the_budget(tmp_path: Path) -> None:
     assert 100 < sum(seconds[name] * number for name, number in steps[0].items()) < 120
 
 
-def test_real_steps_are_timed_unless_their_number_is_given() -> None:
-    seen = Look(1000, short_side=32.0, channels=1)
-    recipe = choose(seen, on_gpu=False, given={"size": (32,)}).recipe
-    recipe["prior_1"]["num_steps"] = 3
-    seconds = step_seconds(recipe, seen)
-    assert list(seconds) == ["train", "prior_0"]
-    assert all(0 < each < 60 for each in seconds.values())
+def test_real_steps_are_timed_unless_their_number_is_given(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("prior_1: {num_steps: 3}")
+    data = ImagesConfig(path=str(write_images(tmp_path / "photos", 150)))
+    timed = []
+    with mock.patch(
+        "pipelines.commands.run.step_seconds", side_effect=lambda stage: timed.append(stage) or 0.1
+    ):
+        make_recipe(RunConfig(data=data, output_dir="out", recipe=str(tmp_path / "mine.yaml")))
+    assert [stage.name for stage in timed] == ["train", "prior_0"]
+    assert 0 < step_seconds(timed[0]) < 60
+
+
+def test_fewer_threads_compute_where_they_are_faster_now(tmp_path: Path) -> None:
+    data = ImagesConfig(path=str(write_images(tmp_path / "photos", 150)))
+    with mock.patch("pipelines.commands.run.fastest_number", return_value=1):
+        text, _ = make_recipe(RunConfig(data=data, output_dir="out", budget="1m"))
+    recipe = yaml.safe_load(text)
+    stages = ("train", "extract", "prior_0", "prior_1", "sample")
+    assert [recipe[name]["num_threads"] for name in stages] == [1] * 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vqvae2.common import threads
-from vqvae2.common.threads import OwnCpus, set_threads
+from vqvae2.common.threads import OwnCpus, fastest_number, set_threads
 
 CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 several = pytest.mark.skipif(len(CPUS) < 2, reason="there is one CPU, or no way to bind to it")
@@ -61,3 +61,13 @@ def test_a_run_says_once_that_other_processes_keep_the_cpus_busy(waited, said, m
         for now[0] in (5.0, 20.0, 40.0):
             own_cpus.warn()
     assert [record.message.count("--num-threads 1") for record in caplog.records] == [1] * said
+
+
+@pytest.mark.parametrize(("seconds", "number"), [({2: 1, 1: 0.9}, 0), ({2: 1, 1: 0.2}, 1)])
+def test_fewer_threads_are_chosen_if_they_are_clearly_faster(seconds, number, monkeypatch):
+    monkeypatch.setattr(threads, "DEFAULT_THREADS", 2)
+    try:
+        assert fastest_number(lambda: seconds[torch.get_num_threads()]) == number
+        assert torch.get_num_threads() == (number or 2)
+    finally:
+        torch.set_num_threads(1)

@@ -1,20 +1,26 @@
 """`vqvae2 demo`: the whole method on images that come with the package, by the demo recipe."""
 
 import logging
-from importlib.resources import as_file, files
+from dataclasses import replace
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
-from pipelines.config import DemoConfig
+from pipelines.cli import COMMANDS, function_of, recipe_section
+from pipelines.config import DemoConfig, PlanConfig
+from pipelines.plan.command import step_seconds
+from pipelines.plan.stages import stages_of
+from pipelines.recipes import DEMO_IMAGES, demo_recipe
 from prior.manifest import read_manifest
+from vqvae2.common.accelerate import use_cpu
 from vqvae2.common.config import from_dict
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, read_record
+from vqvae2.common.threads import fastest_number
 
 logger = logging.getLogger(__name__)
-IMAGES = files("pipelines") / "demo_data" / "fashion_mnist.parquet"
+RECORD = "demo_config.yaml"
 SUMMARY = """
 Made in {root}/:
   vqvae/ codes/ prior_0/ prior_1/       each stage's artifacts, metrics.jsonl and images/
@@ -34,38 +40,42 @@ def demo(config: DemoConfig) -> None:
     """Train the autoencoder, extract its codes, train both priors, assemble, reconstruct, sample.
     Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
     root = Path(config.output_dir)
-    run = RunRecord("demo", config, "demo_config.yaml")
+    run = RunRecord("demo", config, RECORD)
     run.check(root)
-    run.write(root)
-    budget, made = config.budget, {"vqvae": f"{root}/vqvae"}
+    threads = find_threads(root, config)
+    replace(run, notes={"num_threads": threads}).write(root)
+    recipe, made = demo_recipe(config.budget, threads), {"vqvae": f"{root}/vqvae"}
     codes, priors = f"{root}/codes", [f"{root}/prior_0", f"{root}/prior_1"]
-    with as_file(IMAGES) as images:
+    with as_file(DEMO_IMAGES) as images:
         data = {"path": str(images)}
-        _run("train", budget, data=data, output_dir=made["vqvae"])
-        _run("extract", budget, **made, data=data, output_dir=codes)
+        _run("train", recipe, data=data, output_dir=made["vqvae"])
+        _run("extract", recipe, **made, data=data, output_dir=codes)
         for level, folder in enumerate(priors):
-            _run("train-prior", budget, **made, level=str(level), codes=codes, output_dir=folder)
-        _run("assemble", budget, **made, priors=priors, output_dir=f"{root}/pipeline")
+            _run("train-prior", recipe, **made, level=str(level), codes=codes, output_dir=folder)
+        _run("assemble", recipe, **made, priors=priors, output_dir=f"{root}/pipeline")
         if not (shown := root / "reconstructions" / "reconstructions.png").exists():
             options = {"data": data, "held_out": True, "output_dir": str(shown.parent)}
-            _run("reconstruct", budget, **made, **options)
+            _run("reconstruct", recipe, **made, **options)
     if not (shown := root / "samples" / "samples.png").exists():
-        _run("sample", budget, pipeline=f"{root}/pipeline", output_dir=str(shown.parent))
+        _run("sample", recipe, pipeline=f"{root}/pipeline", output_dir=str(shown.parent))
     logger.info(summary(root))
 
 
-def demo_recipe(budget: float) -> dict[str, Any]:
-    """The demo recipe with this share of its training steps."""
-    recipe = load_recipe("demo")
-    for section in recipe.values():
-        if "num_steps" in section:
-            section["num_steps"] = max(1, round(section["num_steps"] * budget))
-    return recipe
+def find_threads(root: Path, config: DemoConfig) -> int:
+    """The number of threads of a demo that was begun here, else the one that is fastest now."""
+    path = root / RECORD
+    if path.exists():
+        return int(read_record(path).get("num_threads", 0))
+    first = stages_of(PlanConfig(recipe="", planned=config))[0]
+    threads = 0 if not use_cpu() else fastest_number(lambda: step_seconds(first))
+    if threads:
+        logger.info("%d threads: more are slower now, beside other programs.", threads)
+    return threads
 
 
-def _run(command: str, budget: float, **settings: Any) -> None:
+def _run(command: str, recipe: dict[str, Any], **settings: Any) -> None:
     """A subcommand with the demo recipe's section and these settings."""
-    section = recipe_section(demo_recipe(budget), command, settings.get("level", "")) | settings
+    section = recipe_section(recipe, command, settings.get("level", "")) | settings
     logger.info(f"\nvqvae2 {command} -> {settings['output_dir']}")
     function_of(command)(from_dict(COMMANDS[command][0], section, "recipe demo"))
 

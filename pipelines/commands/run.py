@@ -16,17 +16,18 @@ from pipelines.choices import Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import PlanConfig, RunConfig
 from pipelines.model_index import INDEX_NAME
-from pipelines.plan.command import plan, time_step
-from pipelines.plan.stages import stages_of
+from pipelines.plan.command import plan, step_seconds
+from pipelines.plan.stages import Stage, stages_of
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
-from vqvae2.common.accelerate import native_bf16, processes, use_cpu
+from vqvae2.common.accelerate import processes, use_cpu
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.threads import fastest_number
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
@@ -100,9 +101,19 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
         recipe = merged(recipe, load_recipe(config.recipe))
         choice.reasons.append(f"what the recipe {config.recipe} says comes first")
 
+    # Threads: fewer where other programs keep the CPUs busy.
+    stages = stages_to_come(recipe, seen)
+    if threads := 0 if on_gpu else fastest_number(lambda: step_seconds(stages[0])):
+        for name in ("train", "extract", *(stage.name for stage in stages[1:]), "sample"):
+            recipe[name] = {"num_threads": threads, **recipe.get(name, {})}
+        choice.reasons.append(f"{threads} threads: more are slower now, beside other programs")
+
     # Steps: as many as the budget allows at this machine's speed.
-    for name, per_step in step_seconds(recipe, seen).items():
-        section = recipe[name]
+    for stage in stages:
+        name, section = stage.name, recipe[stage.name]
+        if "num_steps" in section:
+            continue
+        per_step = step_seconds(stage)
         most = MOST_EPOCHS * seen.number // section["batch_size"]
         steps = max(20, min(most, round(SHARES[name] * seconds / per_step)))
         set_steps(section, steps)
@@ -131,22 +142,13 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def step_seconds(recipe: dict[str, Any], seen: Look) -> dict[str, float]:
-    """Seconds of a real step of each training whose length is not given, measured here."""
-    kind = "cpu" if use_cpu() else "cuda"
-    precision = "bf16" if native_bf16() else "no"
+def stages_to_come(recipe: dict[str, Any], seen: Look) -> list[Stage]:
+    """The trainings of a recipe."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, RECIPE)
         path.write_text(yaml.safe_dump(recipe))
         classes = len(seen.class_names)
-        stages = stages_of(PlanConfig(recipe=str(path), planned=None, num_classes=classes))
-    seconds = {}
-    for stage in stages:
-        if "num_steps" in recipe[stage.name]:
-            continue
-        passes, update = time_step(stage, stage.config.batch_size, kind, precision)
-        seconds[stage.name] = passes + update
-    return seconds
+        return stages_of(PlanConfig(recipe=str(path), planned=None, num_classes=classes))
 
 
 def set_steps(section: dict[str, Any], steps: int) -> None:

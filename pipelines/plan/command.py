@@ -11,6 +11,7 @@ from vqvae2.common.accelerate import native_bf16, use_cpu
 from vqvae2.common.artifact import machine_memory
 from vqvae2.common.config import check
 from vqvae2.common.messages import progress_bar
+from vqvae2.common.threads import OwnCpus
 
 # What a process takes beside its tensors, in GiB, and what for each byte of them. CPU: measured,
 # 1.2 to 1.5. GPU: assumed, not measured.
@@ -133,6 +134,12 @@ def time_step(stage: Stage, rows: int, kind: str, precision: str) -> tuple[float
     return time_work(passes), time_work(optimizer.step)
 
 
+def step_seconds(stage: Stage) -> float:
+    """Seconds of a real step of a training, measured here."""
+    kind, precision = "cpu" if use_cpu() else "cuda", "bf16" if native_bf16() else "no"
+    return sum(time_step(stage, stage.config.batch_size, kind, precision))
+
+
 def matrix_speed(kind: str, precision: str) -> float:
     """FLOP/s of a matrix product here and now."""
     matrix = torch.ones(1024, 1024, dtype=PRECISIONS[precision], device=kind)
@@ -142,4 +149,5 @@ def matrix_speed(kind: str, precision: str) -> float:
 def time_work(work: Callable[[], object]) -> float:
     """Median seconds."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.3).median
+    with OwnCpus(bind=use_cpu()):
+        return timer.blocked_autorange(min_run_time=0.3).median

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 
 import prior.training
 from pipelines.cli import load_recipe, recipe_section
-from pipelines.commands.demo import IMAGES, demo_recipe
 from pipelines.commands.extract import LANES
 from pipelines.config import DemoConfig, ExtractConfig, PlanConfig
+from pipelines.recipes import DEMO_IMAGES, demo_recipe
 from prior import attention
 from prior.config import TrainPriorConfig
 from prior.manifest import Manifest, read_manifest
@@ -62,7 +62,7 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
     command, images = plan.planned, getattr(plan.planned, "data", None)
     recipe, where = load_recipe(plan.recipe) if plan.recipe else {}, f"recipe {plan.recipe}"
     if isinstance(command, DemoConfig):
-        recipe, images = demo_recipe(command.budget), ImagesConfig(path=str(IMAGES))
+        recipe, images = demo_recipe(command.budget), ImagesConfig(path=str(DEMO_IMAGES))
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
     train = command if isinstance(command, TrainVQVAEConfig) else train
