@@ -1,7 +1,10 @@
-"""Sampling around given codes: completion, inpainting, variations."""
+"""Sampling around given codes (inpainting, variations), and codes that users give."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
@@ -9,44 +12,84 @@ from torch import Tensor
 from prior.base import Prior
 from prior.sampling import Known
 from vqvae2.common.config import check
+from vqvae2.common.errors import UserError
+from vqvae2.config import PreprocessingConfig, VQVAE2Config
+from vqvae2.data import load_picture, open_picture, picture_size
 from vqvae2.model import VQVAE2
 
 
-@torch.no_grad()
-def known_outside(model: VQVAE2, images: Tensor, mask: Tensor) -> list[Known]:
-    """For inpainting: the codes of images `(B, C, H, W)` in [-1, 1], given in each cell of the
-    grid that holds no pixel to be repainted.
+def known_codes(
+    model: VQVAE2, images: Any, mask: Any = None, num_levels: int | None = None
+) -> list[Known | None]:
+    """What is kept of images (see `vqvae2.data.as_images`), one row each: with a mask the codes
+    outside its white area, else the `num_levels` (1 for None) coarsest levels.
+
+    Args:
+        mask: a picture as large as the image's (a PIL image, a path, an array), white where it is
+            to be repainted; or a bool tensor `(B, H, W)` or `(H, W)` of the model's size.
+
+    Raises:
+        UserError: an image or the mask cannot be read, or they differ in size.
+    """
+    if mask is None:
+        return keep_levels(model, images, 1 if num_levels is None else num_levels)
+    if not isinstance(mask, Tensor):
+        mask = _painted(mask, images, model.config.image)
+    return [*known_outside(model, images, mask)]
+
+
+def _painted(mask: Any, images: Any, config: PreprocessingConfig) -> Tensor:
+    """The white area `(H, W)` of a mask that was painted over these images."""
+    is_bool = isinstance(mask, np.ndarray) and mask.dtype == bool
+    picture = open_picture(mask * np.uint8(255) if is_bool else mask)
+    for one in images if isinstance(images, list | tuple) else [images]:
+        is_prepared = isinstance(one, Tensor) or getattr(one, "ndim", 0) == 4
+        size = config.height_width[::-1] if is_prepared else picture_size(open_picture(one))
+        if picture_size(picture) != size:
+            seen = "the mask has {} x {} pixels, and the image {} x {}"
+            seen = seen.format(*picture_size(picture), *size)
+            raise UserError(f"{seen}: paint the mask over the image itself.")
+    grey = dataclasses.replace(config, channels=1, background="black", value_range=(0, 255))
+    return load_picture(picture, grey)[0, 0] > 127
+
+
+def known_outside(model: VQVAE2, images: Any, mask: Tensor) -> list[Known]:
+    """For inpainting: the codes of images (see `as_images`), given in each cell of the grid that
+    holds no pixel to be repainted.
 
     Pixels near the mask change a little, as the decoder mixes neighbouring cells.
 
     Args:
-        mask: `(B, H, W)` bool, true where an image is to be repainted; a `UserError` if it differs
-            from the images in size.
+        mask: `(B, H, W)` or `(H, W)` bool, true where an image is to be repainted; a `UserError`
+            if it differs from the images in size.
     """
-    size = (len(images), *images.shape[2:])
-    check(mask.shape == size, "the mask's shape", tuple(mask.shape), f"{size}, as the images'")
-    known = []
-    for level in model.encode(images):
-        h, w = level.codes.shape[1:]
-        repainted = reduce(mask.float(), "b (h up) (w across) -> b h w", "max", h=h, w=w).bool()
-        known.append(Known(level.codes, ~repainted))
+    codes = model.encode_images(images)
+    size = (len(codes[0]), *model.config.image.height_width)
+    fits = mask.dtype == torch.bool and tuple(mask.shape) in (size, size[1:])
+    seen = f"{tuple(mask.shape)} {mask.dtype}"
+    check(fits, "the mask", seen, f"{size} or {size[1:]} torch.bool, as the images")
+    mask, known = mask.to(model.device).expand(size).float(), []
+    for level in codes:
+        h, w = level.shape[1:]
+        repainted = reduce(mask, "b (h up) (w across) -> b h w", "max", h=h, w=w).bool()
+        known.append(Known(level, ~repainted))
     return known
 
 
-@torch.no_grad()
-def keep_levels(model: VQVAE2, images: Tensor, number: int) -> list[Known | None]:
-    """For variations: all codes of the `number` coarsest levels of images `(B, C, H, W)` in
-    [-1, 1], and none of the finer levels', of which there must be one or more (`UserError`)."""
+def keep_levels(model: VQVAE2, images: Any, number: int) -> list[Known | None]:
+    """For variations: all codes of the `number` coarsest levels of images (see `as_images`), and
+    none of the finer levels', of which there must be one or more (`UserError`)."""
     most = model.config.num_levels - 1
-    check(1 <= number <= most, "keep_levels", number, f"from 1 to {most}: finer levels vary")
-    codes = [level.codes for level in model.encode(images)]
+    allowed = f"from 1 to {most}: finer levels vary" if most else "left alone: there is one level"
+    check(1 <= number <= most, "keep_levels", number, allowed)
+    codes = model.encode_images(images)
     kept = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes[:number]]
     return [*kept, *[None] * (len(codes) - number)]
 
 
 def repeat_known(known: Sequence[Known | None], number: int) -> list[Known | None]:
     """The same given codes for `number` images: image i has those of row i modulo the rows."""
-    rows = torch.arange(number)
+    rows = torch.arange(max(number, 0))
     return [level and Known(*(tensor[rows % len(tensor)] for tensor in level)) for level in known]
 
 
@@ -61,6 +104,24 @@ def check_known(known: Sequence[Known | None], priors: Sequence[Prior], num_imag
         shape, shapes = (num_images, *prior.config.grids[-1]), [tuple(t.shape) for t in given]
         allowed = f"{shape}, one grid per image, as the mask: see repeat_known"
         check(shapes == [shape, shape], f"known[{level}]: shape", shapes, allowed)
-        last, ends = prior.config.codebook_sizes[-1] - 1, given.codes.aminmax()
-        low, high = int(ends.min), int(ends.max)
-        check(0 <= low <= high <= last, f"known[{level}]: codes", (low, high), f"from 0 to {last}")
+        _check_range(f"known[{level}]", given.codes, prior.config.codebook_sizes[-1])
+
+
+def as_codes(given: Sequence[Any], config: VQVAE2Config) -> list[Tensor]:
+    """Codes `(B, h, w)` per level, coarse to fine, tensors or arrays, as int64 tensors. Raises a
+    `UserError` for any that the autoencoder does not have."""
+    levels = [torch.as_tensor(level) for level in given]
+    shapes = [tuple(level.shape) for level in levels]
+    number = len(levels[0]) if levels and shapes[0] else 0
+    fits = number > 0 and shapes == [(number, *grid) for grid in config.grids]
+    fits = fits and not any(level.is_floating_point() for level in levels)
+    check(fits, "codes: shapes", shapes, f"one integer (B, h, w) per level: {config.grids}")
+    for level, size in enumerate(config.codebook_size_per_level):
+        levels[level] = levels[level].long()  # torch compares no uint16
+        _check_range(f"codes[{level}]", levels[level], size)
+    return levels
+
+
+def _check_range(key: str, codes: Tensor, size: int) -> None:
+    low, high = int(codes.min()), int(codes.max())
+    check(0 <= low <= high < size, f"{key}: codes", (low, high), f"from 0 to {size - 1}")

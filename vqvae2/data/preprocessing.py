@@ -1,15 +1,19 @@
 """From a decoded picture to pixels in the channels, size and range of the configuration."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import MODES
 from vqvae2.config import PreprocessingConfig
-from vqvae2.data.decoding import Picture, read_picture_file
+from vqvae2.data.decoding import Picture, first_line, read_picture_file
 
 Window = tuple[float, float, float, float]
 """A part of a picture: left, top, right, bottom in pixels."""
@@ -22,17 +26,68 @@ def to_images(pixels: Tensor) -> Tensor:
     return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
 
 
-def load_picture(path: str, config: PreprocessingConfig) -> Tensor:
-    """One picture file as pixels `(1, C, H, W)`.
+def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
+    """Images `(B, C, H, W)` in [-1, 1], prepared as in training, of whatever shows some.
+
+    Args:
+        given: a picture or a list of them, each a PIL image, a path, or an array `(H, W)` or
+            `(H, W, C)` as a .npy file may hold; or images that are prepared: a tensor or an array
+            `(B, C, H, W)`, or a tensor `(C, H, W)`, in [-1, 1] or of bytes.
+
+    Raises:
+        UserError: it is none of these, or does not match the configuration.
+    """
+    # Prepared images are only checked.
+    if isinstance(given, np.ndarray) and given.ndim == 4:
+        given = torch.from_numpy(given)
+    if isinstance(given, Tensor):
+        shape, sizes = tuple(given.shape), (config.channels, *config.height_width)
+        allowed = f"(B, {', '.join(map(str, sizes))}), as the model's images"
+        check(shape[-3:] == sizes and len(shape) < 5 and 0 not in shape, "shape", shape, allowed)
+        is_image = given.is_floating_point() or given.dtype == torch.uint8
+        check(is_image, "the images' type", given.dtype, "floating, in [-1, 1], or uint8")
+        images = to_images(given).float().reshape(-1, *sizes)
+        low, high = round(images.min().item(), 3), round(images.max().item(), 3)
+        check(-1 <= low <= high <= 1, "the images' range", (low, high), "within [-1, 1]")
+        return images
+
+    # Pictures, one after the other: each error says which it is about.
+    pictures, rows = given if isinstance(given, list | tuple) else [given], []
+    for i, picture in enumerate(pictures):
+        try:
+            is_prepared = isinstance(picture, Tensor)
+            one = picture if is_prepared else load_picture(picture, config)
+            rows.append(as_images(one, config))
+        except (UserError, OSError) as error:  # Pillow decodes only when it has to
+            raise UserError(f"image {i}: {first_line(error)}") from None
+    if not rows:
+        raise UserError("there is no image: give one or more.")
+    return torch.cat(rows)
+
+
+def load_picture(given: str | Path | Picture, config: PreprocessingConfig) -> Tensor:
+    """One picture, or the file of one, as pixels `(1, C, H, W)`.
 
     Raises:
         UserError: the file is missing, is no picture, or cannot be prepared.
     """
-    picture = read_picture_file(path)
+    picture = open_picture(given)
     try:
         return torch.from_numpy(prepare(picture, config))[None]
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        name = f"{given}: " if isinstance(given, str | Path) else ""
+        raise UserError(f"{name}{error}") from None
+
+
+def open_picture(given: Any) -> Picture:
+    """The picture in a file; a picture is returned as it is. Raises as `read_picture_file`, and a
+    `UserError` for what is neither."""
+    if isinstance(given, str | Path):
+        return read_picture_file(str(given))
+    if not isinstance(given, Image.Image | np.ndarray):
+        allowed = "a PIL image, a path, an array or a tensor"
+        raise UserError(f"it is of type {type(given).__name__}, but must be {allowed}.")
+    return given
 
 
 def prepare(
