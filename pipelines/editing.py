@@ -66,8 +66,8 @@ def known_outside(model: VQVAE2, images: Any, mask: Tensor) -> list[Known]:
     codes = model.encode_images(images)
     size = (len(codes[0]), *model.config.image.height_width)
     fits = mask.dtype == torch.bool and tuple(mask.shape) in (size, size[1:])
-    seen = f"{tuple(mask.shape)} {mask.dtype}"
-    check(fits, "the mask", seen, f"{size} or {size[1:]} torch.bool, as the images")
+    allowed = f"{size} or {size[1:]} of torch.bool, as the images"
+    check(fits, f"the mask of {mask.dtype}", tuple(mask.shape), allowed)
     mask, known = mask.to(model.device).expand(size).float(), []
     for level in codes:
         h, w = level.shape[1:]

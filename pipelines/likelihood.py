@@ -21,7 +21,7 @@ def log_likelihood(
     """
     number, levels = len(codes[0]), []
     if len(labels) not in (0, 1, number):
-        what = f"there are {len(labels)} labels, but {number} images"
+        what = f"{len(labels)} labels do not fit the number of images, {number}"
         raise UserError(f"{what}: give one label, or one per image.")
     classes = torch.tensor([*labels] * (number if len(labels) == 1 else 1))
     for level, prior in enumerate(priors):

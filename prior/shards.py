@@ -130,7 +130,7 @@ def content_hash(tables: Sequence[pa.Table]) -> str:
         for table in tables:
             column = table[name].combine_chunks()
             if name == "label":  # 32 bits, as they once were stored
-                column = column.cast(pa.int32())
+                column = column.cast(pa.int32(), safe=False)
             if pa.types.is_string(column.type):
                 digest.update("".join(map(json.dumps, column.to_pylist())).encode())
             else:

@@ -173,7 +173,7 @@ class VQVAE2Config:
         """Images and codes in a few words."""
         sides = " x ".join(map(str, self.image.height_width))
         codes = " + ".join(describe_grids(self.grids, self.codebook_size_per_level))
-        return f"{sides} images of {self.image.channels} channels, codes {codes}"
+        return f"images {sides}, channels {self.image.channels}, codes {codes}"
 
 
 @dataclass(frozen=True, kw_only=True)
