@@ -13,7 +13,7 @@ from prior.base import Prior
 from prior.sampling import Known
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
-from vqvae2.config import PreprocessingConfig, VQVAE2Config
+from vqvae2.config import PreprocessingConfig
 from vqvae2.data import load_picture, open_picture, picture_size
 from vqvae2.model import VQVAE2
 
@@ -107,10 +107,10 @@ def check_known(known: Sequence[Known | None], priors: Sequence[Prior], num_imag
         _check_range(f"known[{level}]", given.codes, prior.config.codebook_sizes[-1])
 
 
-def as_codes(given: Sequence[Any], config: VQVAE2Config) -> list[Tensor]:
-    """Codes `(B, h, w)` per level, coarse to fine, tensors or arrays, as int64 tensors. Raises a
-    `UserError` for any that the autoencoder does not have."""
-    levels = [torch.as_tensor(level) for level in given]
+def as_codes(given: Sequence[Any], model: VQVAE2) -> list[Tensor]:
+    """Codes `(B, h, w)` per level, coarse to fine, tensors or arrays, as int64 tensors where the
+    model is. Raises a `UserError` for any that it does not have."""
+    levels, config = [torch.as_tensor(level).to(model.device) for level in given], model.config
     shapes = [tuple(level.shape) for level in levels]
     number = len(levels[0]) if levels and shapes[0] else 0
     fits = number > 0 and shapes == [(number, *grid) for grid in config.grids]

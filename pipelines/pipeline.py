@@ -164,8 +164,7 @@ class VQVAE2Pipeline:
         check_known(known, self.priors, num_images)
         numbers = self.label_numbers(labels)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        settings |= {"guidance_scale": guidance_scale}
-        samplings = SamplingConfig.per_level(len(self.priors), **settings)
+        samplings = SamplingConfig.per_level(len(known), guidance_scale=guidance_scale, **settings)
 
         # Sample in batches of exactly `lanes` images, and keep those that were asked for.
         outputs: list[list[Tensor]] = []  # per batch: images and, level by level, codes
@@ -183,7 +182,7 @@ class VQVAE2Pipeline:
                 inputs = codes, classes.to(prior.device) if prior.config.num_classes else None
                 noise: dict[str, Any] = {"sampling": sampling, "seeds": seeds}
                 codes.append(prior.sample(lanes, *inputs, **noise, known=given, bf16=bf16))
-            images = self.decode(codes, output_type="pt")
+            images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
             asked = slice(batch.start - first, batch.stop - first)
             outputs.append([tensor[asked].cpu() for tensor in (images, *codes)])
             bar.update(len(batch))
@@ -204,8 +203,9 @@ class VQVAE2Pipeline:
     def decode(self, codes: Sequence[Any], *, output_type: str = "pil") -> Any:
         """The images of codes `(B, h, w)` per level, coarse to fine; see `PipelineOutput`."""
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
-        levels = [level.to(self.vqvae.device) for level in as_codes(codes, self.vqvae.config)]
-        images = self.vqvae.decode_codes(levels).float().clamp(-1, 1).cpu()
+        batches = zip(*(level.split(32) for level in as_codes(codes, self.vqvae)), strict=True)
+        images = torch.cat([self.vqvae.decode_codes(few).float().cpu() for few in batches])
+        images = images.clamp(-1, 1)
         return to_pil(images) if output_type == "pil" else images
 
     def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
@@ -230,11 +230,8 @@ class VQVAE2Pipeline:
 
     def log_likelihood(self, images: Any, labels: Labels = None) -> Tensor:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its
-        level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.)
-
-        Args:
-            labels: one for all images, or one per image; None hides them, where they can be.
-        """
+        level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
+        label for all images, or one per image; None hides them, where they can be."""
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
             raise UserError("the priors do not do without labels: give one, or one per image.")

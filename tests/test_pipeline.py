@@ -237,7 +237,7 @@ def test_a_notebook_shows_in_a_few_lines_what_it_has(pipeline: VQVAE2Pipeline) -
     assert lines[3].startswith(
         "  prior_1: TransformerPrior(level 1, codes 4 x 4 of 32 given 2 x 2 "
     )
-    assert lines[3].endswith(" M parameters, cpu)")
+    assert lines[3].endswith(" parameters, cpu)")
     assert lines[4] == "  classes: bag, coat, dress"
 
 

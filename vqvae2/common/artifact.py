@@ -56,8 +56,8 @@ class Artifact(ModelHubMixin):
     def __repr__(self) -> str:
         """One line; `torch.nn.Module.__repr__(model)` lists the layers."""
         model = cast(nn.Module, self)
-        millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-        size = f"{millions:.2f} M parameters, {self.device}"
+        number = sum(weight.numel() for weight in model.parameters())
+        size = f"{number:,} parameters, {self.device}"
         return f"{type(self).__name__}({self.config.summary()}, {size})"
 
     @property
