@@ -18,11 +18,11 @@ from vqvae2.data import load_picture, open_picture, picture_size
 from vqvae2.model import VQVAE2
 
 
-def known_codes(
-    model: VQVAE2, images: Any, mask: Any = None, num_levels: int | None = None
-) -> list[Known | None]:
-    """What is kept of images (see `vqvae2.data.as_images`), one row each: with a mask the codes
-    outside its white area, else the `num_levels` (1 for None) coarsest levels.
+def known_outside(model: VQVAE2, images: Any, mask: Any) -> list[Known]:
+    """For inpainting: the codes of images (see `as_images`), given in each cell of the grid that
+    holds no pixel to be repainted.
+
+    Pixels near the mask change a little, as the decoder mixes neighbouring cells.
 
     Args:
         mask: a picture as large as the image's (a PIL image, a path, an array), white where it is
@@ -31,11 +31,19 @@ def known_codes(
     Raises:
         UserError: an image or the mask cannot be read, or they differ in size.
     """
-    if mask is None:
-        return keep_levels(model, images, 1 if num_levels is None else num_levels)
     if not isinstance(mask, Tensor):
         mask = _painted(mask, images, model.config.image)
-    return [*known_outside(model, images, mask)]
+    codes = model.encode_images(images)
+    size = (len(codes[0]), *model.config.image.height_width)
+    fits = mask.dtype == torch.bool and tuple(mask.shape) in (size, size[1:])
+    allowed = f"{size} or {size[1:]} of torch.bool, as the images"
+    check(fits, f"the mask of {mask.dtype}", tuple(mask.shape), allowed)
+    mask, known = mask.to(model.device).expand(size).float(), []
+    for level in codes:
+        h, w = level.shape[1:]
+        repainted = reduce(mask, "b (h up) (w across) -> b h w", "max", h=h, w=w).bool()
+        known.append(Known(level, ~repainted))
+    return known
 
 
 def _painted(mask: Any, images: Any, config: PreprocessingConfig) -> Tensor:
@@ -53,35 +61,12 @@ def _painted(mask: Any, images: Any, config: PreprocessingConfig) -> Tensor:
     return load_picture(picture, grey)[0, 0] > 127
 
 
-def known_outside(model: VQVAE2, images: Any, mask: Tensor) -> list[Known]:
-    """For inpainting: the codes of images (see `as_images`), given in each cell of the grid that
-    holds no pixel to be repainted.
-
-    Pixels near the mask change a little, as the decoder mixes neighbouring cells.
-
-    Args:
-        mask: `(B, H, W)` or `(H, W)` bool, true where an image is to be repainted; a `UserError`
-            if it differs from the images in size.
-    """
-    codes = model.encode_images(images)
-    size = (len(codes[0]), *model.config.image.height_width)
-    fits = mask.dtype == torch.bool and tuple(mask.shape) in (size, size[1:])
-    allowed = f"{size} or {size[1:]} of torch.bool, as the images"
-    check(fits, f"the mask of {mask.dtype}", tuple(mask.shape), allowed)
-    mask, known = mask.to(model.device).expand(size).float(), []
-    for level in codes:
-        h, w = level.shape[1:]
-        repainted = reduce(mask, "b (h up) (w across) -> b h w", "max", h=h, w=w).bool()
-        known.append(Known(level, ~repainted))
-    return known
-
-
 def keep_levels(model: VQVAE2, images: Any, number: int) -> list[Known | None]:
     """For variations: all codes of the `number` coarsest levels of images (see `as_images`), and
     none of the finer levels', of which there must be one or more (`UserError`)."""
     most = model.config.num_levels - 1
     allowed = f"from 1 to {most}: finer levels vary" if most else "left alone: there is one level"
-    check(1 <= number <= most, "keep_levels", number, allowed)
+    check(number in range(1, most + 1), "keep_levels", number, allowed)
     codes = model.encode_images(images)
     kept = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes[:number]]
     return [*kept, *[None] * (len(codes) - number)]
@@ -110,13 +95,17 @@ def check_known(known: Sequence[Known | None], priors: Sequence[Prior], num_imag
 def as_codes(given: Sequence[Any], model: VQVAE2) -> list[Tensor]:
     """Codes `(B, h, w)` per level, coarse to fine, tensors or arrays, as int64 tensors where the
     model is. Raises a `UserError` for any that it does not have."""
-    levels, config = [torch.as_tensor(level).to(model.device) for level in given], model.config
+    try:
+        levels = [torch.as_tensor(level).to(model.device) for level in given]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"there are no codes ({error}): give a tensor per level.") from None
     shapes = [tuple(level.shape) for level in levels]
     number = len(levels[0]) if levels and shapes[0] else 0
-    fits = number > 0 and shapes == [(number, *grid) for grid in config.grids]
+    fits = number > 0 and shapes == [(number, *grid) for grid in model.config.grids]
     fits = fits and not any(level.is_floating_point() for level in levels)
-    check(fits, "codes: shapes", shapes, f"one integer (B, h, w) per level: {config.grids}")
-    for level, size in enumerate(config.codebook_size_per_level):
+    allowed = f"integers (B, h, w), one per level, on the grids {model.config.grids}"
+    check(fits, "the shape of the codes", shapes, allowed)
+    for level, size in enumerate(model.config.codebook_size_per_level):
         levels[level] = levels[level].long()  # torch compares no uint16
         _check_range(f"codes[{level}]", levels[level], size)
     return levels

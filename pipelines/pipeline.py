@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pipelines import editing
 from pipelines.belonging import refuse_mismatches
 from pipelines.config import LANES
-from pipelines.editing import as_codes, check_known, known_codes, repeat_known
 from pipelines.labels import Labels, hidden_unless_given, label_numbers
 from pipelines.likelihood import log_likelihood
 from pipelines.model_index import (
@@ -161,7 +161,7 @@ class VQVAE2Pipeline:
         check(first_index >= 0, "first_index", first_index, "0 or more")
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
         known = known or [None] * len(self.priors)
-        check_known(known, self.priors, num_images)
+        editing.check_known(known, self.priors, num_images)
         numbers = self.label_numbers(labels)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         samplings = SamplingConfig.per_level(len(known), guidance_scale=guidance_scale, **settings)
@@ -203,7 +203,8 @@ class VQVAE2Pipeline:
     def decode(self, codes: Sequence[Any], *, output_type: str = "pil") -> Any:
         """The images of codes `(B, h, w)` per level, coarse to fine; see `PipelineOutput`."""
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
-        batches = zip(*(level.split(32) for level in as_codes(codes, self.vqvae)), strict=True)
+        levels = editing.as_codes(codes, self.vqvae)
+        batches = zip(*(level.split(32) for level in levels), strict=True)
         images = torch.cat([self.vqvae.decode_codes(few).float().cpu() for few in batches])
         images = images.clamp(-1, 1)
         return to_pil(images) if output_type == "pil" else images
@@ -218,15 +219,15 @@ class VQVAE2Pipeline:
         """Other images with the coarsest levels of this one (of several, in turn), the same as
         `vqvae2 sample --init-image` writes. Labels are hidden where they can be, unless given;
         `options` are those of a call: seed, labels, temperature, ..."""
-        return self._edit(known_codes(self.vqvae, image, None, keep_levels), num_images, options)
+        return self._edit(editing.keep_levels(self.vqvae, image, keep_levels), num_images, options)
 
     def inpaint(self, image: Any, mask: Any, num_images: int = 4, **options: Any) -> PipelineOutput:
-        """The image repainted where the mask is white; see `known_codes` and `variations`."""
-        return self._edit(known_codes(self.vqvae, image, mask), num_images, options)
+        """The image repainted where the mask is white; see `known_outside` and `variations`."""
+        return self._edit(editing.known_outside(self.vqvae, image, mask), num_images, options)
 
     def _edit(self, known: Any, number: int, options: dict[str, Any]) -> PipelineOutput:
         labels = hidden_unless_given(options.pop("labels", None), can_hide=self.can_hide_labels)
-        return self(number, known=repeat_known(known, number), labels=labels, **options)
+        return self(number, known=editing.repeat_known(known, number), labels=labels, **options)
 
     def log_likelihood(self, images: Any, labels: Labels = None) -> Tensor:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its

@@ -171,8 +171,10 @@ def test_wrong_codes_masks_and_levels_are_one_sentence(
     path = sorted(photos.rglob("*.png"))[0]
     top, bottom = pipeline.encode(path)
     for call, sentence in (
-        (lambda: pipeline.decode([top]), "one integer"),
-        (lambda: pipeline.decode([top, bottom.float()]), "one integer"),
+        (lambda: pipeline.decode([top]), "one per level"),
+        (lambda: pipeline.decode(3), "there are no codes"),
+        (lambda: pipeline.inpaint(path, None), "of type NoneType"),
+        (lambda: pipeline.decode([top, bottom.float()]), "one per level"),
         (lambda: pipeline.decode([top, bottom + 32]), r"codes\[1\]: codes is .* from 0 to 31"),
         (lambda: pipeline.decode([top, bottom], output_type="np"), "'pil' or 'pt'"),
         (lambda: pipeline.inpaint(path, Image.new("L", (9, 28))), "mask has 9 x 28 .* 28 x 28"),

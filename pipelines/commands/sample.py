@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.config import LANES, SampleConfig
-from pipelines.editing import known_codes, repeat_known
+from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.labels import Labels, hidden_unless_given
 from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
@@ -41,7 +41,11 @@ def sample(config: SampleConfig) -> None:
     known: list[Known | None] = []
     labels: Labels = list(config.labels) or None
     if config.init_image is not None:
-        known = known_codes(pipeline.vqvae, config.init_image, config.mask, config.keep_levels)
+        image = pipeline.vqvae, config.init_image
+        if config.mask is not None:
+            known = [*known_outside(*image, config.mask)]
+        else:
+            known = keep_levels(*image, 1 if config.keep_levels is None else config.keep_levels)
         labels = hidden_unless_given(labels, can_hide=pipeline.can_hide_labels)
 
     # Refuse wrong settings, and another run's folder, before anything is written.

@@ -43,7 +43,12 @@ def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
     if isinstance(given, Tensor):
         shape, sizes = tuple(given.shape), (config.channels, *config.height_width)
         allowed = f"(B, {', '.join(map(str, sizes))}), as the model's images"
-        check(shape[-3:] == sizes and len(shape) < 5 and 0 not in shape, "shape", shape, allowed)
+        check(
+            shape[-3:] == sizes and len(shape) < 5 and 0 not in shape,
+            "the images' shape",
+            shape,
+            allowed,
+        )
         is_image = given.is_floating_point() or given.dtype == torch.uint8
         check(is_image, "the images' type", given.dtype, "floating, in [-1, 1], or uint8")
         images = to_images(given).float().reshape(-1, *sizes)
