@@ -1,4 +1,4 @@
-"""Sampling around given codes (inpainting, variations), and codes that users give."""
+"""Given codes: sampling around them (inpainting, variations), and how likely they are."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from einops import reduce
 from torch import Tensor
 
 from prior.base import Prior
+from prior.probes import Rows, nats_per_row
 from prior.sampling import Known
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
@@ -109,6 +110,23 @@ def as_codes(given: Sequence[Any], model: VQVAE2) -> list[Tensor]:
         levels[level] = levels[level].long()  # torch compares no uint16
         _check_range(f"codes[{level}]", levels[level], size)
     return levels
+
+
+def log_likelihood(
+    priors: Sequence[Prior], codes: Sequence[Tensor], labels: Sequence[int]
+) -> Tensor:
+    """ln p of each image's codes by level, given the coarser ones: `(B, levels)` float64, in nats.
+    `labels` are one for all images or one each; none without classes (else a `UserError`)."""
+    number, levels = len(codes[0]), []
+    if len(labels) not in (0, 1, number):
+        what = f"{len(labels)} labels do not fit the number of images, {number}"
+        raise UserError(f"{what}: give one label, or one per image.")
+    classes = torch.tensor([*labels] * (number if len(labels) == 1 else 1))
+    for level, prior in enumerate(priors):
+        *condition, own = [grid.to(prior.device) for grid in codes[: level + 1]]
+        given = classes.to(prior.device) if prior.config.num_classes else None
+        levels.append(-nats_per_row(prior, Rows(own, condition, given)).cpu())
+    return torch.stack(levels, dim=1)
 
 
 def _check_range(key: str, codes: Tensor, size: int) -> None:

@@ -12,7 +12,6 @@ from pipelines import editing
 from pipelines.belonging import refuse_mismatches
 from pipelines.config import LANES
 from pipelines.labels import Labels, hidden_unless_given, label_numbers
-from pipelines.likelihood import log_likelihood
 from pipelines.model_index import (
     INDEX_NAME,
     RESTORE,
@@ -236,7 +235,7 @@ class VQVAE2Pipeline:
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
             raise UserError("the priors do not do without labels: give one, or one per image.")
-        return log_likelihood(self.priors, self.encode(images), self.label_numbers(labels))
+        return editing.log_likelihood(self.priors, self.encode(images), self.label_numbers(labels))
 
     def __repr__(self) -> str:
         classes = f"classes: {few(self.class_names)}" if self.class_names else "no classes"

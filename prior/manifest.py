@@ -28,31 +28,22 @@ from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json, write_text
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids
+from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 
 MANIFEST_NAME, README_NAME = "manifest.json", "README.md"
 MEMORY_BYTES = 2 << 30  # a split of codes up to this size is held in memory, by every process
 README = """---
 pretty_name: Codes of images
 ---
-
-# Codes of images
-
-{rows}. Each has the `id` of an image, its `view`{labels},
-and the codes of each level, row after row of its grid:
-
-{levels}
-
-They are read like this, in this folder:
+The codes of each level, coarse to fine, are a grid row after row; `manifest.json` has the sizes.
+The column `label`, where there are classes, knows their names:
 
 ```python
 import datasets
 
-files = {files}
-codes = datasets.load_dataset("parquet", data_files=files)
+codes = datasets.load_dataset("parquet", data_files="train/*.parquet", split="train")
+print(codes.features)
 ```
-
-`manifest.json` says which encoder made them, and holds the hashes of all files.
 """
 NOT_CONTENT = ("source", "versions", "codes_hash")  # keys that do not say what the codes are
 
@@ -142,19 +133,8 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a README.md for people, then the manifest with its `codes_hash`: the last file, which
     finishes the dataset."""
-    write_text(folder / README_NAME, readme(manifest))
+    write_text(folder / README_NAME, README)
     write_json(folder / MANIFEST_NAME, {**to_dict(manifest), "codes_hash": manifest.content_hash()})
-
-
-def readme(manifest: Manifest) -> str:
-    """What a code dataset is and how to read it, as Markdown."""
-    grids = describe_grids(manifest.grids, manifest.codebook_sizes)
-    levels = [f"- `{column_name(level)}`: a grid of {grid}" for level, grid in enumerate(grids)]
-    rows = f"{manifest.num_train} rows to train on, {manifest.num_validation} held out"
-    files = {split: f"{split}/*.parquet" for split in SPLITS if manifest.num_rows(split)}
-    number = len(manifest.class_names)
-    labels = f", its `label` ({number} classes, which the column names)" if number else ""
-    return README.format(rows=rows, levels="\n".join(levels), labels=labels, files=files)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -91,9 +91,8 @@ def test_what_is_no_image_is_one_sentence(tmp_path: Path) -> None:
         (np.ones((4, 4, 2), np.uint8), r"shape \(4, 4, 2\), but expected \(H, W, 1\)"),
         (ones[..., :31], r"must be \(B, 1, 32, 32\)"),
         (ones[:0], "shape is"),
-        (ones * 255, "range is \\(255.0, 255.0\\), but must be within"),
-        (ones * torch.nan, "must be within"),
-        (ones.long(), "type is torch.int64"),
+        (ones * 255, "largest value is 255.0, but must be at most 1"),
+        (ones * torch.nan, "largest value is nan"),
     ):
         with pytest.raises(UserError, match=sentence) as error:
             as_images(given, GREY)

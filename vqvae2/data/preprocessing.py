@@ -41,28 +41,20 @@ def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
     if isinstance(given, np.ndarray) and given.ndim == 4:
         given = torch.from_numpy(given)
     if isinstance(given, Tensor):
-        shape, sizes = tuple(given.shape), (config.channels, *config.height_width)
-        allowed = f"(B, {', '.join(map(str, sizes))}), as the model's images"
-        check(
-            shape[-3:] == sizes and len(shape) < 5 and 0 not in shape,
-            "the images' shape",
-            shape,
-            allowed,
-        )
-        is_image = given.is_floating_point() or given.dtype == torch.uint8
-        check(is_image, "the images' type", given.dtype, "floating, in [-1, 1], or uint8")
-        images = to_images(given).float().reshape(-1, *sizes)
-        low, high = round(images.min().item(), 3), round(images.max().item(), 3)
-        check(-1 <= low <= high <= 1, "the images' range", (low, high), "within [-1, 1]")
+        images = to_images(given if given.ndim == 4 else given[None]).float()
+        shape, allowed = (config.channels, *config.height_width), "(B, {}, {}, {}), as the model's"
+        fits = tuple(images.shape[1:]) == shape and len(images) > 0
+        check(fits, "the images' shape", tuple(given.shape), allowed.format(*shape))
+        most = round(images.abs().max().item(), 3)
+        check(most <= 1, "the images' largest value", most, "at most 1, as they are in [-1, 1]")
         return images
 
     # Pictures, one after the other: each error says which it is about.
-    pictures, rows = given if isinstance(given, list | tuple) else [given], []
-    for i, picture in enumerate(pictures):
+    rows = []
+    for i, one in enumerate(given if isinstance(given, list | tuple) else [given]):
         try:
-            is_prepared = isinstance(picture, Tensor)
-            one = picture if is_prepared else load_picture(picture, config)
-            rows.append(as_images(one, config))
+            pixels = one if isinstance(one, Tensor) else load_picture(one, config)
+            rows.append(as_images(pixels, config))
         except (UserError, OSError) as error:  # Pillow decodes only when it has to
             raise UserError(f"image {i}: {first_line(error)}") from None
     if not rows:
