@@ -6,6 +6,7 @@ from typing import Any
 from prior.base import Prior
 from prior.manifest import Manifest
 from vqvae2.common.errors import UserError
+from vqvae2.common.vocabulary import describe_grids
 from vqvae2.model import VQVAE2
 
 ADVICE = "Extract codes with this autoencoder and train every prior on them."
@@ -77,8 +78,3 @@ def _claims(
             classes = ", ".join(source.class_names) or "none"
             claims["classes"].append(([classes], f"{name} has the classes {classes}"))
     return claims
-
-
-def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[str]:
-    """Every level in words: 8 x 8 of 512."""
-    return [f"{h} x {w} of {size}" for (h, w), size in zip(grids, sizes, strict=True)]

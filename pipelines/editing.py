@@ -1,52 +1,85 @@
-"""Sampling around given codes: completion, inpainting, variations."""
+"""Given codes: sampling around them (inpainting, variations), and how likely they are."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
 
 from prior.base import Prior
+from prior.probes import Rows, nats_per_row
 from prior.sampling import Known
 from vqvae2.common.config import check
+from vqvae2.common.errors import UserError
+from vqvae2.config import PreprocessingConfig
+from vqvae2.data import load_picture, open_picture, picture_size
 from vqvae2.model import VQVAE2
 
 
-@torch.no_grad()
-def known_outside(model: VQVAE2, images: Tensor, mask: Tensor) -> list[Known]:
-    """For inpainting: the codes of images `(B, C, H, W)` in [-1, 1], given in each cell of the
-    grid that holds no pixel to be repainted.
+def known_outside(model: VQVAE2, images: Any, mask: Any) -> list[Known]:
+    """For inpainting: the codes of images (see `as_images`), given in each cell of the grid that
+    holds no pixel to be repainted.
 
     Pixels near the mask change a little, as the decoder mixes neighbouring cells.
 
     Args:
-        mask: `(B, H, W)` bool, true where an image is to be repainted; a `UserError` if it differs
-            from the images in size.
+        mask: a picture as large as the image's (a PIL image, a path, an array), white where it is
+            to be repainted; or a bool tensor `(B, H, W)` or `(H, W)` of the model's size.
+
+    Raises:
+        UserError: an image or the mask cannot be read, or they differ in size.
     """
-    size = (len(images), *images.shape[2:])
-    check(mask.shape == size, "the mask's shape", tuple(mask.shape), f"{size}, as the images'")
-    known = []
-    for level in model.encode(images):
-        h, w = level.codes.shape[1:]
-        repainted = reduce(mask.float(), "b (h up) (w across) -> b h w", "max", h=h, w=w).bool()
-        known.append(Known(level.codes, ~repainted))
+    if not isinstance(mask, Tensor):
+        mask = _painted(mask, images, model.config.image)
+    codes = model.encode_images(images)
+    size = (len(codes[0]), *model.config.image.height_width)
+    fits = mask.dtype == torch.bool and tuple(mask.shape) in (size, size[1:])
+    allowed = f"{size} or {size[1:]} of torch.bool, as the images"
+    check(fits, f"the mask of {mask.dtype}", tuple(mask.shape), allowed)
+    mask, known = mask.to(model.device).expand(size).float(), []
+    for level in codes:
+        h, w = level.shape[1:]
+        repainted = reduce(mask, "b (h up) (w across) -> b h w", "max", h=h, w=w).bool()
+        known.append(Known(level, ~repainted))
     return known
 
 
-@torch.no_grad()
-def keep_levels(model: VQVAE2, images: Tensor, number: int) -> list[Known | None]:
-    """For variations: all codes of the `number` coarsest levels of images `(B, C, H, W)` in
-    [-1, 1], and none of the finer levels', of which there must be one or more (`UserError`)."""
+def _painted(mask: Any, images: Any, config: PreprocessingConfig) -> Tensor:
+    """The white area `(H, W)` of a mask that was painted over these images."""
+    is_bool = isinstance(mask, np.ndarray) and mask.dtype == bool
+    picture = open_picture(mask * np.uint8(255) if is_bool else mask)
+    for one in images if isinstance(images, list | tuple) else [images]:
+        is_prepared = isinstance(one, Tensor) or getattr(one, "ndim", 0) == 4
+        size = config.height_width[::-1] if is_prepared else picture_size(open_picture(one))
+        if picture_size(picture) != size:
+            seen = "the mask has {} x {} pixels, and the image {} x {}"
+            seen = seen.format(*picture_size(picture), *size)
+            raise UserError(f"{seen}: paint the mask over the image itself.")
+    return load_picture(picture, for_masks(config))[0, 0] > 127
+
+
+def for_masks(config: PreprocessingConfig) -> PreprocessingConfig:
+    """How a mask is read that was painted over an image: grey, and scaled as the image is."""
+    return dataclasses.replace(config, channels=1, background="black", value_range=(0, 255))
+
+
+def keep_levels(model: VQVAE2, images: Any, number: int) -> list[Known | None]:
+    """For variations: all codes of the `number` coarsest levels of images (see `as_images`), and
+    none of the finer levels', of which there must be one or more (`UserError`)."""
     most = model.config.num_levels - 1
-    check(1 <= number <= most, "keep_levels", number, f"from 1 to {most}: finer levels vary")
-    codes = [level.codes for level in model.encode(images)]
+    allowed = f"from 1 to {most}: finer levels vary" if most else "left alone: there is one level"
+    check(number in range(1, most + 1), "keep_levels", number, allowed)
+    codes = model.encode_images(images)
     kept = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes[:number]]
     return [*kept, *[None] * (len(codes) - number)]
 
 
 def repeat_known(known: Sequence[Known | None], number: int) -> list[Known | None]:
     """The same given codes for `number` images: image i has those of row i modulo the rows."""
-    rows = torch.arange(number)
+    rows = torch.arange(max(number, 0))
     return [level and Known(*(tensor[rows % len(tensor)] for tensor in level)) for level in known]
 
 
@@ -61,6 +94,45 @@ def check_known(known: Sequence[Known | None], priors: Sequence[Prior], num_imag
         shape, shapes = (num_images, *prior.config.grids[-1]), [tuple(t.shape) for t in given]
         allowed = f"{shape}, one grid per image, as the mask: see repeat_known"
         check(shapes == [shape, shape], f"known[{level}]: shape", shapes, allowed)
-        last, ends = prior.config.codebook_sizes[-1] - 1, given.codes.aminmax()
-        low, high = int(ends.min), int(ends.max)
-        check(0 <= low <= high <= last, f"known[{level}]: codes", (low, high), f"from 0 to {last}")
+        _check_range(f"known[{level}]", given.codes, prior.config.codebook_sizes[-1])
+
+
+def as_codes(given: Sequence[Any], model: VQVAE2) -> list[Tensor]:
+    """Codes `(B, h, w)` per level, coarse to fine, tensors or arrays, as int64 tensors where the
+    model is. Raises a `UserError` for any that it does not have."""
+    try:
+        levels = [torch.as_tensor(level).to(model.device) for level in given]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"there are no codes ({error}): give a tensor per level.") from None
+    shapes = [tuple(level.shape) for level in levels]
+    number = len(levels[0]) if levels and shapes[0] else 0
+    fits = number > 0 and shapes == [(number, *grid) for grid in model.config.grids]
+    fits = fits and not any(level.is_floating_point() for level in levels)
+    allowed = f"integers (B, h, w), one per level, on the grids {model.config.grids}"
+    check(fits, "the shape of the codes", shapes, allowed)
+    for level, size in enumerate(model.config.codebook_size_per_level):
+        levels[level] = levels[level].long()  # torch compares no uint16
+        _check_range(f"codes[{level}]", levels[level], size)
+    return levels
+
+
+def log_likelihood(
+    priors: Sequence[Prior], codes: Sequence[Tensor], labels: Sequence[int]
+) -> Tensor:
+    """ln p of each image's codes by level, given the coarser ones: `(B, levels)` float64, in nats.
+    `labels` are one for all images or one each; none without classes (else a `UserError`)."""
+    number, levels = len(codes[0]), []
+    if len(labels) not in (0, 1, number):
+        what = f"{len(labels)} labels do not fit the number of images, {number}"
+        raise UserError(f"{what}: give one label, or one per image.")
+    classes = torch.tensor([*labels] * (number if len(labels) == 1 else 1))
+    for level, prior in enumerate(priors):
+        *condition, own = [grid.to(prior.device) for grid in codes[: level + 1]]
+        given = classes.to(prior.device) if prior.config.num_classes else None
+        levels.append(-nats_per_row(prior, Rows(own, condition, given)).cpu())
+    return torch.stack(levels, dim=1)
+
+
+def _check_range(key: str, codes: Tensor, size: int) -> None:
+    low, high = int(codes.min()), int(codes.max())
+    check(0 <= low <= high < size, f"{key}: codes", (low, high), f"from 0 to {size - 1}")

@@ -12,6 +12,11 @@ from vqvae2.data.splits import few, shorten, whole_numbers
 Labels = int | str | Sequence[int | str] | None
 
 
+def hidden_unless_given(labels: Labels, *, can_hide: bool) -> Labels:
+    """The labels to use for images that may show anything: "none" if none are given."""
+    return "none" if labels is None and can_hide else labels
+
+
 def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> list[int]:
     """Class names or numbers as numbers; "none", the hidden label, is the number after the
     last class. None: all classes. Without classes, no numbers. A `UserError` names a label

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pipelines import editing
 from pipelines.belonging import refuse_mismatches
 from pipelines.config import LANES
-from pipelines.editing import check_known
-from pipelines.labels import Labels, label_numbers
+from pipelines.labels import Labels, hidden_unless_given, label_numbers
 from pipelines.model_index import (
     INDEX_NAME,
     RESTORE,
@@ -24,7 +24,7 @@ from pipelines.model_index import (
 from prior.audit import warn_of_noise
 from prior.base import Prior
 from prior.registry import load_prior
-from prior.sampling import Known, SamplingConfig, image_seeds
+from prior.sampling import Known, SamplingConfig, image_seeds, in_lanes
 from vqvae2.common.artifact import local_folder
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
@@ -32,6 +32,7 @@ from vqvae2.common.files import read_json, write_json
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, versions
+from vqvae2.data.splits import few
 from vqvae2.model import VQVAE2
 
 
@@ -166,10 +167,10 @@ class VQVAE2Pipeline:
         check(first_index >= 0, "first_index", first_index, "0 or more")
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
         known = known or [None] * len(self.priors)
-        check_known(known, self.priors, num_images)
+        editing.check_known(known, self.priors, num_images)
         numbers = self.label_numbers(labels)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        samplings = self.samplings(**settings, guidance_scale=guidance_scale)
+        samplings = SamplingConfig.per_level(len(known), guidance_scale=guidance_scale, **settings)
 
         # Sample in batches of exactly `lanes` images, and keep those that were asked for.
         outputs: list[list[Tensor]] = []  # per batch: images and, level by level, codes
@@ -199,28 +200,51 @@ class VQVAE2Pipeline:
         """Class names or numbers as numbers; see `pipelines.labels.label_numbers`."""
         return label_numbers(labels, self.class_names, can_hide=self.can_hide_labels)
 
-    def samplings(self, **settings: Any) -> list[SamplingConfig]:
-        """One configuration per level, of settings that are one value or one per level; None, or
-        no value, leaves the default. A `UserError` names a wrong value or number of values."""
-        levels: list[dict[str, Any]] = [{} for _ in self.priors]
-        for name, value in settings.items():
-            values = list(value) if isinstance(value, Sequence) else [value]
-            if len(values) == 1:
-                values *= len(levels)
-            if values and len(values) != len(levels):
-                number = f"{name} has {len(values)} values, but there are {len(levels)} levels"
-                raise UserError(f"{number}: give one value, or one per level.")
-            for level, of_level in zip(levels, values, strict=False):
-                if of_level is not None:
-                    level[name] = of_level
-        return [SamplingConfig(**level) for level in levels]
+    def encode(self, images: Any) -> tuple[Tensor, ...]:
+        """The codes `(B, h, w)` int64 per level, coarse to fine, of what `as_images` takes: PIL
+        images, paths or arrays, one or a list, or a tensor `(B, C, H, W)` in [-1, 1]."""
+        return tuple(codes.cpu() for codes in self.vqvae.encode_images(images))
 
+    @torch.no_grad()
+    def decode(self, codes: Sequence[Any], *, output_type: str = "pil") -> Any:
+        """The images of codes `(B, h, w)` per level, coarse to fine; see `PipelineOutput`."""
+        check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
+        levels = editing.as_codes(codes, self.vqvae)
+        batches = zip(*(level.split(32) for level in levels), strict=True)
+        images = torch.cat([self.vqvae.decode_codes(few).float().cpu() for few in batches])
+        images = images.clamp(-1, 1)
+        return to_pil(images) if output_type == "pil" else images
 
-def in_lanes(wanted: range, lanes: int) -> list[range]:
-    """Cut the indices of images into batches that are sampled together, image i in lane i % lanes.
+    def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
+        """What `decode` makes of the codes of images, which are given as to `encode`."""
+        return self.decode(self.encode(images), output_type=output_type)
 
-    The last bits of a matrix product depend on its shape. All lanes are always computed, whether an
-    image was asked for or not, so that an image's bits depend on nothing but the image itself.
-    """
-    firsts = range(wanted.start // lanes * lanes, wanted.stop, lanes)
-    return [range(max(i, wanted.start), min(i + lanes, wanted.stop)) for i in firsts]
+    def variations(
+        self, image: Any, keep_levels: int = 1, num_images: int = 4, **options: Any
+    ) -> PipelineOutput:
+        """Other images with the coarsest levels of this one (of several, in turn), the same as
+        `vqvae2 sample --init-image` writes. Labels are hidden where they can be, unless given;
+        `options` are those of a call: seed, labels, temperature, ..."""
+        return self._edit(editing.keep_levels(self.vqvae, image, keep_levels), num_images, options)
+
+    def inpaint(self, image: Any, mask: Any, num_images: int = 4, **options: Any) -> PipelineOutput:
+        """The image repainted where the mask is white; see `known_outside` and `variations`."""
+        return self._edit(editing.known_outside(self.vqvae, image, mask), num_images, options)
+
+    def _edit(self, known: Any, number: int, options: dict[str, Any]) -> PipelineOutput:
+        labels = hidden_unless_given(options.pop("labels", None), can_hide=self.can_hide_labels)
+        return self(number, known=editing.repeat_known(known, number), labels=labels, **options)
+
+    def log_likelihood(self, images: Any, labels: Labels = None) -> Tensor:
+        """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its
+        level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
+        label for all images, or one per image; None hides them, where they can be."""
+        labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
+        if labels is None and self.class_names:
+            raise UserError("the priors do not do without labels: give one, or one per image.")
+        return editing.log_likelihood(self.priors, self.encode(images), self.label_numbers(labels))
+
+    def __repr__(self) -> str:
+        classes = f"classes: {few(self.class_names)}" if self.class_names else "no classes"
+        parts = [f"{name}: {part!r}" for name, part in self.parts.items()]
+        return "\n  ".join([f"{type(self).__name__}:", *parts, classes])

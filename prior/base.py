@@ -142,8 +142,3 @@ class Prior(Artifact, nn.Module, ABC):
             fault = f"the prior of level {self.config.level} gives logits that are not finite"
             raise UserError(f"{fault}: its weights are damaged; run vqvae2 doctor.")
         return codes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device

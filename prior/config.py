@@ -14,6 +14,7 @@ from vqvae2.common.config import (
     check_share,
     may_change,
 )
+from vqvae2.common.vocabulary import describe_grids
 
 LONGEST_SIDE = 4096  # rows or columns of codes
 MOST_LEVELS = 16
@@ -125,6 +126,12 @@ class PriorConfig:
     def num_positions(self) -> int:
         """Codes per image on this level."""
         return math.prod(self.grids[-1])
+
+    def summary(self) -> str:
+        """Codes and classes in a few words."""
+        *coarser, own = describe_grids(self.grids, self.codebook_sizes)
+        given = f" given {' + '.join(coarser)}" if coarser else ""
+        return f"level {self.level}, codes {own}{given}, {self.num_classes or 'no'} classes"
 
 
 @dataclass(frozen=True, kw_only=True)

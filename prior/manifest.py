@@ -26,12 +26,25 @@ from prior.config import MOST_LEVELS, check_codes
 from prior.shards import REMAKE, ShardRecord, column_name, flat_values
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import file_hash, read_json, whole_file, write_json
+from vqvae2.common.files import file_hash, read_json, whole_file, write_json, write_text
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME, README_NAME = "manifest.json", "README.md"
 MEMORY_BYTES = 2 << 30  # a split of codes up to this size is held in memory, by every process
+README = """---
+pretty_name: Codes of images
+---
+The codes of each level, coarse to fine, are a grid row after row; `manifest.json` has the sizes.
+The column `label`, where there are classes, knows their names:
+
+```python
+import datasets
+
+codes = datasets.load_dataset("parquet", data_files="train/*.parquet", split="train")
+print(codes.features)
+```
+"""
 NOT_CONTENT = ("source", "versions", "codes_hash")  # keys that do not say what the codes are
 
 
@@ -118,7 +131,9 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest with its `codes_hash`: the last file, which finishes the dataset."""
+    """Write a README.md for people, then the manifest with its `codes_hash`: the last file, which
+    finishes the dataset."""
+    write_text(folder / README_NAME, README)
     write_json(folder / MANIFEST_NAME, {**to_dict(manifest), "codes_hash": manifest.content_hash()})
 
 

@@ -112,13 +112,18 @@ def changed_logits(prior: Prior, rows: Rows, **changes: Any) -> Tensor:
     return (prior(*rows) != prior(*rows._replace(**changes))).any(dim=1).flatten(1)
 
 
-@torch.no_grad()
 def nats_per_code(prior: Prior, rows: Rows) -> float:
     """Mean negative log-likelihood of a code."""
-    total = 0.0
+    return nats_per_row(prior, rows).sum().item() / rows.codes.numel()
+
+
+@torch.no_grad()
+def nats_per_row(prior: Prior, rows: Rows) -> Tensor:
+    """Negative log-likelihood of each row's codes, the sum over its positions: `(B,)` float64."""
+    sums: list[Tensor] = []
     for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
         labels = rows.labels[few] if rows.labels is not None else None
         logits = prior(rows.codes[few], [codes[few] for codes in rows.condition], labels).float()
-        nats = F.cross_entropy(logits, rows.codes[few], reduction="none")
-        total += nats.sum(dtype=torch.float64).item()
-    return total / rows.codes.numel()
+        nats = F.cross_entropy(logits, rows.codes[few], reduction="none")  # (few, h, w)
+        sums.append(nats.sum(dim=(1, 2), dtype=torch.float64))
+    return torch.cat(sums)

@@ -6,7 +6,7 @@ Letters: B batch, h w code grid, T = h*w positions in raster order, K codebook s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -44,6 +44,23 @@ class SamplingConfig:
     def guided(self) -> bool:
         """Whether logits without the label are needed too."""
         return self.guidance_scale != 1
+
+    @classmethod
+    def per_level(cls, num_levels: int, **settings: Any) -> list[Self]:
+        """One configuration per level, of settings that are one value or one per level; None, or
+        no value, leaves the default. A `UserError` names a wrong value or number of values."""
+        levels: list[dict[str, Any]] = [{} for _ in range(num_levels)]
+        for name, value in settings.items():
+            values = list(value) if isinstance(value, Sequence) else [value]
+            if len(values) == 1:
+                values *= num_levels
+            if values and len(values) != num_levels:
+                number = f"{name} has {len(values)} values, but there are {num_levels} levels"
+                raise UserError(f"{number}: give one value, or one per level.")
+            for level, of_level in zip(levels, values, strict=False):
+                if of_level is not None:
+                    level[name] = of_level
+        return [cls(**level) for level in levels]
 
 
 class Known(NamedTuple):
@@ -147,3 +164,13 @@ def image_seeds(seed: int, first: int, number: int) -> list[int]:
     """A seed for each of `number` images from index `first` on: a function of (seed, index)."""
     sequences = [np.random.SeedSequence([seed, i]) for i in range(first, first + number)]
     return [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]
+
+
+def in_lanes(wanted: range, lanes: int) -> list[range]:
+    """Cut the indices of images into batches that are sampled together, image i in lane i % lanes.
+
+    The last bits of a matrix product depend on its shape. All lanes are always computed, whether an
+    image was asked for or not, so that an image's bits depend on nothing but the image itself.
+    """
+    firsts = range(wanted.start // lanes * lanes, wanted.stop, lanes)
+    return [range(max(i, wanted.start), min(i + lanes, wanted.stop)) for i in firsts]

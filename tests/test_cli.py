@@ -64,7 +64,7 @@ def test_the_run_folder_holds_what_the_design_says(run: Path) -> None:
         assert names_in(run / name / "checkpoints") == {"step_00000008", "step_00000012"}
         with Image.open(run / name / "images" / "step_00000012.png") as picture:
             assert picture.width > 100
-    codes = {"manifest.json", "train", "validation", "extract_config.yaml"}
+    codes = {"manifest.json", "README.md", "train", "validation", "extract_config.yaml"}
     assert names_in(run / "codes") == codes
     assert names_in(run / "pipeline") == {"model_index.json", "vqvae", "prior_0", "prior_1"}
     pickles = [p for p in run.rglob("*") if p.suffix in (".pkl", ".bin", ".pt")]

@@ -1,16 +1,20 @@
 """Codes on disk and back: small, the same bytes for the same rows, and nothing changed is read."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -98,6 +102,7 @@ def test_the_same_rows_give_the_same_bytes_and_others_another_hash(tmp_path: Pat
     codes, labels = random_codes(30, ((2, 2), (4, 4)), (5, 300)), np.arange(30)
     ids = [str(i) for i in range(30)]
     rows = {"ids": ids, "codes": codes, "codebook_sizes": (5, 300), "labels": labels}
+    rows["class_names"] = ids
     first = write_shard(tmp_path / "a.parquet", **rows)
     second = write_shard(tmp_path / "b.parquet", **rows)
     assert dataclasses.replace(second, name=first.name) == first
@@ -108,6 +113,34 @@ def test_the_same_rows_give_the_same_bytes_and_others_another_hash(tmp_path: Pat
     for change in [*changes, {"views": ["flip"] * 30}]:
         hashes.add(write_shard(tmp_path / "c.parquet", **{**rows, **change}).content_hash)
     assert len(hashes) == 5
+
+
+def test_the_names_of_classes_are_in_the_files(run: Path) -> None:
+    """As `datasets` shows them; the folder's README says how, and its code runs there."""
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (run / "codes" / "README.md").read_text(), re.DOTALL
+    )
+    found: dict[str, Any] = {}
+    with contextlib.chdir(run / "codes"):
+        exec(block, found)
+    rows = found["codes"]
+    assert rows.features["label"].names == ["bag", "coat", "dress"]
+    assert rows.features["label"].int2str(rows[0]["label"]) == rows[0]["id"].split("/")[0]
+
+
+def test_shards_with_labels_of_32_bits_and_without_names_are_read(tmp_path: Path) -> None:
+    """As earlier versions wrote them, with the same hash of the same rows."""
+    codes, labels = write_dataset(tmp_path, shard_size=50)
+    manifest, path = read_manifest(tmp_path), tmp_path / "train" / "00000.parquet"
+    table = pq.read_table(path)
+    place = table.schema.names.index("label")
+    older = table.set_column(place, "label", table["label"].cast(pa.int32()))
+    pq.write_table(older.replace_schema_metadata(None), path)
+    record = record_shard(path, manifest.schema)
+    assert record.content_hash == manifest.train[0].content_hash == content_hash([older])
+    edit_manifest(tmp_path, train=(record,))
+    assert read_manifest(tmp_path).codes_hash == manifest.codes_hash
+    assert_holds(read_train(tmp_path).__getitems__(range(50)), codes, labels)
 
 
 def test_the_content_hash_does_not_know_the_files_layout(tmp_path: Path) -> None:

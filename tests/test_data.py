@@ -17,7 +17,15 @@ from PIL import Image
 from tests.conftest import PARQUET, write_images
 from vqvae2.common.errors import UserError
 from vqvae2.config import DataConfig, PreprocessingConfig
-from vqvae2.data import ImageDataset, ImageSplits, is_held_out, load_images, prepare, to_images
+from vqvae2.data import (
+    ImageDataset,
+    ImageSplits,
+    as_images,
+    is_held_out,
+    load_images,
+    prepare,
+    to_images,
+)
 from vqvae2.data.survey import Survey
 
 GREY = PreprocessingConfig(size=(32,), channels=1, fit="pad", background="black")
@@ -57,6 +65,40 @@ def copy_to(folder: Path, photos: Path, *targets: Callable[[int], str]) -> None:
             copy = folder / target(i)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
+
+
+def test_pictures_from_python_are_prepared_as_in_training(tmp_path: Path) -> None:
+    """Paths, PIL images and arrays, one or several; prepared images pass."""
+    path = tmp_path / "a.png"
+    picture("RGBA").save(path)
+    expected = to_images(torch.from_numpy(prepare(picture(), GREY)))[None]
+    grey = np.asarray(picture("L"))
+    for given in (path, str(path), picture("RGB"), Image.open(path), [path], grey, grey[..., None]):
+        assert torch.equal(as_images(given, GREY), expected)
+    for given in ([path, picture("L")], expected.repeat(2, 1, 1, 1), [expected[0], expected]):
+        assert torch.equal(as_images(given, GREY), expected.repeat(2, 1, 1, 1))
+    assert torch.equal(as_images(expected.double().numpy(), GREY), expected)
+    assert torch.equal(as_images(torch.from_numpy(prepare(picture(), GREY)), GREY), expected)
+
+
+def test_what_is_no_image_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(encoded()[:60])
+    ones = torch.ones(2, 1, 32, 32)
+    for given, sentence in (
+        (tmp_path / "none.png", "none.png cannot be read"),
+        ([picture(), tmp_path], "image 1: .*: it is a folder"),
+        ([picture(), Image.open(tmp_path / "cut.png")], "image 1: .*truncated"),
+        ([], "there is no image"),
+        ({"a": 1}, "of type dict, but must be a PIL image, a path, an array or a tensor"),
+        (np.ones((4, 4, 2), np.uint8), r"shape \(4, 4, 2\), but expected \(H, W, 1\)"),
+        (ones[..., :31], r"must be \(B, 1, 32, 32\)"),
+        (ones[:0], "shape is"),
+        (ones * 255, "largest value is 255.0, but must be at most 1"),
+        (ones * torch.nan, "largest value is nan"),
+    ):
+        with pytest.raises(UserError, match=sentence) as error:
+            as_images(given, GREY)
+        assert "\n" not in str(error.value)
 
 
 def test_class_folders(photos: Path) -> None:

@@ -54,6 +54,14 @@ def test_the_guides_python_runs(page: str) -> None:
     assert run_python_of(page) >= 1
 
 
+def test_all_that_can_be_done_from_python_runs(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").symlink_to(photos)
+    assert run_python_of("from-python.md") >= 8
+
+
 def test_the_extending_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quantizers, "QUANTIZERS", dict(quantizers.QUANTIZERS))  # the page adds one

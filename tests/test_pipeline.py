@@ -5,9 +5,11 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -24,11 +26,14 @@ from prior import (
     PixelSNAILPriorConfig,
     Prior,
     PriorConfig,
+    SamplingConfig,
     load_prior,
     make_prior,
 )
+from prior.sampling import probabilities
 from tests.conftest import command as run_here
 from tests.conftest import kill_when
+from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
@@ -129,10 +134,124 @@ def test_an_image_file_is_edited(
     shown = page[4:52, -208:].reshape(48, 4, 52)[..., :48][:, :, 1::3][1::3]  # 16 x 16, times 3
     for place, image in enumerate((original, Image.new("L", (16, 16)), sample, sample)):
         assert np.array_equal(shown[:, place], np.asarray(image))
-    run_here(*edit, "--output-dir", tmp_path / "varied")
     run_here(*edit, "--mask", tmp_path / "none.png", "--output-dir", tmp_path / "x", code=2)
     assert "none.png cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_images_from_python_are_encoded_decoded_and_edited(
+    pipeline: VQVAE2Pipeline, run: Path, photos: Path, tmp_path: Path
+) -> None:
+    """The same codes as the code dataset's, and the same pictures as the command writes."""
+    path, other = sorted(photos.rglob("*.png"))[:2]
+    codes = pipeline.encode([path, Image.open(other)])
+    held = pq.read_table(sorted((run / "codes").glob("*/*.parquet"))).to_pylist()
+    names = [name.relative_to(photos).as_posix() for name in (path, other)]
+    rows = {row["id"]: row for row in held}
+    for level, grids in enumerate(codes):
+        assert grids.flatten(1).tolist() == [rows[name][f"codes_{level}"] for name in names]
+    (expected,) = pipeline.reconstruct(path)
+    assert (
+        pipeline.decode([grids[:1].numpy() for grids in codes])[0].tobytes() == expected.tobytes()
+    )
+    shown = pipeline.decode(codes, output_type="pt")
+    assert (shown.shape, shown.dtype) == ((2, 1, 16, 16), torch.float32)
+
+    # As the command line does.
+    nothing, corner = np.zeros((28, 28), bool), Image.new("L", (28, 28))
+    corner.paste(255, (0, 0, 9, 9))
+    corner.save(tmp_path / "corner.png")
+    edit = ("sample", "--pipeline", run / "pipeline", "--init-image", path, "--num-images", 3)
+    for name, more, output in (
+        ("varied", (), pipeline.variations(path, num_images=3, seed=5)),
+        ("painted", ("--mask", tmp_path / "corner.png"), pipeline.inpaint(path, corner, 3, seed=5)),
+    ):
+        run_here(*edit, *more, "--seed", 5, "--output-dir", tmp_path / name)
+        for i, image in enumerate(output.images):
+            assert Image.open(tmp_path / name / f"{i:06d}.png").tobytes() == image.tobytes()
+    assert not torch.equal(output.codes[1][0], output.codes[1][1])
+    assert pipeline.inpaint(path, nothing, 1).images[0].tobytes() == expected.tobytes()
+    images = read(pipeline, path)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    assert pipeline.inpaint(images, mask, 1).images[0].tobytes() == expected.tobytes()
+
+
+def test_wrong_codes_masks_and_levels_are_one_sentence(
+    pipeline: VQVAE2Pipeline, photos: Path
+) -> None:
+    path = sorted(photos.rglob("*.png"))[0]
+    top, bottom = pipeline.encode(path)
+    for call, sentence in (
+        (lambda: pipeline.decode([top]), "one per level"),
+        (lambda: pipeline.decode(3), "there are no codes"),
+        (lambda: pipeline.inpaint(path, None), "of type NoneType"),
+        (lambda: pipeline.decode([top, bottom.float()]), "one per level"),
+        (lambda: pipeline.decode([top, bottom + 32]), r"codes\[1\]: codes is .* from 0 to 31"),
+        (lambda: pipeline.decode([top, bottom], output_type="np"), "'pil' or 'pt'"),
+        (lambda: pipeline.inpaint(path, Image.new("L", (9, 28))), "mask has 9 x 28 .* 28 x 28"),
+        (lambda: pipeline.inpaint(path, torch.zeros(16, 16)), "of torch.float32 is .*torch.bool"),
+        (lambda: pipeline.variations(path, keep_levels=2), "keep_levels is 2, but must be from 1"),
+        (lambda: pipeline.variations(path, num_images=-1), "num_images"),
+        (lambda: pipeline.log_likelihood(path, [0, 1]), "give one label, or one per image"),
+        (lambda: pipeline.log_likelihood(path, "hat"), "names no class"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            call()
+
+
+def test_a_model_in_training_encodes_images_without_learning(photos: Path) -> None:
+    model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=(16,)), hidden_channels=8)).train()
+    before = model.content_hash()
+    top, bottom = model.encode_images(sorted(photos.rglob("*.png"))[:3])
+    assert (top.shape, bottom.shape, top.dtype) == ((3, 2, 2), (3, 4, 4), torch.int64)
+    assert model.training
+    assert model.content_hash() == before
+
+
+@pytest.mark.parametrize("labels", [None, "coat", [2, 0, "none"]])
+def test_log_likelihood_is_what_the_priors_give_to_the_codes(
+    labels: Any, pipeline: VQVAE2Pipeline, photos: Path
+) -> None:
+    """By their forward pass over the grid, and by the probabilities that sampling draws from."""
+    paths = sorted(photos.rglob("*.png"))[::60]
+    found, codes = pipeline.log_likelihood(paths, labels), pipeline.encode(paths)
+    assert (found.shape, found.dtype) == ((3, 2), torch.float64)
+    numbers = torch.tensor([pipeline.label_numbers(labels or "none") * 3][0][:3])
+    assert bool((found < 0).all())
+    for level, prior in enumerate(pipeline.priors):
+        own, condition = codes[level], codes[:level]
+        chosen = prior(own, condition, numbers).log_softmax(1).gather(1, own[:, None])
+        assert torch.allclose(chosen.sum((1, 2, 3)).double(), found[:, level], atol=1e-4)
+        step, previous = prior.make_stepper(3, condition, numbers), own.flatten(1)[:, 0] * 0
+        previous, total = previous + prior.config.codebook_sizes[-1], torch.zeros(3).double()
+        for position, code in enumerate(own.flatten(1).T):
+            drawn_from = probabilities(step(position, previous), SamplingConfig())  # (B, K)
+            total += drawn_from[torch.arange(3), code].log()
+            previous = code
+        assert torch.allclose(total, found[:, level], atol=1e-4)
+    many = pipeline.log_likelihood(paths * 25, labels if labels is None else "coat")
+    assert torch.allclose(many[72:], pipeline.log_likelihood(paths, labels and "coat"), atol=1e-4)
+
+
+def test_labels_that_the_priors_need_are_asked_for(pipeline: VQVAE2Pipeline, photos: Path) -> None:
+    path = sorted(photos.rglob("*.png"))[0]
+    with mock.patch.object(VQVAE2Pipeline, "can_hide_labels", False):
+        assert pipeline.log_likelihood(path, "bag").shape == (1, 2)
+        with pytest.raises(UserError, match="do not do without labels"):
+            pipeline.log_likelihood(path)
+
+
+def test_a_notebook_shows_in_a_few_lines_what_it_has(pipeline: VQVAE2Pipeline) -> None:
+    lines = repr(pipeline).splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith(
+        "  vqvae: VQVAE2(images 16 x 16, channels 1, codes 2 x 2 of 16 + 4 x"
+    )
+    assert lines[3].startswith(
+        "  prior_1: TransformerPrior(level 1, codes 4 x 4 of 32 given 2 x 2 "
+    )
+    assert lines[3].endswith(" parameters, cpu)")
+    assert lines[4] == "  classes: bag, coat, dress"
 
 
 def test_another_model_does_not_continue_a_set(

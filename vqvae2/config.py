@@ -16,6 +16,7 @@ from vqvae2.common.config import (
     may_change,
     recipe_only,
 )
+from vqvae2.common.vocabulary import describe_grids
 
 LARGEST_SIDE = 1 << 14  # pixels of an image
 MOST_CHANNELS = 1024  # of an image
@@ -167,6 +168,12 @@ class VQVAE2Config:
         height, width = self.image.height_width
         scales = [math.prod(self.strides[level:]) for level in range(self.num_levels)]
         return tuple((height // scale, width // scale) for scale in scales)
+
+    def summary(self) -> str:
+        """Images and codes in a few words."""
+        sides = " x ".join(map(str, self.image.height_width))
+        codes = " + ".join(describe_grids(self.grids, self.codebook_size_per_level))
+        return f"images {sides}, channels {self.image.channels}, codes {codes}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqvae2.common.artifact import Artifact, content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.config import VQVAE2Config
+from vqvae2.data import as_images
 from vqvae2.distributed import random_integers, rank, world_size
 from vqvae2.quantizers import Quantized, Quantizer, make_quantizer
 
@@ -151,6 +152,17 @@ class VQVAE2(Artifact, nn.Module):
             if level + 1 < self.config.num_levels:  # the bottom's context is for decoding only
                 context = self._extend(context, level, levels[-1].embeddings)
         return tuple(levels)
+
+    @torch.no_grad()
+    def encode_images(self, images: Any) -> tuple[Tensor, ...]:
+        """The codes `(B, h, w)` int64 per level, coarse to fine, of images as `as_images` takes
+        and prepares them: PIL images, paths, arrays or tensors. Raises as `as_images`."""
+        was_training, encoded = self.training, []
+        self.eval()  # in training, codebooks would learn from them
+        for batch in as_images(images, self.config.image).split(32):
+            encoded.append([level.codes for level in self.encode(batch.to(self.device))])
+        self.train(was_training)
+        return tuple(torch.cat(level) for level in zip(*encoded, strict=True))
 
     def decode(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Embeddings `(B, D, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""

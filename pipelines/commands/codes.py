@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from einops import rearrange
 
-from pipelines.belonging import describe_grids, refuse_mismatches
+from pipelines.belonging import refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
 from prior.manifest import Manifest, check_range, read_manifest, read_rows, read_shard
 from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
@@ -22,7 +22,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, save_picture, sheet, to_pil
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS
+from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids
 from vqvae2.model import VQVAE2
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pipelines.belonging import ADVICE, describe_grids, mismatches
+from pipelines.belonging import ADVICE, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
@@ -28,7 +28,7 @@ from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS
+from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageTable, open_source
 from vqvae2.data.augmentation import view_change

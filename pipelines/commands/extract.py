@@ -107,7 +107,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
         _report_changes(model, found.parts[0])
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images stay as they are
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
-    write = partial(_write_part, output_dir, model, encode, views, found.labelled)
+    write = partial(_write_part, output_dir, model, encode, views, found)
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
     work_parts.write_parts(found, output_dir, write, choices, state, **options)
     state.wait_for_everyone()  # all shards are there
@@ -147,10 +147,9 @@ def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[T
     The batch is filled up with black images, so that an image's codes do not depend on the others.
     Raises a `UserError` for features that are not finite.
     """
-    device = next(model.parameters()).device
     padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        levels = model.encode(to_images(torch.cat([pixels, padding]).to(device)))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        levels = model.encode(to_images(torch.cat([pixels, padding]).to(model.device)))
     if not all(level.embeddings.isfinite().all() for level in levels):
         what = "the autoencoder's features are not finite"
         raise UserError(f"{what}: restore or retrain it, or extract with --mixed-precision no.")
@@ -195,7 +194,7 @@ def _write_part(
     model: VQVAE2,
     encode: Callable[[Tensor], list[Tensor]],
     views: Mapping[str, Sequence[str]],
-    labelled: bool,
+    found: Parts,
     part: Part,
     items: Iterator[ReadItem],
     skipped: Mapping[str, list],
@@ -212,7 +211,8 @@ def _write_part(
             ids=shard.ids,
             codes=[np.concatenate(chunks) for chunks in shard.codes],
             codebook_sizes=model.config.codebook_size_per_level,
-            labels=np.array(shard.labels, np.int32) if labelled else None,
+            labels=np.array(shard.labels, np.int64) if found.labelled else None,
+            class_names=found.class_names or (),
             views=shard.views,
             facts={"skipped": json.dumps(skipped[split])},
             note=note_path(path),

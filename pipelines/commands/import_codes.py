@@ -81,6 +81,7 @@ def import_codes(
                 codes=[np.stack(level).reshape(len(numbers), -1) for level in levels],
                 codebook_sizes=model.config.codebook_size_per_level,
                 labels=labels[numbers] if len(class_names) else None,
+                class_names=class_names.tolist(),
             )
             records[split].append(record)
 

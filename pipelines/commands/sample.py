@@ -1,6 +1,5 @@
 """`vqvae2 sample`: new images as files."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,11 @@ import numpy as np
 from PIL.Image import Image
 
 from pipelines.config import LANES, SampleConfig
-from pipelines.editing import keep_levels, known_outside, repeat_known
+from pipelines.editing import for_masks, keep_levels, known_outside, repeat_known
+from pipelines.labels import Labels, hidden_unless_given
 from pipelines.pictures import sample_sheet
-from pipelines.pipeline import VQVAE2Pipeline, in_lanes
-from prior.sampling import Known
+from pipelines.pipeline import VQVAE2Pipeline
+from prior.sampling import Known, SamplingConfig, in_lanes
 from vqvae2.common.accelerate import processes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
@@ -24,7 +24,7 @@ from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import OwnCpus, set_threads
 from vqvae2.config import PreprocessingConfig
-from vqvae2.data import load_picture, picture_size, read_picture_file, to_images
+from vqvae2.data import load_picture, read_picture_file, to_images
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
@@ -45,16 +45,19 @@ def sample(config: SampleConfig) -> None:
     pipeline.to(processes().device)
     known: list[Known | None] = []
     front: dict[str, Image] = {}
-    labels = list(config.labels) or None
+    labels: Labels = list(config.labels) or None
     if config.init_image is not None:
-        known = known_codes(pipeline, config.init_image, config.mask, config.keep_levels)
+        image = pipeline.vqvae, config.init_image
+        if config.mask is not None:
+            known = [*known_outside(*image, config.mask)]
+        else:
+            known = keep_levels(*image, 1 if config.keep_levels is None else config.keep_levels)
         front = _given(config, pipeline.vqvae.config.image)
-        if labels is None and pipeline.can_hide_labels:
-            labels = ["none"]  # the image may show anything
+        labels = hidden_unless_given(labels, can_hide=pipeline.can_hide_labels)
 
     # Refuse wrong settings, and another run's folder, before anything is written.
     settings = {name: getattr(config, name) for name in SETTINGS}
-    pipeline.samplings(**settings)
+    SamplingConfig.per_level(len(pipeline.priors), **settings)
     pipeline.label_numbers(labels)
     tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
     facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
@@ -75,7 +78,7 @@ def write_samples(
     output_dir: str | Path,
     num_images: int,
     *,
-    labels: Sequence[int | str] | None = None,
+    labels: Labels = None,
     lanes: int = LANES,
     known: Sequence[Known | None] = (),
     front: Mapping[str, Image] | None = None,
@@ -132,28 +135,11 @@ def write_samples(
     logger.info(f"{files[0].parent}: {num_images} samples; {folder / 'samples.png'} shows some.")
 
 
-def known_codes(
-    pipeline: VQVAE2Pipeline, image: str, mask: str | None = None, num_levels: int | None = None
-) -> list[Known | None]:
-    """What of an image file is kept, one row per level: with a mask, the codes outside its white
-    area, else its `num_levels` (1 for None) coarsest levels. Raises a `UserError` if a file cannot
-    be read, or if image and mask differ in size."""
-    settings, device = pipeline.vqvae.config.image, pipeline.priors[0].device
-    images = to_images(load_picture(image, settings).to(device))
-    if mask is None:
-        return keep_levels(pipeline.vqvae, images, 1 if num_levels is None else num_levels)
-    if picture_size(read_picture_file(mask)) != picture_size(read_picture_file(image)):
-        raise UserError(f"{mask} and {image} differ in size: paint the mask over the image itself.")
-    grey = dataclasses.replace(settings, channels=1, background="black", value_range=(0, 255))
-    painted = load_picture(mask, grey).to(device)[:, 0] > 127
-    return [*known_outside(pipeline.vqvae, images, painted)]
-
-
 def _given(config: SampleConfig, settings: PreprocessingConfig) -> dict[str, Image]:
     """The image that is edited, and its mask if there is one, as the pipeline sees them."""
-    grey = dataclasses.replace(settings, channels=1, background="black", value_range=(0, 255))
+    files = {"original": (config.init_image, settings), "mask": (config.mask, for_masks(settings))}
     given = {}
-    for name, file, how in (("original", config.init_image, settings), ("mask", config.mask, grey)):
+    for name, (file, how) in files.items():
         if file is not None:
             given[name] = to_pil(to_images(load_picture(file, how)))[0]
     return given

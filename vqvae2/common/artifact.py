@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -51,11 +51,24 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
 class Artifact(ModelHubMixin):
     """A model that saves as a folder, loads back strictly, and can be pushed to the Hub.
 
-    Subclasses are `nn.Module`s made from one dataclass, their `config_class`.
+    Subclasses are `nn.Module`s made from one dataclass, their `config_class`, whose `summary()`
+    says in a few words what they are.
     """
 
     config_class: ClassVar[type]
     config: Any
+
+    def __repr__(self) -> str:
+        """One line; `torch.nn.Module.__repr__(model)` lists the layers."""
+        model = cast(nn.Module, self)
+        number = sum(weight.numel() for weight in model.parameters())
+        size = f"{number:,} parameters, {self.device}"
+        return f"{type(self).__name__}({self.config.summary()}, {size})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(cast(nn.Module, self).parameters()).device
 
     def save_pretrained(self, save_directory: str | Path, **for_the_mixin: Any) -> None:
         """Write `config.json` and `model.safetensors`; `push_to_hub(repo_id)` does, and uploads."""

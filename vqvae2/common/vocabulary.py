@@ -1,8 +1,15 @@
 """Names that both stages and their files share. Torch-free."""
 
+from collections.abc import Sequence
+
 SPLITS = ("train", "validation")
 """The folders of prepared images and of a code dataset: rows to train on, and rows held out."""
 ORIGINAL = "original"
 """The view of an image that is the image unchanged."""
 TRAINING_RECORD = "train_config.yaml"
 """The file in a training's folder that says what was trained, on what, and how."""
+
+
+def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[str]:
+    """Every level in words: 8 x 8 of 512."""
+    return [f"{h} x {w} of {size}" for (h, w), size in zip(grids, sizes, strict=True)]

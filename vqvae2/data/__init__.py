@@ -17,13 +17,13 @@ from vqvae2.data.dataset import (
 )
 from vqvae2.data.decoding import BadImage, picture_size, read_picture_file
 from vqvae2.data.open_source import PythonImages, load_table, open_source
-from vqvae2.data.preprocessing import load_picture, prepare, to_images
+from vqvae2.data.preprocessing import as_images, load_picture, open_picture, prepare, to_images
 from vqvae2.data.splits import is_held_out
 from vqvae2.data.table import ImageTable
 
 __all__ = [
     "AugmentedImages", "BadImage", "ImageDataset", "ImageSplits", "ImageTable", "PythonImages",
-    "TrainingImages", "held_out_images", "is_held_out", "load_images", "load_picture", "load_table",
-    "open_source", "open_training_images", "picture_size", "prepare", "read_picture_file",
-    "to_images",
+    "TrainingImages", "as_images", "held_out_images", "is_held_out", "load_images", "load_picture",
+    "load_table", "open_picture", "open_source", "open_training_images", "picture_size", "prepare",
+    "read_picture_file", "to_images",
 ]  # fmt: skip

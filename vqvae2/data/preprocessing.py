@@ -1,15 +1,19 @@
 """From a decoded picture to pixels in the channels, size and range of the configuration."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import MODES
 from vqvae2.config import PreprocessingConfig
-from vqvae2.data.decoding import Picture, read_picture_file
+from vqvae2.data.decoding import Picture, first_line, read_picture_file
 
 Window = tuple[float, float, float, float]
 """A part of a picture: left, top, right, bottom in pixels."""
@@ -22,17 +26,65 @@ def to_images(pixels: Tensor) -> Tensor:
     return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
 
 
-def load_picture(path: str, config: PreprocessingConfig) -> Tensor:
-    """One picture file as pixels `(1, C, H, W)`.
+def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
+    """Images `(B, C, H, W)` in [-1, 1], prepared as in training, of whatever shows some.
+
+    Args:
+        given: a picture or a list of them, each a PIL image, a path, or an array `(H, W)` or
+            `(H, W, C)` as a .npy file may hold; or images that are prepared: a tensor or an array
+            `(B, C, H, W)`, or a tensor `(C, H, W)`, in [-1, 1] or of bytes.
+
+    Raises:
+        UserError: it is none of these, or does not match the configuration.
+    """
+    # Prepared images are only checked.
+    if isinstance(given, np.ndarray) and given.ndim == 4:
+        given = torch.from_numpy(given)
+    if isinstance(given, Tensor):
+        images = to_images(given if given.ndim == 4 else given[None]).float()
+        shape, allowed = (config.channels, *config.height_width), "(B, {}, {}, {}), as the model's"
+        fits = tuple(images.shape[1:]) == shape and len(images) > 0
+        check(fits, "the images' shape", tuple(given.shape), allowed.format(*shape))
+        most = round(images.abs().max().item(), 3)
+        check(most <= 1, "the images' largest value", most, "at most 1, as they are in [-1, 1]")
+        return images
+
+    # Pictures, one after the other: each error says which it is about.
+    rows = []
+    for i, one in enumerate(given if isinstance(given, list | tuple) else [given]):
+        try:
+            pixels = one if isinstance(one, Tensor) else load_picture(one, config)
+            rows.append(as_images(pixels, config))
+        except (UserError, OSError) as error:  # Pillow decodes only when it has to
+            raise UserError(f"image {i}: {first_line(error)}") from None
+    if not rows:
+        raise UserError("there is no image: give one or more.")
+    return torch.cat(rows)
+
+
+def load_picture(given: str | Path | Picture, config: PreprocessingConfig) -> Tensor:
+    """One picture, or the file of one, as pixels `(1, C, H, W)`.
 
     Raises:
         UserError: the file is missing, is no picture, or cannot be prepared.
     """
-    picture = read_picture_file(path)
+    picture = open_picture(given)
     try:
         return torch.from_numpy(prepare(picture, config))[None]
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        name = f"{given}: " if isinstance(given, str | Path) else ""
+        raise UserError(f"{name}{error}") from None
+
+
+def open_picture(given: Any) -> Picture:
+    """The picture in a file; a picture is returned as it is. Raises as `read_picture_file`, and a
+    `UserError` for what is neither."""
+    if isinstance(given, str | Path):
+        return read_picture_file(str(given))
+    if not isinstance(given, Image.Image | np.ndarray):
+        allowed = "a PIL image, a path, an array or a tensor"
+        raise UserError(f"it is of type {type(given).__name__}, but must be {allowed}.")
+    return given
 
 
 def prepare(
