@@ -31,7 +31,7 @@ from vqvae2.data import (
 )
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
-from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
+from vqvae2.losses import Perceptual, assignments, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
 
@@ -182,7 +182,7 @@ def evaluate(
         if perceptual is not None:
             errors[2] += perceptual(clamped, batch) * len(batch)
         for count, level in zip(counts, levels, strict=True):
-            count.add_(torch.bincount(level.codes.flatten(), minlength=len(count)))
+            count.add_(assignments(level.codes, len(count)))
 
     # Means over all processes.
     errors, *counts = cast(list[Tensor], accelerator.reduce(sums, reduction="sum"))
