@@ -50,9 +50,9 @@ class Watch(TorchDispatchMode):
             self.waits[_place()] += 1
 
         # What fake tensors let pass, and a value to go on with: what is asked of all holds.
-        if operator in (aten.index, aten.index_put_) and not on_gpu:
-            if any(index is not None and index.device.type == "cuda" for index in args[1]):
-                raise RuntimeError("a tensor of the CPU is indexed from the GPU")
+        indices = args[1] if operator in (aten.index, aten.index_put_) and not on_gpu else ()
+        if any(index is not None and index.device.type == "cuda" for index in indices):
+            raise RuntimeError("a tensor of the CPU is indexed from the GPU")
         if operator is aten._local_scalar_dense:
             number = 0.5 if first.is_floating_point() else 0
             return hasattr(first, "of_all") if first.dtype == torch.bool else number

@@ -18,6 +18,7 @@ from vqvae2.common.accelerate import check_same_images, make_accelerator, on_mai
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
+from vqvae2.common.loading import ordered
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
@@ -172,8 +173,9 @@ def evaluate(
     sizes = (3, *model.config.codebook_size_per_level)
     sums = [torch.zeros(n, dtype=torch.float64, device=accelerator.device) for n in sizes]
     errors, *counts = sums
-    for first in range(0, len(own), batch_size):
-        rows = images.__getitems__(own[first : first + batch_size])
+    pieces = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    workers = config.data.num_workers
+    for rows in ordered(images.__getitems__, pieces, num_threads=workers, ahead=2 * workers):
         batch = to_images(rows["images"].to(accelerator.device))  # (B, C, H, W)
         reconstruction, levels = model(batch)
         clamped = reconstruction.float().clamp(-1, 1)
