@@ -9,7 +9,9 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -206,7 +208,8 @@ def test_compiled_training_is_the_same_training(
         options.append("--discriminator.weight 0.8 --discriminator.num-layers 1")
         options.append("--discriminator.start-step 2")
     eager = metrics(train(photos, tmp_path / "eager", *options))
-    compiled = metrics(train(photos, tmp_path / "compiled", *options, "--compile"))
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):  # no C++
+        compiled = metrics(train(photos, tmp_path / "compiled", *options, "--compile"))
     for one, other in zip(eager, compiled, strict=True):
         assert other == pytest.approx(one, rel=1e-3)
 
