@@ -186,8 +186,9 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
     settings = "--mixed-precision no --num-steps 12 --model.level-dropout 0"
     quantizer = "--model.quantizer.kind gradient --model.quantizer.revival-threshold 0"
     options = (settings, quantizer)
+    others = ("--data.num-workers 1", "--deterministic")
     whole = train(photos, tmp_path / "whole", *options)
-    assert_same_run(whole, train(photos, tmp_path / "workers", *options, "--data.num-workers 1"))
+    assert_same_run(whole, train(photos, tmp_path / "workers", *options, *others))
 
     # The data-dependent start looks at the first part alone, so both begin from the same weights.
     begun = (*options, "--init-from", whole)
