@@ -104,14 +104,13 @@ def _no_gradients(outputs: Any, inputs: Tensor, **options: Any) -> tuple[Tensor]
 def pretended_gpu() -> Iterator[Watch]:
     """Inside, everything is fake; `waits` of what it gives counts the waits for the GPU."""
     with ExitStack() as stack:
-        # The CPU build of torch has no device guard for CUDA. That of meta tensors does as well.
-        if torch.version.cuda is None:
-            library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-            name = "_ZN3c104impl26device_guard_impl_registryE"
-            guards = (ctypes.c_void_p * 21).in_dll(library, name)
-            cuda, meta = 1, 14  # numbers of c10::DeviceType
-            stack.callback(guards.__setitem__, cuda, guards[cuda])
-            guards[cuda] = guards[meta]
+        # The device guard for CUDA is missing, or wants a GPU. That of meta tensors does as well.
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        name = "_ZN3c104impl26device_guard_impl_registryE"
+        guards = (ctypes.c_void_p * 21).in_dll(library, name)
+        cuda, meta = 1, 14  # numbers of c10::DeviceType
+        stack.callback(guards.__setitem__, cuda, guards[cuda])
+        guards[cuda] = guards[meta]
 
         # What is remembered must not outlive the pretence.
         for module_name, module in list(sys.modules.items()):
