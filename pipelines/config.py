@@ -47,6 +47,8 @@ class ExtractConfig(ModelToFolderConfig):
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. 1 may be fastest on a busy machine."""
+    deterministic: bool = may_change(False)
+    """On a GPU, sum in a fixed order: the same command gives the same codes again, but slower."""
 
     def __post_init__(self) -> None:
         check_between(self, 1, LONGEST_SHARD, "shard_size")

@@ -27,6 +27,17 @@ class VQVAE2Output(NamedTuple):
     levels: tuple[Quantized, ...]
 
 
+class Network(nn.Sequential):
+    """Layers one after the other. Dynamo traces no frame of torch's own `nn.Sequential.forward`, so
+    that without this one `compile` would leave the layers as they are."""
+
+    def forward(self, features: Tensor, end: int | None = None) -> Tensor:
+        """`(B, channels, h, w)` through the layers before `end`, or all."""
+        for layer in list(self)[:end]:
+            features = layer(features)
+        return features
+
+
 class ResidualBlock(nn.Sequential):
     """x + conv1x1(ReLU(conv3x3(ReLU(x)))): E -> R -> E channels."""
 
@@ -41,7 +52,7 @@ class ResidualBlock(nn.Sequential):
         return features + super().forward(features)
 
 
-def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
+def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> Network:
     """`(B, in_channels, s*h, s*w)` to `(B, E, h, w)`, by a strided convolution per factor of 2."""
     hidden, halvings = config.hidden_channels, int(math.log2(stride))
     widths = [in_channels, hidden // 2, *[hidden] * (halvings - 1)]
@@ -50,10 +61,10 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequ
         layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
     layers.append(nn.Conv2d(widths[-1], hidden, kernel_size=3, padding=1))
     layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)]
-    return nn.Sequential(*layers, nn.ReLU())
+    return Network(*layers, nn.ReLU())
 
 
-def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
+def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> Network:
     """`(B, in_channels, h, w)` to `(B, out, s*h, s*w)`: an encoder mirrored."""
     hidden, halvings = config.hidden_channels, int(math.log2(stride))
     widths = [*[hidden] * max(1, halvings - 1), *[hidden // 2] * (halvings > 1), out]
@@ -61,13 +72,13 @@ def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) 
     layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)] + [nn.ReLU()]
     for before, after in pairwise(widths):
         layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return Network(*layers[:-1])
 
 
-def make_upsampler(channels: int, stride: int) -> nn.Sequential:
+def make_upsampler(channels: int, stride: int) -> Network:
     """`(B, channels, h, w)` to `(B, channels, s*h, s*w)`, by transposed convolutions alone."""
     steps = range(int(math.log2(stride)))
-    return nn.Sequential(*(nn.ConvTranspose2d(channels, channels, 4, 2, padding=1) for _ in steps))
+    return Network(*(nn.ConvTranspose2d(channels, channels, 4, 2, padding=1) for _ in steps))
 
 
 class VQVAE2(Artifact, nn.Module):
@@ -169,7 +180,9 @@ class VQVAE2(Artifact, nn.Module):
         context = None
         for level, level_embeddings in enumerate(embeddings):
             context = self._extend(context, level, level_embeddings)
-        return self.image_decoder(context)
+        # The adaptive weight of a discriminator goes back through the last layer, twice; through
+        # a compiled graph, which is whole or nothing, that would be slow, and spoil its buffers.
+        return self.image_decoder[-1](self.image_decoder(context, -1))
 
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
@@ -199,7 +212,13 @@ class VQVAE2(Artifact, nn.Module):
         return [e * mask.to(e.dtype) for e, mask in zip(embeddings, keep, strict=True)]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the networks in place, but not the quantizers, which synchronise processes."""
+        """Compile the networks in place, but not the quantizers, which synchronise processes.
+
+        Each for its own shapes, in training and evaluation. As all have the same `forward`, Dynamo
+        counts their graphs together, and at its limit, 8, would leave the others as they are.
+        """
+        torch._dynamo.config.recompile_limit = 64
+        kwargs = {"dynamic": False, **kwargs}
         for network in (*self.encoders, *self.level_decoders, *self.upsamplers, self.image_decoder):
             network.compile(*args, **kwargs)
 

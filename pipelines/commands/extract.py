@@ -95,6 +95,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     state.wait_for_everyone()  # the notes are there
 
     # Shards, then the manifest.
+    torch.use_deterministic_algorithms(config.deterministic)
     model.to(state.device)
     own_cpus = OwnCpus(bind=state.device.type == "cpu")
 

@@ -72,6 +72,9 @@ class TrainingConfig:
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Results depend on it in the last bits.
     While other programs keep the CPUs busy, 1 may be fastest."""
+    deterministic: bool = may_change(False)
+    """On a GPU, sum in a fixed order: the same command gives the same bits again, but slower. (On
+    a CPU it always does.)"""
     weight_ema_decay: float = 0.999
     """Decay of the weights' running average, which is what is validated and saved; 0 for none."""
     seed: int = 0
