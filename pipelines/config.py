@@ -164,6 +164,9 @@ class SampleConfig(PartsConfig):
     """Images computed side by side: more is faster on a GPU, and changes the images' last bits."""
     bf16: bool = False
     """Multiply in bfloat16 in the priors: faster, and other images."""
+    compile: bool = False
+    """On CUDA, compile the priors' steps: minutes at the start, then several times as fast. It
+    needs Triton and a C compiler, and may change the images' last bits."""
     init_image: str | None = None
     """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
     (--keep-levels) and sample the finer ones."""
