@@ -38,6 +38,8 @@ class ExtractConfig(ModelToFolderConfig):
     (crops of nine tenths), flip_top_left, ... Held-out images are never changed."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
+    deterministic: bool = may_change(False)
+    """On a GPU, sum in a fixed order: the same command gives the same codes again, but slower."""
 
     def __post_init__(self) -> None:
         check_between(self, 1, LONGEST_SHARD, "shard_size")

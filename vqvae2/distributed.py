@@ -35,6 +35,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+def from_main_process(tensor: Tensor) -> Tensor:
+    """The main process's tensor, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def random_integers(counter: Tensor, number: int) -> Tensor:
     """Random integers `(number,)` from 0 to 2^63 - 1, equal on every process.
 

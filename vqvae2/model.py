@@ -26,6 +26,15 @@ class VQVAE2Output(NamedTuple):
     levels: tuple[Quantized, ...]
 
 
+class Network(nn.Sequential):
+    """Layers one after the other. Dynamo traces no frame of torch's own `nn.Sequential.forward`, so
+    that without this one `compile` would leave the layers as they are."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, channels, h, w)` in and out; see `make_encoder`, `make_decoder`."""
+        return super().forward(features)
+
+
 class ResidualBlock(nn.Sequential):
     """x + conv1x1(ReLU(conv3x3(ReLU(x)))): E -> R -> E channels."""
 
@@ -40,7 +49,7 @@ class ResidualBlock(nn.Sequential):
         return features + super().forward(features)
 
 
-def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
+def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> Network:
     """`(B, in_channels, s*h, s*w)` to `(B, E, h, w)`, by a strided convolution per factor of 2."""
     hidden, halvings = config.hidden_channels, int(math.log2(stride))
     widths = [in_channels, hidden // 2, *[hidden] * (halvings - 1)]
@@ -49,10 +58,10 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> nn.Sequ
         layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
     layers.append(nn.Conv2d(widths[-1], hidden, kernel_size=3, padding=1))
     layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)]
-    return nn.Sequential(*layers, nn.ReLU())
+    return Network(*layers, nn.ReLU())
 
 
-def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> nn.Sequential:
+def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> Network:
     """`(B, in_channels, h, w)` to `(B, out, s*h, s*w)`: an encoder mirrored."""
     hidden, halvings = config.hidden_channels, int(math.log2(stride))
     widths = [*[hidden] * max(1, halvings - 1), *[hidden // 2] * (halvings > 1), out]
@@ -60,13 +69,13 @@ def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) 
     layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)] + [nn.ReLU()]
     for before, after in pairwise(widths):
         layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return Network(*layers[:-1])
 
 
-def make_upsampler(channels: int, stride: int) -> nn.Sequential:
+def make_upsampler(channels: int, stride: int) -> Network:
     """`(B, channels, h, w)` to `(B, channels, s*h, s*w)`, by transposed convolutions alone."""
     steps = range(int(math.log2(stride)))
-    return nn.Sequential(*(nn.ConvTranspose2d(channels, channels, 4, 2, padding=1) for _ in steps))
+    return Network(*(nn.ConvTranspose2d(channels, channels, 4, 2, padding=1) for _ in steps))
 
 
 class VQVAE2(Artifact, nn.Module):
@@ -187,7 +196,13 @@ class VQVAE2(Artifact, nn.Module):
         return [e * mask.to(e.dtype) for e, mask in zip(embeddings, keep, strict=True)]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the networks in place, but not the quantizers, which synchronise processes."""
+        """Compile the networks in place, but not the quantizers, which synchronise processes.
+
+        Each for its own shapes, in training and evaluation. As all have the same `forward`, Dynamo
+        counts their graphs together, and at its limit, 8, would leave the others as they are.
+        """
+        torch._dynamo.config.recompile_limit = 64
+        kwargs = {"dynamic": False, **kwargs}
         for network in (*self.encoders, *self.level_decoders, *self.upsamplers, self.image_decoder):
             network.compile(*args, **kwargs)
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-VECTORS_AT_ONCE = 4096  # per matrix product: more is not faster
+VECTORS_AT_ONCE = 4096  # per matrix product on a CPU, where more is not faster
 BLOCK = 64  # columns among which a maximum is searched first
 
 
@@ -30,7 +30,9 @@ def nearest(vectors: Tensor, codebook: Tensor, *, megabytes: float = 64.0) -> Te
     centre = codebook.mean(dim=0)
     codebook = codebook - centre
     offset = -0.5 * codebook.square().sum(dim=1)
-    at_once = min(VECTORS_AT_ONCE, max(1, int(megabytes * 2**20 / codebook[:, 0].nbytes)))
+    at_once = max(1, int(megabytes * 2**20 / codebook[:, 0].nbytes))
+    if vectors.device.type == "cpu":
+        at_once = min(VECTORS_AT_ONCE, at_once)
     chunks = vectors.split(at_once)
     return torch.cat([argmax(_scores(chunk - centre, codebook, offset)) for chunk in chunks])
 

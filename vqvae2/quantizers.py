@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae2.config import QuantizerConfig
-from vqvae2.distributed import gather_rows, random_integers, rank, sum_over_processes, world_size
+from vqvae2.distributed import (
+    from_main_process,
+    gather_rows,
+    random_integers,
+    rank,
+    sum_over_processes,
+    world_size,
+)
 from vqvae2.nearest import k_means, nearest, sum_by_code
 
 
@@ -146,7 +153,9 @@ class CodebookQuantizer(Quantizer):
         if self._started is None:
             self._started = bool(self.num_updates > 0)
         if not self._started and self.config.start_from_data:
-            self.codebook.copy_(self.normalize(k_means(gather_rows(vectors), self.codebook_size)))
+            # On a GPU sums are rounded in any order: each process's centres would be others.
+            centres = k_means(gather_rows(vectors), self.codebook_size)
+            self.codebook.copy_(from_main_process(self.normalize(centres)))
         self._started = True
 
     @torch.no_grad()

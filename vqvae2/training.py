@@ -18,6 +18,7 @@ from vqvae2.common.accelerate import check_same_images, make_accelerator, on_mai
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
+from vqvae2.common.loading import ordered
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
@@ -31,7 +32,7 @@ from vqvae2.data import (
 )
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
-from vqvae2.losses import Perceptual, make_adversarial_term, make_loss
+from vqvae2.losses import Perceptual, assignments, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
 
@@ -172,8 +173,9 @@ def evaluate(
     sizes = (3, *model.config.codebook_size_per_level)
     sums = [torch.zeros(n, dtype=torch.float64, device=accelerator.device) for n in sizes]
     errors, *counts = sums
-    for first in range(0, len(own), batch_size):
-        rows = images.__getitems__(own[first : first + batch_size])
+    pieces = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    workers = config.data.num_workers
+    for rows in ordered(images.__getitems__, pieces, num_threads=workers, ahead=2 * workers):
         batch = to_images(rows["images"].to(accelerator.device))  # (B, C, H, W)
         reconstruction, levels = model(batch)
         clamped = reconstruction.float().clamp(-1, 1)
@@ -182,7 +184,7 @@ def evaluate(
         if perceptual is not None:
             errors[2] += perceptual(clamped, batch) * len(batch)
         for count, level in zip(counts, levels, strict=True):
-            count.add_(torch.bincount(level.codes.flatten(), minlength=len(count)))
+            count.add_(assignments(level.codes, len(count)))
 
     # Means over all processes.
     errors, *counts = cast(list[Tensor], accelerator.reduce(sums, reduction="sum"))

@@ -90,6 +90,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     state.wait_for_everyone()  # the notes are there
 
     # Shards, then the manifest.
+    torch.use_deterministic_algorithms(config.deterministic)
     model.to(state.device)
     encode = partial(encode_lanes, model, bf16=config.mixed_precision == "bf16")
     if config.mixed_precision == "bf16" and state.is_main_process:

@@ -1,6 +1,7 @@
 """What this machine can do, and the Accelerate object that a training runs on."""
 
 import ctypes
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more t
 
 def native_bf16() -> bool:
     """Whether this machine computes in bfloat16 in hardware (emulated, it is slower than fp32)."""
-    if torch.cuda.is_available():
+    if not use_cpu():
         return torch.cuda.get_device_capability() >= (8, 0)
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # absent from older torch
     capabilities: dict[str, bool] = get_capabilities()
@@ -42,9 +43,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+def set_arithmetic() -> None:
+    """fp32 means fp32: on a GPU PyTorch's convolutions would round it to TF32 (10 bits), in which
+    codes change. bf16 is asked for by its name. And let repeatable products be possible, if they
+    are wanted: cuBLAS reads its setting once, before any of them."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def processes() -> PartialState:
     """Which process of how many this is, and its device; alone when there is no launcher."""
     keep_freed_memory()
+    set_arithmetic()
     return PartialState(cpu=use_cpu(), timeout=PATIENCE)
 
 
@@ -98,12 +108,13 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
             do not divide.
     """
     keep_freed_memory()
+    set_arithmetic()
 
     # Precision. An earlier training of this Python process may have run in another one.
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if native_bf16() else "no"
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and use_cpu():
         raise UserError("mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' here.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
@@ -118,9 +129,10 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
 
     # Buffers (a codebook) are equal on all ranks by construction. DDP's own broadcast would hide
     # it if they were not, and make a forward on one rank alone wait forever. (Torch deprecates the
-    # option, but its successor is missing from older versions.)
+    # option, but its successor is missing from older versions.) Gradients lie in DDP's buckets
+    # alone, not a second time beside them.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
-    ddp = utils.DistributedDataParallelKwargs(broadcast_buffers=False)
+    ddp = utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision=precision,

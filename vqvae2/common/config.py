@@ -67,6 +67,9 @@ class TrainingConfig:
     """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
     compile: bool = may_change(False)
     """Compile the model (torch.compile): slow to start, and worth it on a GPU alone."""
+    deterministic: bool = may_change(False)
+    """On a GPU, sum in a fixed order: the same command gives the same bits again, but slower. (On
+    a CPU it always does.)"""
     weight_ema_decay: float = 0.999
     """Decay of the weights' running average, which is what is validated and saved; 0 for none."""
     seed: int = 0

@@ -92,6 +92,7 @@ def fit(
     # by the seed elsewhere.
     seed = np.random.SeedSequence([config.seed, accelerator.process_index])
     set_seed(int(seed.generate_state(1)[0]))
+    torch.use_deterministic_algorithms(config.deterministic)
 
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
     averages = config.weight_ema_decay > 0
@@ -122,7 +123,10 @@ def fit(
 
     def show(step: int) -> None:
         if draw is not None:
+            # Sampling needs cumulative sums, which torch refuses to compute deterministically.
+            torch.use_deterministic_algorithms(False)
             picture = draw(result.eval())
+            torch.use_deterministic_algorithms(config.deterministic)
             save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
             metrics.write_picture(step, picture)
 

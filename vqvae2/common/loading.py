@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from vqvae2.common.accelerate import use_cpu
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -60,7 +62,7 @@ class ShuffledLoader:
             num_workers=self.num_workers,
             collate_fn=_as_it_is if makes_batches else default_collate,
             generator=torch.Generator(),  # not the global one, which resuming restores
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=not use_cpu(),
         )
         return iter(loader)
 
@@ -91,7 +93,10 @@ def ordered(
     function: Callable[[T], R], items: Iterable[T], *, num_threads: int, ahead: int | None = None
 ) -> Generator[R]:
     """Like `map`, on several threads, with at most `ahead` results (16 per thread) not yet taken:
-    memory stays flat."""
+    memory stays flat. With no threads it is `map`."""
+    if not num_threads:
+        yield from map(function, items)
+        return
     ahead = 16 * num_threads if ahead is None else ahead
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:

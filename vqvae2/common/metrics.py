@@ -84,7 +84,8 @@ class Metrics:
     def write_means(self, step: int, rate: float) -> dict[str, float]:
         """Write a line with the means since the last one, and start the next."""
         batch_size, elapsed = self.config.batch_size, time.perf_counter() - self.started
-        means = self.describe(step, self.sums, self.count)
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        means = self.describe(step, sums, self.count)
         steps = self.timed / self.config.gradient_accumulation_steps
         means["images_per_second"] = steps * batch_size / elapsed
         means["data_wait_share"] = self.waited / elapsed

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from vqvae2.common.accelerate import use_cpu
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ordered
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
@@ -375,7 +376,8 @@ class StreamedImages:
                     self._skipped.add(image.name)
                     self.on_skipped(image.name, image.reason)
             images = images or [self._stand_in]
-            yield {"images": torch.stack([images[i % len(images)] for i in range(size)])}
+            batch = torch.stack([images[i % len(images)] for i in range(size)])
+            yield {"images": batch if use_cpu() else batch.pin_memory()}
 
     def _rows(self, index: int) -> Iterator[tuple[StreamRow, int]]:
         """The rows of this process from the `index`-th batch on, with their epochs."""

@@ -1,0 +1,90 @@
+"""The CUDA paths on a machine without CUDA: everything on one device, and no waits in hot loops."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.commands.extract import encode_lanes
+from tests.pretended_gpu import GPU, pretended_gpu
+from vqvae2.config import (
+    DataConfig,
+    DiscriminatorConfig,
+    QuantizerConfig,
+    TrainVQVAEConfig,
+    VQVAE2Config,
+)
+from vqvae2.discriminator import AdversarialPair
+from vqvae2.losses import make_adversarial_term, make_loss
+from vqvae2.model import VQVAE2
+from vqvae2.training import evaluate
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
+STAGE_1: Any = {  # quantizer, precision, and whether a discriminator trains along
+    "ema": ({"kind": "ema"}, torch.bfloat16, True),
+    "cosine": ({"kind": "cosine", "estimator": "rotation"}, None, False),
+    "gradient": ({"kind": "gradient"}, torch.bfloat16, False),
+    "fsq": ({"kind": "fsq", "fsq_levels": (4, 4)}, None, True),
+}
+
+
+@pytest.mark.parametrize("kind", STAGE_1)
+def test_stage_1_lies_on_one_device_and_its_steps_never_wait(kind: str) -> None:
+    settings, precision, adversary = STAGE_1[kind]
+    config = VQVAE2Config(
+        hidden_channels=8,
+        residual_channels=8,
+        quantizer=QuantizerConfig(**settings),
+        code_dims=(2 if kind == "fsq" else 8,),
+        codebook_sizes=(16,),
+        level_dropout=0.1,
+    )
+    with pretended_gpu() as watch:
+        # Two training steps. At the first one a codebook asks, once, whether it has started.
+        model: Any = VQVAE2(config).to(GPU)
+        autoencoder, term = model, None
+        if adversary:
+            facts = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
+            model = AdversarialPair(model, facts).to(GPU)
+            autoencoder = model.autoencoder
+            term = make_adversarial_term(facts, autoencoder.last_layer, start=0)
+        loss_fn = make_loss("mse", config.codebook_size_per_level, adversarial=term)
+        images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+        batch = {"images": images.to(GPU)}
+        model.train()
+        for _ in range(2):
+            watch.waits.clear()
+            enabled = precision is not None
+            with torch.autocast("cuda", precision or torch.bfloat16, enabled=enabled):
+                loss, figures = loss_fn(model, batch)
+            assert {tensor.device for tensor in (loss, *figures.values())} == {GPU}
+        assert not watch.waits
+
+        # Validation waits at its end alone: for three sums, and for two figures per level.
+        autoencoder.eval()
+        alone: Any = SimpleNamespace(device=GPU, process_index=0, num_processes=1)
+        alone.reduce = lambda sums, reduction: sums
+        training = TrainVQVAEConfig(output_dir="x", data=DataConfig(path="x"), batch_size=4)
+        assert "usage_1" in evaluate(autoencoder, _Images(images), alone, training)
+        assert watch.waits.total() <= 3 + 2 * config.num_levels
+
+        # Extraction asks per level whether all is finite, and fetches the codes; the way back.
+        watch.waits.clear()
+        levels = encode_lanes(autoencoder, images, bf16=precision is not None)
+        assert [codes.shape for codes in levels] == [(4, 4), (4, 16)]
+        assert watch.waits.total() == 2 * config.num_levels
+        codes = [levels[0].view(4, 2, 2).to(GPU), levels[1].view(4, 4, 4).to(GPU)]
+        assert autoencoder.decode_codes(codes).device == GPU
+
+
+class _Images:
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Any) -> dict[str, torch.Tensor]:
+        return {"images": self.images[list(indices)]}
