@@ -10,6 +10,7 @@ import torch
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.pipeline import VQVAE2Pipeline
 from prior import (
+    Known,
     PixelSNAILConfig,
     PixelSNAILPriorConfig,
     SamplingConfig,
@@ -96,6 +97,7 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
             how: Any = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
             assert prior.sample(*given, seeds=seeds, **how).device == GPU
             assert watch.waits.total() <= 3
+        assert all(vars(prior)["_recorded"].values())  # none fell back to the prior's own steps
 
 
 def test_a_pipeline_samples_and_edits_on_one_device() -> None:
@@ -112,7 +114,10 @@ def test_a_pipeline_samples_and_edits_on_one_device() -> None:
         parts = [make_prior(config_of(*prior)) for prior in priors]
         pipeline = VQVAE2Pipeline(VQVAE2(config), parts).to(GPU)
         image = torch.rand(1, 3, 8, 16).to(GPU)
-        kept = keep_levels(pipeline.vqvae, image, 1)
+        kept = [
+            level and Known(*(tensor.cpu() for tensor in level))
+            for level in keep_levels(pipeline.vqvae, image, 1)
+        ]
         mask = torch.zeros(1, 8, 16, dtype=torch.bool)
         for known in ([], kept, known_outside(pipeline.vqvae, image, mask)):
             watch.waits.clear()
