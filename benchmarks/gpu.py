@@ -233,9 +233,7 @@ def priors() -> None:
     """Both families, every precision."""
     for family in ("transformer", "pixelsnail"):
         precisions(partial(train_small_prior, family=family, level="bottom"), family)
-    begun = clock()
     train_small_prior("top", "transformer", "top")
-    say("INFO", "a training with its audit", f"{clock() - begun:.1f} s")
 
 
 @check(15)
@@ -414,8 +412,7 @@ def seconds_per_image() -> None:
                 condition = [*condition, labels[:, None, None].repeat(1, *prior.config.grids[-1])]
             begun = clock()
             decoder.decode_codes(condition)
-            total += clock() - begun
-            times = " and ".join(f"{seconds * 1e3:.2f}" for seconds in each)
+            total, times = total + clock() - begun, " and ".join(f"{s * 1e3:.2f}" for s in each)
             text = f"{total / rows:.2f} s an image in bf16 ({times} ms a position, at the middle)"
             text += f", {compiling:.0f} s to start, peak {peak_memory():.2f} GiB"
             say("INFO", f"batch {rows}, {'compiled' if compiled else 'eager'}", text)

@@ -167,7 +167,7 @@ class SampleConfig(PartsConfig):
     bf16: bool = False
     """Multiply in bfloat16 in the priors: faster, and other images."""
     compile: bool = False
-    """On CUDA, compile the priors' steps: minutes at the start, then several times as fast. It
+    """On CUDA, compile the priors' steps: slow to start, and worth it for large sets. It
     needs Triton and a C compiler, and may change the images' last bits."""
     init_image: str | None = None
     """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
