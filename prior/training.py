@@ -144,7 +144,8 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
         if token_corruption:
             wrong = torch.rand(codes.shape, device=codes.device) < token_corruption
             read = torch.where(wrong, torch.randint_like(codes, config.codebook_sizes[-1]), codes)
-        nats = F.cross_entropy(model(read, condition, labels).float(), codes)
+        logits = model(read, condition, labels).float()
+        nats = F.cross_entropy(logits, codes, reduction="none").mean()  # in a fixed order on CUDA
         return nats, {"bits_per_code": nats / math.log(2)}
 
     return loss_fn

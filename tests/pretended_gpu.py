@@ -23,14 +23,21 @@ GPU = torch.device("cuda:0")  # with its index: "cuda" alone would become "meta"
 OURS = ("vqvae2", "prior", "pipelines")
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.bincount}
+# What `torch.use_deterministic_algorithms` refuses on CUDA, or whose backward it refuses.
+REFUSED = {aten.histc, aten.kthvalue, aten.median, aten.put_, aten.grid_sampler_2d}
+REFUSED |= {aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.reflection_pad2d}
+REFUSED |= {aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.max_unpool2d}
 
 
 class Watch(TorchDispatchMode):
-    """Counts, by place, where the host waits for the device, and invents what it waited for."""
+    """Counts, by place, where the host waits for the device, and invents what it waited for; and
+    where an operation is called that has no deterministic form."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.calls: Counter[Any] = Counter()  # of operators, wherever they are called
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # In inference mode what is made of other operators arrives whole.
@@ -48,6 +55,11 @@ class Watch(TorchDispatchMode):
         is_copy = target is not None and torch.device(target).type == "cpu"
         if on_gpu and (operator in WAITS or is_copy):
             self.waits[_place()] += 1
+        self.calls[operator] += 1
+        is_sum = operator is aten.cumsum and first.is_floating_point()
+        is_mean = operator is aten.nll_loss2d_forward and args[3] != 0  # no reduction is 0
+        if on_gpu and (operator in REFUSED or is_sum or is_mean):
+            self.refused[_place()] += 1
 
         # What fake tensors let pass, and a value to go on with: what is asked of all holds.
         indices = args[1] if operator in (aten.index, aten.index_put_) and not on_gpu else ()
@@ -92,14 +104,13 @@ def _no_gradients(outputs: Any, inputs: Tensor, **options: Any) -> tuple[Tensor]
 def pretended_gpu() -> Iterator[Watch]:
     """Inside, everything is fake; `waits` of what it gives counts the waits for the GPU."""
     with ExitStack() as stack:
-        # The CPU build of torch has no device guard for CUDA. That of meta tensors does as well.
-        if torch.version.cuda is None:
-            library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-            name = "_ZN3c104impl26device_guard_impl_registryE"
-            guards = (ctypes.c_void_p * 21).in_dll(library, name)
-            cuda, meta = 1, 14  # numbers of c10::DeviceType
-            stack.callback(guards.__setitem__, cuda, guards[cuda])
-            guards[cuda] = guards[meta]
+        # The device guard for CUDA is missing, or wants a GPU. That of meta tensors does as well.
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        name = "_ZN3c104impl26device_guard_impl_registryE"
+        guards = (ctypes.c_void_p * 21).in_dll(library, name)
+        cuda, meta = 1, 14  # numbers of c10::DeviceType
+        stack.callback(guards.__setitem__, cuda, guards[cuda])
+        guards[cuda] = guards[meta]
 
         # What is remembered must not outlive the pretence.
         for module_name, module in list(sys.modules.items()):

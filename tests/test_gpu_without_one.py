@@ -1,13 +1,17 @@
 """The CUDA paths on a machine without CUDA: everything on one device, and no waits in hot loops."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from pipelines.commands.extract import encode_lanes
 from tests.pretended_gpu import GPU, pretended_gpu
+from vqvae2.common.accelerate import native_bf16, processes
+from vqvae2.common.loading import ShuffledLoader
 from vqvae2.config import (
     DataConfig,
     DiscriminatorConfig,
@@ -18,6 +22,7 @@ from vqvae2.config import (
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.losses import make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
+from vqvae2.nearest import nearest
 from vqvae2.training import evaluate
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
@@ -61,6 +66,7 @@ def test_stage_1_lies_on_one_device_and_its_steps_never_wait(kind: str) -> None:
                 loss, figures = loss_fn(model, batch)
             assert {tensor.device for tensor in (loss, *figures.values())} == {GPU}
         assert not watch.waits
+        assert not watch.refused  # with --deterministic
 
         # Validation waits at its end alone: for three sums, and for two figures per level.
         autoencoder.eval()
@@ -77,6 +83,30 @@ def test_stage_1_lies_on_one_device_and_its_steps_never_wait(kind: str) -> None:
         assert watch.waits.total() == 2 * config.num_levels
         codes = [levels[0].view(4, 2, 2).to(GPU), levels[1].view(4, 4, 4).to(GPU)]
         assert autoencoder.decode_codes(codes).device == GPU
+
+
+def test_a_gpu_searches_many_vectors_at_once() -> None:
+    """Each piece costs launches of kernels; a CPU is fastest with pieces of 4,096 vectors."""
+    with pretended_gpu() as watch:
+        nearest(torch.empty(20_000, 8, device=GPU), torch.empty(512, 8, device=GPU))
+    assert watch.calls[torch.ops.aten.addmm] == 1
+
+
+def test_a_gpu_that_is_not_wanted_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with mock.patch("torch.cuda.is_available", return_value=True):  # its questions would fail
+        native_bf16()
+        batches = ShuffledLoader([torch.zeros(1)], 1).start_at(0)
+        assert not next(batches).is_pinned()
+
+
+def test_fp32_is_not_tf32_and_sums_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    processes()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 class _Images:

@@ -50,6 +50,22 @@ def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...]) -> None:
         torch.testing.assert_close(model.decode_codes(codes), expected, atol=1e-6, rtol=0)
 
 
+def test_compiling_catches_every_network_in_training_and_in_evaluation() -> None:
+    """But for the last layer of the image decoder, which a discriminator's weight looks at."""
+    model, graphs = small_model(), []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum("conv" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    model.compile(backend=count)
+    model.train()(some_images())
+    with torch.no_grad():
+        model.eval()(some_images())
+    # Bottom and top encoder, level decoder, upsampler, image decoder.
+    assert graphs == 2 * [5, 4, 4, 1, 4]
+
+
 @pytest.mark.parametrize("strides", LEVELS)
 @pytest.mark.parametrize("quantizer", ["ema", "gradient", "cosine", "fsq"])
 def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer: str) -> None:

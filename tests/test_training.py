@@ -9,7 +9,9 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -184,8 +186,9 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
     settings = "--mixed-precision no --num-steps 12 --model.level-dropout 0"
     quantizer = "--model.quantizer.kind gradient --model.quantizer.revival-threshold 0"
     options = (settings, quantizer)
+    others = ("--data.num-workers 1", "--deterministic")
     whole = train(photos, tmp_path / "whole", *options)
-    assert_same_run(whole, train(photos, tmp_path / "workers", *options, "--data.num-workers 1"))
+    assert_same_run(whole, train(photos, tmp_path / "workers", *options, *others))
 
     # The data-dependent start looks at the first part alone, so both begin from the same weights.
     begun = (*options, "--init-from", whole)
@@ -197,16 +200,14 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
             torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("adversary", [False, True])
-def test_compiled_training_is_the_same_training(
-    adversary: bool, photos: Path, tmp_path: Path
-) -> None:
+def test_compiled_training_is_the_same_training(photos: Path, tmp_path: Path) -> None:
+    """With a discriminator, whose weight goes back through the decoder several times."""
     options = ["--num-steps 4 --mixed-precision no --image.size 16 --log-every 1"]
-    if adversary:
-        options.append("--discriminator.weight 0.8 --discriminator.num-layers 1")
-        options.append("--discriminator.start-step 2")
+    options.append("--discriminator.weight 0.8 --discriminator.num-layers 1")
+    options.append("--discriminator.start-step 2")
     eager = metrics(train(photos, tmp_path / "eager", *options))
-    compiled = metrics(train(photos, tmp_path / "compiled", *options, "--compile"))
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):  # no C++
+        compiled = metrics(train(photos, tmp_path / "compiled", *options, "--compile"))
     for one, other in zip(eager, compiled, strict=True):
         assert other == pytest.approx(one, rel=1e-3)
 

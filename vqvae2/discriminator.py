@@ -79,8 +79,6 @@ class AdversarialPair(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the autoencoder's networks (torch.compile, in place)."""
-        # The adaptive weight goes back through the decoder's graph, which must survive it.
-        torch._functorch.config.donated_buffer = False
         self.autoencoder.compile(*args, **kwargs)
 
     def parameter_groups(self, config: DiscriminatorConfig) -> Sequence[Mapping[str, Any]]:

@@ -30,9 +30,11 @@ class Network(nn.Sequential):
     """Layers one after the other. Dynamo traces no frame of torch's own `nn.Sequential.forward`, so
     that without this one `compile` would leave the layers as they are."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        """`(B, channels, h, w)` in and out; see `make_encoder`, `make_decoder`."""
-        return super().forward(features)
+    def forward(self, features: Tensor, end: int | None = None) -> Tensor:
+        """`(B, channels, h, w)` through the layers before `end`, or all."""
+        for layer in list(self)[:end]:
+            features = layer(features)
+        return features
 
 
 class ResidualBlock(nn.Sequential):
@@ -166,7 +168,9 @@ class VQVAE2(Artifact, nn.Module):
         context = None
         for level, level_embeddings in enumerate(embeddings):
             context = self._extend(context, level, level_embeddings)
-        return self.image_decoder(context)
+        # The adaptive weight of a discriminator goes back through the last layer, twice; through
+        # a compiled graph, which is whole or nothing, that would be slow, and spoil its buffers.
+        return self.image_decoder[-1](self.image_decoder(context, -1))
 
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
