@@ -138,6 +138,7 @@ class VQVAE2Pipeline:
         first_index: int = 0,
         lanes: int = LANES,
         bf16: bool = False,
+        compiled: bool = False,
         known: Sequence[Known | None] = (),
         output_type: str = "pil",
         show_progress: bool = False,
@@ -153,6 +154,7 @@ class VQVAE2Pipeline:
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, and other images.
+            compiled: on CUDA, compile the priors' steps first; see `Prior.sample`.
             known: per level, codes that are given rather than sampled, for all `num_images`
                 images, or None; see `pipelines.editing`.
             output_type: "pil", or "pt" for a tensor in [-1, 1].
@@ -186,8 +188,8 @@ class VQVAE2Pipeline:
                 given = level and level.spread(first - first_index, lanes)
                 given = given and Known(*(tensor.to(prior.device) for tensor in given))
                 inputs = codes, classes.to(prior.device) if prior.config.num_classes else None
-                noise: dict[str, Any] = {"sampling": sampling, "seeds": seeds}
-                codes.append(prior.sample(lanes, *inputs, **noise, known=given, bf16=bf16))
+                how: dict[str, Any] = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
+                codes.append(prior.sample(lanes, *inputs, **how, seeds=seeds, known=given))
             images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
             asked = slice(batch.start - first, batch.stop - first)
             outputs.append([tensor[asked].cpu() for tensor in (images, *codes)])

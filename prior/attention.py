@@ -3,7 +3,8 @@
 Letters: B batch, n heads, T queries, S keys, d features per head.
 """
 
-from functools import lru_cache
+import time
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -86,20 +87,48 @@ def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) 
     return mask.masked_fill(~seen, -torch.inf)
 
 
-class KVCache:
-    """Keys and values `(B, n, length, d)` of the positions so far; `window` as in `attend`."""
+@cache
+def bf16_keys_pay(device_type: str) -> bool:
+    """Whether one query reads keys and values faster in bf16: half as many bytes, which some CPUs
+    multiply slowly. Samples depend on the answer: a CPU that computes in bf16 is timed once, in a
+    single thread's own time and with a margin, so that other programs do not change it."""
+    from vqvae2.common.accelerate import native_bf16  # slow to import, and seldom needed
 
-    def __init__(self, length: int, *, window: int = 0) -> None:
+    if device_type != "cpu" or not native_bf16():
+        return device_type != "cpu"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(9):
+        for dtype, each in times.items():
+            q, k = torch.ones(8, 8, 1, 64, dtype=dtype), torch.ones(8, 8, SHORT, 64, dtype=dtype)
+            started = time.thread_time()
+            attend_written_out(q, k, k, None)
+            each.append(time.thread_time() - started)
+    torch.set_num_threads(threads)
+    return min(times[torch.float32]) > 1.25 * min(times[torch.bfloat16])
+
+
+class KVCache:
+    """Keys and values `(B, n, length, d)` of the positions so far; `window` as in `attend`. They
+    are kept and multiplied in bf16 if sampling is (`dtype`) and it pays, else as they come."""
+
+    def __init__(self, length: int, *, window: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.keys: Tensor | None = None  # made at the first position
         self.values: Tensor | None = None
-        self.length, self.window = length, window
+        self.length, self.window, self.dtype = length, window, dtype
 
     def attend(self, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it. If
         the position is a tensor `(1,)`, no shape depends on it, as CUDA graphs need it."""
         if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
-            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+            in_bf16 = self.dtype == torch.bfloat16 and bf16_keys_pay(k.device.type)
+            kept = torch.bfloat16 if in_bf16 else k.dtype
+            self.keys, self.values = k.new_zeros(shape, dtype=kept), v.new_zeros(shape, dtype=kept)
+        if k.dtype != self.keys.dtype:
+            given, kept = q.dtype, self.keys.dtype
+            return self.attend(position, q.to(kept), k.to(kept), v.to(kept)).to(given)
         if isinstance(position, Tensor):
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)
@@ -110,4 +139,6 @@ class KVCache:
         self.values[:, :, position : position + 1] = v
         first = max(0, position - self.window) if self.window else 0
         seen_keys, seen_values = (x[:, :, first : position + 1] for x in (self.keys, self.values))
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # however many keys there are
+            return attend_written_out(q, seen_keys, seen_values, None)
         return attend(q, seen_keys, seen_values, causal=False)

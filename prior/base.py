@@ -68,11 +68,17 @@ class Prior(Artifact, nn.Module, ABC):
         return None
 
     def make_stepper(
-        self, batch_size: int, condition: Any, labels: Any, dtype: torch.dtype = torch.float32
+        self,
+        batch_size: int,
+        condition: Any,
+        labels: Any,
+        dtype: torch.dtype = torch.float32,
+        *,
+        compiled: bool = False,
     ) -> Stepper:
-        """`step` on a fresh state, as a function of position and previous codes."""
+        """`step` on a fresh state, as a function of position and previous codes; see `sample`."""
         start = partial(self.start, batch_size, condition, labels, dtype=dtype)
-        if self.fixed_shapes and self.device.type == "cuda":
+        if compiled and self.fixed_shapes and self.device.type == "cuda":
             return graphed_stepper(self, start, (batch_size, dtype))
         return partial(self.step, start())
 
@@ -98,6 +104,7 @@ class Prior(Artifact, nn.Module, ABC):
         seeds: Sequence[int],
         known: Known | None = None,
         bf16: bool = False,
+        compiled: bool = False,
         plain: bool = False,
     ) -> Tensor:
         """Draw codes `(B, h, w)` int64, one position after another in raster order.
@@ -106,6 +113,7 @@ class Prior(Artifact, nn.Module, ABC):
             seeds: one per image; an image's random numbers come from its own seed alone.
             known: codes that are given instead of drawn.
             bf16: products in bfloat16, sums in fp32: faster, but the codes differ.
+            compiled: on CUDA, compile the steps, once per batch size, and replay them as graphs.
             plain: without caches, slowly: the definition, which caches equal code for code.
 
         Raises:
@@ -126,7 +134,9 @@ class Prior(Artifact, nn.Module, ABC):
             step = self._plain_stepper(copies * batch_size, condition, labels)
         else:
             dtype = torch.bfloat16 if bf16 else torch.float32
-            step = self.make_stepper(copies * batch_size, condition, labels, dtype)
+            step = self.make_stepper(
+                copies * batch_size, condition, labels, dtype, compiled=compiled
+            )
 
         # Position after position: logits, guidance, and one code per image.
         codebook_size = self.config.codebook_sizes[-1]

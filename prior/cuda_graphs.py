@@ -1,9 +1,11 @@
 """Sampling on CUDA, where launching kernels is what a step costs: steps are recorded as graphs.
 
 A CUDA graph replays the same kernels on the same addresses. So positions are tensors, no shape
-depends on them, and the sampling state of the first batch is refilled for the batches after it.
+depends on them, and the sampling state of the first batch is refilled for the batches after it,
+with the copies of weights in it: what moved in the meantime is sampled from as it is now.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +16,15 @@ from torch import Tensor, nn
 # A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`.
 Stepper = Callable[[int, Tensor], Tensor]
 cuda_graph = partial(torch.compile, mode="reduce-overhead")
+logger = logging.getLogger(__name__)
+
+
+class Recordings(dict):
+    """A prior's recorded steps: batch size and types -> state, step and start of a row, or None
+    where they cannot be compiled. They are of one prior: a copy of it starts without."""
+
+    def __reduce__(self) -> Any:
+        return Recordings, ()
 
 
 def graphed_stepper(
@@ -24,25 +35,22 @@ def graphed_stepper(
 ) -> Stepper:
     """The steps of a prior with `fixed_shapes` for one batch, whose sampling state `start` makes.
     `record` compiles them once per `key`, batch size and type of the products, and they stay in the
-    prior until its weights change."""
-    # What was recorded is of no use after the weights have changed: the state may hold copies.
-    weights = [(weight.data_ptr(), weight._version) for weight in prior.parameters()]
-    recorded = vars(prior).setdefault("_recorded_steps", {})  # key -> weights, state, functions
-    if key not in recorded or recorded[key][0] != weights:
-        # The first step makes the caches; from then on no tensor of the state moves.
-        state = start()
-        first = torch.full((key[0],), prior.config.codebook_sizes[-1], device=prior.device)
-        prior.step(state, 0, first)
-        for tensor in state_tensors(state).values():
-            torch._dynamo.mark_static_address(tensor, guard=False)
-        step, start_row = partial(prior.step, state), partial(prior.start_row, state)
-        recorded[key] = weights, state, record(step), record(start_row)
-    _, state, step, start_row = recorded[key]
+    prior. Where that fails, a warning says so once, and steps are taken uncompiled."""
+    weight, recordings = next(prior.parameters()), vars(prior).setdefault("_recorded", Recordings())
+    all_types = (*key, weight.dtype, weight.device)
+    if all_types not in recordings:
+        recordings[all_types] = _record(prior, start(), key[0], record)
+    if recordings[all_types] is None:
+        return partial(prior.step, start())
+    state, step, start_row = recordings[all_types]
 
-    # Caches of a fresh state do not exist yet. Old ones may stay: later positions are not read.
-    recorded_tensors = state_tensors(state)
-    for name, tensor in state_tensors(start()).items():
-        recorded_tensors[name].copy_(tensor)
+    # Fill the state anew. A fresh one has no caches yet: those of earlier batches are emptied.
+    fresh = state_tensors(start())
+    for name, tensor in state_tensors(state).items():
+        if name not in fresh:
+            tensor.zero_()
+        elif not torch._C._is_alias_of(tensor, fresh[name]):  # type: ignore[attr-defined]
+            tensor.copy_(fresh[name])
 
     # A step copies its position and codes to where the graph reads them, and replays it.
     positions = torch.arange(prior.config.num_positions, device=prior.device)
@@ -57,15 +65,44 @@ def graphed_stepper(
     return take_step
 
 
+def _record(prior: Any, state: Any, batch_size: int, record: Callable) -> Any:
+    """The state, the step and the start of a row, compiled; None if that fails."""
+    # The first step makes the caches; from then on no tensor of the state moves.
+    level, device = prior.config.level, prior.device
+    previous = torch.full((batch_size,), prior.config.codebook_sizes[-1], device=device)
+    prior.step(state, 0, previous)
+    for tensor in state_tensors(state).values():
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+    # Compilers work, and fail, at the first call.
+    logger.info("compiling the steps of level %d, which takes up to some minutes", level)
+    step, start_row = record(partial(prior.step, state)), record(partial(prior.start_row, state))
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        start_row(position, previous)
+        step(position, previous)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every part of a compiler has its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        advice = "sampling goes on uncompiled; compiling needs Triton and a C compiler"
+        logger.warning("the steps of level %d cannot be compiled (%s): %s.", level, reason, advice)
+        return None
+    return state, step, start_row
+
+
 def state_tensors(state: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors of a sampling state by name, those of its lists and objects included; not those
-    of modules, which never change between steps, and stay where they are anyway."""
+    """The tensors of a sampling state by name, those of its lists, objects and modules included;
+    not parameters, which are the prior's own."""
+    items: Any = {}
     if isinstance(state, Tensor):
-        return {name: state}
+        return {} if isinstance(state, nn.Parameter) else {name: state}
     if isinstance(state, list | tuple):
         items = dict(enumerate(state))
-    else:
-        items = {} if isinstance(state, nn.Module) else getattr(state, "__dict__", {})
+    elif isinstance(state, dict):
+        items = state
+    elif isinstance(state, nn.Module) or not callable(state):  # functions hold no tensors
+        items = getattr(state, "__dict__", {})
     tensors: dict[str, Tensor] = {}
     for key, value in items.items():
         tensors |= state_tensors(value, f"{name}.{key}")

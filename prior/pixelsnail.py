@@ -232,7 +232,8 @@ class PixelSNAIL(Prior):
         for block in cast(Any, self.blocks):
             steps = [GatedBlockSteps(each, batch_size, width, dtype) for each in block.residuals]
             attention = block.attention and pack_linears(block.attention, batch_size, dtype)
-            blocks.append((steps, attention, KVCache(self.config.num_positions)))
+            cache = KVCache(self.config.num_positions, dtype=dtype)
+            blocks.append((steps, attention, cache))
         embedding = F.pad(self.embedding.weight, (0, 0, 0, 1))
         places = torch.arange(self.stem.reach + 1, device=self.device)
         context = self.context(batch_size, condition, labels)

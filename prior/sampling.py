@@ -78,7 +78,7 @@ class Known(NamedTuple):
         """The images from `first` on; for those that do not exist nothing is given."""
         rows = torch.arange(first, first + number)
         inside = (rows >= 0) & (rows < len(self.codes))
-        rows = rows.clamp(0, len(self.codes) - 1).to(self.codes.device)
+        rows = rows.clamp(0, len(self.codes) - 1)
         return Known(self.codes[rows], self.mask[rows] & inside[:, None, None].to(self.mask.device))
 
 

@@ -204,7 +204,7 @@ class TransformerPrior(Prior):
         """Run the condition network once, and pack the weights; see `Prior.start`."""
         blocks = []
         for block in cast(Sequence[Block], self.blocks):
-            cache = KVCache(self.config.num_positions, window=block.window)
+            cache = KVCache(self.config.num_positions, window=block.window, dtype=dtype)
             blocks.append((cast(Block, pack_linears(block, batch_size, dtype)), cache))
         output = pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype)
         background = self.background(batch_size, condition, labels)

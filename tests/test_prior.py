@@ -1,9 +1,12 @@
 """What a prior promises: it never sees the future, but all of its condition; sampling is exact."""
 
+import copy
 import dataclasses
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from prior import (
     TransformerConfig,
     TransformerPriorConfig,
 )
-from prior.attention import attend
+from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.config import PriorConfig
 from prior.cuda_graphs import graphed_stepper
 from prior.packed_linear import can_pack
@@ -332,7 +335,10 @@ def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: in
 
 @each_family
 @torch.no_grad()
-def test_steps_in_bf16_give_nearly_the_logits_of_fp32(family: str) -> None:
+def test_steps_in_bf16_give_nearly_the_logits_of_fp32(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prior.attention.bf16_keys_pay", lambda device_type: True)
     prior = make(family, "bottom, classes, ratio 4")
     codes, *given = inputs(prior)
     exact_step = prior.make_stepper(BATCH, *given)
@@ -342,6 +348,37 @@ def test_steps_in_bf16_give_nearly_the_logits_of_fp32(family: str) -> None:
         assert (exact - fast).square().mean().sqrt() < 0.02 * exact.std()
         assert fast.dtype == torch.float32
         assert not can_pack(torch.bfloat16) or not torch.equal(exact, fast)  # it is used
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pays", "kept"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_keys_are_kept_in_bf16_where_products_are_and_it_pays(
+    dtype: torch.dtype, pays: bool, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prior.attention.bf16_keys_pay", lambda device_type: pays)
+    q, k, v = torch.ones(3, 2, 2, 1, 8)
+    caches = KVCache(3, dtype=dtype), KVCache(3, dtype=dtype)
+    for cache, position in zip(caches, (0, torch.tensor([0])), strict=True):
+        assert cache.attend(position, q, k, v).dtype == torch.float32
+        assert cache.keys.dtype == cache.values.dtype == kept  # type: ignore[union-attr]
+
+
+def test_keys_in_bf16_are_tried_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for native in (False, True):
+        monkeypatch.setattr("vqvae2.common.accelerate.native_bf16", lambda native=native: native)
+        bf16_keys_pay.cache_clear()
+        answers.append(bf16_keys_pay("cpu"))
+        assert bf16_keys_pay("cuda")
+    bf16_keys_pay.cache_clear()
+    assert answers[0] is False
+    assert answers[1] in (True, False)
 
 
 def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
@@ -357,26 +394,106 @@ def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
 @each_family
 @each_prior
 @torch.no_grad()
-def test_recorded_steps_serve_the_next_batch_and_moved_weights(family: str, name: str) -> None:
+def test_recorded_steps_serve_the_next_batch(family: str, name: str) -> None:
     """What CUDA graphs replay gives the logits of the forward, whatever its buffers held before."""
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
-    recorded = []
-    for turn in range(3):
-        flipped = [level.flip(0) for level in condition]
-        codes, condition = (codes.flip(0), flipped) if turn == 1 else (codes, condition)
-        if turn == 2:
-            for parameter in prior.parameters():
-                parameter.mul_(0.7)
+    for _ in range(2):
         logits = prior(codes, condition, labels).flatten(2)
+        assert_recorded_steps_give(logits, prior, codes, condition, labels, torch.float32, [])
+        codes, condition = codes.flip(0), [level.flip(0) for level in condition]
+
+
+@pytest.mark.parametrize("family", ["transformer", "pixelsnail"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_recorded_steps_follow_the_weights_however_they_change(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded once, steps copy weights (to bf16, or into another order) that move on in training,
+    in ways that torch counts and in ways that it does not."""
+    monkeypatch.setattr("prior.attention.bf16_keys_pay", lambda device_type: True)
+    prior = make(family, "bottom")
+    given = inputs(prior)
+    old, recorded = copy.deepcopy(prior.state_dict()), []
+
+    def check_steps(prior: Prior) -> None:
+        eager = prior.make_stepper(BATCH, *given[1:], dtype)
+        before = codes_before(prior, given[0])[:8]  # more than a row
+        logits = torch.stack([eager(t, previous) for t, previous in enumerate(before)], dim=2)
+        assert_recorded_steps_give(logits, prior, *given, dtype, recorded)
+
+    check_steps(prior)
+    for parameter in prior.parameters():
+        parameter.mul_(0.7)  # an average of weights moves like this
+    check_steps(prior)
+    for parameter in prior.parameters():
+        parameter.data.mul_(1.1)
+    check_steps(prior)
+    for parameter in prior.parameters():
+        parameter.fill_(torch.nan)  # a training that diverged: nothing of it stays in the caches
+    start = partial(prior.start, BATCH, *given[1:], dtype=dtype)
+    step = graphed_stepper(prior, start, (BATCH, dtype))
+    assert step(0, codes_before(prior, given[0])[0]).isnan().all()
+    prior.load_state_dict(old)
+    check_steps(prior)
+    assert len(recorded) == 2  # the step and the start of a row
+
+    # A copy has steps of its own, and so has another type of weights.
+    twin = copy.deepcopy(prior)
+    for parameter in twin.parameters():
+        parameter.mul_(0.7)
+    check_steps(twin)
+    check_steps(prior)
+    check_steps(prior.double())
+    assert len(recorded) == 6
+
+
+def assert_recorded_steps_give(
+    logits: Tensor,
+    prior: Prior,
+    codes: Tensor,
+    condition: list[Tensor],
+    labels: Tensor | None,
+    dtype: torch.dtype,
+    recorded: list[Callable],
+) -> None:
+    """Logits `(B, K, T)` of the first positions are those of recorded steps; what is recorded anew
+    joins the list."""
+    start = partial(prior.start, BATCH, condition, labels, dtype=dtype)
+    step = graphed_stepper(prior, start, (BATCH, dtype), lambda f: recorded.append(f) or f)  # type: ignore[func-returns-value]
+    atol = 1e-5 if dtype == torch.float32 else 0.1 * logits.std().item()
+    for position, before in enumerate(codes_before(prior, codes)[: logits.shape[2]]):
+        torch.testing.assert_close(step(position, before), logits[..., position], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["transformer"])
+@torch.no_grad()
+def test_where_steps_cannot_be_compiled_sampling_goes_on_and_says_so_once(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prior, tried = make(family, "bottom, classes, ratio 4"), []
+    codes, condition, labels = inputs(prior)
+
+    def without_triton(step: Callable) -> Callable:
+        def fail(*inputs: Any) -> None:
+            tried.append(step)
+            raise RuntimeError("Cannot find a working triton installation.\nMore of it")
+
+        return fail
+
+    caplog.set_level(logging.INFO, logger="prior")
+    logits = prior(codes, condition, labels).flatten(2)
+    for _ in range(2):
         start = partial(prior.start, BATCH, condition, labels)
-        step = graphed_stepper(
-            prior, start, (BATCH, torch.float32), lambda f: recorded.append(f) or f
-        )
-        for position, before in enumerate(codes_before(prior, codes)):
+        step = graphed_stepper(prior, start, (BATCH, torch.float32), without_triton)
+        for position, before in enumerate(codes_before(prior, codes)[:4]):
             expected = logits[..., position]
             torch.testing.assert_close(step(position, before), expected, atol=1e-5, rtol=0)
-    assert len(recorded) == 4  # a step and the start of a row; again for the weights
+    compiling, warning = caplog.messages
+    assert len(tried) == 1
+    assert compiling.startswith("compiling the steps of level 1")
+    assert "(Cannot find a working triton installation. More of it): sampling goes on" in warning
 
 
 @pytest.mark.parametrize("family", ["transformer, window", "pixelsnail"])
@@ -395,12 +512,16 @@ def test_one_compiled_step_serves_all_positions_and_batches(
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
         moving = []
         for node in graph.graph.find_nodes(op="placeholder"):
-            if "_dynamo_static_input_type" not in node.meta["tensor_dict"]:
+            kind = node.meta["tensor_dict"].get("_dynamo_static_input_type")
+            assert kind != "guarded"  # a guard means to compile again for every state
+            if kind is None:
                 moving.append(node.meta["example_value"].shape)
         graphs.append(sorted(moving))
         return graph.forward
 
-    def compiled(batch_size: int, condition: list, labels: Tensor, dtype: torch.dtype) -> Callable:
+    def compiled(
+        batch_size: int, condition: list, labels: Tensor, dtype: torch.dtype, **options: bool
+    ) -> Callable:
         start = partial(prior.start, batch_size, condition, labels, dtype=dtype)
         record = partial(torch.compile, backend=backend, fullgraph=True)
         return graphed_stepper(prior, start, (batch_size, dtype), record)
