@@ -80,7 +80,7 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
         alone: Any = SimpleNamespace(device=GPU, process_index=0, num_processes=1)
         alone.reduce = lambda sums, reduction: sums
         held_out: Any = HeldOut(codes, labels)
-        assert "bits_per_code" in evaluate(prior, held_out, alone, batch_size=1)
+        assert "bits_per_code" in evaluate(prior, held_out, alone, unigram_bits=1.0, batch_size=1)
         assert watch.waits.total() == 1
 
         # Sampling looks at the labels' range and the result: nothing waits at a position. Recorded

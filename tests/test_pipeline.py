@@ -168,7 +168,7 @@ def test_images_from_python_are_encoded_decoded_and_edited(
     ):
         run_here(*edit, *more, "--seed", 5, "--output-dir", tmp_path / name)
         for i, image in enumerate(output.images):
-            assert Image.open(tmp_path / name / f"{i:06d}.png").tobytes() == image.tobytes()
+            assert Image.open(tmp_path / name / f"images/{i:06d}.png").tobytes() == image.tobytes()
     assert not torch.equal(output.codes[1][0], output.codes[1][1])
     assert pipeline.inpaint(path, nothing, 1).images[0].tobytes() == expected.tobytes()
     images = read(pipeline, path)

@@ -25,7 +25,7 @@ from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
 from vqvae2.common.lock import writes_output
-from vqvae2.common.metrics import best_validation
+from vqvae2.common.metrics import best_validation, conclusion, recorded_config
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import fastest_number
 
@@ -207,6 +207,8 @@ def summary(root: Path) -> str:
             gain = f"{1 - bits / alone:.0%} fewer than by frequency alone ({alone:.2f})"
             name = level_name(level, manifest.num_levels).capitalize()
             lines.append(f"{name}, {size} codes: {bits:.2f} bits per code, {gain}.")
+    for name in ("vqvae", *(f"prior_{level}" for level in range(manifest.num_levels))):
+        lines.append(f"{name}: {conclusion(root / name, recorded_config(root / name))}.")
     lines += [
         "",
         "Next:",

@@ -135,42 +135,55 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def validations(run: Path) -> list[dict[str, float]]:
-    """The held-out figures of a run that has a loss, in order: step, loss, ..."""
+    """The held-out figures of a run, in order: step, and "loss" if the best weights are kept."""
     found, path = [], run / "metrics.jsonl"
     for line in read_metrics(path) if path.exists() else ():
-        if "validation/loss" in line:
+        if any(name.startswith("validation/") for name in line):
             found.append({name.removeprefix("validation/"): x for name, x in line.items()})
     return found
 
 
 def best_validation(run: Path) -> dict[str, float]:
-    """Those of the weights that are kept, with the lowest loss; empty if there are none."""
-    return min(validations(run), key=lambda line: line["loss"], default={})
+    """Those of the weights that are kept: with the lowest loss, without any loss the last; empty if
+    there are none."""
+    found = validations(run)
+    with_loss = [line for line in found if "loss" in line]
+    return min(with_loss or found[-1:], key=lambda line: line.get("loss", 0.0), default={})
 
 
 def stopped_early(run: Path, patience: int) -> bool:
     """Whether the held-out loss has not fallen for `patience` validations (0: never so)."""
-    losses = [line["loss"] for line in validations(run)]
+    losses = [line["loss"] for line in validations(run) if "loss" in line]
     return bool(losses) and 0 < patience < len(losses) - losses.index(min(losses))
+
+
+def recorded_config(run: Path) -> TrainingConfig:
+    """How a run is trained, by its record."""
+    path = run / TRAINING_RECORD
+    record, known = read_yaml(path), {}
+    for field in fields(TrainingConfig):
+        if field.name in record:
+            known[field.name] = record[field.name]
+    return from_dict(TrainingConfig, known, str(path))
 
 
 def warn_if_unfinished(run: Path) -> None:
     """Warn that a model's training goes on, if its folder says so."""
-    path, found = run / TRAINING_RECORD, validations(run)
-    record = read_yaml(path) if found and path.exists() else {}
-    known = {
-        field.name: record[field.name] for field in fields(TrainingConfig) if field.name in record
-    }
-    config = from_dict(TrainingConfig, known, str(path))
-    if record and found[-1]["step"] < config.num_steps and not stopped_early(run, config.patience):
-        made = f"step {found[-1]['step']:,} of {config.num_steps:,}"
+    path = run / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() and (run / TRAINING_RECORD).exists() else []
+    if not lines:
+        return
+    config, step = recorded_config(run), lines[-1]["step"]
+    if step < config.num_steps and not stopped_early(run, config.patience):
+        made = f"step {step:,} of {config.num_steps:,}"
         logger.warning("%s: its training is not finished (%s); its weights may change.", run, made)
 
 
 def conclusion(run: Path, config: TrainingConfig) -> str:
     """Why a run ended, which weights it keeps, and whether more steps would have done it good."""
     # Why.
-    found, end = validations(run), f"all {config.num_steps:,} steps are done"
+    found = [line for line in validations(run) if "loss" in line]
+    end = f"all {config.num_steps:,} steps are done"
     if not found:
         return f"{end}; the last weights are kept, as there is no held-out loss to choose by"
     best, last = best_validation(run), found[-1]
