@@ -24,7 +24,11 @@ from pipelines.config import ExtractConfig
 from prior.manifest import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
 from prior.shards import ShardRecord, smallest_type, write_shard
 from vqvae2.codebook_stats import warn_of_few
-from vqvae2.common.accelerate import check_same_images, processes
+from vqvae2.common.accelerate import (
+    check_same_images,
+    processes,
+    use_deterministic_algorithms,
+)
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
@@ -95,7 +99,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     state.wait_for_everyone()  # the notes are there
 
     # Shards, then the manifest.
-    torch.use_deterministic_algorithms(config.deterministic)
+    use_deterministic_algorithms(config.deterministic)
     model.to(state.device)
     own_cpus = OwnCpus(bind=state.device.type == "cpu")
 

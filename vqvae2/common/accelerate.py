@@ -52,6 +52,12 @@ def set_arithmetic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def use_deterministic_algorithms(wanted: bool) -> None:
+    """As torch's function of this name, which imports a compiler (1.4 s), but only at a change."""
+    if wanted != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(wanted)
+
+
 def processes() -> PartialState:
     """Which process of how many this is, and its device; alone when there is no launcher."""
     keep_freed_memory()

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from vqvae2.common.accelerate import on_main_process
+from vqvae2.common.accelerate import on_main_process, use_deterministic_algorithms
 from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
 from vqvae2.common.config import TrainingConfig
@@ -96,7 +96,7 @@ def fit(
     # by the seed elsewhere.
     seed = np.random.SeedSequence([config.seed, accelerator.process_index])
     set_seed(int(seed.generate_state(1)[0]))
-    torch.use_deterministic_algorithms(config.deterministic)
+    use_deterministic_algorithms(config.deterministic)
 
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
     averages = config.weight_ema_decay > 0
@@ -131,9 +131,9 @@ def fit(
     def show(step: int) -> None:
         if draw is not None:
             # Sampling needs cumulative sums, which torch refuses to compute deterministically.
-            torch.use_deterministic_algorithms(False)
+            use_deterministic_algorithms(False)
             picture = draw(result.eval())
-            torch.use_deterministic_algorithms(config.deterministic)
+            use_deterministic_algorithms(config.deterministic)
             save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
             metrics.write_picture(step, picture)
 

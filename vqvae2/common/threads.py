@@ -26,6 +26,7 @@ MUCH, SECONDS = 0.2, 10.0  # share of the time that is worth a word, and what it
 def set_threads(number: int) -> None:
     """Compute with this many threads from now on; 0: as many as PyTorch chooses."""
     torch.set_num_threads(number or DEFAULT_THREADS)
+    _other_threads()  # before an operation starts them that does not look
 
 
 def fastest_number(seconds: Callable[[], float]) -> int:
@@ -89,9 +90,9 @@ class OwnCpus:
 def _other_threads() -> tuple[int, ...]:
     """The threads that compute beside the main one; they start with the first large operation, and
     cannot be told from others later."""
-    before = set(os.listdir(TASKS))
+    before = set(os.listdir(TASKS) if TASKS.exists() else ())
     torch.ones(1 << 20).neg_()
-    return tuple(int(thread) for thread in set(os.listdir(TASKS)) - before)
+    return tuple(int(thread) for thread in set(os.listdir(TASKS)) - before) if before else ()
 
 
 def _waited() -> float:
