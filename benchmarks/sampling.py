@@ -6,8 +6,9 @@
 
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
-cached sampling runs in full. The floor is what reading all weights once per position takes, at the
-rate at which a packed matrix product reads them here.
+cached sampling runs in full. The transformer's floor is what reading all weights once per position
+takes, at the rate at which a packed matrix product reads them here. (The PixelSNAIL has none: it
+computes parts of a row at once.)
 """
 
 import argparse
@@ -245,19 +246,24 @@ def print_sampling(case: Case, batch_sizes: Sequence[int] | None) -> None:
     prior = make_prior(case.config).eval()
     size = sum(parameter.numel() for parameter in prior.parameters())
     positions = prior.config.num_positions
-    floor_fp32 = size * 4 / streaming_rate(size, torch.float32)
-    floor_bf16 = size * 2 / streaming_rate(size, torch.bfloat16)
     print(f"\n{case.name}, {size / 1e6:.1f} M parameters")
-    print(f"floor at batch 1: {1 / floor_fp32:.0f} codes/s fp32, {1 / floor_bf16:.0f} bf16")
+    floors = {False: 0.0, True: 0.0}
+    if isinstance(prior, TransformerPrior):
+        floors[False] = size * 4 / streaming_rate(size, torch.float32)
+        floors[True] = size * 2 / streaming_rate(size, torch.bfloat16)
+        rates = f"{1 / floors[False]:.0f} codes/s fp32, {1 / floors[True]:.0f} bf16"
+        print(f"floor at batch 1: {rates}")
     for batch_size in batch_sizes or case.batch_sizes:
         *condition, _ = random_codes(prior.config, batch_size)
         plain, all_codes = plain_seconds(prior, batch_size, condition), positions * batch_size
         row = f"{plain / batch_size:9.2f} s/image {all_codes / plain:9.1f} codes/s"
         print(f"  batch {batch_size:2}  plain loop, fp32  {row} (extrapolated)")
-        for name, bf16, floor in (("fp32", False, floor_fp32), ("bf16", True, floor_bf16)):
+        for name, bf16 in (("fp32", False), ("bf16", True)):
             cached = cached_seconds(prior, batch_size, condition, bf16=bf16)
             row = f"{cached / batch_size:9.2f} s/image {all_codes / cached:9.1f} codes/s"
-            ratios = f"{plain / cached:7.1f}x plain, {floor * positions / cached:4.0%} of the floor"
+            ratios = f"{plain / cached:7.1f}x plain"
+            if floors[bf16]:
+                ratios += f", {floors[bf16] * positions / cached:4.0%} of the floor"
             print(f"            cached, {name}      {row} {ratios}")
             if not isinstance(prior, TransformerPrior):
                 continue

@@ -142,7 +142,7 @@ def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "aut
         flips: yes, no or auto: whether mirrored images are further ones.
     """
     reasons: list[str] = []
-    image = seen.prepared or _choose_image(seen, on_gpu, reasons)
+    image = seen.prepared or _choose_image(seen, on_gpu, given, reasons)
     image = replace(image, **given)
     if given:
         reasons.append(f"as you asked: {', '.join(f'image.{k} {v}' for k, v in given.items())}")
@@ -188,8 +188,10 @@ def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "aut
     return Choice(recipe, reasons)
 
 
-def _choose_image(seen: Look, on_gpu: bool, reasons: list[str]) -> PreprocessingConfig:
-    """How files become images."""
+def _choose_image(
+    seen: Look, on_gpu: bool, given: Mapping[str, Any], reasons: list[str]
+) -> PreprocessingConfig:
+    """How files become images; `given` is set already."""
     # Size: what the pictures have and the device can do. A common shape is kept.
     sizes = (64, 128, 256) if on_gpu else (32, 64)
     side = max([sizes[0], *(size for size in sizes if size <= 1.4 * seen.short_side)])
@@ -200,10 +202,10 @@ def _choose_image(seen: Look, on_gpu: bool, reasons: list[str]) -> Preprocessing
         width = _multiple(side * min(1.0, typical))
         height = _multiple(side / max(1.0, typical))
     device = "a GPU" if on_gpu else "a CPU"
-    reasons.append(
-        f"{width} x {height} pixels (width x height): the shorter sides are"
-        f" {seen.short_side:.0f} pixels in the median, and {device} trains"
-    )
+    why = f"the shorter sides are {seen.short_side:.0f} pixels in the median, and {device} trains"
+    if "size" in given:
+        (height, width), why = PreprocessingConfig(size=given["size"]).height_width, "as you asked"
+    reasons.append(f"{width} x {height} pixels (width x height): {why}")
 
     # Fit: cutting is fine where little is cut.
     cut = np.mean(loses_much(seen.aspects, PreprocessingConfig(size=(height, width))))

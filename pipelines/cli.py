@@ -56,7 +56,9 @@ RECIPES = files("pipelines") / "recipes"
 PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
-NAMELESS = ("--data.path", "--pipeline", "--codes")  # what people give without the flag
+NAMELESS = {  # a file in what people give without a flag -> the flag
+    "model_index.json": "--pipeline", "manifest.json": "--codes", "config.json": "--vqvae",
+    "": "--data.path"}  # fmt: skip
 COMMON_FLAGS = ("--config", "--quiet", "--verbose", "--help")
 OVERVIEW = """usage: vqvae2 SUBCOMMAND [--config RECIPE] [--quiet | --verbose] [--flags]
 
@@ -222,7 +224,9 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
             where = f"vqvae2 {planned or command} --help"
             raise UserError(f"unknown flag {flag:.100}; {near} (see {where}).")
     if arguments and not arguments[0].startswith("-"):
-        flag = next((f for f in NAMELESS if f in known and f not in arguments), known[0])
+        meant = [f for file, f in NAMELESS.items() if Path(arguments[0], file).exists()]
+        meant += [*NAMELESS.values(), known[0]]
+        flag = next(flag for flag in meant if flag in known and flag not in arguments)
         what = f"vqvae2 {command}: {shown(arguments[0])} has no flag in front of it"
         raise UserError(f"{what}; did you mean {flag} {shlex.quote(arguments[0]):.100}?")
 

@@ -70,7 +70,9 @@ def keep_levels(model: VQVAE2, images: Any, number: int) -> list[Known | None]:
     """For variations: all codes of the `number` coarsest levels of images (see `as_images`), and
     none of the finer levels', of which there must be one or more (`UserError`)."""
     most = model.config.num_levels - 1
-    allowed = f"from 1 to {most}: finer levels vary" if most else "left alone: there is one level"
+    if not most:
+        raise UserError("a model of one level has no finer one to vary: give a mask.")
+    allowed = f"from 1 to {most}: finer levels vary"
     check(number in range(1, most + 1), "keep_levels", number, allowed)
     codes = model.encode_images(images)
     kept = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes[:number]]

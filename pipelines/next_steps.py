@@ -54,6 +54,9 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
         yield ["sample", "--pipeline", out, "--output-dir", beside(out, "pipeline", "samples")]
         codes = record_of(config.priors[0]).get("codes")
         yield ["doctor", "--pipeline", out, *(["--codes", codes] if codes else [])]
+    elif command == "doctor" and config.pipeline:
+        target = ["--output-dir", beside(config.pipeline, "pipeline", "samples")]
+        yield ["sample", "--pipeline", config.pipeline, *target]
     elif command == "sample":
         yield ["sample", *flags(replace(config, num_images=2 * config.num_images))]
 

@@ -30,6 +30,7 @@ from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.messages import progress_bar
+from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, versions
 from vqvae2.data.splits import few
@@ -59,6 +60,7 @@ class VQVAE2Pipeline:
         `Artifact.from_pretrained` and `refuse_mismatches`."""
         pipeline = cls(VQVAE2.from_pretrained(vqvae), [load_prior(prior) for prior in priors])
         for part, folder in zip(pipeline.parts, [vqvae, *priors], strict=True):
+            warn_if_unfinished(Path(folder).expanduser())
             if record := training_record(folder):
                 pipeline.trainings[part] = record
         return pipeline

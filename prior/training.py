@@ -26,7 +26,7 @@ from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion
 from vqvae2.common.runs import RunRecord
-from vqvae2.common.vocabulary import SPLITS, TRAINING_RECORD
+from vqvae2.common.vocabulary import MIN_HELD_OUT, SPLITS, TRAINING_RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     run.check(output_dir)
     if on_main_process(accelerator, partial(is_finished, output_dir, config)):
         logger.info("%s: %s.", output_dir, conclusion(output_dir, config))
+        _warn_of_noise(output_dir)
         return
 
     # Make the prior, and refuse one that cannot learn before it costs hours.
@@ -79,12 +80,19 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     loader = ShuffledLoader(train, rows, seed=config.seed, num_processes=number, process_index=rank)
     batch_size = min(128, rows // number)
     evaluated = None
+    if len(validation) < MIN_HELD_OUT:
+        text = "%d held-out rows are too few to judge a prior by: extract codes of more images."
+        logger.warning(text, len(validation))
     if len(validation):
         alone = validation.unigram_bits(network.level, train)
         options: dict[str, Any] = {"accelerator": accelerator, "batch_size": batch_size}
         evaluated = partial(evaluate, codes=validation, unigram_bits=alone, **options)
     loss_fn = make_loss(network, token_corruption=config.token_corruption)
     fit(accelerator, model, loss_fn, loader, config, output_dir, evaluate=evaluated, draw=draw)
+    _warn_of_noise(output_dir)
+
+
+def _warn_of_noise(output_dir: Path) -> None:
     if best := best_validation(output_dir):
         warn_of_noise(output_dir, best["bits_per_code"], best["unigram_bits"])
 

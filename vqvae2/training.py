@@ -21,10 +21,10 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished
 from vqvae2.common.loading import ordered
 from vqvae2.common.lock import writes_output
-from vqvae2.common.metrics import conclusion
+from vqvae2.common.metrics import best_validation, conclusion, quality
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
-from vqvae2.common.vocabulary import TRAINING_RECORD
+from vqvae2.common.vocabulary import MIN_HELD_OUT, TRAINING_RECORD
 from vqvae2.config import TrainVQVAEConfig
 from vqvae2.data import (
     ImageDataset,
@@ -32,7 +32,6 @@ from vqvae2.data import (
     open_training_images,
     to_images,
 )
-from vqvae2.data.splits import MIN_HELD_OUT, enough_held_out
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, assignments, make_adversarial_term, make_loss
@@ -105,13 +104,9 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
-    rows, advice = getattr(data.loader, "dataset", ()), "give some with --data.validation-path"
+    rows = getattr(data.loader, "dataset", ())  # none, of a stream
     if rows:
         warn_of_few(len(rows), config.model.codebook_size_per_level)
-        advice = f"set --image.validation-fraction {enough_held_out(data.number):g}"
-    if len(data.validation) < MIN_HELD_OUT and config.model.image.validation_fraction:
-        text = "%d images are held out, too few to choose the best weights by: the last ones are "
-        logger.warning(f"{text}kept. Add images, or {advice}.", len(data.validation))
 
     # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
     # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
@@ -160,6 +155,8 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         parameter_groups=parameter_groups,
     )
     accelerator.wait_for_everyone()
+    if best := best_validation(output_dir):
+        logger.info("%s: reconstructions of held-out images: %s.", output_dir, quality(best["mse"]))
     report_skipped(output_dir)
 
 

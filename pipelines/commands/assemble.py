@@ -10,7 +10,6 @@ from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
-from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -34,8 +33,6 @@ def assemble(config: AssembleConfig) -> None:
             pipeline.save_pretrained(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
     pipeline.warn_of_noise()
-    for part in (config.vqvae, *config.priors):
-        warn_if_unfinished(Path(part).expanduser())
     logger.info(f"{folder}: the pipeline, for vqvae2 sample --pipeline.")
 
 

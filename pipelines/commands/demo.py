@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pipelines.plan.command import step_seconds
 from pipelines.plan.stages import stages_of
 from pipelines.recipes import DEMO_IMAGES, demo_recipe
 from prior.manifest import read_manifest
-from vqvae2.common.accelerate import use_cpu
+from vqvae2.common.accelerate import on_main_process, processes, use_cpu
 from vqvae2.common.config import from_dict
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation
@@ -42,7 +43,7 @@ def demo(config: DemoConfig) -> None:
     root = Path(config.output_dir)
     run = RunRecord("demo", config, RECORD)
     run.check(root)
-    threads = find_threads(root, config)
+    threads = on_main_process(processes(), partial(find_threads, root, config))
     replace(run, notes={"num_threads": threads}).write(root)
     recipe, made = demo_recipe(config.budget, threads), {"vqvae": f"{root}/vqvae"}
     codes, priors = f"{root}/codes", [f"{root}/prior_0", f"{root}/prior_1"]
@@ -69,7 +70,7 @@ def find_threads(root: Path, config: DemoConfig) -> int:
     first = stages_of(PlanConfig(recipe="", planned=config))[0]
     threads = 0 if not use_cpu() else fastest_number(lambda: step_seconds(first))
     if threads:
-        logger.info("%d threads: more are slower now, beside other programs.", threads)
+        logger.info("One thread: more are slower now, beside other programs.")
     return threads
 
 

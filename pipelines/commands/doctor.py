@@ -151,7 +151,9 @@ def examine_prior(
     yield check_cache(prior, few)._replace(name="cache on real codes")
     yield from filter(None, [check_condition_helps(prior, rows)])
     alone = held_out.unigram_bits(prior.config.level, datasets["train"])
-    yield check_beats_frequencies(nats_per_code(prior, rows) / math.log(2), alone)
+    found = check_beats_frequencies(nats_per_code(prior, rows) / math.log(2), alone)
+    kind = "held-out" if held_out is datasets["validation"] else "training"
+    yield found._replace(message=f"{len(rows.codes)} {kind} rows: {found.message}")
 
 
 @check("files", f"{RESTORE[0].upper()}{RESTORE[1:]}.")

@@ -115,6 +115,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     write = partial(_write_part, output_dir, model, encode, views, found)
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
     work_parts.write_parts(found, output_dir, write, choices, state, **options)
+    use_deterministic_algorithms(False)
     state.wait_for_everyone()  # all shards are there
     if state.is_main_process:
         _finish(output_dir, config, model, found)

@@ -12,6 +12,7 @@ from pipelines.config import ReconstructConfig
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
+from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, load_table, to_images
@@ -28,6 +29,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     """Reconstruct images as the configuration says."""
     state, output_dir = processes(), Path(config.output_dir)
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
+    warn_if_unfinished(Path(config.vqvae).expanduser())
     facts = {"encoder_hash": model.content_hash()}
     run = RunRecord("reconstruct", config, "reconstruct_config.yaml", facts=facts)
     run.check(output_dir)

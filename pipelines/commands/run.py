@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import re
+import shlex
+import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -18,20 +20,22 @@ from pipelines.config import PlanConfig, RunConfig
 from pipelines.model_index import INDEX_NAME
 from pipelines.plan.command import plan, step_seconds
 from pipelines.plan.stages import Stage, stages_of
+from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import processes, use_cpu
+from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
 from vqvae2.common.lock import writes_output
-from vqvae2.common.metrics import best_validation, conclusion, recorded_config
+from vqvae2.common.metrics import best_validation, conclusion, quality, recorded_config
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import fastest_number
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
-SHARES = {"train": 0.4, "prior_0": 0.15, "prior_1": 0.35}  # of the budget; the rest is for all else
+AUTOENCODER, PRIORS = 0.4, 0.5  # their shares of the budget; the rest is for all else
 MOST_EPOCHS = 400  # more than these teach nothing
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -58,13 +62,15 @@ def run(config: RunConfig) -> None:
         text, _ = make_recipe(config)
         record.write(root)
         write_text(recipe_file, text)
+        reasons = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+        logger.info("\n  ".join(reasons))
     state.wait_for_everyone()
     logger.info("%s holds the settings, and why.", recipe_file)
 
     # The stages, and what came out.
     run_stages(load_recipe(str(recipe_file)), root, to_dict(config.data))
     if state.is_main_process:
-        text = summary(root)
+        text = summary(root, config.data.path)
         write_page(root, config.data.path, text)
         logger.info("\n%s\n\n%s shows all of it.", text, root / "index.html")
 
@@ -98,24 +104,25 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
     choice = choose(seen, on_gpu=on_gpu, given=given, flips=config.flips)
     recipe = choice.recipe
     if config.recipe:
-        recipe = merged(recipe, load_recipe(config.recipe))
         choice.reasons.append(f"what the recipe {config.recipe} says comes first")
+    recipe, stages = with_given(recipe, load_recipe(config.recipe) if config.recipe else {}, seen)
 
     # Threads: fewer where other programs keep the CPUs busy.
-    stages = stages_to_come(recipe, seen)
     if threads := 0 if on_gpu else fastest_number(lambda: step_seconds(stages[0])):
         for name in ("train", "extract", *(stage.name for stage in stages[1:]), "sample"):
             recipe[name] = {"num_threads": threads, **recipe.get(name, {})}
-        choice.reasons.append(f"{threads} threads: more are slower now, beside other programs")
+        choice.reasons.append("one thread: more are slower now, beside other programs")
 
-    # Steps: as many as the budget allows at this machine's speed.
-    for stage in stages:
+    # Steps: as many as the budget allows at this machine's speed; finer priors need more.
+    weights = [2**level for level in range(len(stages) - 1)]
+    shares = [AUTOENCODER, *(PRIORS * weight / sum(weights) for weight in weights)]
+    for stage, share in zip(stages, shares, strict=True):
         name, section = stage.name, recipe[stage.name]
         if "num_steps" in section:
             continue
         per_step = step_seconds(stage)
-        most = MOST_EPOCHS * seen.number // section["batch_size"]
-        steps = max(20, min(most, round(SHARES[name] * seconds / per_step)))
+        most = MOST_EPOCHS * seen.number // stage.config.batch_size
+        steps = max(20, min(most, round(share * seconds / per_step)))
         set_steps(section, steps)
         choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({config.budget})")
     lines = [f"# {reason}" for reason in choice.reasons]
@@ -140,6 +147,21 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(old, dict) and isinstance(value, dict)
         result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
     return result
+
+
+def with_given(
+    chosen: dict[str, Any], given: dict[str, Any], seen: Look
+) -> tuple[dict[str, Any], list[Stage]]:
+    """The chosen recipe in which what a recipe of the user's own says comes first, with a section
+    for each level that there will be; and its trainings."""
+    # The prior that was chosen may be any level's; what is given for train-prior holds for all.
+    prior, for_all = chosen.pop("prior_1"), given.pop("train-prior", None) or {}
+    recipe = merged(chosen, {name: section or {} for name, section in given.items()})
+    stages = stages_to_come(recipe, seen)
+    for stage in stages[1:]:
+        own = merged(for_all, given.get(stage.name) or {})
+        recipe[stage.name] = merged(prior, own)
+    return recipe, stages_to_come(recipe, seen)
 
 
 def stages_to_come(recipe: dict[str, Any], seen: Look) -> list[Stage]:
@@ -181,7 +203,14 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
     priors = [f"{root}/prior_{level}" for level in range(manifest.num_levels)]
     for level, folder in enumerate(priors):
         start("train-prior", folder, str(level), vqvae=vqvae, codes=codes)
-    if not (root / "pipeline" / INDEX_NAME).exists():
+
+    # What was made of models that have been trained further since is made again.
+    index = root / "pipeline" / INDEX_NAME
+    made = index.stat().st_mtime if index.exists() else math.inf
+    if any(Path(part, WEIGHTS_NAME).stat().st_mtime > made for part in (vqvae, *priors)):
+        for folder in ("pipeline", "samples", "reconstructions"):
+            shutil.rmtree(root / folder, ignore_errors=True)
+    if not index.exists():
         start("assemble", pipeline, vqvae=vqvae, priors=priors)
     if not (root / "reconstructions" / "reconstructions.png").exists():
         held_out = manifest.num_validation > 0
@@ -194,37 +223,35 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
 # The end
 
 
-def summary(root: Path) -> str:
+def summary(root: Path, images: str) -> str:
     """How good it is, in words, and what to do next."""
+    # The autoencoder, and each prior.
     manifest, stage_1 = read_manifest(root / "codes"), best_validation(root / "vqvae")
     lines = ["No image was held out, as there are too few: how good it is, only you can see."]
     if stage_1:
-        psnr = 10 * math.log10(4 / stage_1["mse"])
-        lines = [f"Reconstructions of held-out images: PSNR {psnr:.1f} dB ({in_words(psnr)})."]
+        lines = [f"Reconstructions of held-out images: {quality(stage_1['mse'])}."]
     for level, size in enumerate(manifest.codebook_sizes):
         if prior := best_validation(root / f"prior_{level}"):
             bits, alone = prior["bits_per_code"], prior["unigram_bits"]
             gain = f"{1 - bits / alone:.0%} fewer than by frequency alone ({alone:.2f})"
+            if not check_beats_frequencies(bits, alone).passed:
+                gain = f"hardly fewer than by frequency alone ({alone:.2f}): samples are noise"
             name = level_name(level, manifest.num_levels).capitalize()
             lines.append(f"{name}, {size} codes: {bits:.2f} bits per code, {gain}.")
+
+    # How each training ended, and what may come next.
     for name in ("vqvae", *(f"prior_{level}" for level in range(manifest.num_levels))):
         lines.append(f"{name}: {conclusion(root / name, recorded_config(root / name))}.")
+    folder = shlex.quote(str(root))
     lines += [
         "",
         "Next:",
-        f"  vqvae2 sample --pipeline {root}/pipeline --seed 1 --output-dir {root}/more",
-        f"  vqvae2 inspect --vqvae {root}/vqvae --data.path PHOTOS   # what the codes stand for",
-        f"  for better ones, raise num_steps in a copy of {root}/{RECIPE}, and give it as --config",
-        "  (with another --output-dir); or begin with a longer --budget",
+        f"  vqvae2 sample --pipeline {folder}/pipeline --seed 1 --output-dir {folder}/more",
+        f"  vqvae2 inspect --vqvae {folder}/vqvae --data.path {shlex.quote(images)}",
+        f"  for better ones, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
+        "  --config (with another --output-dir); or begin with a longer --budget",
     ]
     return "\n".join(lines)
-
-
-def in_words(psnr: float) -> str:
-    """What such an error looks like."""
-    if psnr < 18:
-        return "blurred: hardly to be recognised"
-    return "recognisable, without fine detail" if psnr < 25 else "close to the originals"
 
 
 def write_page(root: Path, title: str, text: str) -> None:

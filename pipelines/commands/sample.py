@@ -96,7 +96,7 @@ def write_samples(
     suffix = file_suffix(settings.channels, settings.value_range)
     files = [folder / "images" / f"{i:06d}{suffix}" for i in range(num_images)]
     if state.is_main_process:  # images lay beside the sheet once
-        for old in folder.glob(f"[0-9]*{suffix}"):
+        for old in folder.glob(f"{6 * '[0-9]'}{suffix}"):
             files[0].parent.mkdir(exist_ok=True)
             old.rename(files[0].with_name(old.name))
     state.wait_for_everyone()

@@ -193,7 +193,7 @@ def fit(
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
             if validate and evaluate is not None:
-                with own_cpus, torch.no_grad(), accelerator.autocast():
+                with torch.no_grad(), accelerator.autocast():
                     held_out = evaluate(result.eval())
                 metrics.write(step, {f"validation/{name}": v for name, v in held_out.items()})
                 once: dict[Any, str] = {}  # of those that are the same number, the first
@@ -221,6 +221,7 @@ def fit(
                 raise Stopped(f"{output_dir}: {done}; the same command continues.", number)
             metrics.started += time.perf_counter() - pause
     metrics.close()
+    use_deterministic_algorithms(False)
     logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir, config)))
 
 

@@ -185,23 +185,33 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
     found = [line for line in validations(run) if "loss" in line]
     end = f"all {config.num_steps:,} steps are done"
     if not found:
-        return f"{end}; the last weights are kept, as there is no held-out loss to choose by"
+        return f"{end}; the last weights are kept, as none are chosen by a held-out loss"
     best, last = best_validation(run), found[-1]
     if is_early := last["step"] < config.num_steps:
         since = f"the held-out loss had not fallen for {config.patience} validations"
-        end = f"stopped early at step {last['step']:,}, as {since} (a larger --patience goes on)"
+        end = f"stopped early at step {last['step']:,}, as {since} (a larger patience goes on)"
 
     # Which, and what would help.
     kept = f"{end}; the weights of step {best['step']:,} are kept: held-out loss {best['loss']:.4g}"
     if last["loss"] > 1.02 * best["loss"]:
-        advice = "more images or dropout, or a smaller network, would help, more steps would not"
+        advice = "more images, random changes of them, or a smaller network (of a prior: more"
+        advice += " dropout) would help, more steps would not"
         return f"{kept}; since then it has over-fitted ({last['loss']:.4g} at the end): {advice}"
     if len(found) < 3:
-        return f"{kept}; with a smaller --validate-every you would see whether more steps help"
+        return f"{kept}; with a smaller validate_every you would see whether more steps help"
     earlier = found[2 * len(found) // 3 - 1]
     if best["loss"] < 0.98 * earlier["loss"] and not is_early:
-        return f"{kept}; it was still falling: a larger --num-steps would help"
-    return f"{kept}; it falls no more: more images or a larger network would help, not more steps"
+        return f"{kept}; it was still falling: a larger num_steps would help"
+    return f"{kept}; at the end it hardly fell any more: more images or a larger network may help"
+
+
+def quality(mse: float) -> str:
+    """An error of images in [-1, 1] as a PSNR, and what it looks like."""
+    psnr = 10 * math.log10(4 / max(mse, 1e-10))
+    looks = "close to the originals"
+    if psnr < 25:
+        looks = "recognisable, without fine detail" if psnr >= 18 else "blurred beyond recognition"
+    return f"PSNR {psnr:.1f} dB ({looks})"
 
 
 def save_curves(run: Path) -> None:

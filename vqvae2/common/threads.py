@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -19,27 +20,32 @@ import torch
 
 logger = logging.getLogger(__name__)
 TASKS = Path("/proc/self/task")  # the threads of this process, on Linux
-DEFAULT_THREADS = torch.get_num_threads()
 MUCH, SECONDS = 0.2, 10.0  # share of the time that is worth a word, and what it is taken of
 
 
+_default: list[int] = []  # the number of threads before it was changed here
+
+
 def set_threads(number: int) -> None:
-    """Compute with this many threads from now on; 0: as many as PyTorch chooses."""
-    torch.set_num_threads(number or DEFAULT_THREADS)
+    """Compute with this many threads from now on; 0: as many as before any other number."""
+    if number and not _default:
+        _default.append(torch.get_num_threads())
+    if number or _default:
+        torch.set_num_threads(number or _default.pop())
     _other_threads()  # before an operation starts them that does not look
 
 
 def fastest_number(seconds: Callable[[], float]) -> int:
     """The number of threads for `set_threads` with which some work, whose seconds are given, is
-    fastest now: 0 unless another is faster by a fifth. It is set, too."""
-    times: dict[int, float] = {}
-    for number in sorted({DEFAULT_THREADS, DEFAULT_THREADS - 1, 1} - {0}, reverse=True):
-        set_threads(number)
-        times[number] = seconds() if DEFAULT_THREADS > 1 else 0.0
-    best = min(times, key=times.__getitem__)
-    chosen = best if times[DEFAULT_THREADS] > 1.2 * times[best] else 0
-    set_threads(chosen)
-    return chosen
+    fastest now: 0, or 1 if that is faster by a fifth. It is set, too."""
+    if torch.get_num_threads() == 1:
+        return 0
+    with_all = seconds()
+    set_threads(1)
+    if with_all > 1.2 * seconds():
+        return 1
+    set_threads(0)
+    return 0
 
 
 class OwnCpus:
@@ -63,11 +69,13 @@ class OwnCpus:
 
     def __enter__(self) -> None:
         for thread, cpu in zip(self.threads, sorted(self.cpus), strict=False):
-            os.sched_setaffinity(thread, {cpu})
+            with suppress(OSError):  # it has ended: PyTorch computes with fewer now
+                os.sched_setaffinity(thread, {cpu})
 
     def __exit__(self, *_: object) -> None:
         for thread in self.threads:
-            os.sched_setaffinity(thread, self.cpus)
+            with suppress(OSError):
+                os.sched_setaffinity(thread, self.cpus)
 
     def warn(self) -> None:
         """Say, once, if other processes take the CPUs. To be called now and then."""
@@ -77,8 +85,8 @@ class OwnCpus:
         if self.warned or seconds < SECONDS or waited < MUCH * seconds or own:
             return
         self.warned, number = True, torch.get_num_threads()
-        advice = f" On {number} threads that slows it down out of proportion: with --num-threads 1"
-        advice += " it may be faster (in a new --output-dir, for results depend on the number)."
+        advice = f" On {number} threads that slows it down out of proportion: with num_threads 1"
+        advice += " it may be faster (in a new output folder, for results depend on the number)."
         logger.warning(
             "Other processes keep the CPUs busy: %.0f %% of the time this one stood waiting.%s",
             100 * waited / seconds,

@@ -8,6 +8,8 @@ ORIGINAL = "original"
 """The view of an image that is the image unchanged."""
 TRAINING_RECORD = "train_config.yaml"
 """The file in a training's folder that says what was trained, on what, and how."""
+MIN_HELD_OUT = 20
+"""Held-out images or rows, below which it is luck which weights do best on them."""
 
 
 def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[str]:

@@ -386,6 +386,7 @@ def open_training_images(
         held_out = _held_out_of_stream(opened, config)
         skipped = held_out.check(skip=skip, choose=survey.choose)
         survey.report(f"{stream.name}, held out")
+        splits.warn_of_few_held_out(len(held_out), 0, share=None)
         share = config.validation_fraction if opened.held_out is None else 0.0
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
         summary = f"{len(stream)} shards, {len(held_out)} images held out"
@@ -399,6 +400,9 @@ def open_training_images(
     train: Any = found.train
     if data.augmentation.horizontal_flip or data.augmentation.crop != "off":
         train = AugmentedImages(found.train, data.augmentation, place["seed"])
+    share_by_name = config.validation_fraction if opened.held_out is None else None
+    number = len(found.train) + len(found.validation)
+    splits.warn_of_few_held_out(len(found.validation), number, share=share_by_name)
     few = {0: "no classes", 1: "one class, so that labels change nothing"}
     classes = few.get(len(found.class_names), f"{len(found.class_names)} classes")
     return TrainingImages(
@@ -406,7 +410,7 @@ def open_training_images(
         found.validation,
         found.validation if len(found.validation) else found.train,
         {**found.facts(), "skipped_hash": found.skipped_hash()},
-        len(found.train) + len(found.validation),
+        number,
         f"{len(found.train)} training images, {len(found.validation)} held out, {classes}",
         found.skipped,
     )

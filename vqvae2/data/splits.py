@@ -20,6 +20,7 @@ from unicodedata import normalize
 
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import SAMPLE_NAME
+from vqvae2.common.vocabulary import MIN_HELD_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-MIN_HELD_OUT = 20  # images, below which it is luck which weights are the best on them
 NUM_MARKS = 128
 MAX_NAME = 4096  # characters: what is longer is no name
 SHORT = reprlib.Repr()
@@ -80,6 +80,18 @@ def enough_held_out(number: int) -> float:
     """The share of so many images to hold out; 0 if it would be more than a quarter of them."""
     share = max(0.05, 1.5 * MIN_HELD_OUT / number)  # names decide, so it may become fewer
     return round(share, 3) if share <= 0.25 else 0.0
+
+
+def warn_of_few_held_out(held_out: int, number: int, *, share: float | None) -> None:
+    """Warn that fewer than `MIN_HELD_OUT` images choose no weights. `share` is the fraction that
+    names hold out; None where the source holds them out itself."""
+    if held_out >= MIN_HELD_OUT or share == 0:
+        return
+    advice = "more images would be held out with --data.validation-path"
+    if share is not None and (enough := enough_held_out(number)):
+        advice = f"--image.validation-fraction {enough:g} holds out more"
+    few = "%d images are held out, too few to choose the best weights by: the last ones are kept"
+    logger.warning(f"{few} ({advice}).", held_out)
 
 
 def not_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> list[bool]:

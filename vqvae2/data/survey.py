@@ -19,11 +19,11 @@ FLAT = 4.0  # standard deviation of 8-bit values below which nothing can be seen
 MANY = 0.1  # share of the pictures from which a loss is worth a line
 MOST_COMPARED = 1 << 20  # pictures: their checksums take 100 MiB
 FINDINGS = {  # what was counted -> the share, and the number, of which more are worth this line
-    "cut": (MANY, 0, "lose more than a quarter of their area by cropping: --image.fit pad shows"
+    "cut": (0, 0, "lose more than a quarter of their area by cropping: --image.fit pad shows"
             " all of them"),
     "vanished": (0, 0, "are transparent, and cannot be seen on {0}: set --image.background {1}, or"
                  " --image.channels 4 to keep what is transparent"),
-    "flat": (0, 1, "are of one colour, with nothing to be seen in them: check them"),
+    "flat": (0, 0, "are of one colour, with nothing to be seen in them: check them"),
     "enlarged": (MANY, 0, "are enlarged 4 times or more to {3} x {2} pixels: a smaller --image.size"
                  " shows as much, and is faster"),
     "copies": (MANY, 0, "are copies of others: held-out ones may have been trained on, and then"
