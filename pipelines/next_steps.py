@@ -31,6 +31,7 @@ def show_next(command: str, config: Any, recipe: str | None) -> None:
 
 def next_steps(command: str, config: Any) -> Iterator[list[str]]:
     """The subcommands that may follow, with their arguments."""
+    # Each command's own: what reads what it made.
     out, vqvae = getattr(config, "output_dir", ""), getattr(config, "vqvae", None)
     if command == "prepare":
         target = ["--output-dir", beside(out, "prepared", "vqvae")]

@@ -15,8 +15,7 @@ several = pytest.mark.skipif(len(CPUS) < 2, reason="there is one CPU, or no way 
 
 
 @pytest.fixture
-def one_thread_per_cpu(monkeypatch):
-    monkeypatch.setattr(threads, "DEFAULT_THREADS", torch.get_num_threads())
+def one_thread_per_cpu():
     set_threads(len(CPUS))
     yield
     set_threads(0)
@@ -60,14 +59,24 @@ def test_a_run_says_once_that_other_processes_keep_the_cpus_busy(waited, said, m
     with caplog.at_level(logging.WARNING):
         for now[0] in (5.0, 20.0, 40.0):
             own_cpus.warn()
-    assert [record.message.count("--num-threads 1") for record in caplog.records] == [1] * said
+    assert [record.message.count("num_threads 1") for record in caplog.records] == [1] * said
 
 
 @pytest.mark.parametrize(("seconds", "number"), [({2: 1, 1: 0.9}, 0), ({2: 1, 1: 0.2}, 1)])
-def test_fewer_threads_are_chosen_if_they_are_clearly_faster(seconds, number, monkeypatch):
-    monkeypatch.setattr(threads, "DEFAULT_THREADS", 2)
+def test_one_thread_is_chosen_if_it_is_clearly_faster(seconds, number):
+    torch.set_num_threads(2)
     try:
         assert fastest_number(lambda: seconds[torch.get_num_threads()]) == number
         assert torch.get_num_threads() == (number or 2)
     finally:
+        set_threads(0)
         torch.set_num_threads(1)
+
+
+@several
+def test_a_thread_that_has_ended_is_no_error(one_thread_per_cpu):
+    own_cpus = OwnCpus()
+    own_cpus.threads[-1] = 2**22 - 1
+    with own_cpus:
+        assert os.sched_getaffinity(0) != CPUS
+    assert os.sched_getaffinity(0) == CPUS

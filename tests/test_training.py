@@ -338,7 +338,7 @@ def test_too_few_images_are_said_and_do_not_choose_the_weights(
     said = capsys.readouterr()
     assert re.search("only [0-9]+ training images for 32 codes", said.err)
     assert "the last ones are kept" in said.err
-    assert "set --image.validation-fraction 0" in said.err
+    assert "more images would be held out with --data.validation-path" in said.err
     assert [
         line for line in metrics(x) if "validation/mse" in line and "validation/loss" not in line
     ]
@@ -448,9 +448,9 @@ def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:
         ([], "all 4 steps are done; the last weights are kept"),
         ([3.0, 2.0, 1.0, 0.9], "step 4 are kept: held-out loss 0.9; it was still falling"),
         ([3.0, 2.0, 2.5, 2.9], r"step 2 are kept: .* over-fitted \(2.9 at the end\)"),
-        ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999; it falls no more"),
-        ([3.0, 2.5, 2.0, 1.5, 1.51], "^stopped early at step 3, .*; it falls no more"),
-        ([3.0], "step 4 are kept: held-out loss 3; with a smaller --validate-every"),
+        ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999; at the end it hardly fell"),
+        ([3.0, 2.5, 2.0, 1.5, 1.51], "^stopped early at step 3, .*; at the end it hardly fell"),
+        ([3.0], "step 4 are kept: held-out loss 3; with a smaller validate_every"),
         (
             [2.0, 2.1, 2.2],
             "^stopped early at step 3, .* not fallen for 2 .* step 1 are kept: .* over",

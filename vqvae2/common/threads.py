@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ MUCH, SECONDS = 0.2, 10.0  # share of the time that is worth a word, and what it
 
 
 _default: list[int] = []  # the number of threads before it was changed here
+_others: list[int] = []  # threads that compute, or did, beside the main one
 
 
 def set_threads(number: int) -> None:
@@ -32,7 +32,12 @@ def set_threads(number: int) -> None:
         _default.append(torch.get_num_threads())
     if number or _default:
         torch.set_num_threads(number or _default.pop())
-    _other_threads()  # before an operation starts them that does not look
+
+    # The first large operation starts threads, which cannot be told from others later.
+    before = set(os.listdir(TASKS) if TASKS.exists() else ())
+    torch.ones(1 << 20).neg_()
+    started = set(os.listdir(TASKS)) - before if before else ()
+    _others.extend(int(thread) for thread in started)
 
 
 def fastest_number(seconds: Callable[[], float]) -> int:
@@ -63,7 +68,8 @@ class OwnCpus:
         is_main = threading.current_thread() is threading.main_thread()
         self.threads: list[int] = []
         if bind and alone and is_main and torch.get_num_threads() == len(self.cpus) > 1:
-            threads = [threading.get_native_id(), *_other_threads()]
+            others = [thread for thread in _others if (TASKS / str(thread)).exists()]
+            threads = [threading.get_native_id(), *others]
             self.threads = threads if len(threads) == len(self.cpus) else []
         self.warned, self.started = False, (time.perf_counter(), time.process_time(), _waited())
 
@@ -92,15 +98,6 @@ class OwnCpus:
             100 * waited / seconds,
             advice if number > 1 else "",
         )
-
-
-@cache
-def _other_threads() -> tuple[int, ...]:
-    """The threads that compute beside the main one; they start with the first large operation, and
-    cannot be told from others later."""
-    before = set(os.listdir(TASKS) if TASKS.exists() else ())
-    torch.ones(1 << 20).neg_()
-    return tuple(int(thread) for thread in set(os.listdir(TASKS)) - before) if before else ()
 
 
 def _waited() -> float:
