@@ -16,6 +16,7 @@ from prior.attention import Attention, KVCache, attend
 from prior.base import Prior
 from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.cuda_graphs import at
+from prior.dropout import add_dropped
 from prior.packed_linear import pack_linears
 
 
@@ -51,11 +52,12 @@ class Block(nn.Module):
         else:
             attended = cache.attend(position, q, k, qkv[2])
         merged = attended.transpose(1, 2).flatten(2)  # (B, T, W)
-        x = x + F.dropout(self.from_heads(merged), self.dropout, self.training)
+        x = add_dropped(x, self.from_heads(merged), self.dropout, training=self.training)
 
         # MLP: every position by itself.
         gate, up = self.gate_and_up(self.norm_mlp(x)).chunk(2, dim=-1)  # (B, T, hidden) each
-        return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+        branch = self.down(F.silu(gate) * up)
+        return add_dropped(x, branch, self.dropout, training=self.training)
 
     def _normalise_and_turn(self, qk: Tensor, angles: Tensor) -> Tensor:
         """Queries and keys `(2, B, n, T, d)` to the same, in at least fp32 even under autocast."""

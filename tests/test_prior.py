@@ -25,6 +25,7 @@ from prior import (
 from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.config import PriorConfig
 from prior.cuda_graphs import graphed_stepper
+from prior.dropout import add_dropped
 from prior.packed_linear import can_pack
 from prior.registry import FAMILIES, load_prior, make_prior
 from vqvae2.common.errors import UserError
@@ -379,6 +380,21 @@ def test_keys_are_in_bf16_where_the_hardware_is_made_for_it(
         answers.append(bf16_keys_pay("cpu"))
     assert answers == [False, True]
     assert bf16_keys_pay("cuda")
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x, branch = torch.zeros(2, 101, 999), torch.ones(2, 101, 999, requires_grad=True)
+    dropped = add_dropped(x, branch, 0.25, training=True)
+    kept = dropped != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.005)
+    assert torch.equal(dropped, kept * (1 / 0.75))
+    assert kept[..., ::8].float().mean().item() == pytest.approx(0.75, abs=0.01)  # any byte
+    assert kept[..., 7::8].float().mean().item() == pytest.approx(0.75, abs=0.01)
+    dropped.sum().backward()
+    assert torch.equal(branch.grad, dropped.detach())
+    assert torch.equal(add_dropped(x, branch, 0.25, training=False), branch)
+    assert not (add_dropped(x, branch, 0.001, training=True) != 0).all()
 
 
 def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
