@@ -27,7 +27,7 @@ def mismatches(
     wrong, levels = [], [prior.config.level for prior in priors]
     needed = list(range(vqvae.config.num_levels)) if vqvae is not None and complete else levels
     if levels != needed:
-        expected = f"the autoencoder needs {needed}, one per level, the top first"
+        expected = f"the autoencoder needs {needed}, one per level, the top first: give them so"
         wrong.append(f"the priors are of the levels {levels}, but {expected}")
     elif len(set(levels)) < len(levels):
         wrong.append(f"the priors are of the levels {levels}, some of which come twice")
@@ -44,7 +44,8 @@ def mismatches(
 def refuse_mismatches(*given: Any, **options: Any) -> None:
     """Raise a `UserError` with the `mismatches` of these arguments, if there are any."""
     if wrong := mismatches(*given, **options):
-        raise UserError(f"{'; '.join(wrong)}. {ADVICE}")
+        advice = "" if "give them so" in wrong[0] else f" {ADVICE}"
+        raise UserError(f"{'; '.join(wrong)}.{advice}")
 
 
 def _claims(

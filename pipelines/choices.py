@@ -151,7 +151,7 @@ def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "aut
     rows = number * (1 + mirrored)
 
     # Codebooks and networks that so many images can fill without learning them by heart.
-    sizes = ((1000, 128), (5000, 256), (10**12, 512))
+    sizes = ((40, 16), (100, 32), (300, 64), (1000, 128), (5000, 256), (10**12, 512))
     codes = next(size for most, size in sizes if number < most)
     hidden = 128 if on_gpu or number >= 1000 else 64
     networks = (  # rows, width, layers, heads, dropout

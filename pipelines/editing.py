@@ -1,6 +1,7 @@
 """Given codes: sampling around them (inpainting, variations), and how likely they are."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import load_picture, open_picture, picture_size
 from vqvae2.model import VQVAE2
+
+logger = logging.getLogger(__name__)
 
 
 def known_outside(model: VQVAE2, images: Any, mask: Any) -> list[Known]:
@@ -39,6 +42,8 @@ def known_outside(model: VQVAE2, images: Any, mask: Any) -> list[Known]:
     fits = mask.dtype == torch.bool and tuple(mask.shape) in (size, size[1:])
     allowed = f"{size} or {size[1:]} of torch.bool, as the images"
     check(fits, f"the mask of {mask.dtype}", tuple(mask.shape), allowed)
+    if not mask.any():
+        logger.warning("the mask has no white: nothing is repainted.")
     mask, known = mask.to(model.device).expand(size).float(), []
     for level in codes:
         h, w = level.shape[1:]

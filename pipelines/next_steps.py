@@ -41,9 +41,12 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
         own = record_of(vqvae).get("data")  # not any other images
         data = from_dict(DataConfig, own, vqvae) if own else getattr(config, "data", PHOTOS)
         made_of = ["--vqvae", vqvae, *flags(data, "data.", ImagesConfig)]
+        codes = beside(vqvae, "vqvae", "codes")
         if command != "inspect":
             yield ["inspect", *made_of]
-        yield ["extract", *made_of, "--output-dir", beside(vqvae, "vqvae", "codes")]
+        views = record_of(codes).get("views", [])  # if they are extracted already
+        views = ["--views", *views] if len(views) > 1 else []
+        yield ["extract", *made_of, *views, "--output-dir", codes]
     elif command in ("extract", "import-codes"):
         yield from priors_of(out, vqvae, out)
     elif command.startswith("codes"):
@@ -53,8 +56,8 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
         yield from priors_of(config.codes, vqvae, out, level)
     elif command == "assemble":
         yield ["sample", "--pipeline", out, "--output-dir", beside(out, "pipeline", "samples")]
-        codes = record_of(config.priors[0]).get("codes")
-        yield ["doctor", "--pipeline", out, *(["--codes", codes] if codes else [])]
+        read = record_of(config.priors[0]).get("codes")
+        yield ["doctor", "--pipeline", out, *(["--codes", read] if read else [])]
     elif command == "doctor" and config.pipeline:
         target = ["--output-dir", beside(config.pipeline, "pipeline", "samples")]
         yield ["sample", "--pipeline", config.pipeline, *target]

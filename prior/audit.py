@@ -287,7 +287,7 @@ def check_beats_frequencies(bits: float, alone: float) -> str:
     """The prior's bits per held-out code are fewer than by frequency alone, by `LEAST_GAIN`."""
     seen = f"a code costs {bits:.3f} bits, by frequency alone {alone:.3f}"
     if not bits <= (1 - LEAST_GAIN) * alone:
-        raise Failed(f"{seen}: the prior knows hardly more than that, and its samples are noise")
+        raise Failed(f"{seen}: the prior has learned next to nothing, and its samples are noise")
     return seen
 
 

@@ -71,7 +71,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         f"{len(train)} training rows, {len(validation)} held out, level {network.level} of "
         f"{manifest.num_levels}: {network.num_positions} codes of {network.codebook_sizes[-1]}, "
         f"{network.num_classes or 'no'} classes; {millions:.2f} M parameters; "
-        f"{accelerator.device.type}, {accelerator.mixed_precision} precision"
+        f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
     )
 
     # Train. A forward on held-out rows has at most as many as one in training, which fits.
@@ -81,7 +81,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     batch_size = min(128, rows // number)
     evaluated = None
     if len(validation) < MIN_HELD_OUT:
-        text = "%d held-out rows are too few to judge a prior by: extract codes of more images."
+        text = "%d held-out rows are too few to see whether a prior learns by heart what it reads."
         logger.warning(text, len(validation))
     if len(validation):
         alone = validation.unigram_bits(network.level, train)

@@ -19,7 +19,7 @@ def faults(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"), [("kills", 2), ("disks", 2), ("flips", 6), ("pairs", 1)]
+    ("kind", "number"), [("kills", 2), ("disks", 2), ("flips", 4), ("pairs", 1)]
 )
 def test_a_fault_changes_nothing_or_is_told_in_a_sentence(
     kind: str, number: int, faults: Faults

@@ -12,6 +12,6 @@ def test_every_mistake_is_answered_by_one_sentence(run: Path, photos: Path, tmp_
     shutil.copytree(photos, x / "photos")
     make_inputs(x)
     rng = random.Random(13)
-    trials = choose(all_trials(x, rng), 45, rng)
-    assert len(trials) == 45
+    trials = choose(all_trials(x, rng), 30, rng)
+    assert len(trials) == 30
     assert not report(trials, x, seconds=30)

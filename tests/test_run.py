@@ -88,7 +88,7 @@ def test_all_stages_run_once_and_an_edited_recipe_wins(
     mine.write_text(yaml.safe_dump({"train": train, "prior_0": small, "prior_1": small}))
     command(*start, "--config", mine, "--dry-run", "--output-dir", root)
     assert not root.exists()
-    assert "codebook_sizes: [128]" in capsys.readouterr().out
+    assert "codebook_sizes: [64]" in capsys.readouterr().out
 
     command(*start, "--config", mine, "--output-dir", root)
     page = (root / "index.html").read_text()

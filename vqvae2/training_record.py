@@ -61,7 +61,8 @@ def trained_on(vqvae: str, images: ImageDataset, path: str) -> int | None:
         return None
     if images.source.is_of_files and own.source.is_of_files:
         files, known = ([of.source.files[i] for i in of.indices] for of in (images, own))
-        return not_held_out(files, known).count(False)
+        number = not_held_out(files, known).count(False)
+        return number or None  # none: they may be copies
     return len({*images.ids} & {*own.ids}) if same_place(data["path"], path) else None
 
 

@@ -42,7 +42,8 @@ def reconstruct(config: ReconstructConfig) -> None:
     if not config.held_out:  # training images look better than others
         known = trained_on(config.vqvae, images, config.data.path)
         seen = "It is not known how many" if known is None else f"{known} of {len(images)}"
-        advice = ": --held-out shows others" if known else ""
+        some = known and known < len(images)  # others are held out here
+        advice = ": --held-out shows others" if some else ""
         logger.info(f"{seen} are images that the model was trained on{advice}.")
 
 

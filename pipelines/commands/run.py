@@ -85,10 +85,11 @@ def show_plan(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, RECIPE)
         path.write_text(text)
-        classes = len(seen.class_names)
-        plan(
-            PlanConfig(recipe=str(path), planned=None, num_images=seen.number, num_classes=classes)
-        )
+        image = load_recipe(str(path))["train"]["model"]["image"]
+        share = 0 if seen.has_own_split else image.get("validation_fraction", 0.05)
+        facts: dict[str, Any] = {"num_images": round((1 - share) * seen.number)}
+        facts["num_classes"] = len(seen.class_names)
+        plan(PlanConfig(recipe=str(path), planned=None, **facts))
 
 
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
@@ -124,7 +125,8 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
         most = MOST_EPOCHS * seen.number // stage.config.batch_size
         steps = max(20, min(most, round(share * seconds / per_step)))
         set_steps(section, steps)
-        choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({config.budget})")
+        why = f"{MOST_EPOCHS} passes over the images are enough" if steps == most else config.budget
+        choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({why})")
     lines = [f"# {reason}" for reason in choice.reasons]
     plain = json.loads(json.dumps(recipe))  # what two sections share would become an alias
     body = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
@@ -249,7 +251,7 @@ def summary(root: Path, images: str) -> str:
         f"  vqvae2 sample --pipeline {folder}/pipeline --seed 1 --output-dir {folder}/more",
         f"  vqvae2 inspect --vqvae {folder}/vqvae --data.path {shlex.quote(images)}",
         f"  for better ones, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
-        "  --config (with another --output-dir); or begin with a longer --budget",
+        "  --config (with another --output-dir); a longer --budget raises it, to 400 passes",
     ]
     return "\n".join(lines)
 

@@ -120,7 +120,7 @@ def fit(
         main(partial(result.save_pretrained, output_dir))
         return
     if config.shortened_warmup < config.warmup_steps:
-        shorter = "warm-up of %d steps instead of %d: half of the run; a longer run has all of it"
+        shorter = "warm-up takes %d steps instead of %d, for it is at most half of the run"
         logger.warning(shorter, config.shortened_warmup, config.warmup_steps)
     metrics.begin(state.step)
     num_steps, num_parts = config.num_steps, config.gradient_accumulation_steps
