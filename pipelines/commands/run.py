@@ -8,7 +8,9 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from pipelines.plan.stages import Stage, stages_of
 from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
-from vqvae2.common.accelerate import processes, use_cpu
+from vqvae2.common.accelerate import on_main_process, processes, use_cpu
 from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -206,13 +208,8 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
     for level, folder in enumerate(priors):
         start("train-prior", folder, str(level), vqvae=vqvae, codes=codes)
 
-    # What was made of models that have been trained further since is made again.
-    index = root / "pipeline" / INDEX_NAME
-    made = index.stat().st_mtime if index.exists() else math.inf
-    if any(Path(part, WEIGHTS_NAME).stat().st_mtime > made for part in (vqvae, *priors)):
-        for folder in ("pipeline", "samples", "reconstructions"):
-            shutil.rmtree(root / folder, ignore_errors=True)
-    if not index.exists():
+    on_main_process(processes(), partial(remove_outdated, root, (vqvae, *priors)))
+    if not (root / "pipeline" / INDEX_NAME).exists():
         start("assemble", pipeline, vqvae=vqvae, priors=priors)
     if not (root / "reconstructions" / "reconstructions.png").exists():
         held_out = manifest.num_validation > 0
@@ -220,6 +217,15 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
         start("reconstruct", folder, vqvae=vqvae, data=data, held_out=held_out, num_images=32)
     if not (root / "samples" / "samples.png").exists():
         start("sample", f"{root}/samples", pipeline=pipeline)
+
+
+def remove_outdated(root: Path, parts: Sequence[str]) -> None:
+    """Remove what was made of models that have been trained further since."""
+    index = root / "pipeline" / INDEX_NAME
+    made = index.stat().st_mtime if index.exists() else math.inf
+    if any(Path(part, WEIGHTS_NAME).stat().st_mtime > made for part in parts):
+        for folder in ("pipeline", "samples", "reconstructions"):
+            shutil.rmtree(root / folder, ignore_errors=True)
 
 
 # The end

@@ -153,8 +153,10 @@ def best_validation(run: Path) -> dict[str, float]:
 
 def stopped_early(run: Path, patience: int) -> bool:
     """Whether the held-out loss has not fallen for `patience` validations (0: never so)."""
+    if not patience:
+        return False
     losses = [line["loss"] for line in validations(run) if "loss" in line]
-    return bool(losses) and 0 < patience < len(losses) - losses.index(min(losses))
+    return bool(losses) and patience < len(losses) - losses.index(min(losses))
 
 
 def recorded_config(run: Path) -> TrainingConfig:
