@@ -140,7 +140,7 @@ class VQVAE2Pipeline:
         first_index: int = 0,
         lanes: int = LANES,
         bf16: bool = False,
-        compiled: bool = False,
+        compiled: bool | None = None,
         known: Sequence[Known | None] = (),
         output_type: str = "pil",
         show_progress: bool = False,
@@ -156,7 +156,7 @@ class VQVAE2Pipeline:
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, and other images.
-            compiled: on CUDA, compile the priors' steps first; see `Prior.sample`.
+            compiled: on CUDA, whether the priors' steps are compiled first; see `Prior.sample`.
             known: per level, codes that are given rather than sampled, for all `num_images`
                 images, or None; see `pipelines.editing`.
             output_type: "pil", or "pt" for a tensor in [-1, 1].

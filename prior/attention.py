@@ -9,7 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# cuDNN plans anew, 50 ms, for every number of keys, and a step has one more than the step before.
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SHORT = 512  # keys up to which the written-out product is faster on a CPU (bf16: 1.5 times)
 
 
@@ -128,4 +131,7 @@ class KVCache:
         seen_keys, seen_values = (x[:, :, first : position + 1] for x in (self.keys, self.values))
         if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # however many keys there are
             return attend_written_out(q, seen_keys, seen_values, None)
+        if q.device.type != "cpu":
+            with sdpa_kernel(PLANLESS):
+                return F.scaled_dot_product_attention(q, seen_keys, seen_values)
         return attend(q, seen_keys, seen_values, causal=False)

@@ -136,7 +136,7 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     # Drawing from the logits over the codes of `sample` gives the same codes. For causal logits
     # this is the comparison with the plain loop, in one forward instead of T.
     seeds = range(len(flat))
-    codes = prior.sample(len(flat), rows.condition, rows.labels, seeds=seeds)
+    codes = prior.sample(len(flat), rows.condition, rows.labels, seeds=seeds, compiled=False)
     logits = prior(codes, rows.condition, rows.labels).flatten(2).transpose(1, 2).flatten(0, 1)
     numbers = uniforms(seeds, prior.config.level, length).to(prior.device).flatten()
     wrong = (draw(logits, numbers, SamplingConfig()) != codes.flatten()).view_as(flat).any(dim=0)

@@ -18,6 +18,7 @@ from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.cuda_graphs import at
 from prior.dropout import add_dropped
 from prior.packed_linear import pack_linears
+from prior.rms_norm import RMSNorm, rms_norm
 
 
 class Block(nn.Module):
@@ -32,7 +33,7 @@ class Block(nn.Module):
         hidden = -(-8 * width // 24) * 8
         self.causal, self.num_heads, self.dropout = causal, config.num_heads, config.dropout
         self.window = config.attention_rows * grid[1] if causal else 0
-        self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.norm_attention, self.norm_mlp = RMSNorm(width), RMSNorm(width)
         self.scale_qk = nn.Parameter(torch.ones(2 * head_dim))
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.from_heads = nn.Linear(width, width, bias=False)
@@ -62,7 +63,7 @@ class Block(nn.Module):
     def _normalise_and_turn(self, qk: Tensor, angles: Tensor) -> Tensor:
         """Queries and keys `(2, B, n, T, d)` to the same, in at least fp32 even under autocast."""
         exact = qk.to(torch.promote_types(qk.dtype, torch.float32))
-        exact = F.rms_norm(exact, exact.shape[-1:]) * self.scale_qk.view(2, 1, 1, 1, -1)
+        exact = rms_norm(exact) * self.scale_qk.view(2, 1, 1, 1, -1)
         # Each pair (i, i + d/2) of the features turns by its angle.
         cosines, sines = angles
         partners = exact.roll(exact.shape[-1] // 2, dims=-1)
@@ -113,7 +114,7 @@ class ConditionNetwork(nn.Module):
             self.blocks.append(nn.ModuleList(blocks))
             angles = rotary_angles(grid, head_dim)
             self.register_buffer(f"angles_{level}", angles, persistent=False)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
 
     def forward(self, condition: Sequence[Tensor], context: Tensor) -> Tensor:
         """Coarser codes `(B, h', w')` each, and a context `(B, 1, W)`, to `(B, T, W)`."""
@@ -162,7 +163,7 @@ class TransformerPrior(Prior):
         self.blocks = nn.ModuleList(Block(network, grid, causal=True) for _ in range(layers))
         angles = rotary_angles(grid, width // network.num_heads)
         self.register_buffer("angles", angles, persistent=False)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.head = nn.Linear(width, self.codebook_size)
 
         # Residual branches start small, the smaller the more there are (Radford et al. 2019).

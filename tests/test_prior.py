@@ -28,6 +28,7 @@ from prior.cuda_graphs import graphed_stepper
 from prior.dropout import add_dropped
 from prior.packed_linear import can_pack
 from prior.registry import FAMILIES, load_prior, make_prior
+from prior.rms_norm import rms_norm
 from vqvae2.common.errors import UserError
 
 # Name -> facts: one level without and with classes, two and three levels, other vocabularies and
@@ -418,6 +419,19 @@ def test_recorded_steps_serve_the_next_batch(family: str, name: str) -> None:
         logits = prior(codes, condition, labels).flatten(2)
         assert_recorded_steps_give(logits, prior, codes, condition, labels, torch.float32, [])
         codes, condition = codes.flip(0), [level.flip(0) for level in condition]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 4, 3, 16)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm_and_its_gradients_are_those_of_pytorch(shape: Any, weighted: bool) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape[-1], dtype=torch.float64, requires_grad=True) if weighted else None
+    inputs = [tensor for tensor in (x, weight) if tensor is not None]
+    ours, theirs = rms_norm(x, weight), F.rms_norm(x, x.shape[-1:], weight)
+    torch.testing.assert_close(ours, theirs)
+    gradient = torch.randn_like(ours)
+    expected = torch.autograd.grad(theirs, inputs, gradient)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, gradient), expected)
 
 
 @pytest.mark.parametrize("family", ["transformer", "pixelsnail"])

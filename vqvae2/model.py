@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import Artifact, content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.config import VQVAE2Config
@@ -165,6 +166,7 @@ class VQVAE2(Artifact, nn.Module):
         return tuple(levels)
 
     @torch.no_grad()
+    @exact_convolutions()
     def encode_images(self, images: Any) -> tuple[Tensor, ...]:
         """The codes `(B, h, w)` int64 per level, coarse to fine, of images as `as_images` takes
         and prepares them: PIL images, paths, arrays or tensors. Raises as `as_images`."""
@@ -184,6 +186,7 @@ class VQVAE2(Artifact, nn.Module):
         # a compiled graph, which is whole or nothing, that would be slow, and spoil its buffers.
         return self.image_decoder[-1](self.image_decoder(context, -1))
 
+    @exact_convolutions()
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes `(B, h, w)` of every level, coarse to fine, to images `(B, C, H, W)`."""
         pairs = zip(self.quantizers, codes, strict=True)

@@ -26,6 +26,7 @@ from prior.shards import ShardRecord, smallest_type, write_shard
 from vqvae2.codebook_stats import warn_of_few
 from vqvae2.common.accelerate import (
     check_same_images,
+    exact_convolutions,
     processes,
     use_deterministic_algorithms,
 )
@@ -147,6 +148,7 @@ def _choice(view: str, model: VQVAE2) -> Choice:
 
 
 @torch.inference_mode()
+@exact_convolutions()
 def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[Tensor]:
     """Codes `(B, h*w)` of every level, coarse to fine, of at most `LANES` images `(B, C, H, W)`.
 

@@ -28,7 +28,6 @@ from vqvae2.data import load_picture, read_picture_file, to_images
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
-MANY_STEPS = 100_000  # at about 4 ms each, of which graphs save most, compiling is soon paid back
 
 
 @writes_output
@@ -70,7 +69,8 @@ def sample(config: SampleConfig) -> None:
 
     # Sample.
     settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
-    settings |= {"labels": labels, "known": known, "front": front, "compiled": config.compile}
+    settings |= {"labels": labels, "known": known, "front": front}
+    settings |= {"compiled": {"auto": None, "always": True, "never": False}[config.compile]}
     write_samples(pipeline, folder, config.num_images, **settings)
 
 
@@ -108,9 +108,6 @@ def write_samples(
             unfinished.append(batch)
     state.wait_for_everyone()
     own = unfinished[state.process_index :: state.num_processes]
-    steps = len(own) * sum(prior.config.num_positions for prior in pipeline.priors)
-    if state.device.type == "cuda" and steps >= MANY_STEPS and not options.get("compiled"):
-        logger.info("%d steps on each process: --compile would pay, if Triton is there.", steps)
     bar = progress_bar(total=sum(map(len, own)), desc="sampling", unit="image")
     options |= {"labels": labels, "lanes": lanes, "output_type": "pt"}
     own_cpus = OwnCpus(bind=state.device.type == "cpu")

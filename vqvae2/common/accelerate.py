@@ -52,6 +52,15 @@ def set_arithmetic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def exact_convolutions() -> Any:
+    """A context, or a decorator: on a GPU, convolutions of the same numbers give the same bits
+    again (transposed ones would add up in any order), in fp32 proper. (A training that did so would
+    be a third slower.)"""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+
+
 def use_deterministic_algorithms(wanted: bool) -> None:
     """As torch's function of this name, which imports a compiler (1.4 s), but only at a change."""
     if wanted != torch.are_deterministic_algorithms_enabled():

@@ -67,8 +67,9 @@ class TrainingConfig:
     """Clip gradients to this norm (a discriminator's separately); 0 turns clipping off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
-    compile: bool = may_change(False)
-    """Compile the model (torch.compile): slow to start, and worth it on a GPU alone."""
+    compile: Literal["auto", "always", "never"] = may_change("auto")
+    """Compile the model (torch.compile), which takes a minute or two. auto: a training of more than
+    20 minutes tries it on its first steps, and goes on so if it is faster."""
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Results depend on it in the last bits.
     While other programs keep the CPUs busy, 1 may be fastest."""

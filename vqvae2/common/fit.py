@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vqvae2.common.accelerate import on_main_process, use_deterministic_algorithms
 from vqvae2.common.artifact import WEIGHTS_NAME
 from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
+from vqvae2.common.compiling import CompileTrial
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.loading import Loader
@@ -101,8 +102,8 @@ def fit(
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
     averages = config.weight_ema_decay > 0
     averaged = copy.deepcopy(model).to(accelerator.device).eval() if averages else None
-    if config.compile:
-        model.compile()  # in place: names of weights stay as they are
+    choice = "never" if config.deterministic and config.compile == "auto" else config.compile
+    trial = CompileTrial(model, accelerator.device, choice, output_dir, main)
     groups = parameter_groups or [{"params": list(model.parameters())}]
     net, optimizer = accelerator.prepare(model, _make_optimizer(groups, config))
     plain = accelerator.unwrap_model(net)
@@ -141,7 +142,10 @@ def fit(
         if evaluate is None or not (output_dir / WEIGHTS_NAME).exists():
             result.save_pretrained(output_dir)
 
-    own_cpus = OwnCpus(bind=accelerator.device.type == "cpu" and not config.compile)
+    trial.begin(state.step)
+    # Threads of ours are bound to their CPUs, but those of a compiler must not be.
+    on_cpu, unbound = accelerator.device.type == "cpu", OwnCpus(bind=False)
+    own_cpus = OwnCpus(bind=on_cpu)
 
     with _signals() as received, bar:
         last = False
@@ -150,6 +154,7 @@ def fit(
             step, last = state.step, state.step == num_steps
 
             # One update, from the gradients of all parts of a batch.
+            trial.before_step(step)
             net.train()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config) * group["rate"]
@@ -158,7 +163,8 @@ def fit(
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 metrics.waited += time.perf_counter() - asked
                 is_complete = part == num_parts - 1  # now processes exchange their gradients
-                with own_cpus, nullcontext() if is_complete else accelerator.no_sync(net):
+                cpus = unbound if trial.compiled else own_cpus
+                with cpus, nullcontext() if is_complete else accelerator.no_sync(net):
                     with accelerator.autocast():
                         loss, figures = loss_fn(net, batch)
                     accelerator.backward(loss / num_parts)
@@ -172,6 +178,7 @@ def fit(
             if averaged is not None:
                 update_average(averaged, plain, step, config.weight_ema_decay)
             bar.update()
+            trial.after_step(step, num_steps)
 
             # What to do after this step.
             report = last or step % config.log_every == 0
