@@ -9,10 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN plans anew, 50 ms, for every number of keys, and a step has one more than the step before.
-PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SHORT = 512  # keys up to which the written-out product is faster on a CPU (bf16: 1.5 times)
 
 
@@ -99,39 +96,69 @@ def bf16_keys_pay(device_type: str) -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
+class Slots(NamedTuple):
+    """Where W positions of each image lie in the caches of all layers, and what they see."""
+
+    rows: Tensor  # (B * n * W,) of the cache seen as (B * n * capacity, d)
+    mask: Tensor  # (B, 1, W, capacity), added to the scores: 0 for what is seen, else -inf
+
+
 class KVCache:
-    """Keys and values `(B, n, length, d)` of the positions so far; `window` as in `attend`. They
-    are kept and multiplied in bf16 if sampling is (`dtype`) and it pays, else as they come."""
+    """Keys and values `(B, n, capacity, d)` of the positions so far; `window` as in `attend`. They
+    are kept and multiplied in bf16 if sampling is (`dtype`) and it pays, else as they come.
+
+    On a CPU the capacity grows with the positions, in steps, for all of it is read; elsewhere it is
+    the whole length, so that no shape or address changes, as CUDA graphs need it.
+    """
+
+    STEP = 128  # positions by which the capacity grows
 
     def __init__(self, length: int, *, window: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.keys: Tensor | None = None  # made at the first position
         self.values: Tensor | None = None
         self.length, self.window, self.dtype = length, window, dtype
+        self.capacity = 0
 
-    def attend(self, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep the key and value of one position, `(B, n, 1, d)`, and attend to all up to it. If
-        the position is a tensor `(1,)`, no shape depends on it, as CUDA graphs need it."""
+    def slots(self, places: Tensor, num_heads: int, features: Tensor) -> Slots:
+        """The slots of positions `(B, W)` for features of this type, here and in the caches of the
+        other layers."""
+        needed = self.length
+        if places.device.type == "cpu":
+            needed = min(self.length, -(-(int(places.max()) + 1) // self.STEP) * self.STEP)
+        capacity, batch = max(self.capacity, needed), len(places)
+        heads = torch.arange(batch * num_heads, device=places.device).view(batch, num_heads, 1)
+        rows = (heads * capacity + places[:, None]).flatten()
+        keys, queries = torch.arange(capacity, device=places.device), places[:, None, :, None]
+        seen = (keys <= queries) & (keys >= queries - (self.window or self.length))
+        mask = torch.zeros(seen.shape, dtype=self._kept(features), device=places.device)
+        return Slots(rows, mask.masked_fill(~seen, -torch.inf))
+
+    def attend(self, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep the keys and values of W positions, `(B, n, W, d)`, in place of what their slots
+        held, and attend to all up to each position, `(B, n, W, d)`."""
+        keys, values = self._reserve(slots.mask.shape[3], k)
+        given, kept, width = q.dtype, slots.mask.dtype, q.shape[3]
+        keys.view(-1, width).index_copy_(0, slots.rows, k.to(kept).reshape(-1, width))
+        values.view(-1, width).index_copy_(0, slots.rows, v.to(kept).reshape(-1, width))
+        on_cpu = q.device.type == "cpu"
+        if on_cpu and (kept == torch.bfloat16 or self.capacity <= SHORT):
+            attended = attend_written_out(q.to(kept), keys, values, slots.mask)
+        else:
+            mask = slots.mask
+            attended = F.scaled_dot_product_attention(q.to(kept), keys, values, attn_mask=mask)
+        return attended.to(given)
+
+    def _kept(self, features: Tensor) -> torch.dtype:
+        in_bf16 = self.dtype == torch.bfloat16 and bf16_keys_pay(features.device.type)
+        return torch.bfloat16 if in_bf16 else features.dtype
+
+    def _reserve(self, capacity: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values, of at least this capacity."""
         if self.keys is None or self.values is None:
-            shape = (*k.shape[:2], self.length, k.shape[3])
-            in_bf16 = self.dtype == torch.bfloat16 and bf16_keys_pay(k.device.type)
-            kept = torch.bfloat16 if in_bf16 else k.dtype
-            self.keys, self.values = k.new_zeros(shape, dtype=kept), v.new_zeros(shape, dtype=kept)
-        if k.dtype != self.keys.dtype:
-            given, kept = q.dtype, self.keys.dtype
-            return self.attend(position, q.to(kept), k.to(kept), v.to(kept)).to(given)
-        if isinstance(position, Tensor):
-            self.keys.index_copy_(2, position, k)
-            self.values.index_copy_(2, position, v)
-            slots = torch.arange(self.length, device=position.device)
-            seen = (slots <= position) & (slots >= position - (self.window or self.length))
-            return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen[None])
-        self.keys[:, :, position : position + 1] = k
-        self.values[:, :, position : position + 1] = v
-        first = max(0, position - self.window) if self.window else 0
-        seen_keys, seen_values = (x[:, :, first : position + 1] for x in (self.keys, self.values))
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # however many keys there are
-            return attend_written_out(q, seen_keys, seen_values, None)
-        if q.device.type != "cpu":
-            with sdpa_kernel(PLANLESS):
-                return F.scaled_dot_product_attention(q, seen_keys, seen_values)
-        return attend(q, seen_keys, seen_values, causal=False)
+            shape = (*k.shape[:2], capacity, k.shape[3])
+            self.keys, self.values = (k.new_zeros(shape, dtype=self._kept(k)) for _ in range(2))
+        elif capacity > self.capacity:
+            more = (0, 0, 0, capacity - self.capacity)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.capacity = capacity
+        return self.keys, self.values

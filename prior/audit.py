@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from prior import probes
 from prior.attention import KVCache, attend, attend_written_out
 from prior.base import Prior
+from prior.noise import gumbel
 from prior.probes import Rows, place, spread
-from prior.sampling import SamplingConfig, draw, uniforms
+from prior.sampling import SamplingConfig, draw
 from vqvae2.common.checks import Failed, Finding, check
 from vqvae2.common.errors import UserError
 
+WINDOW = 5  # positions that are computed together
 MOST_STEPS = 256  # of cached sampling; of a larger grid the first rows are checked
 MOST_KEYS = 8192  # beyond, attention takes no other code path
 STEP_WORK = 5e9  # multiplications for one row through all steps
@@ -78,8 +80,9 @@ def check_forward(prior: Prior) -> str:
     """Logits `(B, K, h, w)` are finite and the same twice; no forward or step changes a weight."""
     rows, state = probes.random_rows(prior, 2), copy.deepcopy(prior.state_dict())
     first, second = prior(*rows), prior(*rows)
-    first_code = torch.full((2,), prior.config.codebook_sizes[-1], device=prior.device)
-    prior.step(prior.start(2, rows.condition, rows.labels), 0, first_code)
+    step = prior.make_stepper(2, rows.condition, rows.labels, compiled=False)
+    position = torch.zeros(2, dtype=torch.int64, device=prior.device)
+    step(0, position, torch.full_like(position, prior.config.codebook_sizes[-1])[:, None])
     expected = (2, prior.config.codebook_sizes[-1], *prior.config.grids[-1])
     if tuple(first.shape) != expected:
         raise Failed(f"the logits have the shape {tuple(first.shape)}, expected {expected}")
@@ -117,18 +120,17 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     prior, rows = copy.deepcopy(prior).double(), rows or probes.random_rows(prior, 2)
     grid, length = prior.config.grids[-1], prior.config.num_positions
 
-    # The logits of the steps.
+    # The logits of the steps, one position at a time and in windows.
     steps = int(min(length, MOST_STEPS, max(8, STEP_WORK // probes.num_weights(prior))))
     plain, flat = prior(*rows).flatten(2), rows.codes.flatten(1)
-    before = F.pad(flat[:, :-1], (1, 0), value=prior.config.codebook_sizes[-1])
-    state = prior.start(len(flat), rows.condition, rows.labels)
-    cached = [prior.step(state, t, before[:, t]) for t in range(steps)]
-    errors = (torch.stack(cached, dim=2) - plain[..., :steps]).abs().amax(dim=(0, 1)).tolist()
     scale = plain.abs().max().item()
-    for t, error in enumerate(errors):
-        if not error <= 1e-4 * scale:
-            off = f"off by {error:.2g} (logits reach {scale:.2g})"
-            raise Failed(f"at {place(t, grid)} the logits of the cached step are {off}")
+    for window in {1, min(WINDOW, steps)} if prior.has_windows else {1}:
+        cached = _logits_of_steps(prior, rows, steps, window)
+        errors = (cached - plain[..., :steps]).abs().amax(dim=(0, 1)).tolist()
+        for t, error in enumerate(errors):
+            if not error <= 1e-4 * scale:
+                off = f"off by {error:.2g} (logits reach {scale:.2g})"
+                raise Failed(f"at {place(t, grid)} the logits of the cached step are {off}")
     seen = f"the steps' logits equal the forward pass's at {steps} of {length} positions"
     if steps < length:
         return seen
@@ -138,12 +140,32 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     seeds = range(len(flat))
     codes = prior.sample(len(flat), rows.condition, rows.labels, seeds=seeds, compiled=False)
     logits = prior(codes, rows.condition, rows.labels).flatten(2).transpose(1, 2).flatten(0, 1)
-    numbers = uniforms(seeds, prior.config.level, length).to(prior.device).flatten()
-    wrong = (draw(logits, numbers, SamplingConfig()) != codes.flatten()).view_as(flat).any(dim=0)
+    numbers = torch.tensor(seeds, device=prior.device)
+    places = torch.arange(length, device=prior.device).repeat(len(flat), 1)
+    noise = gumbel(numbers, prior.config.level, places, logits.shape[1]).flatten(0, 1)
+    wrong = (draw(logits, noise, SamplingConfig()) != codes.flatten()).view_as(flat).any(dim=0)
     if wrong.any():
         where = place(wrong.nonzero()[0], grid)
         raise Failed(f"at {where} sample draws another code than the forward pass's logits give")
     return f"{seen}, and sample draws the plain loop's codes"
+
+
+def _logits_of_steps(prior: Prior, rows: Rows, steps: int, window: int) -> Tensor:
+    """`(B, K, steps)`, from steps that are given the codes. Of a window, all codes but the first
+    are guessed wrong once before."""
+    flat, size = rows.codes.flatten(1), prior.config.codebook_sizes[-1]
+    before = F.pad(flat[:, :-1], (1, 0), value=size)
+    given = rows.condition, rows.labels
+    step = prior.make_stepper(len(flat), *given, window=window, compiled=False)
+    logits = []
+    for first in range(0, steps, window):
+        start = min(first, steps - window)
+        right, position = before[:, start : start + window], flat.new_full((len(flat),), start)
+        if window > 1:
+            wrong = torch.cat([right[:, :1], (right[:, 1:] + 1) % size], dim=1)
+            step(first, position, wrong)
+        logits.append(step(first, position, right)[:, first - start :])
+    return torch.cat(logits, dim=1).transpose(1, 2)
 
 
 @check("condition", "Feed every coarser code to the network, and the condition to every position.")
@@ -240,16 +262,15 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
     # Every code path, against the definition over the keys that a position sees.
     attended = attend(q, k, v, causal=True, window=facts.window)
     cache = KVCache(length, window=facts.window)
-    cache.keys, cache.values = k.clone(), v.clone()
+    cache.keys, cache.values, cache.capacity = k.clone(), v.clone(), length
     for t in positions:
-        new = [x[:, :, t : t + 1] for x in (q, k, v)]
         keys, values = (x[:, :, max(0, t - reach) : t + 1] for x in (k, v))
-        expected = attend_written_out(new[0], keys, values, None)
-        results = {
-            "attention": attended[:, :, t : t + 1],
-            "attention through the cache": cache.attend(t, *new),
-            "attention in fixed shapes": cache.attend(torch.tensor([t], device=q.device), *new),
-        }
+        expected = attend_written_out(q[:, :, t : t + 1], keys, values, None)
+        results = {"attention": attended[:, :, t : t + 1]}
+        for name, first in {"cache": t, "cache in a window": max(0, t - WINDOW)}.items():
+            places = torch.arange(first, t + 1, device=q.device)
+            slots, new = cache.slots(places[None], heads, q), (x[:, :, places] for x in (q, k, v))
+            results[f"attention through the {name}"] = cache.attend(slots, *new)[:, :, -1:]
         for name, result in results.items():
             error = (result - expected).abs().max().item()
             if not error <= 1e-9:

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prior.attention import Attention
 from prior.config import PriorConfig
 from prior.cuda_graphs import Stepper, graphed_stepper
-from prior.sampling import Known, SamplingConfig, check_inputs, draw, guide, uniforms
+from prior.noise import Noise
+from prior.predictive import Guesses, choose_window, sample_codes
+from prior.sampling import Known, SamplingConfig, check_inputs, guide
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.errors import UserError
 
@@ -35,7 +38,9 @@ class Prior(Artifact, nn.Module, ABC):
     config_class = PriorConfig
     config: PriorConfig
     fixed_shapes: ClassVar[bool] = False
-    """Whether `step` takes tensors for positions too, so that a CUDA graph can hold it."""
+    """Whether no shape in `step` depends on the position, so that a CUDA graph can hold it."""
+    has_windows: ClassVar[bool] = False
+    """Whether `step` computes windows of positions, of each image its own."""
 
     @abstractmethod
     def forward(
@@ -51,18 +56,27 @@ class Prior(Artifact, nn.Module, ABC):
 
     @abstractmethod
     def start(
-        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
+        self,
+        batch_size: int,
+        condition: Any,
+        labels: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 0,
     ) -> Any:
-        """What sampling keeps between positions; products are computed in `dtype`."""
+        """What sampling keeps between positions; products are computed in `dtype`, mostly of so
+        many rows (`batch_size` if 0)."""
 
     @abstractmethod
     def step(self, state: Any, position: Any, previous: Tensor) -> Tensor:
-        """Logits `(B, K)` at one position; `state` moves on in place.
+        """Logits `(B, W, K)` of a window of positions; `state` moves on in place.
 
         Args:
-            position: its number. With `fixed_shapes` it may also be a tensor `(1,)`: then no shape
-                depends on it, and the caller (`graphed_stepper`) runs `start_row` before each row.
-            previous: the codes just before it `(B,)`; K at the first position.
+            position: `(B,)`, the first of each image; the positions before it were computed with
+                the right codes. In families without windows W = 1, and it is the number of the
+                position; with `fixed_shapes` a tensor `(1,)` too, and then the caller
+                (`graphed_stepper`) runs `start_row` before each row.
+            previous: the codes just before each position `(B, W)`; K before the first one.
         """
 
     def start_row(self, state: Any, position: Any, previous: Tensor) -> None:
@@ -79,24 +93,35 @@ class Prior(Artifact, nn.Module, ABC):
         labels: Any,
         dtype: torch.dtype = torch.float32,
         *,
+        window: int = 1,
         compiled: bool | None = None,
     ) -> Stepper:
-        """`step` on a fresh state, as a function of position and previous codes; see `sample`."""
-        start = partial(self.start, batch_size, condition, labels, dtype=dtype)
+        """`step` on a fresh state, for windows of `window` positions; see `sample`."""
+        options: Any = {"dtype": dtype, "rows": batch_size * window}
+        start = partial(self.start, batch_size, condition, labels, **options)
+        if self.is_compiled(compiled):
+            return graphed_stepper(self, start, (batch_size, window, dtype))
+        state = start()
+        if self.has_windows:
+            return lambda _, first, previous: self.step(state, first, previous)
+        return lambda position, _, previous: self.step(state, position, previous)
+
+    def is_compiled(self, compiled: bool | None) -> bool:
+        """Whether steps are compiled, if that is what was asked for (None: where it pays)."""
         if compiled is None:
             compiled = self.config.num_positions >= COMPILED_POSITIONS
-        if compiled and self.fixed_shapes and self.device.type == "cuda":
-            return graphed_stepper(self, start, (batch_size, dtype))
-        return partial(self.step, start())
+        return compiled and self.fixed_shapes and self.device.type == "cuda"
 
     def _plain_stepper(self, batch_size: int, condition: Any, labels: Any) -> Stepper:
         """The definition of a step: `forward` over the whole grid."""
-        codes = torch.zeros(batch_size, *self.config.grids[-1], dtype=torch.int64).to(self.device)
+        codes = torch.zeros(batch_size, self.config.num_positions, dtype=torch.int64)
+        codes = codes.to(self.device)
 
-        def step(position: int, previous: Tensor) -> Tensor:
+        def step(position: int, _: Tensor, previous: Tensor) -> Tensor:
             if position:
-                codes.view(batch_size, -1)[:, position - 1] = previous
-            return self.forward(codes, condition, labels).flatten(2)[:, :, position]
+                codes[:, position - 1] = previous[:, 0]
+            grid = codes.unflatten(1, self.config.grids[-1])
+            return self.forward(grid, condition, labels).flatten(2)[:, None, :, position]
 
         return step
 
@@ -112,9 +137,10 @@ class Prior(Artifact, nn.Module, ABC):
         known: Known | None = None,
         bf16: bool = False,
         compiled: bool | None = None,
+        window: int = 0,
         plain: bool = False,
     ) -> Tensor:
-        """Draw codes `(B, h, w)` int64, one position after another in raster order.
+        """Draw codes `(B, h, w)` int64: those of one position after another in raster order.
 
         Args:
             seeds: one per image; an image's random numbers come from its own seed alone.
@@ -122,7 +148,9 @@ class Prior(Artifact, nn.Module, ABC):
             bf16: products in bfloat16, sums in fp32: faster, but the codes differ.
             compiled: on CUDA, compile the steps, once per batch size, and replay them as graphs; by
                 default on levels of at least `COMPILED_POSITIONS`.
-            plain: without caches, slowly: the definition, which caches equal code for code.
+            window: positions computed in one call, whose codes are guessed first, see
+                `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
+            plain: without caches, slowly: the definition, which all else equals code for code.
 
         Raises:
             UserError: see `check_inputs`; or the logits are not finite.
@@ -131,31 +159,34 @@ class Prior(Artifact, nn.Module, ABC):
         check_inputs(self.config, batch_size, condition, labels, sampling)
         if known is not None and bool(known.mask.all()):
             return known.codes
-        numbers = uniforms(seeds, self.config.level, self.config.num_positions).to(self.device)
+        # An image's noise comes from its seed (an int64 holds 64 bits of it, whatever the sign).
+        config, codebook_size = self.config, self.config.codebook_sizes[-1]
+        numbers = torch.from_numpy(np.array([*seeds], dtype=np.uint64).view(np.int64))
+        noise = Noise(numbers.to(self.device), config.level, config.num_positions, codebook_size)
+        guesses = Guesses(noise, config.num_positions, sampling, known)
 
         # Guidance needs every image a second time, without its label.
         copies = 2 if sampling.guided else 1
         condition = [codes.repeat(copies, 1, 1) for codes in condition]
         if sampling.guided and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        width = 1 if plain or not self.has_windows else window
+        width = width or choose_window(copies * batch_size, config.num_positions, self.device.type)
         if plain:
             step = self._plain_stepper(copies * batch_size, condition, labels)
         else:
             dtype = torch.bfloat16 if bf16 else torch.float32
-            step = self.make_stepper(
-                copies * batch_size, condition, labels, dtype, compiled=compiled
-            )
+            how: Any = {"window": width, "compiled": compiled}
+            step = self.make_stepper(copies * batch_size, condition, labels, dtype, **how)
+            if self.is_compiled(compiled):
+                guesses.compile()
 
-        # Position after position: logits, guidance, and one code per image.
-        codebook_size = self.config.codebook_sizes[-1]
-        previous = torch.full((batch_size,), codebook_size, device=self.device)
-        drawn: list[Tensor] = []
-        for position in range(self.config.num_positions):
-            logits = guide(step(position, previous.repeat(copies)), sampling)  # (B, K)
-            code = draw(logits, numbers[:, position], sampling)  # (B,)
-            previous = code if known is None else known.instead_of(code, position)
-            drawn.append(previous)
-        codes = torch.stack(drawn, dim=1).unflatten(1, self.config.grids[-1])  # (B, T) to (B, h, w)
+        def guided(call: int, first: Tensor, before: Tensor) -> Tensor:
+            logits = step(call, first.repeat(copies), before.repeat(copies, 1))
+            return guide(logits, sampling)
+
+        flat, _ = sample_codes(guided, guesses, width)
+        codes = flat.unflatten(1, config.grids[-1])  # (B, T) to (B, h, w)
         if int(codes.max()) >= codebook_size:  # drawn from NaN
             fault = f"the prior of level {self.config.level} gives logits that are not finite"
             raise UserError(f"{fault}: its weights are damaged; run vqvae2 doctor.")

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A position and the codes just before it `(B,)` (K at the first) to logits `(B, K)`.
-Stepper = Callable[[int, Tensor], Tensor]
+# The number of the call, the first position of each image's window `(B,)` and the codes just before
+# its positions `(B, W)` (K before the first) to logits `(B, W, K)`. Families without windows take
+# the positions in order, so that the number of the call is the position.
+Stepper = Callable[[int, Tensor, Tensor], Tensor]
 cuda_graph = partial(torch.compile, mode="reduce-overhead")
 logger = logging.getLogger(__name__)
 
@@ -30,18 +32,21 @@ class Recordings(dict):
 def graphed_stepper(
     prior: Any,
     start: Callable[[], Any],
-    key: tuple[int, torch.dtype],
+    key: tuple[int, int, torch.dtype],
     record: Callable[[Callable], Callable] = cuda_graph,
 ) -> Stepper:
     """The steps of a prior with `fixed_shapes` for one batch, whose sampling state `start` makes.
-    `record` compiles them once per `key`, batch size and type of the products, and they stay in the
-    prior. Where that fails, a warning says so once, and steps are taken uncompiled."""
+    `record` compiles them once per `key` (batch size, window, type of the products), and they stay
+    in the prior. Where that fails, a warning says so once, and steps are taken uncompiled."""
     weight, recordings = next(prior.parameters()), vars(prior).setdefault("_recorded", Recordings())
     all_types = (*key, weight.dtype, weight.device)
     if all_types not in recordings:
-        recordings[all_types] = _record(prior, start(), key[0], record)
+        recordings[all_types] = _record(prior, start(), key[:2], record)
     if recordings[all_types] is None:
-        return partial(prior.step, start())
+        state = start()
+        if prior.has_windows:
+            return lambda _, first, previous: prior.step(state, first, previous)
+        return lambda position, _, previous: prior.step(state, position, previous)
     state, step, start_row = recordings[all_types]
 
     # Fill the state anew. A fresh one has no caches yet: those of earlier batches are emptied.
@@ -52,35 +57,44 @@ def graphed_stepper(
         elif not torch._C._is_alias_of(tensor, fresh[name]):  # type: ignore[attr-defined]
             tensor.copy_(fresh[name])
 
-    # A step copies its position and codes to where the graph reads them, and replays it.
-    positions = torch.arange(prior.config.num_positions, device=prior.device)
+    # A step copies its positions and codes to where the graph reads them, and replays it.
     width = prior.config.grids[-1][1]
 
-    def take_step(position: int, previous: Tensor) -> Tensor:
-        at = positions[position : position + 1]
-        if position % width == 0:
-            start_row(at, previous)
-        return step(at, previous).clone()  # the graph writes to the same place again
+    def take_step(call: int, first: Tensor, previous: Tensor) -> Tensor:
+        position = first if prior.has_windows else first[:1]
+        if not prior.has_windows and call % width == 0:
+            start_row(position, previous[:, 0])
+        return step(position, previous).clone()  # the graph writes to the same place again
 
     return take_step
 
 
-def _record(prior: Any, state: Any, batch_size: int, record: Callable) -> Any:
+def _record(prior: Any, state: Any, shape: tuple[int, int], record: Callable) -> Any:
     """The state, the step and the start of a row, compiled; None if that fails."""
     # The first step makes the caches; from then on no tensor of the state moves.
     level, device = prior.config.level, prior.device
-    previous = torch.full((batch_size,), prior.config.codebook_sizes[-1], device=device)
-    prior.step(state, 0, previous)
+    previous = torch.full(shape, prior.config.codebook_sizes[-1], device=device)
+    first = torch.zeros(shape[0] if prior.has_windows else 1, dtype=torch.int64, device=device)
+    prior.step(state, first if prior.has_windows else 0, previous)
     for tensor in state_tensors(state).values():
         torch._dynamo.mark_static_address(tensor, guard=False)
 
+    # Functions of their own: Dynamo tells graphs apart by the code that they were made from.
+    def step(position: Tensor, previous: Tensor) -> Tensor:
+        return prior.step(state, position, previous)
+
+    def start_row(position: Tensor, previous: Tensor) -> Tensor:
+        prior.start_row(state, position, previous)
+        return position + 1  # a graph without a result is a special case, which nobody tests
+
     # Compilers work, and fail, at the first call.
     logger.info("compiling the steps of level %d, which takes up to some minutes", level)
-    step, start_row = record(partial(prior.step, state)), record(partial(prior.start_row, state))
-    position = torch.zeros(1, dtype=torch.int64, device=device)
+    torch._dynamo.config.recompile_limit = 64  # all levels, and sizes of batches, share one count
+    step, start_row = record(step), record(start_row)
     try:
-        start_row(position, previous)
-        step(position, previous)
+        if not prior.has_windows:
+            start_row(first, previous[:, 0])
+        step(first, previous)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every part of a compiler has its own
@@ -114,3 +128,21 @@ def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:
     if isinstance(index, Tensor):
         return features.index_select(dim, index)
     return features.narrow(dim, index, 1)
+
+
+class Fused:
+    """A function compiled at its first call; where that fails, as it is."""
+
+    def __init__(self, function: Callable) -> None:
+        self.plain, self.compiled = function, torch.compile(function, dynamic=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the function gives."""
+        try:
+            return self.compiled(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every part of a compiler has its own
+            logger.debug("not compiled: %s", error)
+            self.compiled = self.plain
+            return self.plain(*inputs)

@@ -225,7 +225,13 @@ class PixelSNAIL(Prior):
         return Attention(heads, self.config.network.width // 2 // heads, 0) if heads else None
 
     def start(
-        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
+        self,
+        batch_size: int,
+        condition: Any,
+        labels: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 0,
     ) -> SamplingState:
         """Run the condition network once, pack the weights, and take the buffers."""
         width, blocks = self.config.grids[-1][1], []
@@ -253,8 +259,8 @@ class PixelSNAIL(Prior):
                 residual.start_row(row_context)
 
     def step(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> Tensor:
-        """Logits `(B, K)` of one position; see `Prior.step`."""
-        width = self.config.grids[-1][1]
+        """Logits `(B, 1, K)` of one position; see `Prior.step`."""
+        width, previous = self.config.grids[-1][1], previous[:, 0]
         if isinstance(position, int) and position % width == 0:
             self.start_row(state, position, previous)
 
@@ -266,13 +272,16 @@ class PixelSNAIL(Prior):
         x = state.stem.output(places)  # (B, W)
 
         coordinates = at(self.places, position).expand(len(x), -1, -1)  # (B, 1, 2)
+        at_once = torch.as_tensor(position, device=x.device).expand(len(x), 1)
+        slots = None
         for residuals, attention, cache in state.blocks:
             for residual in residuals:
                 x = residual.step(x, places)
             if attention is not None:
-                cached = partial(cache.attend, position)
+                slots = slots or cache.slots(at_once, cast(Any, attention).num_heads, x)
+                cached = partial(cache.attend, slots)
                 x = attention(x[:, None], before[:, None], coordinates, cached)[:, 0]
-        return state.output(x)
+        return state.output(x)[:, None]
 
 
 def _initialise(prior: PixelSNAIL) -> None:

@@ -1,4 +1,4 @@
-"""Drawing codes from logits: temperature, top-k, top-p, min-p, guidance, random numbers.
+"""Drawing codes from logits: temperature, top-k, top-p, min-p, guidance; seeds of images.
 
 Letters: B batch, h w code grid, T = h*w positions in raster order, K codebook size.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 from prior.config import PriorConfig
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
+
+SAMPLER_VERSION = 2  # of what the same seed gives; 1 inverted the cumulative distribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,11 @@ class SamplingConfig:
         """Whether logits without the label are needed too."""
         return self.guidance_scale != 1
 
+    @property
+    def filters(self) -> bool:
+        """Whether some codes are never drawn."""
+        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+
     @classmethod
     def per_level(cls, num_levels: int, **settings: Any) -> list[Self]:
         """One configuration per level, of settings that are one value or one per level; None, or
@@ -68,11 +75,6 @@ class Known(NamedTuple):
 
     codes: Tensor  #: (B, h, w) int64
     mask: Tensor  #: (B, h, w) bool: where the codes are given
-
-    def instead_of(self, drawn: Tensor, position: int) -> Tensor:
-        """The codes `(B,)` at a position: the given ones, else those drawn."""
-        given = self.mask.flatten(1)[:, position]
-        return torch.where(given, self.codes.flatten(1)[:, position], drawn)
 
     def spread(self, first: int, number: int) -> "Known":
         """The images from `first` on; for those that do not exist nothing is given."""
@@ -109,8 +111,8 @@ def check_inputs(
 
 
 def guide(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Guided logits `(B, K)`, without label + scale * (with label - without label), of logits
-    `(2B, K)` with labels and then without; unguided ones `(B, K)` stay as they are."""
+    """Guided logits `(B, ...)`, without label + scale * (with label - without label), of logits
+    `(2B, ...)` with labels and then without; unguided ones `(B, ...)` stay as they are."""
     if not sampling.guided:
         return logits
     labelled, unlabelled = logits.chunk(2)
@@ -118,7 +120,8 @@ def guide(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The probabilities of drawing each code, `(B, K)` float64; the temperature is above 0."""
+    """The probabilities of drawing each code, `(..., K)` float64, of logits `(..., K)`, at a
+    temperature above 0."""
     logits = logits.double() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         values, codes = logits.topk(sampling.top_k, dim=-1)
@@ -139,25 +142,18 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return result
 
 
-def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
-    """One code per row, `(B,)` int64, by the inverse of the cumulative distribution, of logits
-    `(B, K)` and uniform numbers `(B,)` in [0, 1). The code of a row that holds NaN is K."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = probabilities(logits, sampling).cumsum(dim=-1)
-    # Scaled by the last entry, which is 1 up to rounding: no code of probability 0 is drawn.
-    targets = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
-
-
-def uniforms(seeds: Sequence[int], level: int, num_positions: int) -> Tensor:
-    """Uniform numbers in [0, 1), `(B, num_positions)` float64, as a function of (image's seed,
-    level, position) alone: the same, by NumPy's counter-based generator Philox, in any batch."""
-    rows = []
-    for seed in seeds:
-        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, level]))
-        rows.append(generator.random(num_positions))
-    return torch.from_numpy(np.stack(rows))
+def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
+    """One code for each row, `(...)` int64, of logits and Gumbel noise `(..., K)`: the argmax of
+    their sum has the distribution that `probabilities` gives. The code of a row that holds NaN is
+    K."""
+    scores = logits
+    if sampling.temperature:
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+        if sampling.filters:
+            scores = scores.masked_fill(probabilities(logits, sampling) == 0, -torch.inf)
+        scores = scores + noise
+    best, codes = scores.max(dim=-1)
+    return torch.where(best.isnan(), logits.shape[-1], codes)
 
 
 def image_seeds(seed: int, first: int, number: int) -> list[int]:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prior.attention import Attention, KVCache, attend
+from prior.attention import Attention, KVCache, Slots, attend
 from prior.base import Prior
 from prior.config import TransformerConfig, TransformerPriorConfig
-from prior.cuda_graphs import at
 from prior.dropout import add_dropped
 from prior.packed_linear import pack_linears
 from prior.rms_norm import RMSNorm, rms_norm
@@ -41,17 +40,18 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(
-        self, x: Tensor, angles: Tensor, cache: KVCache | None = None, position: int | Tensor = 0
+        self, x: Tensor, angles: Tensor, cache: KVCache | None = None, slots: Slots | None = None
     ) -> Tensor:
-        """`(B, T, W)` to the same, by angles `(2, T, d)`; a cache means T = 1, at `position`."""
+        """`(B, T, W)` to the same, by angles `(2, T, d)`; with a cache, T positions at its slots,
+        and angles `(2, B, 1, T, d)`."""
         # Attention: every head reads the earlier positions.
         qkv = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, n, d) to (3, B, n, T, d)
         q, k = self._normalise_and_turn(qkv[:2], angles)  # (B, n, T, d) each
-        if cache is None:
+        if cache is None or slots is None:
             attended = attend(q, k, qkv[2], causal=self.causal, window=self.window)
         else:
-            attended = cache.attend(position, q, k, qkv[2])
+            attended = cache.attend(slots, q, k, qkv[2])
         merged = attended.transpose(1, 2).flatten(2)  # (B, T, W)
         x = add_dropped(x, self.from_heads(merged), self.dropout, training=self.training)
 
@@ -143,7 +143,7 @@ class TransformerPrior(Prior):
 
     config_class = TransformerPriorConfig
     config: TransformerPriorConfig
-    fixed_shapes = True
+    fixed_shapes, has_windows = True, True
     angles: Tensor
 
     def __init__(self, config: TransformerPriorConfig) -> None:
@@ -202,24 +202,33 @@ class TransformerPrior(Prior):
         return Attention(heads, self.config.network.width // heads, block.window)
 
     def start(
-        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
+        self,
+        batch_size: int,
+        condition: Any,
+        labels: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 0,
     ) -> SamplingState:
         """Run the condition network once, and pack the weights; see `Prior.start`."""
         blocks = []
         for block in cast(Sequence[Block], self.blocks):
             cache = KVCache(self.config.num_positions, window=block.window, dtype=dtype)
-            blocks.append((cast(Block, pack_linears(block, batch_size, dtype)), cache))
-        output = pack_linears(nn.Sequential(self.norm, self.head), batch_size, dtype)
+            blocks.append((cast(Block, pack_linears(block, rows or batch_size, dtype)), cache))
+        output = pack_linears(nn.Sequential(self.norm, self.head), rows or batch_size, dtype)
         background = self.background(batch_size, condition, labels)
         return SamplingState(background, blocks, output)
 
-    def step(self, state: SamplingState, position: int | Tensor, previous: Tensor) -> Tensor:
-        """Logits `(B, K)` of one position; see `Prior.step`."""
-        x = self.embedding(previous)[:, None] + at(state.background, position)  # (B, 1, W)
-        angles = at(self.angles, position)  # (2, 1, d)
+    def step(self, state: SamplingState, positions: Any, previous: Tensor) -> Tensor:
+        """Logits `(B, W, K)` of windows of positions; see `Prior.step`."""
+        places = positions[:, None] + torch.arange(previous.shape[1], device=previous.device)
+        lanes = torch.arange(len(places), device=places.device)[:, None]
+        x = self.embedding(previous) + state.background[lanes, places]  # (B, W, width)
+        angles = self.angles[:, places][:, :, None]  # (2, B, 1, W, d)
+        slots = state.blocks[0][1].slots(places, self.config.network.num_heads, x)
         for block, cache in state.blocks:
-            x = block(x, angles, cache, position)
-        return state.output(x)[:, 0]
+            x = block(x, angles, cache, slots)
+        return state.output(x)
 
 
 def _initialise(module: nn.Module) -> None:

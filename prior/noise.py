@@ -1,0 +1,73 @@
+"""Noise that is a function of (image's seed, level, position, code), the same on every device.
+
+A code is drawn as the argmax of logits + Gumbel noise (Gumbel 1954; Maddison et al. 2014), with one
+number for each code of each position. When a little changes in the logits, as when a guess of an
+earlier code is corrected, the drawn code changes only if the change concerns it.
+
+Letters: B batch, W positions, K codebook size.
+"""
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+ROUNDS, WORD = 10, 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> list[Tensor]:
+    """Four random words of 32 bits: Philox-4x32-10 (Salmon et al. 2011), in 64-bit integers.
+
+    Args:
+        counter: four words, int64 tensors of shapes that broadcast.
+        key: two words, likewise.
+    """
+    (a, b, c, d), (key_0, key_1) = counter, key
+    for number in range(ROUNDS):
+        product_0, product_1 = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        round_0, round_1 = (key_0 + number * WEYL[0]) & WORD, (key_1 + number * WEYL[1]) & WORD
+        a, c = ((product_1 >> 32) & WORD) ^ b ^ round_0, ((product_0 >> 32) & WORD) ^ d ^ round_1
+        b, d = product_1 & WORD, product_0 & WORD
+    return [a, b, c, d]
+
+
+def gumbel(seeds: Tensor, level: int, places: Tensor, codebook_size: int) -> Tensor:
+    """Gumbel noise `(B, W, K)`, fp32, of images with seeds `(B,)` int64 at positions `(B, W)`.
+
+    -log(-log(1 - u)) of u = (word + 1/2) / 2^32. A large value, on which the chance of a rare code
+    hangs, belongs to a small u, of which fp32 has enough: it goes on to 22.9, where a code is as
+    rare as 1e-10. (The lower tail, where fp32 is coarse, ends at -2.8.)
+    """
+    quarter = torch.arange(-(-codebook_size // 4), device=places.device)  # of the codes
+    zero = torch.zeros_like(quarter)
+    counter = quarter, places[..., None], zero + level, zero
+    key = (seeds & WORD)[:, None, None], ((seeds >> 32) & WORD)[:, None, None]
+    words = torch.stack(philox(counter, key), dim=-1).flatten(2)[..., :codebook_size]
+    exponential = torch.log1p(-((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)).neg_()
+    return exponential.log_().neg_()
+
+
+class Noise:
+    """The Gumbel noise of a batch of images while they are drawn.
+
+    On a CPU it is made for some positions ahead, for what costs there is the number of operations.
+    """
+
+    AHEAD = 16
+
+    def __init__(self, seeds: Tensor, level: int, num_positions: int, codebook_size: int) -> None:
+        self.seeds, self.level, self.codebook_size = seeds, level, codebook_size
+        self.last, self.lanes = num_positions - 1, torch.arange(len(seeds))[:, None]
+        self.first = seeds.new_full((len(seeds), 1), num_positions)  # of what was made, per image
+        self.made = torch.empty(0)
+
+    def at(self, places: Tensor) -> Tensor:
+        """`(B, W, K)` of positions `(B, W)`, which ascend in every row."""
+        if places.device.type != "cpu":
+            return gumbel(self.seeds, self.level, places, self.codebook_size)
+        width, offsets = places.shape[1], places - self.first
+        if int(offsets.min()) < 0 or int(offsets.max()) >= self.made.shape[1]:
+            self.first, ahead = places[:, :1], torch.arange(width + self.AHEAD)
+            made = (self.first + ahead).clamp(max=self.last)
+            self.made = gumbel(self.seeds, self.level, made, self.codebook_size)
+            offsets = places - self.first
+        return self.made[self.lanes, offsets]

@@ -1,0 +1,99 @@
+"""Sampling in fewer steps than positions, and not one code different: predictive sampling.
+
+A code is drawn with noise of its own (`prior.noise`), so that an image is a function of its noise:
+the one set of codes of which each is drawn from the logits that the codes before it give. To find
+it, codes that are not known yet are guessed, and the logits of a window of them computed in one
+call. The first code drawn is right, for what it depends on is known; and so is each one behind it,
+as long as all the guesses before it were what has now been drawn. What is not, is guessed better
+the next time (Wiggers and Hoogeboom 2020; Song et al. 2021). A window of 1 is sampling as usual.
+
+Letters: B batch, T positions, W those of a window, K codebook size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prior.cuda_graphs import Fused
+from prior.noise import Noise
+from prior.sampling import Known, SamplingConfig, draw
+
+# Positions of all images together that a call computes at not much more than the cost of one: it
+# reads all weights anyway (see benchmarks/sampling.py).
+ROWS = {"cpu": 16, "cuda": 1024}
+MOST = {"cpu": 32, "cuda": 64}
+
+
+def choose_window(batch_size: int, num_positions: int, device_type: str) -> int:
+    """The window that is fastest for a batch: a power of 2, and 1 where guessing does not pay. It
+    depends on nothing else, for an image's last bits depend on it."""
+    window, rows, most = 1, ROWS.get(device_type, 1024), MOST.get(device_type, 64)
+    while 2 * window * batch_size <= rows and 2 * window <= min(most, num_positions):
+        window *= 2
+    return window
+
+
+class Guesses:
+    """The codes of a batch while they are drawn: of each image, the first ones are right."""
+
+    def __init__(
+        self, noise: Noise, num_positions: int, sampling: SamplingConfig, known: Known | None
+    ) -> None:
+        self.noise, self.sampling = noise, sampling
+        shape = (len(noise.seeds), num_positions)
+        self.codes = torch.zeros(shape, dtype=torch.int64, device=noise.seeds.device)
+        self.given: Tensor | None = None  # (B, T) bool: what is known beforehand
+        if known is not None:
+            self.given = known.mask.flatten(1)
+            self.codes.copy_(torch.where(self.given, known.codes.flatten(1), 0))
+        self.num_right = torch.zeros_like(self.codes[:, 0])  # (B,)
+
+    def window(self, width: int) -> tuple[Tensor, Tensor]:
+        """The first position `(B,)` of each image's window, which begins where codes are not known
+        to be right, and the guesses before its positions, `(B, W)`; K before position 0."""
+        first = self.num_right.clamp(max=self.codes.shape[1] - width)
+        before = F.pad(self.codes, (1, 0), value=self.noise.codebook_size)
+        return first, before.gather(1, first[:, None] + self._offsets(width))
+
+    def compile(self) -> None:
+        """Draw by compiled code: on a GPU it would be hundreds of short kernels."""
+        self.settle = Fused(self.settle)  # type: ignore[assignment,method-assign]
+
+    def settle(self, first: Tensor, logits: Tensor) -> None:
+        """Draw the codes of the windows from their logits `(B, W, K)`; find out which are right."""
+        places = first[:, None] + self._offsets(logits.shape[1])
+        drawn = draw(logits, self.noise.at(places), self.sampling)
+        guessed = self.codes.gather(1, places)
+        settled = places < self.num_right[:, None]
+        if self.given is not None:
+            settled = settled | self.given.gather(1, places)
+        drawn = torch.where(settled, guessed, drawn)
+        in_a_row = (drawn == guessed)[:, :-1].long().cumprod(dim=1).sum(dim=1)
+        self.codes.scatter_(1, places, drawn)
+        self.num_right.copy_(first + 1 + in_a_row)
+
+    def _offsets(self, width: int) -> Tensor:
+        return torch.arange(width, device=self.codes.device)
+
+
+def sample_codes(
+    step: Callable[[int, Tensor, Tensor], Tensor], guesses: Guesses, width: int
+) -> tuple[Tensor, int]:
+    """All codes `(B, T)`, and the number of calls of `step`: from the number of the call, first
+    positions `(B,)` and codes before the positions of each window `(B, W)` to logits `(B, W, K)`.
+    """
+    num_positions, calls = guesses.codes.shape[1], 0
+    least, every = -(-num_positions // width), 1 if guesses.codes.device.type == "cpu" else 4
+    while True:
+        first, before = guesses.window(width)
+        guesses.settle(first, step(calls, first, before))
+        calls += 1
+        # Looking waits for a GPU: not before the end is possible, and not after every call.
+        if width == 1 and calls == num_positions:
+            break
+        look = width > 1 and calls >= least and (calls - least) % every == 0
+        if look and int(guesses.num_right.min()) == num_positions:
+            break
+    return guesses.codes, calls
