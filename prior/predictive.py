@@ -90,9 +90,9 @@ def sample_codes(
         first, before = guesses.window(width)
         guesses.settle(first, step(calls, first, before))
         calls += 1
-        # Looking waits for a GPU: not before the end is possible, and not after every call.
-        if width == 1 and calls == num_positions:
+        if calls == num_positions:  # each call finds at least one code
             break
+        # Looking waits for a GPU: not before the end is possible, and not after every call.
         look = width > 1 and calls >= least and (calls - least) % every == 0
         if look and int(guesses.num_right.min()) == num_positions:
             break

@@ -21,7 +21,7 @@ import prior.training
 from pipelines.commands.doctor import check_round_trip, examine, load
 from pipelines.config import DoctorConfig
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
-from prior.attention import KVCache, attend
+from prior.attention import KVCache, Slots, attend
 from prior.audit import audit, check_attention, stop_if_unsound
 from prior.base import Prior
 from prior.manifest import read_manifest
@@ -286,11 +286,12 @@ def sees_the_next(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, a
     return sdpa(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
 
 
-def forgets_the_own(cache: KVCache, position: int | Tensor, q: Tensor, k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
+def forgets_the_own(cache: KVCache, slots: Slots, q: Tensor, k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
     """A cache that reads before it writes; here what it reads was there before, but for one key."""
-    if isinstance(position, int) and position > LONG:
-        k = cache.keys[:, :, position - 1 : position]
-    return cached(cache, position, q, k, v)
+    position = int(slots.rows[-1] % cache.length)
+    if position > LONG:
+        k = cache.keys[:, :, position - k.shape[2] : position]
+    return cached(cache, slots, q, k, v)
 
 
 OFF = "attention is off by .* row"

@@ -83,8 +83,9 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
         assert "bits_per_code" in evaluate(prior, held_out, alone, unigram_bits=1.0, batch_size=1)
         assert watch.waits.total() == 1
 
-        # Sampling looks at the labels' range and the result: nothing waits at a position. Recorded
-        # steps are not compiled here, but they have the shapes that graphs need.
+        # Sampling looks at the labels' range and the result: nothing waits at a position, and with
+        # windows only every fourth call. Recorded steps are not compiled here, but they have the
+        # shapes that graphs need.
         filters: Any = {"top_k": 4, "top_p": 0.9, "min_p": 0.01}
         given, seeds = (BATCH, batch["codes"][:1], batch["labels"]), range(BATCH)
         for compiled, bf16, settings in (
@@ -95,8 +96,11 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
             watch.waits.clear()
             sampling = SamplingConfig(**settings)
             how: Any = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
-            assert prior.sample(*given, seeds=seeds, **how).device == GPU
+            assert prior.sample(*given, seeds=seeds, window=1, **how).device == GPU
             assert watch.waits.total() <= 3
+            watch.waits.clear()
+            assert prior.sample(*given, seeds=seeds, window=4, **how).device == GPU
+            assert watch.waits.total() <= 3 + prior.config.num_positions // 4
         assert all(vars(prior)["_recorded"].values())  # none fell back to the prior's own steps
 
 

@@ -222,12 +222,13 @@ def test_log_likelihood_is_what_the_priors_give_to_the_codes(
         own, condition = codes[level], codes[:level]
         chosen = prior(own, condition, numbers).log_softmax(1).gather(1, own[:, None])
         assert torch.allclose(chosen.sum((1, 2, 3)).double(), found[:, level], atol=1e-4)
-        step, previous = prior.make_stepper(3, condition, numbers), own.flatten(1)[:, 0] * 0
+        step, previous = prior.make_stepper(3, condition, numbers), own.flatten(1)[:, :1] * 0
         previous, total = previous + prior.config.codebook_sizes[-1], torch.zeros(3).double()
         for position, code in enumerate(own.flatten(1).T):
-            drawn_from = probabilities(step(position, previous), SamplingConfig())  # (B, K)
+            logits = step(position, torch.full((3,), position), previous)[:, 0]
+            drawn_from = probabilities(logits, SamplingConfig())  # (B, K)
             total += drawn_from[torch.arange(3), code].log()
-            previous = code
+            previous = code[:, None]
         assert torch.allclose(total, found[:, level], atol=1e-4)
     many = pipeline.log_likelihood(paths * 25, labels if labels is None else "coat")
     assert torch.allclose(many[72:], pipeline.log_likelihood(paths, labels and "coat"), atol=1e-4)

@@ -26,7 +26,9 @@ from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.config import PriorConfig
 from prior.cuda_graphs import graphed_stepper
 from prior.dropout import add_dropped
+from prior.noise import Noise
 from prior.packed_linear import can_pack
+from prior.predictive import Guesses, sample_codes
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
 from vqvae2.common.errors import UserError
@@ -141,12 +143,18 @@ def assert_steps_are_the_forward(prior: Prior, tolerance: float = 1e-5) -> None:
     """With numbers for positions, and with tensors as CUDA graphs need them."""
     codes, condition, labels = inputs(prior)
     logits = prior(codes, condition, labels).flatten(2)
-    key = (BATCH, torch.float32)
+    key = (BATCH, 1, torch.float32)
     start = partial(prior.start, BATCH, condition, labels)
-    for step in (partial(prior.step, start()), graphed_stepper(prior, start, key, uncompiled)):
+    eager = prior.make_stepper(BATCH, condition, labels)
+    for step in (eager, graphed_stepper(prior, start, key, uncompiled)):
         for position, before in enumerate(codes_before(prior, codes)):
-            expected = logits[..., position]
-            torch.testing.assert_close(step(position, before), expected, atol=tolerance, rtol=0)
+            found, expected = take(step, position, before), logits[..., position]
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def take(step: Callable, position: int, before: Tensor) -> Tensor:
+    """The logits `(B, K)` of one position, the same for all images."""
+    return step(position, torch.full((BATCH,), position), before[:, None])[:, 0]
 
 
 def uncompiled(function: Callable) -> Callable:
@@ -198,7 +206,8 @@ def test_given_codes_stay_and_the_drawn_ones_follow_them(family: str, name: str)
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
     known = Known(codes, torch.rand(codes.shape) < 0.5)
-    sample = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS)
+    cold = SamplingConfig(temperature=0.1)  # in which codes depend strongly on one another
+    sample = partial(prior.sample, BATCH, condition, labels, sampling=cold, seeds=SEEDS)
     cached = sample(known=known)
     assert torch.equal(cached[known.mask], codes[known.mask])
     assert torch.equal(cached, sample(known=known, plain=True))
@@ -346,7 +355,7 @@ def test_steps_in_bf16_give_nearly_the_logits_of_fp32(
     exact_step = prior.make_stepper(BATCH, *given)
     fast_step = prior.make_stepper(BATCH, *given, torch.bfloat16)
     for position, before in enumerate(codes_before(prior, codes)):
-        exact, fast = exact_step(position, before), fast_step(position, before)
+        exact, fast = take(exact_step, position, before), take(fast_step, position, before)
         assert (exact - fast).square().mean().sqrt() < 0.02 * exact.std()
         assert fast.dtype == torch.float32
         assert not can_pack(torch.bfloat16) or not torch.equal(exact, fast)  # it is used
@@ -365,10 +374,10 @@ def test_keys_are_kept_in_bf16_where_products_are_and_it_pays(
 ) -> None:
     monkeypatch.setattr("prior.attention.bf16_keys_pay", lambda device_type: pays)
     q, k, v = torch.ones(3, 2, 2, 1, 8)
-    caches = KVCache(3, dtype=dtype), KVCache(3, dtype=dtype)
-    for cache, position in zip(caches, (0, torch.tensor([0])), strict=True):
-        assert cache.attend(position, q, k, v).dtype == torch.float32
-        assert cache.keys.dtype == cache.values.dtype == kept  # type: ignore[union-attr]
+    cache = KVCache(3, dtype=dtype)
+    slots = cache.slots(torch.zeros(2, 1, dtype=torch.int64), 2, q)
+    assert cache.attend(slots, q, k, v).dtype == torch.float32
+    assert cache.keys.dtype == cache.values.dtype == kept  # type: ignore[union-attr]
 
 
 def test_keys_are_in_bf16_where_the_hardware_is_made_for_it(
@@ -450,7 +459,7 @@ def test_recorded_steps_follow_the_weights_however_they_change(
     def check_steps(prior: Prior) -> None:
         eager = prior.make_stepper(BATCH, *given[1:], dtype)
         before = codes_before(prior, given[0])[:8]  # more than a row
-        logits = torch.stack([eager(t, previous) for t, previous in enumerate(before)], dim=2)
+        logits = torch.stack([take(eager, t, codes) for t, codes in enumerate(before)], dim=2)
         assert_recorded_steps_give(logits, prior, *given, dtype, recorded)
 
     check_steps(prior)
@@ -463,8 +472,8 @@ def test_recorded_steps_follow_the_weights_however_they_change(
     for parameter in prior.parameters():
         parameter.fill_(torch.nan)  # a training that diverged: nothing of it stays in the caches
     start = partial(prior.start, BATCH, *given[1:], dtype=dtype)
-    step = graphed_stepper(prior, start, (BATCH, dtype))
-    assert step(0, codes_before(prior, given[0])[0]).isnan().all()
+    step = graphed_stepper(prior, start, (BATCH, 1, dtype))
+    assert take(step, 0, codes_before(prior, given[0])[0]).isnan().all()
     prior.load_state_dict(old)
     check_steps(prior)
     assert len(recorded) == 2  # the step and the start of a row
@@ -491,10 +500,11 @@ def assert_recorded_steps_give(
     """Logits `(B, K, T)` of the first positions are those of recorded steps; what is recorded anew
     joins the list."""
     start = partial(prior.start, BATCH, condition, labels, dtype=dtype)
-    step = graphed_stepper(prior, start, (BATCH, dtype), lambda f: recorded.append(f) or f)  # type: ignore[func-returns-value]
+    step = graphed_stepper(prior, start, (BATCH, 1, dtype), lambda f: recorded.append(f) or f)  # type: ignore[func-returns-value]
     atol = 1e-5 if dtype == torch.float32 else 0.1 * logits.std().item()
     for position, before in enumerate(codes_before(prior, codes)[: logits.shape[2]]):
-        torch.testing.assert_close(step(position, before), logits[..., position], atol=atol, rtol=0)
+        found = take(step, position, before)
+        torch.testing.assert_close(found, logits[..., position], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["transformer"])
@@ -516,10 +526,10 @@ def test_where_steps_cannot_be_compiled_sampling_goes_on_and_says_so_once(
     logits = prior(codes, condition, labels).flatten(2)
     for _ in range(2):
         start = partial(prior.start, BATCH, condition, labels)
-        step = graphed_stepper(prior, start, (BATCH, torch.float32), without_triton)
+        step = graphed_stepper(prior, start, (BATCH, 1, torch.float32), without_triton)
         for position, before in enumerate(codes_before(prior, codes)[:4]):
-            expected = logits[..., position]
-            torch.testing.assert_close(step(position, before), expected, atol=1e-5, rtol=0)
+            found, expected = take(step, position, before), logits[..., position]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     compiling, warning = caplog.messages
     assert len(tried) == 1
     assert compiling.startswith("compiling the steps of level 1")
@@ -550,21 +560,69 @@ def test_one_compiled_step_serves_all_positions_and_batches(
         return graph.forward
 
     def compiled(
-        batch_size: int, condition: list, labels: Tensor, dtype: torch.dtype, **options: bool
+        batch_size: int,
+        condition: list,
+        labels: Tensor,
+        dtype: torch.dtype,
+        *,
+        window: int,
+        **_: Any,
     ) -> Callable:
         start = partial(prior.start, batch_size, condition, labels, dtype=dtype)
         record = partial(torch.compile, backend=backend, fullgraph=True)
-        return graphed_stepper(prior, start, (batch_size, dtype), record)
+        return graphed_stepper(prior, start, (batch_size, window, dtype), record)
 
     _, condition, labels = inputs(prior)
     batches = [(condition, labels), ([level.flip(0) for level in condition], labels.flip(0))]
     expected = [prior.sample(BATCH, *batch, seeds=SEEDS) for batch in batches]
     torch._dynamo.reset()
     monkeypatch.setattr(prior, "make_stepper", compiled)
+    monkeypatch.setattr(KVCache, "STEP", 1 << 20)  # as on CUDA, where a cache does not grow
     for batch, codes in zip(batches, expected, strict=True):
-        assert torch.equal(prior.sample(BATCH, *batch, seeds=SEEDS), codes)
-    number = 2 if family == "pixelsnail" else 1  # PixelSNAIL also computes something once per row
-    assert graphs == number * [[(1,), (BATCH,)]]
+        assert torch.equal(prior.sample(BATCH, *batch, seeds=SEEDS, window=4), codes)
+    if family == "pixelsnail":  # which also computes something once per row
+        assert graphs == [[(1,), (BATCH,)], [(1,), (BATCH, 1)]]
+    else:
+        assert graphs == [[(BATCH,), (BATCH, 4)]]
+
+
+@pytest.mark.parametrize("name", ["top", "third of three, classes", "bottom"])
+@each_family
+@torch.no_grad()
+def test_windows_of_guesses_draw_the_codes_of_the_plain_loop(family: str, name: str) -> None:
+    """In float64, whatever the window, the filters, and what is known beforehand."""
+    prior = make(family, name).double()
+    codes, condition, labels = inputs(prior)
+    mask = torch.rand(codes.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    guided = {"guidance_scale": 1.5} if prior.config.label_dropout else {}
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.9}]
+    settings.append({"temperature": 0.7, "min_p": 0.02, "known": Known(codes, mask), **guided})
+    for each in settings:
+        known = each.pop("known", None)
+        draw = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS, known=known)
+        plain = draw(sampling=SamplingConfig(**each), plain=True)
+        for window in (0, 1, 3, prior.config.num_positions):
+            assert torch.equal(draw(sampling=SamplingConfig(**each), window=window), plain)
+        if known is not None:
+            assert torch.equal(plain[mask], codes[mask])
+
+
+def test_an_image_takes_few_calls_and_waits_for_no_other() -> None:
+    """Where the logits do not depend on the codes, a window is right at the second look."""
+    noise, calls = Noise(torch.tensor([1, 2]), 0, 12, 5), []
+
+    def step(call: int, first: Tensor, before: Tensor) -> Tensor:
+        calls.append(first.tolist())
+        logits = torch.zeros(2, before.shape[1], 5)
+        logits[1, :, 1:] = -torch.inf  # all zeros, as they are guessed
+        return logits
+
+    codes, number = sample_codes(step, Guesses(noise, 12, SamplingConfig(), None), 4)
+    assert not codes[1].any()
+    assert number == len(calls) < 9
+    slow, fast = zip(*calls, strict=True)
+    assert fast[:4] == (0, 4, 8, 8)
+    assert slow[1] < 4
 
 
 @each_family
