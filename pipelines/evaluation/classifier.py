@@ -1,0 +1,220 @@
+"""A small classifier of the user's own images: features to compare sets by, with no download.
+
+It learns the labels of the images; without any, which of a few transformations was applied to them.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqvae2.common.accelerate import on_main_process, processes
+from vqvae2.common.artifact import WEIGHTS_NAME, Artifact
+from vqvae2.common.config import check, check_between
+from vqvae2.common.loading import ShuffledLoader
+from vqvae2.common.lock import only_writer
+from vqvae2.common.messages import progress_bar
+from vqvae2.data import ImageDataset, to_images
+
+VERSION = 1  # of the network and its training: a new number where features change
+BATCH_SIZE = 64
+WIDTHS = (32, 64, 128)
+CELLS = 8_000_000  # of the grids behind the first layer, over a whole training: the time it takes
+MOST_EPOCHS, FEWEST_STEPS = 30, 150
+ORDERS = ("as it is", "upside down", "halves exchanged", "both")
+QUALITIES = ("clear", "blurred", "noisy", "coarse")
+TRANSFORMATIONS = tuple(f"{order}, {quality}" for order in ORDERS for quality in QUALITIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The images that a classifier takes, and what it tells apart."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    channels: int
+    """Of the images."""
+    class_names: tuple[str, ...]
+    """What the logits stand for, in order."""
+    of_labels: bool
+    """Whether these are the user's classes, not transformations."""
+
+    def __post_init__(self) -> None:
+        check_between(self, 8, 1 << 14, "size")
+        check_between(self, 1, 1024, "channels")
+        check(len(self.class_names) > 1, "class_names", self.class_names, "two names or more")
+
+    def summary(self) -> str:
+        """In a few words."""
+        height, width = self.size
+        what = "classes" if self.of_labels else "transformations"
+        return f"{len(self.class_names)} {what}, {self.channels}x{height}x{width}"
+
+    @property
+    def stride(self) -> int:
+        """Of the first layer: large images cost no more than some."""
+        return 2 ** max(1, round(math.log2(min(self.size) / 16)))
+
+
+class Classifier(Artifact, nn.Module):
+    """Convolutions whose means over all positions, at every scale, are the features: what is fine
+    (noise, blur) shows in the first ones, what is seen in the last."""
+
+    config_class = ClassifierConfig
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        stride, width = config.stride, WIDTHS[0]
+        first = nn.Conv2d(config.channels, width, 2 * stride, stride, stride // 2, bias=False)
+        self.stages = nn.ModuleList([nn.Sequential(first, nn.BatchNorm2d(width), _Block(width))])
+        for before, width in zip(WIDTHS, WIDTHS[1:], strict=False):
+            down = nn.Conv2d(before, width, 3, 2, 1, bias=False)
+            self.stages.append(nn.Sequential(down, nn.BatchNorm2d(width), _Block(width)))
+        self.norm = nn.BatchNorm1d(sum(WIDTHS), affine=False)
+        self.head = nn.Linear(sum(WIDTHS), len(config.class_names))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)`, bytes or floats in [-1, 1], to `(B, 224)`: of mean 0 and standard
+        deviation 1 over the images of the training."""
+        hidden = to_images(images).contiguous(memory_format=torch.channels_last)
+        means = []
+        for stage in self.stages:
+            hidden = stage(hidden)
+            means.append(hidden.mean(dim=(2, 3)))
+        return self.norm(torch.cat(means, dim=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images, as for `features`, to logits `(B, classes)`."""
+        return self.head(self.features(images))
+
+
+class _Block(nn.Module):
+    """A residual block `(B, E, h, w)` of one convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+class _Rows:
+    """Images in memory as a dataset; see `ImageDataset`."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return {"images": self.images[list(indices)]}
+
+
+def train_classifier(
+    images: Tensor | ImageDataset,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+    share: float = 1.0,
+    device: str | torch.device = "cpu",
+) -> Classifier:
+    """Train a classifier; the same arguments give the same bits, on the same number of threads.
+
+    Args:
+        images: `(N, C, H, W)` uint8 or float in [-1, 1], or a dataset of them.
+        labels: the class number of each; None, or one class alone: learn transformations.
+        class_names: the classes that the labels number; by default "0", "1", ...
+        share: of the usual time.
+    """
+    # What it tells apart.
+    rows: Any = _Rows(images) if isinstance(images, Tensor) else images
+    numbers = None if labels is None else torch.as_tensor(labels).long()
+    if numbers is not None and len(numbers.unique()) > 1:
+        names = tuple(class_names) or tuple(map(str, range(int(numbers.max()) + 1)))
+    else:
+        names, numbers = TRANSFORMATIONS, None
+    channels, height, width = rows.__getitems__([0])["images"].shape[1:]
+    what = {"class_names": names, "of_labels": numbers is not None}
+    config = ClassifierConfig(size=(height, width), channels=channels, **what)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(config).to(device, memory_format=torch.channels_last).train()
+
+    # Steps by the size of the images, so that the time hardly depends on it.
+    cells = height * width // config.stride**2
+    seen = min(share * CELLS / cells, MOST_EPOCHS * len(rows))
+    steps = max(FEWEST_STEPS, round(seen / BATCH_SIZE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    loader = ShuffledLoader(rows, BATCH_SIZE, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    # Train; no image is seen twice in the same way.
+    for step in progress_bar(range(steps), desc="training the classifier", leave=False):
+        indices = loader.indices(step)
+        batch = to_images(rows.__getitems__(indices)["images"])
+        if numbers is None:
+            batch, targets = transform(batch, generator)
+        else:
+            batch, targets = _shift(batch, generator), numbers[indices]
+        logits = model(batch.to(device))
+        loss = F.cross_entropy(logits, targets.to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """All images of a batch moved by up to a sixteenth of a side, their border repeated."""
+    height, width = images.shape[2:]
+    y, x = max(1, height // 16), max(1, width // 16)
+    top, left = (int(torch.randint(2 * n + 1, (), generator=generator)) for n in (y, x))
+    padded = F.pad(images, (x, x, y, y), mode="replicate")
+    return padded[:, :, top : top + height, left : left + width]
+
+
+def transform(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images in [-1, 1], each changed in one of the `TRANSFORMATIONS`; and which, `(B,)`."""
+    numbers = torch.randint(len(TRANSFORMATIONS), (len(images),), generator=generator)
+    changed = []
+    for image, number in zip(_shift(images, generator), numbers.tolist(), strict=True):
+        order, quality = divmod(number, len(QUALITIES))
+        strength = float(torch.rand((), generator=generator))
+        new = image.flip(1, 2) if order in (1, 3) else image
+        if order in (2, 3):
+            new = new.roll((image.shape[1] // 2, image.shape[2] // 2), (1, 2))
+        if quality == 1:
+            new = blur(new[None], 0.5 + strength)[0]
+        elif quality == 2:
+            noise = torch.randn(new.shape, generator=generator)
+            new = (new + (0.05 + 0.25 * strength) * noise).clamp(-1, 1)
+        elif quality == 3:
+            coarse = F.avg_pool2d(new[None], 2, ceil_mode=True)
+            new = F.interpolate(coarse, size=tuple(image.shape[1:]))[0]
+        changed.append(new)
+    return torch.stack(changed), numbers
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """Images `(B, C, H, W)` under a Gaussian of this many pixels."""
+    radius, channels = math.ceil(2 * sigma), images.shape[1]
+    window = torch.exp(-torch.arange(-radius, radius + 1.0).square() / (2 * sigma**2))
+    window = (window / window.sum()).expand(channels, 1, -1)
+    padded = F.pad(images, (radius,) * 4, mode="replicate")
+    across = F.conv2d(padded, window[:, :, None], groups=channels)
+    return F.conv2d(across, window[..., None], groups=channels)
