@@ -84,12 +84,14 @@ def write_samples(
     known: Sequence[Known | None] = (),
     front: Mapping[str, Image] | None = None,
     npz: bool = False,
+    codes: bool = False,
     **options: Any,
-) -> None:
+) -> list[Path]:
     """Write samples as files in images/, a sheet of them beside it, and samples.npz for evaluators
-    if asked for. Files that exist are not made again, and processes share the work. `known` are
-    codes that all images start from, one row per level, `front` pictures that the sheet shows
-    before them, by name; for the others see `VQVAE2Pipeline.__call__`."""
+    if asked for, and each image's codes in codes/. Files that exist are not made again, and
+    processes share the work. `known` are codes that images start from, row i for image i, or one,
+    `front` pictures that the sheet shows before them, by name; for the others see
+    `VQVAE2Pipeline.__call__`. Returns the images' files."""
     # The files, and the label of each.
     folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image
@@ -116,16 +118,19 @@ def write_samples(
     own_cpus = OwnCpus(bind=state.device.type == "cpu")
     for batch in own:
         own_cpus.warn()
-        options |= {"first_index": batch.start, "known": repeat_known(known, len(batch))}
+        options |= {"first_index": batch.start, "known": repeat_known(known, batch)}
         with own_cpus:
-            images = pipeline(len(batch), **options).images
-        for i, image in zip(batch, images, strict=True):
+            made = pipeline(len(batch), **options)
+        for i, grids in zip(batch, zip(*made.codes, strict=True), strict=True) if codes else ():
+            with whole_file(codes_file(files[i])) as aside, open(aside, "wb") as file:
+                np.savez(file, *(grid.numpy().astype(np.uint32) for grid in grids))
+        for i, image in zip(batch, made.images, strict=True):
             save_image(image, files[i], settings.value_range)
         bar.update(len(batch))
     bar.close()
     state.wait_for_everyone()
     if not state.is_main_process:
-        return
+        return files
 
     # Show some of them by class, and collect all of them for evaluators.
     period = len(numbers) or 1
@@ -137,6 +142,12 @@ def write_samples(
     if npz:
         _write_npz(files, numbers, folder / "samples.npz")
     logger.info(f"{files[0].parent}: {num_images} samples; {folder / 'samples.png'} shows some.")
+    return files
+
+
+def codes_file(image: Path) -> Path:
+    """Where the codes of a sample's file are, an array `(h, w)` per level."""
+    return image.parents[1] / "codes" / f"{image.stem}.npz"
 
 
 def _given(config: SampleConfig, settings: PreprocessingConfig) -> dict[str, Image]:

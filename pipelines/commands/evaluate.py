@@ -1,0 +1,365 @@
+"""`vqvae2 evaluate`: how good it is, in figures, pictures and words; what to do next."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from pipelines.commands.sample import SETTINGS, codes_file, write_samples
+from pipelines.config import EvaluateConfig
+from pipelines.evaluation import figures as measure
+from pipelines.evaluation import memorisation, report
+from pipelines.evaluation.features import make_extractor
+from pipelines.evaluation.figures import FEWEST, Figures
+from pipelines.evaluation.sets import ImageSet, Seen, see
+from pipelines.model_index import part_hash
+from pipelines.pictures import sample_sheet
+from pipelines.pipeline import VQVAE2Pipeline
+from prior.sampling import Known
+from vqvae2.codebook_stats import level_name
+from vqvae2.common.accelerate import processes
+from vqvae2.common.config import from_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.lock import writes_output
+from vqvae2.common.pictures import MODES, to_pil
+from vqvae2.common.runs import RunRecord
+from vqvae2.common.threads import set_threads
+from vqvae2.config import DataConfig, ImagesConfig, PerceptualConfig, PreprocessingConfig
+from vqvae2.data import ImageDataset, ImageSplits, load_images, load_table, picture_size, to_images
+from vqvae2.data.decoding import read_picture_file
+from vqvae2.inspection import inspect, reconstruction_sheet
+from vqvae2.model import VQVAE2
+from vqvae2.perceptual import load_perceptual
+from vqvae2.training_record import read_training, same_place, warn_of_other_images
+
+logger = logging.getLogger(__name__)
+MOST_INSPECTED = 1000  # held-out images that stage 1 is looked at with
+MOST_OF_SETTING = 1000  # samples of each setting that a sweep compares
+MOST_OF_LEVEL = 500  # samples that say which prior loses
+TEMPERATURES, TOP_PS, GUIDANCES = (0.8, 0.9, 1.0), (1.0, 0.95), (1.0, 1.5, 2.0)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Evaluate as the configuration says, or show evaluations side by side. Repeated, it makes only
+    what is missing."""
+    if config.compare:
+        print(report.compare([Path(folder) for folder in config.compare], config.output_dir))
+    else:
+        _evaluate(config)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and beside what."""
+
+    folder: Path
+    splits: ImageSplits
+    extractor: Any
+    pipeline: VQVAE2Pipeline | None
+    vqvae: VQVAE2 | None
+
+    def see(self, images: ImageSet) -> Seen:
+        """What the extractor sees in a set; see `pipelines.evaluation.sets.see`."""
+        return see(images, self.extractor, self.folder / "features")
+
+    def sample(self, config: EvaluateConfig, name: str, number: int, **options: Any) -> ImageSet:
+        """Samples in a folder of this name, made where they are missing."""
+        assert self.pipeline is not None
+        settings = {key: getattr(config, key) for key in (*SETTINGS, "seed", "lanes", "bf16")}
+        options = {**settings, "codes": True, **options}
+        labels = options.get("labels")
+        files = write_samples(self.pipeline, self.folder / name, number, **options)
+        numbers = self.pipeline.label_numbers(labels) if self.same_classes else []
+        return ImageSet.of_files(name, files, self.pipeline.vqvae.config.image, numbers)
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether the priors' classes are those of the images."""
+        return self.pipeline is not None and self.pipeline.class_names == self.splits.class_names
+
+
+@writes_output
+def _evaluate(config: EvaluateConfig) -> None:
+    # What is evaluated, the real images, and who sees them.
+    set_threads(config.num_threads)
+    state, folder = processes(), Path(config.output_dir)
+    pipeline, vqvae = _load(config)
+    settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
+    data = _with_recorded_split(config, settings)
+    splits = load_images(data, settings, show_progress=state.is_main_process)
+    facts = {"image_names_hash": splits.facts()["image_names_hash"]}
+    if vqvae is not None:
+        facts["vqvae_hash"] = part_hash(vqvae)
+    if pipeline is not None:
+        pipeline.warn_of_noise()
+        facts |= pipeline.content_hashes()
+    run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
+    run.check(folder)
+    _check_number(splits)
+    training = pipeline.trainings.get("vqvae") if pipeline else read_training(config.vqvae or ".")
+    if vqvae is not None:
+        warn_of_other_images(training or {}, facts, data.path, config.pipeline or config.vqvae)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.write(folder)
+    extractor = make_extractor(config.features, config.weights_file, splits.train, folder)
+    subject = Subject(folder, splits, extractor, pipeline, vqvae)
+
+    # Samples, what is seen in all sets, and what that says.
+    samples = _samples(subject, config, settings)
+    found, pictures, sets = _compare_sets(subject, samples)
+    found |= {"data": data.path, **facts, "extractor": report.describe(extractor)}
+    if samples is not None:
+        number = min(MOST_OF_LEVEL, samples.number)
+        found["levels"] = _compare_levels(subject, config, sets, number)
+        found["sweep"] = _sweep(subject, config, sets["reference"]) if config.sweep else []
+    if state.is_main_process:
+        if vqvae is not None:
+            found["stage 1"], pictures["reconstructions"] = _stage_1(subject, config.lpips_file)
+        if samples is not None:
+            found["memorised"], more = _memorised(subject, sets)
+            pictures |= more
+            pictures["samples"] = _sheet(samples, splits.class_names)
+        if pipeline is not None and samples is not None and config.samples is None:
+            found["prior gaps"] = _prior_gaps(subject)
+        print(report.write(folder / "report", found, pictures))
+    state.wait_for_everyone()
+
+
+def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]:
+    pipeline, vqvae = None, None
+    if config.pipeline is not None:
+        pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline)
+    elif config.priors:
+        if config.vqvae is None:
+            raise UserError("--priors are given without --vqvae: give both.")
+        pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    elif config.vqvae is not None:
+        vqvae = VQVAE2.from_pretrained(config.vqvae).to(processes().device).eval()
+    if pipeline is not None:
+        vqvae = pipeline.to(processes().device).vqvae
+    return pipeline, vqvae
+
+
+def _image_folder(samples: str) -> Path:
+    """Where the images are: what `vqvae2 sample` wrote has them in images/."""
+    folder = Path(samples)
+    return folder / "images" if (folder / "images").is_dir() else folder
+
+
+def _prepared_as(samples: str | None) -> PreprocessingConfig:
+    """Preprocessing to the size and the channels of the first sample."""
+    assert samples is not None
+    table = load_table(ImagesConfig(path=str(_image_folder(samples))), PreprocessingConfig())
+    if not table.is_of_files:
+        raise UserError(f"{samples} is no folder of pictures: give one, or --vqvae beside it.")
+    picture = read_picture_file(str(table.files[0]))
+    width, height = picture_size(picture)
+    known = {mode: channels for channels, mode in MODES.items()}
+    return PreprocessingConfig(
+        size=(height, width), channels=known.get(getattr(picture, "mode", "RGB"), 3)
+    )
+
+
+def _with_recorded_split(config: EvaluateConfig, settings: PreprocessingConfig) -> ImagesConfig:
+    """The images, held out as the training did where its folder says how."""
+    recorded = read_training(config.vqvae).get("data", {}) if config.vqvae else {}
+    data: ImagesConfig = config.data
+    if data.validation_path is None and same_place(recorded.get("path"), data.path):
+        data = replace(data, validation_path=recorded.get("validation_path"))
+    return data
+
+
+def _check_number(splits: ImageSplits) -> None:
+    number = len(splits.train)
+    if number < 2 * FEWEST:
+        what = f"{splits.train.source.name} has {number} training images"
+        raise UserError(f"{what}, too few to compare with: give at least {2 * FEWEST}.")
+    if len(splits.validation) < FEWEST:
+        text = "%d images are held out, too few to compare with: only the training images are used."
+        logger.warning(text, len(splits.validation))
+
+
+def _samples(
+    subject: Subject, config: EvaluateConfig, settings: PreprocessingConfig
+) -> ImageSet | None:
+    """The samples that are judged, if there are any."""
+    if config.samples is None:
+        if subject.pipeline is None:
+            return None
+        return subject.sample(config, "samples", config.num_samples)
+    table = load_table(ImagesConfig(path=str(_image_folder(config.samples))), settings)
+    table = table.with_classes_of(subject.splits.train.source)
+    images = ImageDataset(table, range(len(table)), settings)
+    images.check(show_progress=processes().is_main_process)
+    if len(images) < FEWEST:
+        what = f"{config.samples} has {len(images)} images"
+        raise UserError(f"{what}, too few to judge: give at least {FEWEST}.")
+    return ImageSet.of_dataset("samples", images)
+
+
+def _compare_sets(
+    subject: Subject, samples: ImageSet | None
+) -> tuple[Figures, dict[str, Image], dict[str, Any]]:
+    """Figures of samples, reconstructions and other real images against held-out and training ones;
+    pictures; and what was seen, by name."""
+    # Real images that no reference has, as many as there are samples, and what becomes of them.
+    train, held_out = subject.splits.train, subject.splits.validation
+    number = min(samples.number if samples else len(train), len(train) // 2)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    chosen, rest = order[:number].sort().values.tolist(), order[number:].sort().values.tolist()
+    of_train = ImageSet.of_dataset("training images", train)
+    other = replace(of_train.choose(chosen), name="other real images")
+    sets: dict[str, Any] = {"other": subject.see(other), "train": subject.see(of_train)}
+    sets["rest"] = subject.see(of_train.choose(rest))
+    if subject.vqvae is not None:
+        sets["reconstructions"] = subject.see(other.reconstructed(subject.vqvae))
+    if samples is not None:
+        sets["samples"] = subject.see(samples)
+    references = {"training images": ("train", "rest")}
+    sets["reference"], sets["held_out"] = sets["train"], None
+    if len(held_out) >= FEWEST:
+        of_held_out = ImageSet.of_dataset("held-out images", held_out)
+        sets["reference"] = sets["held_out"] = subject.see(of_held_out)
+        references = {"held-out images": ("held_out", "held_out"), **references}
+        if subject.vqvae is not None:
+            sets["held_out_made"] = subject.see(of_held_out.reconstructed(subject.vqvae))
+    if not processes().is_main_process:
+        return {}, {}, sets
+
+    # All against all that is real: other real images are the best that can be, reconstructions
+    # the best that samples can be.
+    names = {"samples": "samples", "reconstructions": "reconstructions", "other": "real images"}
+    present = {key: name for key, name in names.items() if key in sets}
+    found: Figures = {"against": {}}
+    for title, (whole, without) in references.items():
+        rows = {}
+        for key, name in present.items():
+            real = sets[whole if key == "samples" else without]
+            rows[name] = measure.compare(real, sets[key])
+        found["against"][title] = rows
+    if "held_out_made" in sets:
+        rows = {"reconstructions": measure.compare(sets["held_out"], sets["held_out_made"])}
+        found["against"]["their own originals, which are held out"] = rows
+
+    # By class, and what a classifier would reject.
+    compared = {name: sets[key] for key, name in present.items()}
+    found["classes"] = measure.by_class(sets["rest"], compared, subject.splits.class_names)
+    seen, names_of = sets.get("samples"), getattr(subject.extractor, "class_names", ())
+    if seen is not None and seen.labels is not None and names_of == subject.splits.class_names:
+        found["rejection"] = measure.rejection(sets["reference"], seen)
+    return found, {}, sets
+
+
+def _compare_levels(
+    subject: Subject, config: EvaluateConfig, sets: dict[str, Any], number: int
+) -> Figures:
+    """Figures of images whose codes are real down to a level, and sampled below: which prior loses
+    what. Nothing without two levels."""
+    pipeline, vqvae = subject.pipeline, subject.vqvae
+    if pipeline is None or vqvae is None or config.samples is not None or len(pipeline.priors) < 2:
+        return {}
+
+    # Real codes of the coarser levels, with their labels, as far as the priors know them.
+    other: ImageSet = sets["other"].images
+    number = min(number, other.number)
+    codes = memorisation.codes_of(vqvae, other.choose(range(number)))
+    labels: Any = None
+    if subject.same_classes and other.labels is not None and pipeline.class_names:
+        labels = [pipeline.class_names[label] for label in other.labels[:number]]
+    elif pipeline.class_names:
+        return {}
+    known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
+    found, size = {}, len(pipeline.priors)
+    rows = {"all levels sampled": sets["samples"].first(number)}
+    for level in range(1, size):
+        given = [*known[:level], *[None] * (size - level)]
+        name = f"{level_name(level - 1, size)} real, sampled below"
+        folder = f"levels/{level}"
+        made = subject.sample(config, folder, number, known=given, labels=labels)
+        rows[name] = subject.see(made)
+    rows["all levels real"] = sets["reconstructions"].first(number)
+    if processes().is_main_process:
+        found = {n: measure.compare_briefly(sets["reference"], s) for n, s in rows.items()}
+    return found
+
+
+def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Figures]:
+    """Figures of each combination of settings."""
+    assert subject.pipeline is not None
+    guidances = GUIDANCES if subject.pipeline.can_hide_labels else (1.0,)
+    rows = []
+    number = min(config.num_samples, MOST_OF_SETTING)
+    for guidance, top_p, temperature in product(guidances, TOP_PS, TEMPERATURES):
+        settings = {"temperature": temperature, "top_p": top_p, "guidance_scale": guidance}
+        name = f"sweep/temperature_{temperature}_top_p_{top_p}_guidance_{guidance}"
+        seen = subject.see(subject.sample(config, name, number, **settings))
+        if processes().is_main_process:
+            rows.append({**settings, **measure.compare_briefly(reference, seen)})
+    return rows
+
+
+def _stage_1(subject: Subject, lpips_file: str | None) -> tuple[Figures, Image]:
+    """What stage 1 does to held-out images (or training ones, if few are held out)."""
+    vqvae, held_out, device = subject.vqvae, subject.splits.validation, processes().device
+    assert vqvae is not None
+    images = held_out if len(held_out) >= FEWEST else subject.splits.train
+    rows = [images.indices[i] for i in range(0, len(images), -(-len(images) // MOST_INSPECTED))]
+    some = ImageDataset(images.source, rows, images.config)
+    lpips = None
+    if lpips_file is not None:
+        distance = load_perceptual(PerceptualConfig(weights_file=lpips_file)).to(device)
+        lpips = _lpips(distance, vqvae, some)
+    found = measure.stage_1(vqvae, inspect(vqvae, some, device), lpips)
+    return found, reconstruction_sheet(vqvae, some, device, num_images=16)
+
+
+@torch.no_grad()
+def _lpips(distance: Any, vqvae: VQVAE2, images: ImageDataset) -> float:
+    if not distance.num_weights:
+        raise UserError("--lpips-file has a VGG, but no lin0 to lin4: add LPIPS's own weights.")
+    total = 0.0
+    for first in range(0, len(images), 16):
+        rows = range(first, min(first + 16, len(images)))
+        originals = to_images(images.__getitems__(rows)["images"].to(processes().device))
+        made = vqvae(originals).reconstruction.clamp(-1, 1)
+        total += distance(made, originals).item() * len(rows)
+    return total / len(images)
+
+
+def _memorised(subject: Subject, sets: dict[str, Any]) -> tuple[Figures, dict[str, Image]]:
+    """How close samples are to training images, in features, pixels and codes."""
+    # What is blurred is close to much: held-out images are compared as they are reconstructed.
+    seen, train = sets["samples"], sets["train"]
+    new: Seen | None = sets.get("held_out_made", sets["held_out"])
+    other = new and new.features
+    found = {"features": memorisation.closeness(train.features, other, seen.features)}
+    pictures = {}
+
+    # Pixels and codes of some.
+    some = train.images.choose(_spread(train.images.number, memorisation.MOST_TRAINING))
+    few = seen.images.choose(_spread(seen.images.number, memorisation.MOST_OTHERS))
+    known = new and new.images.choose(_spread(new.images.number, memorisation.MOST_OTHERS))
+    small = [images and memorisation.small_pixels(images) for images in (some, known, few)]
+    found["pixels"] = memorisation.closeness(*small)
+    if subject.vqvae is not None:
+        codes = [memorisation.codes_of(subject.vqvae, some), _held_out_codes(subject)]
+        codes.append(_sampled_codes(subject, few))
+        size = subject.vqvae.config.num_levels
+        for level, (a, b, c) in enumerate(zip(*codes, strict=True)):
+            figures = memorisation.closeness(a, b, c, memorisation.hamming)
+            found[f"codes, {level_name(level, size)}"] = figures
+    spaces = {"features": (seen, train), "pixels": (few, some)}
+    for name, (one, others) in spaces.items():
+        pair = [s.images.choose(s.rows) if isinstance(s, Seen) else s for s in (one, others)]
+        pictures[f"closest in {name}"] = memorisation.pairs_sheet(*pair, found[name])
+    for figures in found.values():
+        del figures["places"], figures["nearest"]
+    return found, pictures
