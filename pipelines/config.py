@@ -263,13 +263,6 @@ class EvaluateConfig(SampledPartsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_between(self, 2, MOST_FILES, "num_samples")
-        if self.compare:
-            return
-        for key, value in (("--data.path", self.data.path), ("--output-dir", self.output_dir)):
-            if not value:
-                raise UserError(f"{key} is missing: give it, or --compare with two evaluations.")
-        if not any((self.pipeline, self.vqvae, self.samples)):
-            raise UserError("nothing to evaluate: give --pipeline, --vqvae or --samples.")
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
         sampled = self.pipeline is not None or bool(self.priors)
         fits = not self.sweep or (sampled and self.samples is None)

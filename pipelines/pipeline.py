@@ -237,7 +237,9 @@ class VQVAE2Pipeline:
 
     def _edit(self, known: Any, number: int, options: dict[str, Any]) -> PipelineOutput:
         labels = hidden_unless_given(options.pop("labels", None), can_hide=self.can_hide_labels)
-        return self(number, known=editing.repeat_known(known, range(number)), labels=labels, **options)
+        return self(
+            number, known=editing.repeat_known(known, range(number)), labels=labels, **options
+        )
 
     def log_likelihood(self, images: Any, labels: Labels = None) -> Tensor:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its

@@ -1,23 +1,23 @@
 """`vqvae2 evaluate`: how good it is, in figures, pictures and words; what to do next."""
 
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
-from pipelines.commands.sample import SETTINGS, codes_file, write_samples
+from pipelines.commands.sample import SETTINGS, write_samples
 from pipelines.config import EvaluateConfig
 from pipelines.evaluation import figures as measure
 from pipelines.evaluation import memorisation, report
-from pipelines.evaluation.features import make_extractor
-from pipelines.evaluation.figures import FEWEST, Figures
+from pipelines.evaluation.classifier import Classifier, train_classifier
+from pipelines.evaluation.features import Extractor, make_extractor
+from pipelines.evaluation.figures import FEWEST, MANY, Figures
 from pipelines.evaluation.sets import ImageSet, Seen, see
 from pipelines.model_index import part_hash
 from pipelines.pictures import sample_sheet
@@ -25,19 +25,18 @@ from pipelines.pipeline import VQVAE2Pipeline
 from prior.sampling import Known
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import processes
-from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import MODES, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import set_threads
-from vqvae2.config import DataConfig, ImagesConfig, PerceptualConfig, PreprocessingConfig
+from vqvae2.config import ImagesConfig, PerceptualConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, ImageSplits, load_images, load_table, picture_size, to_images
 from vqvae2.data.decoding import read_picture_file
 from vqvae2.inspection import inspect, reconstruction_sheet
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
-from vqvae2.training_record import read_training, same_place, warn_of_other_images
+from vqvae2.training_record import are_its_images, read_training, with_recorded_split
 
 logger = logging.getLogger(__name__)
 MOST_INSPECTED = 1000  # held-out images that stage 1 is looked at with
@@ -51,8 +50,13 @@ def evaluate(config: EvaluateConfig) -> None:
     what is missing."""
     if config.compare:
         print(report.compare([Path(folder) for folder in config.compare], config.output_dir))
-    else:
-        _evaluate(config)
+        return
+    for flag, value in (("--data.path", config.data.path), ("--output-dir", config.output_dir)):
+        if not value:
+            raise UserError(f"{flag} is missing: give it, or --compare with two evaluations.")
+    if not (config.pipeline or config.vqvae or config.samples):
+        raise UserError("nothing to evaluate: give --pipeline, --vqvae or --samples.")
+    _evaluate(config)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Subject:
 
     folder: Path
     splits: ImageSplits
-    extractor: Any
+    extractor: Extractor
     pipeline: VQVAE2Pipeline | None
     vqvae: VQVAE2 | None
 
@@ -92,7 +96,11 @@ def _evaluate(config: EvaluateConfig) -> None:
     state, folder = processes(), Path(config.output_dir)
     pipeline, vqvae = _load(config)
     settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
-    data = _with_recorded_split(config, settings)
+    name = config.pipeline or config.vqvae or ""
+    training = (
+        pipeline.trainings.get("vqvae", {}) if pipeline else read_training(name or os.devnull)
+    )
+    data = with_recorded_split(config.data, training)
     splits = load_images(data, settings, show_progress=state.is_main_process)
     facts = {"image_names_hash": splits.facts()["image_names_hash"]}
     if vqvae is not None:
@@ -103,19 +111,18 @@ def _evaluate(config: EvaluateConfig) -> None:
     run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
     run.check(folder)
     _check_number(splits)
-    training = pipeline.trainings.get("vqvae") if pipeline else read_training(config.vqvae or ".")
-    if vqvae is not None:
-        warn_of_other_images(training or {}, facts, data.path, config.pipeline or config.vqvae)
+    are_its_images(name, training, facts, data.path)
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(folder)
-    extractor = make_extractor(config.features, config.weights_file, splits.train, folder)
+    extractor = _extractor(config, splits.train)
     subject = Subject(folder, splits, extractor, pipeline, vqvae)
 
     # Samples, what is seen in all sets, and what that says.
     samples = _samples(subject, config, settings)
-    found, pictures, sets = _compare_sets(subject, samples)
-    found |= {"data": data.path, **facts, "extractor": report.describe(extractor)}
+    pictures: dict[str, Image] = {}
+    found, sets = _compare_sets(subject, samples)
+    found |= {"data": Path(data.path).name, **facts, "extractor": report.describe(extractor)}
     if samples is not None:
         number = min(MOST_OF_LEVEL, samples.number)
         found["levels"] = _compare_levels(subject, config, sets, number)
@@ -124,11 +131,15 @@ def _evaluate(config: EvaluateConfig) -> None:
         if vqvae is not None:
             found["stage 1"], pictures["reconstructions"] = _stage_1(subject, config.lpips_file)
         if samples is not None:
-            found["memorised"], more = _memorised(subject, sets)
-            pictures |= more
+            near = [sets[key] for key in ("train", "held_out", "held_out_made", "samples")]
+            found["memorised"], pairs = memorisation.memorised(vqvae, *near)
+            pictures |= {f"closest in {space}": pair for space, pair in pairs.items()}
             pictures["samples"] = _sheet(samples, splits.class_names)
-        if pipeline is not None and samples is not None and config.samples is None:
-            found["prior gaps"] = _prior_gaps(subject)
+        if pipeline is not None and sets["held_out"] is not None:
+            both = sets["train"].images, sets["held_out"].images
+            found["prior gaps"] = memorisation.prior_gaps(
+                pipeline, *both, same_classes=subject.same_classes
+            )
         print(report.write(folder / "report", found, pictures))
     state.wait_for_everyone()
 
@@ -146,6 +157,23 @@ def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]
     if pipeline is not None:
         vqvae = pipeline.to(processes().device).vqvae
     return pipeline, vqvae
+
+
+def _extractor(config: EvaluateConfig, images: ImageDataset) -> Extractor:
+    classifier = None
+    if config.features == "classifier":
+        f = Path(config.output_dir) / "classifier"  # TODO: the classifier's own function
+        if not f.exists():
+            labels = [images.label(i) for i in range(len(images))]
+            m = train_classifier(
+                images, None if None in labels else labels, class_names=images.source.class_names
+            )
+            m.save_pretrained(f)
+        classifier = Classifier.from_pretrained(f)
+    weights = config.weights_file
+    return make_extractor(
+        config.features, weights, classifier=classifier, device=processes().device
+    )
 
 
 def _image_folder(samples: str) -> Path:
@@ -166,15 +194,6 @@ def _prepared_as(samples: str | None) -> PreprocessingConfig:
     return PreprocessingConfig(
         size=(height, width), channels=known.get(getattr(picture, "mode", "RGB"), 3)
     )
-
-
-def _with_recorded_split(config: EvaluateConfig, settings: PreprocessingConfig) -> ImagesConfig:
-    """The images, held out as the training did where its folder says how."""
-    recorded = read_training(config.vqvae).get("data", {}) if config.vqvae else {}
-    data: ImagesConfig = config.data
-    if data.validation_path is None and same_place(recorded.get("path"), data.path):
-        data = replace(data, validation_path=recorded.get("validation_path"))
-    return data
 
 
 def _check_number(splits: ImageSplits) -> None:
@@ -205,57 +224,51 @@ def _samples(
     return ImageSet.of_dataset("samples", images)
 
 
-def _compare_sets(
-    subject: Subject, samples: ImageSet | None
-) -> tuple[Figures, dict[str, Image], dict[str, Any]]:
+def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, dict[str, Any]]:
     """Figures of samples, reconstructions and other real images against held-out and training ones;
-    pictures; and what was seen, by name."""
+    and what was seen, by name."""
     # Real images that no reference has, as many as there are samples, and what becomes of them.
     train, held_out = subject.splits.train, subject.splits.validation
     number = min(samples.number if samples else len(train), len(train) // 2)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     chosen, rest = order[:number].sort().values.tolist(), order[number:].sort().values.tolist()
     of_train = ImageSet.of_dataset("training images", train)
-    other = replace(of_train.choose(chosen), name="other real images")
-    sets: dict[str, Any] = {"other": subject.see(other), "train": subject.see(of_train)}
-    sets["rest"] = subject.see(of_train.choose(rest))
-    if subject.vqvae is not None:
-        sets["reconstructions"] = subject.see(other.reconstructed(subject.vqvae))
-    if samples is not None:
-        sets["samples"] = subject.see(samples)
-    references = {"training images": ("train", "rest")}
-    sets["reference"], sets["held_out"] = sets["train"], None
+    other = of_train.choose(chosen)
+    sets: dict[str, Any] = {"samples": samples and subject.see(samples), "made": None}
+    sets |= {"train": subject.see(of_train), "real": subject.see(other)}
+    sets |= {"rest": subject.see(of_train.choose(rest)), "held_out": None, "held_out_made": None}
     if len(held_out) >= FEWEST:
         of_held_out = ImageSet.of_dataset("held-out images", held_out)
-        sets["reference"] = sets["held_out"] = subject.see(of_held_out)
-        references = {"held-out images": ("held_out", "held_out"), **references}
-        if subject.vqvae is not None:
+        sets["held_out"] = subject.see(of_held_out)
+    if subject.vqvae is not None:
+        sets["made"] = subject.see(other.reconstructed(subject.vqvae))
+        if sets["held_out"]:
             sets["held_out_made"] = subject.see(of_held_out.reconstructed(subject.vqvae))
+    decides = len(held_out) >= MANY
+    sets["reference"] = sets["held_out" if decides else "rest"]
     if not processes().is_main_process:
-        return {}, {}, sets
+        return {}, sets
 
-    # All against all that is real: other real images are the best that can be, reconstructions
-    # the best that samples can be.
-    names = {"samples": "samples", "reconstructions": "reconstructions", "other": "real images"}
-    present = {key: name for key, name in names.items() if key in sets}
-    found: Figures = {"against": {}}
-    for title, (whole, without) in references.items():
-        rows = {}
-        for key, name in present.items():
-            real = sets[whole if key == "samples" else without]
-            rows[name] = measure.compare(real, sets[key])
-        found["against"][title] = rows
-    if "held_out_made" in sets:
-        rows = {"reconstructions": measure.compare(sets["held_out"], sets["held_out_made"])}
-        found["against"]["their own originals, which are held out"] = rows
+    # Other real images are the best that can be, reconstructions the best that samples can be.
+    rows = {"samples": sets["samples"], "reconstructions": sets["made"], "real": sets["real"]}
+    rows = {name: seen for name, seen in rows.items() if seen is not None}
+    references = {"held-out images": sets["held_out"], "training images": sets["rest"]}
+    found: Figures = {"against": {}, "decides": list(references)[not decides]}
+    for title, real in references.items():
+        if real is not None:
+            compared = {name: measure.compare(real, seen) for name, seen in rows.items()}
+            found["against"][title] = compared
+    if sets["held_out_made"]:
+        compared = {"held out": measure.compare_briefly(sets["held_out"], sets["held_out_made"])}
+        found["reconstructions"] = compared
 
     # By class, and what a classifier would reject.
-    compared = {name: sets[key] for key, name in present.items()}
-    found["classes"] = measure.by_class(sets["rest"], compared, subject.splits.class_names)
-    seen, names_of = sets.get("samples"), getattr(subject.extractor, "class_names", ())
-    if seen is not None and seen.labels is not None and names_of == subject.splits.class_names:
+    names = subject.splits.class_names
+    found["classes"] = measure.by_class(sets["rest"], rows, names)
+    seen, known = sets["samples"], getattr(subject.extractor.network, "config", None)
+    if seen and seen.labels is not None and getattr(known, "class_names", ()) == names:
         found["rejection"] = measure.rejection(sets["reference"], seen)
-    return found, {}, sets
+    return found, sets
 
 
 def _compare_levels(
@@ -268,7 +281,7 @@ def _compare_levels(
         return {}
 
     # Real codes of the coarser levels, with their labels, as far as the priors know them.
-    other: ImageSet = sets["other"].images
+    other: ImageSet = sets["real"].images
     number = min(number, other.number)
     codes = memorisation.codes_of(vqvae, other.choose(range(number)))
     labels: Any = None
@@ -285,7 +298,7 @@ def _compare_levels(
         folder = f"levels/{level}"
         made = subject.sample(config, folder, number, known=given, labels=labels)
         rows[name] = subject.see(made)
-    rows["all levels real"] = sets["reconstructions"].first(number)
+    rows["all levels real"] = sets["made"].first(number)
     if processes().is_main_process:
         found = {n: measure.compare_briefly(sets["reference"], s) for n, s in rows.items()}
     return found
@@ -334,32 +347,9 @@ def _lpips(distance: Any, vqvae: VQVAE2, images: ImageDataset) -> float:
     return total / len(images)
 
 
-def _memorised(subject: Subject, sets: dict[str, Any]) -> tuple[Figures, dict[str, Image]]:
-    """How close samples are to training images, in features, pixels and codes."""
-    # What is blurred is close to much: held-out images are compared as they are reconstructed.
-    seen, train = sets["samples"], sets["train"]
-    new: Seen | None = sets.get("held_out_made", sets["held_out"])
-    other = new and new.features
-    found = {"features": memorisation.closeness(train.features, other, seen.features)}
-    pictures = {}
-
-    # Pixels and codes of some.
-    some = train.images.choose(_spread(train.images.number, memorisation.MOST_TRAINING))
-    few = seen.images.choose(_spread(seen.images.number, memorisation.MOST_OTHERS))
-    known = new and new.images.choose(_spread(new.images.number, memorisation.MOST_OTHERS))
-    small = [images and memorisation.small_pixels(images) for images in (some, known, few)]
-    found["pixels"] = memorisation.closeness(*small)
-    if subject.vqvae is not None:
-        codes = [memorisation.codes_of(subject.vqvae, some), _held_out_codes(subject)]
-        codes.append(_sampled_codes(subject, few))
-        size = subject.vqvae.config.num_levels
-        for level, (a, b, c) in enumerate(zip(*codes, strict=True)):
-            figures = memorisation.closeness(a, b, c, memorisation.hamming)
-            found[f"codes, {level_name(level, size)}"] = figures
-    spaces = {"features": (seen, train), "pixels": (few, some)}
-    for name, (one, others) in spaces.items():
-        pair = [s.images.choose(s.rows) if isinstance(s, Seen) else s for s in (one, others)]
-        pictures[f"closest in {name}"] = memorisation.pairs_sheet(*pair, found[name])
-    for figures in found.values():
-        del figures["places"], figures["nearest"]
-    return found, pictures
+def _sheet(samples: ImageSet, class_names: Sequence[str]) -> Image:
+    """Some samples, of each class or of all."""
+    period = max(1, len(class_names)) if samples.labels is not None else 1
+    rows = [i for i in range(samples.number) if i % period < 20][: max(64, 8 * min(20, period))]
+    names = [class_names[samples.labels[i]] for i in rows] if samples.labels else []
+    return sample_sheet(to_pil(to_images(samples.pixels(rows))), names)

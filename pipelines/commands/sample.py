@@ -122,8 +122,9 @@ def write_samples(
         with own_cpus:
             made = pipeline(len(batch), **options)
         for i, grids in zip(batch, zip(*made.codes, strict=True), strict=True) if codes else ():
-            with whole_file(codes_file(files[i])) as aside, open(aside, "wb") as file:
-                np.savez(file, *(grid.numpy().astype(np.uint32) for grid in grids))
+            arrays = [grid.numpy().astype(np.uint32) for grid in grids]
+            with whole_file(_codes_file(files[i])) as aside, open(aside, "wb") as file:
+                np.savez(file, *arrays)
         for i, image in zip(batch, made.images, strict=True):
             save_image(image, files[i], settings.value_range)
         bar.update(len(batch))
@@ -145,8 +146,13 @@ def write_samples(
     return files
 
 
-def codes_file(image: Path) -> Path:
-    """Where the codes of a sample's file are, an array `(h, w)` per level."""
+def load_codes(image: Path) -> list[np.ndarray]:
+    """The codes of a sample that were kept beside its file, an array `(h, w)` per level."""
+    with np.load(_codes_file(image)) as arrays:
+        return list(arrays.values())
+
+
+def _codes_file(image: Path) -> Path:
     return image.parents[1] / "codes" / f"{image.stem}.npz"
 
 

@@ -3,23 +3,18 @@
 It learns the labels of the images; without any, which of a few transformations was applied to them.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqvae2.common.accelerate import on_main_process, processes
-from vqvae2.common.artifact import WEIGHTS_NAME, Artifact
+from vqvae2.common.artifact import Artifact
 from vqvae2.common.config import check, check_between
 from vqvae2.common.loading import ShuffledLoader
-from vqvae2.common.lock import only_writer
 from vqvae2.common.messages import progress_bar
 from vqvae2.data import ImageDataset, to_images
 

@@ -22,7 +22,7 @@ from vqvae2.inspection import Inspection
 from vqvae2.model import VQVAE2
 
 MOST_NEIGHBOURS = 10_000  # images of a set whose neighbours are looked for
-FEWEST = 20  # images of a class (or of a set) that say anything
+FEWEST, MANY = 20, 500  # images of a class or set that say anything, and much
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)  # of the candidates that rejection keeps
 
 Figures = dict[str, Any]

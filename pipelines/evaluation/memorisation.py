@@ -1,6 +1,7 @@
 """Has it learned by heart? Whether samples are closer to training images than others are."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 from pipelines.editing import log_likelihood
 from pipelines.evaluation.metrics import nearest
-from pipelines.evaluation.sets import ImageSet
-from prior.base import Prior
+from pipelines.evaluation.sets import ImageSet, Seen
+from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.pictures import num_columns, sheet, to_pil
 from vqvae2.data import to_images
@@ -66,14 +67,47 @@ def small_pixels(images: ImageSet) -> Tensor:
     rows = []
     for first in range(0, images.number, 500):
         pixels = to_images(images.pixels(range(first, min(first + 500, images.number))))
-        size = [min(SIDE, side) for side in pixels.shape[2:]]
+        size = min(SIDE, pixels.shape[2]), min(SIDE, pixels.shape[3])
         rows.append(F.adaptive_avg_pool2d(pixels, size).flatten(1))
     return torch.cat(rows)
 
 
+def memorised(
+    vqvae: VQVAE2 | None, train: Seen, held_out: Seen | None, made: Seen | None, samples: Seen
+) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """How close samples are to training images, by space (features, pixels, codes of a level); and
+    the closest pairs, by space. `made` are the held-out images as they are reconstructed."""
+    # What is blurred is close to much, so samples are compared with what is blurred alike.
+    new, training = made or held_out, train.images
+    known = new.features if new else None
+    found = {"features": closeness(train.features, known, samples.features)}
+    pairs = {"features": (samples.images.choose(samples.rows), training.choose(train.rows))}
+
+    # Pixels and codes of some.
+    some, few = training.spread(MOST_TRAINING), samples.images.spread(MOST_OTHERS)
+    known = small_pixels(new.images.spread(MOST_OTHERS)) if new else None
+    found["pixels"] = closeness(small_pixels(some), known, small_pixels(few))
+    pairs["pixels"] = few, some
+    if vqvae is not None:
+        size = vqvae.config.num_levels
+        own, sampled, others = codes_of(vqvae, some), codes_of(vqvae, few), None
+        if held_out is not None:
+            others = codes_of(vqvae, held_out.images.spread(MOST_OTHERS))
+        for level in range(size):
+            known = others[level] if others else None
+            figures = closeness(own[level], known, sampled[level], hamming)
+            found[f"codes, {level_name(level, size)}"] = figures
+    sheets = {name: pairs_sheet(*pair, found[name]) for name, pair in pairs.items()}
+    for figures in found.values():
+        del figures["places"], figures["nearest"]
+    return found, sheets
+
+
 @torch.no_grad()
 def codes_of(vqvae: VQVAE2, images: ImageSet) -> list[Tensor]:
-    """The codes `(N, h, w)` int64 of every level."""
+    """The codes `(N, h, w)` int64 of every level: kept ones, or those of the images."""
+    if images.codes is not None:
+        return images.codes(range(images.number))
     batches = []
     for first in range(0, images.number, 100):
         pixels = images.pixels(range(first, min(first + 100, images.number)))
@@ -94,24 +128,28 @@ def hamming(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prior_gaps(
-    priors: Sequence[Prior],
-    training: tuple[Sequence[Tensor], Sequence[int]],
-    held_out: tuple[Sequence[Tensor], Sequence[int]],
+    pipeline: VQVAE2Pipeline, training: ImageSet, held_out: ImageSet, *, same_classes: bool
 ) -> dict[str, dict[str, float]]:
-    """Level -> bits per code of training and of held-out images; each are codes and labels."""
+    """Level -> bits per code of training and of held-out images. Without their classes the labels
+    are hidden; nothing if they cannot be."""
     bits: list[list[float]] = []
-    for codes, labels in (training, held_out):
-        sums, number = torch.zeros(len(priors), dtype=torch.float64), min(MOST_RATED, len(codes[0]))
-        for first in range(0, number, 50):
-            batch = [grid[first : min(first + 50, number)] for grid in codes]
-            own = labels if len(labels) < 2 else labels[first : first + len(batch[0])]
-            sums += log_likelihood(priors, batch, own).sum(dim=0)
-        nats = -sums / number / torch.tensor([prior.config.num_positions for prior in priors])
-        bits.append((nats / torch.tensor(2.0).log()).tolist())
+    positions = torch.tensor([prior.config.num_positions for prior in pipeline.priors])
+    for images in (training.spread(MOST_RATED), held_out.spread(MOST_RATED)):
+        codes, labels = codes_of(pipeline.vqvae, images), list(images.labels or [])
+        if not (same_classes and labels):
+            if pipeline.class_names and not pipeline.can_hide_labels:
+                return {}
+            labels = [len(pipeline.class_names)] * images.number if pipeline.class_names else []
+        sums = torch.zeros(len(positions), dtype=torch.float64)
+        for first in range(0, images.number, 50):
+            part = slice(first, first + 50)
+            batch = [grid[part] for grid in codes]
+            sums += log_likelihood(pipeline.priors, batch, labels[part]).sum(dim=0)
+        bits.append((-sums / images.number / positions / math.log(2)).tolist())
     gaps = {}
     for level, (known, new) in enumerate(zip(*bits, strict=True)):
-        name = level_name(level, len(priors))
-        gaps[name] = {"training": known, "held out": new, "gap": new - known}
+        figures = {"training": known, "held out": new, "gap": new - known}
+        gaps[level_name(level, len(positions))] = figures
     return gaps
 
 

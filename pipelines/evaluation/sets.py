@@ -1,9 +1,9 @@
-"""Sets of images, and what an extractor sees in them: worked out once, kept, shared by processes."""
+"""Sets of images, and what an extractor sees in them: worked out once, by all processes, and kept."""
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn import functional as F
 
+from pipelines.commands.sample import load_codes
+from pipelines.evaluation.features import LANES, Extractor, kept_arrays
 from pipelines.evaluation.metrics import Moments
 from vqvae2.common.accelerate import processes
-from vqvae2.common.files import whole_file
 from vqvae2.common.messages import progress_bar
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import ImageDataset, load_picture, to_images
 from vqvae2.model import VQVAE2
 
 CHUNK = 500  # images that are read, seen and kept together
-BATCH = 50  # images that a network sees at once: always as many, as its last bits depend on it
 MOST_KEPT = 50_000  # images of a set, evenly spread over it, whose features stay in memory
 
 
@@ -37,6 +38,8 @@ class ImageSet:
     vqvae: VQVAE2 | None = None
     """If given, the images are what it makes of those."""
     vqvae_hash: str = ""
+    codes: Callable[[Sequence[int]], list[Tensor]] | None = None
+    """Rows to the codes `(B, h, w)` of every level that images were made of, if they are kept."""
 
     @classmethod
     def of_dataset(cls, name: str, images: ImageDataset) -> Self:
@@ -49,40 +52,52 @@ class ImageSet:
     def of_files(
         cls, name: str, files: Sequence[Path], config: PreprocessingConfig, labels: Sequence[int]
     ) -> Self:
-        """Files that are pictures; `labels` are taken in turn, none if there are none."""
+        """Samples with codes; `labels` are taken in turn, none if there are none."""
 
         def read(rows: Sequence[int]) -> Tensor:
             return torch.cat([load_picture(str(files[i]), config) for i in rows])
 
+        def codes(rows: Sequence[int]) -> list[Tensor]:
+            levels = zip(*(load_codes(files[i]) for i in rows), strict=True)
+            return [torch.from_numpy(np.stack(level).astype(np.int64)) for level in levels]
+
         known = [labels[i % len(labels)] for i in range(len(files))] if labels else None
-        return cls(name, len(files), read, known)
+        return cls(name, len(files), read, known, codes=codes)
 
     def choose(self, rows: Sequence[int]) -> "ImageSet":
         """These rows alone."""
+
+        def only(function: Callable | None) -> Any:
+            return function and (lambda chosen: function([rows[i] for i in chosen]))
+
         labels = None if self.labels is None else [self.labels[i] for i in rows]
+        changes = {"read": only(self.read), "codes": only(self.codes), "labels": labels}
+        return replace(self, number=len(rows), **changes)
 
-        def read(chosen: Sequence[int]) -> Tensor:
-            return self.read([rows[i] for i in chosen])
-
-        return replace(self, number=len(rows), read=read, labels=labels)
+    def spread(self, most: int) -> "ImageSet":
+        """At most so many, evenly spread."""
+        return self.choose(range(0, self.number, -(-self.number // most)))
 
     def reconstructed(self, vqvae: VQVAE2) -> "ImageSet":
         """What an autoencoder makes of them."""
         hash_ = vqvae.content_hash()
-        return replace(self, name=f"{self.name}, reconstructed", vqvae=vqvae, vqvae_hash=hash_)
+        name = f"{self.name}, reconstructed"
+        return replace(self, name=name, vqvae=vqvae, vqvae_hash=hash_, codes=None)
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Rows as uint8 `(B, C, H, W)`."""
-        return self._finish(self.read(rows))
+        return self.finish(self.read(rows))
 
     @torch.no_grad()
-    def _finish(self, pixels: Tensor) -> Tensor:
+    def finish(self, pixels: Tensor) -> Tensor:
+        """What was read as uint8, reconstructed if that is wanted: always `LANES` together, as the
+        last bits depend on it."""
         if self.vqvae is None:
             return pixels if pixels.dtype == torch.uint8 else _to_bytes(pixels)
         made = []
-        for batch, number in _in_batches(pixels):
-            made.append(_to_bytes(self.vqvae(to_images(batch.to(self.vqvae.device))).reconstruction))
-            made[-1] = made[-1][:number]
+        for rows in to_images(pixels).split(LANES):
+            batch = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, LANES - len(rows))).to(self.vqvae.device)
+            made.append(_to_bytes(self.vqvae(batch).reconstruction)[: len(rows)])
         return torch.cat(made)
 
 
@@ -121,69 +136,50 @@ class Seen:
         return self.choose((self.labels == label).nonzero()[:, 0])
 
 
-def see(images: ImageSet, extractor: Any, folder: Path) -> Seen:
+def see(images: ImageSet, extractor: Extractor, folder: Path) -> Seen:
     """What an extractor sees in a set, the same on any number of processes. Files in `folder` keep
-    it, named by the content of the images: what was seen before is not looked at again."""
+    it, by the content of the images: what was seen before is not looked at again."""
+
+    def look(pixels: Tensor) -> dict[str, np.ndarray]:
+        features = extractor(images.finish(pixels))
+        probabilities = extractor.probabilities(features)
+        arrays = {"features": features.numpy()}
+        return arrays if probabilities is None else {**arrays, "seen": probabilities.numpy()}
+
     # Each process looks at its share of the chunks.
     state, number = processes(), images.number
     chunks = [range(i, min(i + CHUNK, number)) for i in range(0, number, CHUNK)]
-    own = range(state.process_index, len(chunks), state.num_processes)
-    found: list[tuple[int, str]] = []
-    bar = progress_bar(desc=f"looking at {images.name}", total=number, unit="image", leave=False)
-    for i in own:
-        pixels = images.read(chunks[i])
-        identity = [extractor.name, extractor.version, extractor.weights_hash, images.vqvae_hash]
-        content = hashlib.sha256(repr([identity, pixels.dtype, pixels.shape]).encode())
-        content.update(pixels.numpy().tobytes())
-        file = folder / f"{content.hexdigest()[:32]}.npz"
-        if not file.exists():
-            _look(images._finish(pixels), extractor, file)
-        found.append((i, file.name))
-        bar.update(len(chunks[i]) * state.num_processes)
-    bar.close()
+    hashes: list[tuple[int, str]] = []
+    name = f"looking at {images.name}"
+    with progress_bar(desc=name, total=number, unit="image", leave=False) as bar:
+        for i in range(state.process_index, len(chunks), state.num_processes):
+            pixels = images.read(chunks[i])
+            content = hashlib.sha256(repr([images.vqvae_hash, pixels.shape]).encode())
+            content.update(pixels.numpy().tobytes())
+            hashes.append((i, content.hexdigest()))
+            kept_arrays(folder, extractor, hashes[-1][1], partial(look, pixels))
+            bar.update(len(chunks[i]) * state.num_processes)
     if state.num_processes > 1:
-        found = gather_object(found)
+        hashes = gather_object(hashes)
 
     # All of them, in order.
     step = -(-number // MOST_KEPT)
-    moments, features, probabilities = None, [], []
-    for i, name in sorted(found):
-        with np.load(folder / name) as arrays:
-            seen = torch.from_numpy(arrays["features"])
-            moments = moments or Moments(seen.shape[1])
-            moments.update(seen)
-            kept = [row - chunks[i].start for row in chunks[i] if row % step == 0]
-            features.append(seen[kept])
-            if "probabilities" in arrays:
-                probabilities.append(torch.from_numpy(arrays["probabilities"])[kept])
+    moments = None
+    features, probabilities = [], []
+    for i, content_hash in sorted(hashes):
+        again = lambda i=i: look(images.read(chunks[i]))  # noqa: E731
+        arrays = kept_arrays(folder, extractor, content_hash, again)
+        seen = torch.from_numpy(arrays["features"])
+        moments = moments or Moments(seen.shape[1])
+        moments.update(seen)
+        kept = [row - chunks[i].start for row in chunks[i] if row % step == 0]
+        features.append(seen[kept])
+        if "seen" in arrays:
+            probabilities.append(torch.from_numpy(arrays["seen"])[kept])
     assert moments is not None
     labels = None if images.labels is None else torch.tensor(images.labels)[::step]
     joint = torch.cat(probabilities) if probabilities else None
     return Seen(images, moments, range(0, number, step), torch.cat(features), joint, labels)
-
-
-def _look(pixels: Tensor, extractor: Any, file: Path) -> None:
-    """Write the features, and probabilities if there are any, of pixels `(B, C, H, W)` uint8."""
-    arrays: dict[str, list[np.ndarray]] = {}
-    for batch, number in _in_batches(pixels):
-        seen = {"features": extractor(batch), "probabilities": extractor.probabilities(batch)}
-        for name, values in seen.items():
-            if values is not None:
-                arrays.setdefault(name, []).append(values[:number].float().cpu().numpy())
-    buffer = io.BytesIO()
-    joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
-    np.savez(buffer, **joined)  # type: ignore[arg-type]
-    with whole_file(file) as aside:
-        aside.write_bytes(buffer.getvalue())
-
-
-def _in_batches(pixels: Tensor) -> list[tuple[Tensor, int]]:
-    """Batches of `BATCH` images, the last one filled up; and how many of each count."""
-    batches = []
-    for batch in pixels.split(BATCH):
-        padding = pixels.new_zeros(BATCH - len(batch), *pixels.shape[1:])
-        batches.append((torch.cat([batch, padding]), len(batch)))
-    return batches
 
 
 def _to_bytes(images: Tensor) -> Tensor:
