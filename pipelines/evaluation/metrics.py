@@ -282,7 +282,7 @@ def neighbours(real: Tensor, fake: Tensor, *, k: int = 3, k_density: int = 5) ->
 def nearest(rows: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices `(N, k)` of the nearest of `others` `(M, D)`, ascending."""
     distances, indices = [], []
-    for _, squares in _squared_distances(rows, others):
+    for squares in _squared_distances(rows, others):
         values, places = squares.topk(k, dim=1, largest=False)
         distances.append(values.sqrt())
         indices.append(places)
@@ -297,7 +297,7 @@ def _radii(features: Tensor, *ks: int) -> Tensor:
             f"there are {len(features)} images, give at least {max(ks) + 1}."
         )
     radii: list[Tensor] = []
-    for _, squares in _squared_distances(features, features):
+    for squares in _squared_distances(features, features):
         ascending = squares.topk(max(ks) + 1, dim=1, largest=False).values  # the first is itself
         radii.append(ascending[:, list(ks)])
     return torch.cat(radii)
@@ -306,23 +306,23 @@ def _radii(features: Tensor, *ks: int) -> Tensor:
 def _count_in_balls(points: Tensor, centres: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
     """How many balls hold each point `(P,)`, and how many points are in each ball `(C,)`."""
     balls, held = [], torch.zeros(len(centres), dtype=torch.int64, device=centres.device)
-    for _, squares in _squared_distances(points, centres):
+    for squares in _squared_distances(points, centres):
         inside = squares <= radii
         balls.append(inside.sum(dim=1))
         held += inside.sum(dim=0)
     return torch.cat(balls), held
 
 
-def _squared_distances(rows: Tensor, others: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The place of each chunk of rows, and its distances `(chunk, M)`; copies have exactly 0."""
+def _squared_distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
+    """Distances `(chunk, M)` of each chunk of rows; copies have exactly 0."""
     shift = others.double().mean(dim=0)  # small numbers round less
     right = others.double() - shift
     lengths = right.square().sum(dim=1)
-    for start in range(0, len(rows), CHUNK):
-        left = rows[start : start + CHUNK].double() - shift
+    for chunk in rows.split(CHUNK):
+        left = chunk.double() - shift
         sums = left.square().sum(dim=1, keepdim=True) + lengths
         squares = sums - 2 * left @ right.T
-        yield start, squares.masked_fill(squares < 1e-12 * sums, 0)  # nearer than float32 can tell
+        yield squares.masked_fill(squares < 1e-12 * sums, 0)  # nearer than float32 can tell
 
 
 # Scores and intervals
