@@ -6,20 +6,20 @@ It learns the labels of the images; without any, which of a few transformations 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae2.common.accelerate import on_main_process, processes
-from vqvae2.common.artifact import WEIGHTS_NAME, Artifact
+from vqvae2.common.artifact import CONFIG_NAME, Artifact
 from vqvae2.common.config import check, check_between
 from vqvae2.common.loading import ShuffledLoader
-from vqvae2.common.lock import only_writer
 from vqvae2.common.messages import progress_bar
 from vqvae2.data import ImageDataset, to_images
 
@@ -75,7 +75,7 @@ class Classifier(Artifact, nn.Module):
         stride, width = config.stride, WIDTHS[0]
         first = nn.Conv2d(config.channels, width, 2 * stride, stride, stride // 2, bias=False)
         self.stages = nn.ModuleList([nn.Sequential(first, nn.BatchNorm2d(width), _Block(width))])
-        for before, width in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for before, width in pairwise(WIDTHS):
             down = nn.Conv2d(before, width, 3, 2, 1, bias=False)
             self.stages.append(nn.Sequential(down, nn.BatchNorm2d(width), _Block(width)))
         self.norm = nn.BatchNorm1d(sum(WIDTHS), affine=False)
@@ -122,6 +122,11 @@ class _Rows:
         return {"images": self.images[list(indices)]}
 
 
+def as_rows(images: Any) -> Any:
+    """A tensor of images as a dataset; a dataset is returned as it is."""
+    return _Rows(images) if isinstance(images, Tensor) else images
+
+
 def train_classifier(
     images: Tensor | ImageDataset,
     labels: Tensor | Sequence[int] | None = None,
@@ -140,7 +145,7 @@ def train_classifier(
         share: of the usual time.
     """
     # What it tells apart.
-    rows: Any = _Rows(images) if isinstance(images, Tensor) else images
+    rows = as_rows(images)
     numbers = None if labels is None else torch.as_tensor(labels).long()
     if numbers is not None and len(numbers.unique()) > 1:
         names = tuple(class_names) or tuple(map(str, range(int(numbers.max()) + 1)))
@@ -167,7 +172,7 @@ def train_classifier(
         indices = loader.indices(step)
         batch = to_images(rows.__getitems__(indices)["images"])
         if numbers is None:
-            batch, targets = transform(batch, generator)
+            batch, targets = transform(_shift(batch, generator), generator)
         else:
             batch, targets = _shift(batch, generator), numbers[indices]
         logits = model(batch.to(device))
@@ -177,6 +182,42 @@ def train_classifier(
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def made_classifier(
+    folder: str | Path,
+    images: Tensor | ImageDataset,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+) -> tuple[Classifier, Path]:
+    """The classifier of a set of images, on the CPU, and where it lies: under a folder, in one
+    named by a hash of the images, their labels and all that its training depends on. It is trained
+    if it is not there yet, by one process for all. For the arguments see `train_classifier`."""
+    numbers = None if labels is None else torch.as_tensor(labels).tolist()
+    facts = [VERSION, seed, numbers, list(class_names), images_hash(images)]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    state, place = processes(), Path(folder) / f"classifier_{name}"
+
+    def make() -> None:
+        if not (place / CONFIG_NAME).exists():
+            options = {"class_names": class_names, "seed": seed, "device": state.device}
+            train_classifier(images, labels, **options).save_pretrained(place)
+
+    on_main_process(state, make)
+    return Classifier.from_pretrained(place), place
+
+
+def images_hash(images: Tensor | ImageDataset) -> str:
+    """SHA-256 of the pixels of a set of images, in order."""
+    rows = as_rows(images)
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), 256):
+        batch = rows.__getitems__(range(start, min(start + 256, len(rows))))["images"]
+        digest.update(f"{batch.dtype} {tuple(batch.shape[1:])}".encode())
+        digest.update(batch.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -189,25 +230,24 @@ def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def transform(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1], each changed in one of the `TRANSFORMATIONS`; and which, `(B,)`."""
+    """Images `(B, C, H, W)` in [-1, 1], each in one of the `TRANSFORMATIONS`, and in which `(B,)`."""
+    # The order of the parts.
     numbers = torch.randint(len(TRANSFORMATIONS), (len(images),), generator=generator)
-    changed = []
-    for image, number in zip(_shift(images, generator), numbers.tolist(), strict=True):
-        order, quality = divmod(number, len(QUALITIES))
-        strength = float(torch.rand((), generator=generator))
-        new = image.flip(1, 2) if order in (1, 3) else image
-        if order in (2, 3):
-            new = new.roll((image.shape[1] // 2, image.shape[2] // 2), (1, 2))
-        if quality == 1:
-            new = blur(new[None], 0.5 + strength)[0]
-        elif quality == 2:
-            noise = torch.randn(new.shape, generator=generator)
-            new = (new + (0.05 + 0.25 * strength) * noise).clamp(-1, 1)
-        elif quality == 3:
-            coarse = F.avg_pool2d(new[None], 2, ceil_mode=True)
-            new = F.interpolate(coarse, size=tuple(image.shape[1:]))[0]
-        changed.append(new)
-    return torch.stack(changed), numbers
+    orders, qualities = numbers // len(QUALITIES), numbers % len(QUALITIES)
+    new, (height, width) = images.clone(), images.shape[2:]
+    turned, exchanged = (orders == 1) | (orders == 3), orders >= 2
+    new[turned] = new[turned].flip(2, 3)
+    new[exchanged] = new[exchanged].roll((height // 2, width // 2), (2, 3))
+
+    # The quality, of one strength per batch.
+    strength = float(torch.rand((), generator=generator))
+    blurred, noisy, coarse = (qualities == i for i in (1, 2, 3))
+    new[blurred] = blur(new[blurred], 0.5 + strength)
+    noise = torch.randn(new[noisy].shape, generator=generator)
+    new[noisy] = (new[noisy] + (0.05 + 0.25 * strength) * noise).clamp(-1, 1)
+    averaged = F.avg_pool2d(new[coarse], 2, ceil_mode=True)
+    new[coarse] = F.interpolate(averaged, size=(height, width))
+    return new, numbers
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
