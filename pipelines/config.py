@@ -189,6 +189,11 @@ class SampleConfig(PartsConfig):
     """With --init-image: a picture of the same size, white where it is to be repainted."""
     keep_levels: int | None = None
     """With --init-image and no --mask: how many levels to keep, from the top; 1 if not set."""
+    reject: str | None = None
+    """Keep only those of more candidates that this classifier finds best, in each class: a folder
+    that evaluate made, or a TorchScript file. Or repeat the choice of an earlier output folder."""
+    keep: float | None = None
+    """With --reject: the share of the candidates that is kept; 0.2 if not set."""
     npz: bool = may_change(False)
     """Also write samples.npz for evaluators (arr_0: uint8 images (N, H, W, C); arr_1: labels)."""
 
@@ -202,6 +207,9 @@ class SampleConfig(PartsConfig):
         check(edited or not masked, "mask", self.mask, "used together with init_image")
         fits = self.keep_levels is None or (edited and not masked)
         check(fits, "keep_levels", self.keep_levels, "used with init_image and without mask")
+        if self.keep is not None:
+            check(self.reject is not None, "keep", self.keep, "used together with reject")
+            check(1e-3 <= self.keep <= 1, "keep", self.keep, "from 0.001 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
