@@ -85,7 +85,7 @@ def choose(
                 files = [next(images.glob(f"{i:06d}.*")) for i in indices]
                 found = _scores(network, columns[label], files, pipeline, state.device)
                 scores |= dict(zip(indices, found, strict=True))
-            return best(scores, groups)
+            return best(scores, groups, labels, config.num_images)
 
         kept = on_main_process(state, rank)
 
@@ -139,12 +139,19 @@ def candidates(labels: Sequence[int], number: int, keep: float) -> dict[int, tup
     return groups
 
 
-def best(scores: Mapping[int, float], groups: Mapping[int, tuple[list[int], int]]) -> list[int]:
-    """The best of each group, in order of their indices; of equal ones the first."""
-    kept: list[int] = []
-    for indices, wanted in groups.values():
-        kept += sorted(indices, key=lambda i: (-scores[i], i))[:wanted]
-    return sorted(kept)
+def best(
+    scores: Mapping[int, float],
+    groups: Mapping[int, tuple[list[int], int]],
+    labels: Sequence[int],
+    number: int,
+) -> list[int]:
+    """The best of each group, of equal ones the first; their labels take turns as in any set."""
+    queues = {}
+    for label, (indices, wanted) in groups.items():
+        ranked = sorted(indices, key=lambda i: (-scores[i], i))
+        queues[label] = iter(sorted(ranked[:wanted]))
+    turn = labels or [0]
+    return [next(queues[turn[i % len(turn)]]) for i in range(number)]
 
 
 def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int | None]]:
