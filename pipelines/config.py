@@ -201,6 +201,11 @@ class SampleConfig(SampledPartsConfig):
     """With --init-image: a picture of the same size, white where it is to be repainted."""
     keep_levels: int | None = None
     """With --init-image and no --mask: how many levels to keep, from the top; 1 if not set."""
+    reject: str | None = None
+    """Keep only those of more candidates that this classifier finds best, in each class: a folder
+    that evaluate made, or a TorchScript file. Or repeat the choice of an earlier output folder."""
+    keep: float | None = None
+    """With --reject: the share of the candidates that is kept; 0.2 if not set."""
     npz: bool = may_change(False)
     """Also write samples.npz for evaluators (arr_0: uint8 images (N, H, W, C); arr_1: labels)."""
 
@@ -211,6 +216,9 @@ class SampleConfig(SampledPartsConfig):
         check(edited or not masked, "mask", self.mask, "used together with init_image")
         fits = self.keep_levels is None or (edited and not masked)
         check(fits, "keep_levels", self.keep_levels, "used with init_image and without mask")
+        if self.keep is not None:
+            check(self.reject is not None, "keep", self.keep, "used together with reject")
+            check(1e-3 <= self.keep <= 1, "keep", self.keep, "from 0.001 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,12 +257,12 @@ class EvaluateConfig(SampledPartsConfig):
     num_samples: int = may_change(1000)
     """How many images to sample; papers take 50,000."""
     features: str = "classifier"
-    """What sees the images: classifier (a network that is trained on the real ones), inception (with
-    --weights-file: FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript file."""
+    """What sees the images: classifier (a network that is trained on the real ones), inception
+    (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript file."""
     weights_file: str | None = may_change(None)
     """The weights of --features inception or timm:NAME: a local file."""
     lpips_file: str | None = may_change(None)
-    """VGG weights with LPIPS's (see `perceptual.weights_file`): adds LPIPS to the reconstructions."""
+    """VGG weights with LPIPS's (as `perceptual.weights_file`): adds LPIPS to stage 1."""
     sweep: bool = may_change(False)
     """Also compare settings (temperature, top-p, guidance), and name the best and its flags."""
     compare: tuple[str, ...] = may_change(())

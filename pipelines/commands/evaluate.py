@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipelines.commands.sample import SETTINGS, write_samples
 from pipelines.config import EvaluateConfig
 from pipelines.evaluation import figures as measure
 from pipelines.evaluation import memorisation, report
-from pipelines.evaluation.classifier import Classifier, train_classifier
+from pipelines.evaluation.classifier import accuracy_scores, made_classifier
 from pipelines.evaluation.features import Extractor, make_extractor
 from pipelines.evaluation.figures import FEWEST, MANY, Figures
 from pipelines.evaluation.sets import ImageSet, Seen, see
@@ -71,7 +71,7 @@ class Subject:
 
     def see(self, images: ImageSet) -> Seen:
         """What the extractor sees in a set; see `pipelines.evaluation.sets.see`."""
-        return see(images, self.extractor, self.folder / "features")
+        return see(images, self.extractor, _cache())
 
     def sample(self, config: EvaluateConfig, name: str, number: int, **options: Any) -> ImageSet:
         """Samples in a folder of this name, made where they are missing."""
@@ -115,7 +115,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(folder)
-    extractor = _extractor(config, splits.train)
+    train = ImageSet.of_dataset("training images", splits.train)
+    extractor = _extractor(config, train, splits.class_names)
     subject = Subject(folder, splits, extractor, pipeline, vqvae)
 
     # Samples, what is seen in all sets, and what that says.
@@ -135,6 +136,7 @@ def _evaluate(config: EvaluateConfig) -> None:
             found["memorised"], pairs = memorisation.memorised(vqvae, *near)
             pictures |= {f"closest in {space}": pair for space, pair in pairs.items()}
             pictures["samples"] = _sheet(samples, splits.class_names)
+            found["accuracy"] = _accuracy(sets, splits.class_names)
         if pipeline is not None and sets["held_out"] is not None:
             both = sets["train"].images, sets["held_out"].images
             found["prior gaps"] = memorisation.prior_gaps(
@@ -159,21 +161,21 @@ def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]
     return pipeline, vqvae
 
 
-def _extractor(config: EvaluateConfig, images: ImageDataset) -> Extractor:
+def _extractor(config: EvaluateConfig, images: ImageSet, names: Sequence[str]) -> Extractor:
+    """The network that sees the images; a classifier is left in the folder, for sample --reject."""
     classifier = None
     if config.features == "classifier":
-        f = Path(config.output_dir) / "classifier"  # TODO: the classifier's own function
-        if not f.exists():
-            labels = [images.label(i) for i in range(len(images))]
-            m = train_classifier(
-                images, None if None in labels else labels, class_names=images.source.class_names
-            )
-            m.save_pretrained(f)
-        classifier = Classifier.from_pretrained(f)
-    weights = config.weights_file
-    return make_extractor(
-        config.features, weights, classifier=classifier, device=processes().device
-    )
+        classifier, _ = made_classifier(_cache(), images, images.labels, class_names=names)
+        if processes().is_main_process:
+            classifier.save_pretrained(Path(config.output_dir) / "classifier")
+    where = {"classifier": classifier, "device": processes().device}
+    return make_extractor(config.features, config.weights_file, **where)
+
+
+def _cache() -> Path:
+    """What is kept of images, by their content, for all evaluations on this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "vqvae2" / "evaluation"
 
 
 def _image_folder(samples: str) -> Path:
@@ -269,6 +271,21 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
     if seen and seen.labels is not None and getattr(known, "class_names", ()) == names:
         found["rejection"] = measure.rejection(sets["reference"], seen)
     return found, sets
+
+
+def _accuracy(sets: Mapping[str, Any], names: Sequence[str]) -> Figures:
+    """Classification accuracy scores, where there are classes and enough held-out images."""
+    kinds = {"real": "real", "made": "reconstructions", "samples": "samples"}
+    training: dict[str, Any] = {}
+    for key, name in kinds.items():
+        if sets[key] and sets[key].labels is not None and len(sets[key].labels.unique()) > 1:
+            training[name] = sets[key].images, sets[key].images.labels
+    test = sets["held_out"]
+    if "samples" not in training or not test or test.labels is None:
+        return {}
+    options: Any = {"class_names": names, "device": processes().device}
+    scores = accuracy_scores(training, (test.images, test.images.labels), **options)
+    return {n: {"top 1": s.top_1, "top 5": s.top_5, **s.per_class} for n, s in scores.items()}
 
 
 def _compare_levels(

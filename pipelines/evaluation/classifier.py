@@ -3,19 +3,26 @@
 It learns the labels of the images; without any, which of a few transformations was applied to them.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqvae2.common.artifact import Artifact
+from vqvae2.common.accelerate import on_main_process, processes
+from vqvae2.common.artifact import CONFIG_NAME, Artifact
 from vqvae2.common.config import check, check_between
+from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.messages import progress_bar
+from vqvae2.common.threads import OwnCpus
 from vqvae2.data import ImageDataset, to_images
 
 VERSION = 1  # of the network and its training: a new number where features change
@@ -70,7 +77,7 @@ class Classifier(Artifact, nn.Module):
         stride, width = config.stride, WIDTHS[0]
         first = nn.Conv2d(config.channels, width, 2 * stride, stride, stride // 2, bias=False)
         self.stages = nn.ModuleList([nn.Sequential(first, nn.BatchNorm2d(width), _Block(width))])
-        for before, width in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for before, width in pairwise(WIDTHS):
             down = nn.Conv2d(before, width, 3, 2, 1, bias=False)
             self.stages.append(nn.Sequential(down, nn.BatchNorm2d(width), _Block(width)))
         self.norm = nn.BatchNorm1d(sum(WIDTHS), affine=False)
@@ -104,21 +111,32 @@ class _Block(nn.Module):
         return F.relu(x + self.norm(self.conv(x)))
 
 
-class _Rows:
-    """Images in memory as a dataset; see `ImageDataset`."""
+class Rows:
+    """Some rows (by default all) of images in memory, or of a dataset, as a dataset."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
+    def __init__(self, images: Any, rows: Sequence[int] | None = None) -> None:
+        self.images, self.rows = images, range(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return {"images": self.images[list(indices)]}
+        rows = [self.rows[i] for i in indices]
+        if isinstance(self.images, Tensor):
+            return {"images": self.images[rows]}
+        return {"images": self.images.__getitems__(rows)["images"]}
+
+    def batches(self, size: int = 256) -> Iterator[Tensor]:
+        """All images in order."""
+        for start in range(0, len(self), size):
+            yield self.__getitems__(range(start, min(start + size, len(self))))["images"]
+
+
+Images = Tensor | ImageDataset | Rows
 
 
 def train_classifier(
-    images: Tensor | ImageDataset,
+    images: Images,
     labels: Tensor | Sequence[int] | None = None,
     *,
     class_names: Sequence[str] = (),
@@ -135,18 +153,19 @@ def train_classifier(
         share: of the usual time.
     """
     # What it tells apart.
-    rows: Any = _Rows(images) if isinstance(images, Tensor) else images
+    rows = Rows(images)
     numbers = None if labels is None else torch.as_tensor(labels).long()
     if numbers is not None and len(numbers.unique()) > 1:
         names = tuple(class_names) or tuple(map(str, range(int(numbers.max()) + 1)))
     else:
         names, numbers = TRANSFORMATIONS, None
     channels, height, width = rows.__getitems__([0])["images"].shape[1:]
-    what = {"class_names": names, "of_labels": numbers is not None}
-    config = ClassifierConfig(size=(height, width), channels=channels, **what)
+    of_labels, size = numbers is not None, (height, width)
+    config = ClassifierConfig(size=size, channels=channels, class_names=names, of_labels=of_labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(config).to(device, memory_format=torch.channels_last).train()
+        model = Classifier(config).train().to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     # Steps by the size of the images, so that the time hardly depends on it.
     cells = height * width // config.stride**2
@@ -156,22 +175,57 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     loader = ShuffledLoader(rows, BATCH_SIZE, seed=seed)
     generator = torch.Generator().manual_seed(seed)
+    own_cpus = OwnCpus(bind=model.device.type == "cpu")
 
     # Train; no image is seen twice in the same way.
     for step in progress_bar(range(steps), desc="training the classifier", leave=False):
         indices = loader.indices(step)
         batch = to_images(rows.__getitems__(indices)["images"])
         if numbers is None:
-            batch, targets = transform(batch, generator)
+            batch, targets = transform(_shift(batch, generator), generator)
         else:
             batch, targets = _shift(batch, generator), numbers[indices]
-        logits = model(batch.to(device))
-        loss = F.cross_entropy(logits, targets.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with own_cpus:
+            logits = model(batch.to(device))
+            F.cross_entropy(logits, targets.to(device), label_smoothing=0.1).backward()
+            optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def made_classifier(
+    folder: str | Path,
+    images: Images,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+) -> tuple[Classifier, Path]:
+    """The classifier of a set of images, on the CPU, and where it lies: under a folder, in one
+    named by a hash of the images, their labels and all that its training depends on. It is trained
+    if it is not there yet, by one process for all. For the arguments see `train_classifier`."""
+    numbers = None if labels is None else torch.as_tensor(labels).tolist()
+    facts = [VERSION, seed, numbers, list(class_names), images_hash(images)]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    state, place = processes(), Path(folder) / f"classifier_{name}"
+
+    def make() -> None:
+        if not (place / CONFIG_NAME).exists():
+            options = {"class_names": class_names, "seed": seed, "device": state.device}
+            train_classifier(images, labels, **options).save_pretrained(place)
+
+    on_main_process(state, make)
+    return Classifier.from_pretrained(place), place
+
+
+def images_hash(images: Images) -> str:
+    """SHA-256 of the pixels of a set of images, in order."""
+    digest = hashlib.sha256()
+    for batch in Rows(images).batches():
+        digest.update(f"{batch.dtype} {tuple(batch.shape[1:])}".encode())
+        digest.update(batch.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -184,25 +238,24 @@ def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def transform(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1], each changed in one of the `TRANSFORMATIONS`; and which, `(B,)`."""
+    """Images `(B, C, H, W)` in [-1, 1], each in one of the `TRANSFORMATIONS`; and which, `(B,)`."""
+    # The order of the parts.
     numbers = torch.randint(len(TRANSFORMATIONS), (len(images),), generator=generator)
-    changed = []
-    for image, number in zip(_shift(images, generator), numbers.tolist(), strict=True):
-        order, quality = divmod(number, len(QUALITIES))
-        strength = float(torch.rand((), generator=generator))
-        new = image.flip(1, 2) if order in (1, 3) else image
-        if order in (2, 3):
-            new = new.roll((image.shape[1] // 2, image.shape[2] // 2), (1, 2))
-        if quality == 1:
-            new = blur(new[None], 0.5 + strength)[0]
-        elif quality == 2:
-            noise = torch.randn(new.shape, generator=generator)
-            new = (new + (0.05 + 0.25 * strength) * noise).clamp(-1, 1)
-        elif quality == 3:
-            coarse = F.avg_pool2d(new[None], 2, ceil_mode=True)
-            new = F.interpolate(coarse, size=tuple(image.shape[1:]))[0]
-        changed.append(new)
-    return torch.stack(changed), numbers
+    orders, qualities = numbers // len(QUALITIES), numbers % len(QUALITIES)
+    new, (height, width) = images.clone(), images.shape[2:]
+    turned, exchanged = (orders == 1) | (orders == 3), orders >= 2
+    new[turned] = new[turned].flip(2, 3)
+    new[exchanged] = new[exchanged].roll((height // 2, width // 2), (2, 3))
+
+    # The quality, of one strength per batch.
+    strength = float(torch.rand((), generator=generator))
+    blurred, noisy, coarse = (qualities == i for i in (1, 2, 3))
+    new[blurred] = blur(new[blurred], 0.5 + strength)
+    noise = torch.randn(new[noisy].shape, generator=generator)
+    new[noisy] = (new[noisy] + (0.05 + 0.25 * strength) * noise).clamp(-1, 1)
+    averaged = F.avg_pool2d(new[coarse], 2, ceil_mode=True)
+    new[coarse] = F.interpolate(averaged, size=(height, width))
+    return new, numbers
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
@@ -213,3 +266,62 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     padded = F.pad(images, (radius,) * 4, mode="replicate")
     across = F.conv2d(padded, window[:, :, None], groups=channels)
     return F.conv2d(across, window[..., None], groups=channels)
+
+
+class Accuracy(NamedTuple):
+    """Shares of the test images whose class was recognized."""
+
+    top_1: float
+    top_5: float  # the class is among the five that are found likeliest
+    per_class: dict[str, float]  # of the classes that the test images have
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: Images, labels: Tensor | Sequence[int]) -> Accuracy:
+    """How well a classifier knows the classes of images."""
+    numbers, names = torch.as_tensor(labels).long(), classifier.config.class_names
+    logits = [classifier(batch.to(classifier.device)).cpu() for batch in Rows(images).batches()]
+    likeliest = torch.cat(logits).topk(min(5, len(names)), dim=1).indices
+    right = likeliest == numbers[:, None]
+    per_class = {}
+    for number in numbers.unique().tolist():
+        per_class[names[number]] = right[numbers == number, 0].double().mean().item()
+    return Accuracy(
+        right[:, 0].double().mean().item(), right.any(dim=1).double().mean().item(), per_class
+    )
+
+
+def accuracy_scores(
+    training: Mapping[str, tuple[Images, Tensor | Sequence[int]]],
+    test: tuple[Images, Tensor | Sequence[int]],
+    *,
+    class_names: Sequence[str],
+    seed: int = 0,
+    share: float = 0.5,
+    device: str | torch.device = "cpu",
+) -> dict[str, Accuracy]:
+    """Classification accuracy scores (the paper's section 4.3): how well a classifier that has seen
+    nothing but one of several sets recognizes real images that are held out.
+
+    All are trained alike, on the same number of images: that of the smallest set, of each other one
+    as many, evenly spread. For `seed`, `share` and `device` see `train_classifier`.
+
+    Args:
+        training: images and their class numbers by name: real ones, reconstructions, samples.
+        test: real images that were held out, and their class numbers.
+
+    Raises:
+        UserError: a set has one class alone, or no class.
+    """
+    number = min(len(labels) for _, labels in training.values())
+    scores = {}
+    for name, (images, labels) in training.items():
+        rows = [i * len(labels) // number for i in range(number)]
+        chosen = torch.as_tensor(labels)[rows]
+        if len(chosen.unique()) < 2:
+            what = f"{name}: {number} images have fewer than two classes"
+            raise UserError(f"{what}, so that none can be learned: give more images or classes.")
+        options: dict[str, Any] = {"class_names": class_names, "seed": seed, "share": share}
+        classifier = train_classifier(Rows(images, rows), chosen, **options, device=device)
+        scores[name] = accuracy(classifier, *test)
+    return scores

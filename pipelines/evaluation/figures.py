@@ -105,7 +105,8 @@ def stage_1(model: VQVAE2, found: Inspection, lpips: float | None) -> Figures:
 def rejection(real: Seen, samples: Seen) -> list[Figures]:
     """Samples that a classifier finds likeliest to be of their class: figures for each share that
     is kept, always of as many images."""
-    assert samples.labels is not None and samples.probabilities is not None
+    assert samples.labels is not None
+    assert samples.probabilities is not None
     own = samples.probabilities.gather(1, samples.labels[:, None])[:, 0]
     rows = []
     for share in SHARES:

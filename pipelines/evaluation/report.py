@@ -3,6 +3,7 @@
 import html
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL.Image import Image
 
 from pipelines.evaluation.figures import Figures
 from pipelines.pictures import embedded
+from vqvae2.codebook_stats import level_name
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json, write_text
 from vqvae2.common.metrics import Points, draw_panel, quality
@@ -17,7 +19,7 @@ from vqvae2.common.pictures import sheet
 
 Row = Mapping[str, Any]  # column -> a text, a number, value and error, or value and interval
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font-family:sans-serif;margin:2rem auto;max-width:72rem;line-height:1.4;padding:0 1rem}}
+<style>body{{font-family:sans-serif;margin:2rem auto;max-width:72rem;line-height:1.4}}
 img{{max-width:100%}} table{{border-collapse:collapse}} div{{overflow-x:auto}}
 td,th{{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}}
 td:first-child,th:first-child{{text-align:left}} small{{color:#555}} li{{margin:.4rem 0}}</style>
@@ -48,8 +50,8 @@ TITLES = {
 INTRODUCTIONS = {
     "reconstructions": "What papers call rFID: what is left of the very images.",
     "levels": "Real codes down to a level, and sampled ones below it, beside real ones.",
-    "memorised": "Share of samples that are closer to a training image than all but the closest 5 % "
-    "of held-out images are, beside the share of held-out images that are (expected).",
+    "memorised": "Share of samples that are as close to a training image as only the closest 5 % of "
+    "held-out images are (closer), beside the share of held-out images that are (expected).",
     "prior gaps": "A prior that knows training images much better has learned them by heart.",
     "accuracy": "Accuracy on held-out images of a classifier that was trained on each.",
     "sweep": "Each combination of settings, with equally many samples.",
@@ -69,7 +71,13 @@ def describe(extractor: Any) -> dict[str, Any]:
 
 def summary(found: Figures) -> list[str]:
     """Sentences for a person who knows no metric: how good, where it is lost, what to do next."""
-    lines = [*_of_stage_1(found), *_of_samples(found), *_of_memory(found), *_of_settings(found)]
+    lines = [
+        *_of_stage_1(found),
+        *_of_samples(found),
+        *_of_accuracy(found),
+        *_of_memory(found),
+        *_of_settings(found),
+    ]
     if found["decides"] != "held-out images":
         lines.append(
             "Few images are held out, so all this is said of the training images, of which those "
@@ -108,39 +116,42 @@ def _of_samples(found: Figures) -> list[str]:
     lines = [f"{name} of the samples is {distances['samples']:.3g} (0 is perfect); {beside}."]
 
     # Who loses most.
+    gaps, worst = found.get("prior gaps", {}), _worst_level(found)
     if made is not None:
         by_priors, by_autoencoder = distances["samples"] - made, max(made - real, 0.0)
-        blame = "The autoencoder loses most: train it longer, or give it more codes (larger "
-        blame += "model.codebook_sizes, or finer grids by smaller model.strides)."
         if distances["samples"] < 1.2 * real:
-            blame = "They can hardly be told from real images by this measure."
+            lines.append("They can hardly be told from real images by this measure.")
         elif by_priors > by_autoencoder:
-            blame = f"The priors lose most{_worst_level(found)}: train them longer, or make them "
-            blame += "larger."
-        lines.append(blame)
+            blame = f"The priors lose most, the {worst} one of them" if worst else "The prior loses"
+            help_ = "train it longer, or make it larger"
+            if _over_fitted(gaps.get(worst or "codebook", {})):
+                help_ = "longer training would not help, as it has over-fitted (see below)"
+            lines.append(f"{blame}: {help_}.")
+        else:
+            lines.append(
+                "The autoencoder loses most: train it longer, or give it more codes (larger "
+                "model.codebook_sizes, or finer grids by smaller model.strides)."
+            )
 
     # Quality or variety.
     best = rows.get("reconstructions", rows["real"])
     shares = {key: rows["samples"][key][0] for key in ("precision", "recall")}
     ratios = {key: shares[key] / max(best[key][0], 1e-9) for key in shares}
-    kind = "reconstructions" if "reconstructions" in rows else "real ones"
+    kind = "reconstructions" if "reconstructions" in rows else "other real images"
     sentence = f"{shares['precision']:.0%} of the samples look like real images (of {kind} "
-    sentence += f"{best['precision'][0]:.0%}), and {shares['recall']:.0%} of the real images are "
-    sentence += f"like some sample (some of the {kind}: {best['recall'][0]:.0%})"
+    sentence += f"{best['precision'][0]:.0%}), and {shares['recall']:.0%} of the real images look "
+    sentence += f"like samples (like {kind} {best['recall'][0]:.0%})"
     if min(ratios.values()) > 0.9:
-        lines.append(f"{sentence}: both quality and variety are as good as can be.")
+        verdict = "quality and variety are about as good as can be."
     elif ratios["precision"] < ratios["recall"] - 0.1:
-        lines.append(
-            f"{sentence}: too many are wrong. A lower --temperature, or a --guidance-scale above 1, "
-            "makes fewer wrong ones; --sweep finds the best."
-        )
+        verdict = "too many are wrong. A lower --temperature, or a --guidance-scale above 1, may "
+        verdict += "help; --sweep tries them."
     elif ratios["recall"] < ratios["precision"] - 0.1:
-        lines.append(
-            f"{sentence}: variety is missing. A --temperature nearer to 1 and a --guidance-scale "
-            "nearer to 1 bring more; --sweep finds the best."
-        )
+        verdict = "variety is missing. Temperatures and guidance scales near 1 have most of it; "
+        verdict += "--sweep tries them."
     else:
-        lines.append(f"{sentence}: quality and variety are missing alike, so training helps.")
+        verdict = "quality and variety are missing alike."
+    lines.append(f"{sentence}: {verdict}")
 
     # The worst class.
     classes = {key: each["samples"]["coverage"] for key, each in found.get("classes", {}).items()}
@@ -154,15 +165,23 @@ def _of_samples(found: Figures) -> list[str]:
 
 
 def _worst_level(found: Figures) -> str:
-    """Which level's prior adds most to the distance, as ", the bottom one most"."""
+    """The level whose prior adds most to the distance, if there are several."""
     distances = {key: row["distance"] for key, row in found.get("levels", {}).items()}
     if not distances:
         return ""
-    values, number = list(distances.values()), len(distances) - 1
-    losses = [before - after for before, after in zip(values, values[1:], strict=False)]
-    worst = max(range(number), key=lambda level: losses[level])
-    name = {0: "top", number - 1: "bottom"}.get(worst, f"level {worst}")
-    return f", the {name} one most"
+    losses = [before - after for before, after in pairwise(distances.values())]
+    return level_name(max(range(len(losses)), key=lambda level: losses[level]), len(losses))
+
+
+def _of_accuracy(found: Figures) -> list[str]:
+    scores = {name: row["top 1"] for name, row in found.get("accuracy", {}).items()}
+    if not scores:
+        return []
+    others = [f"of {name} {value:.0%}" for name, value in scores.items() if name != "samples"]
+    return [
+        f"A classifier that has learned from samples alone recognizes {scores['samples']:.0%} of "
+        f"held-out images; from as many {', '.join(others).replace('of ', '')}."
+    ]
 
 
 def _of_memory(found: Figures) -> list[str]:
@@ -181,13 +200,17 @@ def _of_memory(found: Figures) -> list[str]:
     elif judged:
         lines.append("Samples are no closer to training images than held-out images are.")
     for name, each in found.get("prior gaps", {}).items():
-        if each["gap"] > 0.1 * each["training"]:
+        if _over_fitted(each):
             lines.append(
-                f"The prior of the level {name} needs {each['training']:.2f} bits for a code of a "
+                f"The prior of the {name} codes needs {each['training']:.2f} bits for a code of a "
                 f"training image, and {each['held out']:.2f} for others: it has over-fitted; more "
                 "images, random changes of them, or more dropout would help."
             )
     return lines
+
+
+def _over_fitted(gap: Mapping[str, float]) -> bool:
+    return bool(gap) and gap["gap"] > 0.1 * gap["training"]
 
 
 def _of_settings(found: Figures) -> list[str]:

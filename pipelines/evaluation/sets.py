@@ -1,4 +1,4 @@
-"""Sets of images, and what an extractor sees in them: worked out once, by all processes, and kept."""
+"""Sets of images, and what an extractor sees in them: worked out once by all processes, and kept."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -83,6 +83,12 @@ class ImageSet:
         hash_ = vqvae.content_hash()
         name = f"{self.name}, reconstructed"
         return replace(self, name=name, vqvae=vqvae, vqvae_hash=hash_, codes=None)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:  # as a dataset
+        return {"images": self.pixels(rows)}
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Rows as uint8 `(B, C, H, W)`."""
