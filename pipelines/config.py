@@ -247,7 +247,7 @@ class EvaluateConfig(SampledPartsConfig):
     Example: vqvae2 evaluate --pipeline runs/x/pipeline --data.path photos --output-dir evaluation
     """
 
-    samples: str | None = may_change(None)
+    samples: str | None = None
     """Images of any model, instead of sampling; with --vqvae or --pipeline they and the real ones
     are prepared as it wants them, else to the size of the first one."""
     data: EvaluatedImagesConfig = field(default_factory=EvaluatedImagesConfig)
@@ -256,7 +256,7 @@ class EvaluateConfig(SampledPartsConfig):
     """The folder to write: report/index.html, report/figures.json, and the samples."""
     num_samples: int = may_change(1000)
     """How many images to sample; papers take 50,000."""
-    features: str = "classifier"
+    features: str = may_change("classifier")
     """What sees the images: classifier (a network that is trained on the real ones), inception
     (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript file."""
     weights_file: str | None = may_change(None)

@@ -55,7 +55,7 @@ def choose(
     run: RunRecord,
     pipeline: VQVAE2Pipeline,
     labels: Sequence[int],
-    draw: Callable[[Path, int], None],
+    draw: Callable[[Path, int], object],
 ) -> list[int]:
     """The indices of the candidates to keep, in the record; the kept files are copied to images/.
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pipelines.commands.sample import SETTINGS, write_samples
 from pipelines.config import EvaluateConfig
 from pipelines.evaluation import figures as measure
 from pipelines.evaluation import memorisation, report
-from pipelines.evaluation.classifier import accuracy_scores, made_classifier
+from pipelines.evaluation.classifier import Rows, accuracy_scores, made_classifier
 from pipelines.evaluation.features import Extractor, make_extractor
 from pipelines.evaluation.figures import FEWEST, MANY, Figures
 from pipelines.evaluation.sets import ImageSet, Seen, see
@@ -24,7 +25,8 @@ from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.sampling import Known
 from vqvae2.codebook_stats import level_name
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import on_main_process, processes
+from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import MODES, to_pil
@@ -97,9 +99,9 @@ def _evaluate(config: EvaluateConfig) -> None:
     pipeline, vqvae = _load(config)
     settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
     name = config.pipeline or config.vqvae or ""
-    training = (
-        pipeline.trainings.get("vqvae", {}) if pipeline else read_training(name or os.devnull)
-    )
+    training = read_training(name or os.devnull)
+    if pipeline is not None:
+        training = pipeline.trainings.get("vqvae", {})
     data = with_recorded_split(config.data, training)
     splits = load_images(data, settings, show_progress=state.is_main_process)
     facts = {"image_names_hash": splits.facts()["image_names_hash"]}
@@ -121,29 +123,31 @@ def _evaluate(config: EvaluateConfig) -> None:
 
     # Samples, what is seen in all sets, and what that says.
     samples = _samples(subject, config, settings)
-    pictures: dict[str, Image] = {}
     found, sets = _compare_sets(subject, samples)
-    found |= {"data": Path(data.path).name, **facts, "extractor": report.describe(extractor)}
-    if samples is not None:
-        number = min(MOST_OF_LEVEL, samples.number)
-        found["levels"] = _compare_levels(subject, config, sets, number)
+    found |= {"data": Path(data.path).name, **facts, "image": to_dict(settings)}
+    found["extractor"] = report.describe(extractor)
+    if samples is not None and pipeline is not None and config.samples is None:
+        found["levels"] = _compare_levels(subject, config, sets)
         found["sweep"] = _sweep(subject, config, sets["reference"]) if config.sweep else []
-    if state.is_main_process:
-        if vqvae is not None:
-            found["stage 1"], pictures["reconstructions"] = _stage_1(subject, config.lpips_file)
-        if samples is not None:
-            near = [sets[key] for key in ("train", "held_out", "held_out_made", "samples")]
-            found["memorised"], pairs = memorisation.memorised(vqvae, *near)
-            pictures |= {f"closest in {space}": pair for space, pair in pairs.items()}
-            pictures["samples"] = _sheet(samples, splits.class_names)
-            found["accuracy"] = _accuracy(sets, splits.class_names)
-        if pipeline is not None and sets["held_out"] is not None:
-            both = sets["train"].images, sets["held_out"].images
-            found["prior gaps"] = memorisation.prior_gaps(
-                pipeline, *both, same_classes=subject.same_classes
-            )
-        print(report.write(folder / "report", found, pictures))
-    state.wait_for_everyone()
+    print(on_main_process(state, partial(_finish, subject, config, found, sets)), end="")
+
+
+def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict[str, Any]) -> str:
+    """What one process does alone, and the report; its text."""
+    pictures: dict[str, Image] = {}
+    names, samples = subject.splits.class_names, sets["samples"]
+    if subject.vqvae is not None:
+        found["stage 1"], pictures["reconstructions"] = _stage_1(subject, config.lpips_file)
+    if samples is not None:
+        pictures["samples"] = _sheet(samples.images, names)
+        near = [sets[key] for key in ("train", "held_out", "held_out_made", "samples")]
+        found["memorised"], pairs = memorisation.memorised(subject.vqvae, *near)
+        pictures |= {f"closest in {space}": pair for space, pair in pairs.items()}
+        found["accuracy"] = _accuracy(sets, names)
+    if subject.pipeline is not None and config.samples is None and sets["held_out"]:
+        both, same = (sets["train"].images, sets["held_out"].images), subject.same_classes
+        found["prior gaps"] = memorisation.prior_gaps(subject.pipeline, *both, same_classes=same)
+    return report.write(subject.folder / "report", found, pictures) + "\n"
 
 
 def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]:
@@ -165,7 +169,7 @@ def _extractor(config: EvaluateConfig, images: ImageSet, names: Sequence[str]) -
     """The network that sees the images; a classifier is left in the folder, for sample --reject."""
     classifier = None
     if config.features == "classifier":
-        classifier, _ = made_classifier(_cache(), images, images.labels, class_names=names)
+        classifier, _ = made_classifier(_cache(), Rows(images), images.labels, class_names=names)
         if processes().is_main_process:
             classifier.save_pretrained(Path(config.output_dir) / "classifier")
     where = {"classifier": classifier, "device": processes().device}
@@ -288,18 +292,16 @@ def _accuracy(sets: Mapping[str, Any], names: Sequence[str]) -> Figures:
     return {n: {"top 1": s.top_1, "top 5": s.top_5, **s.per_class} for n, s in scores.items()}
 
 
-def _compare_levels(
-    subject: Subject, config: EvaluateConfig, sets: dict[str, Any], number: int
-) -> Figures:
+def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, Any]) -> Figures:
     """Figures of images whose codes are real down to a level, and sampled below: which prior loses
     what. Nothing without two levels."""
     pipeline, vqvae = subject.pipeline, subject.vqvae
-    if pipeline is None or vqvae is None or config.samples is not None or len(pipeline.priors) < 2:
+    if pipeline is None or vqvae is None or len(pipeline.priors) < 2:
         return {}
 
     # Real codes of the coarser levels, with their labels, as far as the priors know them.
     other: ImageSet = sets["real"].images
-    number = min(number, other.number)
+    number = min(MOST_OF_LEVEL, sets["samples"].images.number, other.number)
     codes = memorisation.codes_of(vqvae, other.choose(range(number)))
     labels: Any = None
     if subject.same_classes and other.labels is not None and pipeline.class_names:

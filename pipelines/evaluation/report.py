@@ -50,8 +50,8 @@ TITLES = {
 INTRODUCTIONS = {
     "reconstructions": "What papers call rFID: what is left of the very images.",
     "levels": "Real codes down to a level, and sampled ones below it, beside real ones.",
-    "memorised": "Share of samples that are as close to a training image as only the closest 5 % of "
-    "held-out images are (closer), beside the share of held-out images that are (expected).",
+    "memorised": "Share of samples that are as close to a training image as only the closest 5 % "
+    "of held-out images are (closer), beside the share of held-out images that are (expected).",
     "prior gaps": "A prior that knows training images much better has learned them by heart.",
     "accuracy": "Accuracy on held-out images of a classifier that was trained on each.",
     "sweep": "Each combination of settings, with equally many samples.",
@@ -368,7 +368,7 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
         )
     (first, one), *others = found.items()
     for name, other in others:
-        for key in ("extractor", "image_names_hash"):
+        for key in ("extractor", "image_names_hash", "image"):
             if one[key] != other[key]:
                 what = f"{first} has {key} {one[key]}, but {name} has {other[key]}"
                 raise UserError(f"{what}: evaluate both with the same images and --features.")

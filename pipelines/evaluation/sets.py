@@ -1,4 +1,4 @@
-"""Sets of images, and what an extractor sees in them: worked out once by all processes, and kept."""
+"""Sets of images, and what an extractor sees in them: worked out once, shared, and kept."""
 
 import hashlib
 from collections.abc import Callable, Sequence
