@@ -79,7 +79,7 @@ class Subject:
         """Samples in a folder of this name, made where they are missing."""
         assert self.pipeline is not None
         settings = {key: getattr(config, key) for key in (*SETTINGS, "seed", "lanes", "bf16")}
-        options = {**settings, "codes": True, **options}
+        options = {**settings, "codes": name == "samples", **options}
         labels = options.get("labels")
         files = write_samples(self.pipeline, self.folder / name, number, **options)
         numbers = self.pipeline.label_numbers(labels) if self.same_classes else []
@@ -113,6 +113,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
     run.check(folder)
     _check_number(splits)
+    samples = _given_samples(config, settings, splits)
     are_its_images(name, training, facts, data.path)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -122,14 +123,17 @@ def _evaluate(config: EvaluateConfig) -> None:
     subject = Subject(folder, splits, extractor, pipeline, vqvae)
 
     # Samples, what is seen in all sets, and what that says.
-    samples = _samples(subject, config, settings)
+    if samples is None and pipeline is not None:
+        samples = subject.sample(config, "samples", config.num_samples)
     found, sets = _compare_sets(subject, samples)
     found |= {"data": Path(data.path).name, **facts, "image": to_dict(settings)}
     found["extractor"] = report.describe(extractor)
     if samples is not None and pipeline is not None and config.samples is None:
         found["levels"] = _compare_levels(subject, config, sets)
         found["sweep"] = _sweep(subject, config, sets["reference"]) if config.sweep else []
-    print(on_main_process(state, partial(_finish, subject, config, found, sets)), end="")
+    text = on_main_process(state, partial(_finish, subject, config, found, sets))
+    if state.is_main_process:
+        print(text)
 
 
 def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict[str, Any]) -> str:
@@ -147,7 +151,7 @@ def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict
     if subject.pipeline is not None and config.samples is None and sets["held_out"]:
         both, same = (sets["train"].images, sets["held_out"].images), subject.same_classes
         found["prior gaps"] = memorisation.prior_gaps(subject.pipeline, *both, same_classes=same)
-    return report.write(subject.folder / "report", found, pictures) + "\n"
+    return report.write(subject.folder / "report", found, pictures)
 
 
 def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]:
@@ -212,16 +216,14 @@ def _check_number(splits: ImageSplits) -> None:
         logger.warning(text, len(splits.validation))
 
 
-def _samples(
-    subject: Subject, config: EvaluateConfig, settings: PreprocessingConfig
+def _given_samples(
+    config: EvaluateConfig, settings: PreprocessingConfig, splits: ImageSplits
 ) -> ImageSet | None:
-    """The samples that are judged, if there are any."""
+    """Images of another model, if they are given."""
     if config.samples is None:
-        if subject.pipeline is None:
-            return None
-        return subject.sample(config, "samples", config.num_samples)
+        return None
     table = load_table(ImagesConfig(path=str(_image_folder(config.samples))), settings)
-    table = table.with_classes_of(subject.splits.train.source)
+    table = table.with_classes_of(splits.train.source)
     images = ImageDataset(table, range(len(table)), settings)
     images.check(show_progress=processes().is_main_process)
     if len(images) < FEWEST:
