@@ -154,6 +154,30 @@ def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict
     return report.write(subject.folder / "report", found, pictures)
 
 
+def quick_figures(
+    pipeline: VQVAE2Pipeline, splits: ImageSplits, samples: Sequence[Path]
+) -> tuple[str, Figures]:
+    """The name of the distance; and, for samples, as many reconstructions and real images, a few
+    figures beside the held-out images."""
+    train = ImageSet.of_dataset("training images", splits.train)
+    classifier, _ = made_classifier(
+        _cache(), Rows(train), train.labels, class_names=splits.class_names
+    )
+    extractor = make_extractor("classifier", classifier=classifier, device=processes().device)
+    real = see(ImageSet.of_dataset("held-out images", splits.validation), extractor, _cache())
+    other = train.spread(len(samples))
+    sets = {
+        "samples": ImageSet.of_files("samples", samples, pipeline.vqvae.config.image, []),
+        "reconstructions": other.reconstructed(pipeline.vqvae),
+        "real images": other,
+    }
+    rows = {}
+    for name, images in sets.items():
+        found = measure.compare_briefly(real, see(images, extractor, _cache()))
+        rows[name] = {key: found[key] for key in ("distance", "precision", "recall")}
+    return extractor.distance_name, rows
+
+
 def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]:
     pipeline, vqvae = None, None
     if config.pipeline is not None:

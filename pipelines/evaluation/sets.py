@@ -52,7 +52,7 @@ class ImageSet:
     def of_files(
         cls, name: str, files: Sequence[Path], config: PreprocessingConfig, labels: Sequence[int]
     ) -> Self:
-        """Samples, with codes if they are kept; `labels` are taken in turn, none if there are none."""
+        """Samples, perhaps with codes; `labels` are taken in turn, none if there are none."""
 
         def read(rows: Sequence[int]) -> Tensor:
             return torch.cat([load_picture(str(files[i]), config) for i in rows])
