@@ -76,13 +76,19 @@ class Subject:
         return see(images, self.extractor, _cache())
 
     def sample(self, config: EvaluateConfig, name: str, number: int, **options: Any) -> ImageSet:
-        """Samples in a folder of this name, made where they are missing."""
+        """Samples in a folder of this name, made where they are missing; of each class as many as
+        it has among the training images."""
         assert self.pipeline is not None
         settings = {key: getattr(config, key) for key in (*SETTINGS, "seed", "lanes", "bf16")}
-        options = {**settings, "codes": name == "samples", **options}
-        labels = options.get("labels")
-        files = write_samples(self.pipeline, self.folder / name, number, **options)
-        numbers = self.pipeline.label_numbers(labels) if self.same_classes else []
+        names, train = self.splits.class_names, self.splits.train
+        numbers: list[int] = []
+        if self.same_classes and names:
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+            numbers = [train.label(i) or 0 for i in order.tolist()]
+        options = {"codes": name == "samples", "labels": numbers, **options}
+        numbers = options["labels"]
+        options["labels"] = [names[number] for number in numbers] or None
+        files = write_samples(self.pipeline, self.folder / name, number, **settings | options)
         return ImageSet.of_files(name, files, self.pipeline.vqvae.config.image, numbers)
 
     @property
@@ -329,11 +335,9 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
     other: ImageSet = sets["real"].images
     number = min(MOST_OF_LEVEL, sets["samples"].images.number, other.number)
     codes = memorisation.codes_of(vqvae, other.choose(range(number)))
-    labels: Any = None
-    if subject.same_classes and other.labels is not None and pipeline.class_names:
-        labels = [pipeline.class_names[label] for label in other.labels[:number]]
-    elif pipeline.class_names:
+    if pipeline.class_names and not (subject.same_classes and other.labels):
         return {}
+    labels = list(other.labels or [])[:number]
     known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
     found, size = {}, len(pipeline.priors)
     rows = {"all levels sampled": sets["samples"].first(number)}
@@ -393,8 +397,12 @@ def _lpips(distance: Any, vqvae: VQVAE2, images: ImageDataset) -> float:
 
 
 def _sheet(samples: ImageSet, class_names: Sequence[str]) -> Image:
-    """Some samples, of each class or of all."""
-    period = max(1, len(class_names)) if samples.labels is not None else 1
-    rows = [i for i in range(samples.number) if i % period < 20][: max(64, 8 * min(20, period))]
-    names = [class_names[samples.labels[i]] for i in rows] if samples.labels else []
+    """Some samples: eight of each class, or any."""
+    rows, names = list(range(min(64, samples.number))), []
+    if samples.labels is not None and class_names:
+        of_class: list[list[int]] = [[] for _ in class_names]
+        for i, label in enumerate(samples.labels):
+            of_class[label].append(i)
+        rows = [i for members in of_class for i in members[:8] if len(members) >= 8] or rows
+        names = [class_names[samples.labels[i]] for i in rows]
     return sample_sheet(to_pil(to_images(samples.pixels(rows))), names)

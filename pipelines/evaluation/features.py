@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.evaluation import inception
+from pipelines.evaluation.classifier import ClassifierConfig
 from pipelines.evaluation.efficientnet import EfficientNet, smooth_resize
 from pipelines.evaluation.inception import Inception
 from pipelines.model_index import part_hash
@@ -105,7 +106,9 @@ class Extractor:
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> Tensor | None:
         """Of the classes that the network knows, `(B, classes)`, from its features; or None."""
-        head = getattr(self.network, "head", None)
+        head, config = (getattr(self.network, name, None) for name in ("head", "config"))
+        if isinstance(config, ClassifierConfig) and not config.of_labels:
+            return None
         return None if head is None else head(features.to(self.device)).softmax(dim=1).cpu()
 
 

@@ -32,15 +32,13 @@ def compare(real: Seen, fake: Seen) -> Figures:
     """All figures of a set beside a real one. Those with a list are: value and standard error
     (distance at infinity, kernel, score), or value and the ends of its 95 % interval."""
     # Distances of the distributions.
-    number = len(fake.features)
+    half = fake.choose(torch.arange(0, len(fake.features), 2)).moments
     limit, limit_error = at_infinity(real.moments, fake.features)
     figures: Figures = {
         "count": fake.moments.count,
         "reference count": real.moments.count,
         "distance": frechet_distance(real.moments, fake.moments),
-        "distance at half the count": frechet_distance(
-            real.moments, fake.choose(torch.arange(0, number, 2)).moments
-        ),
+        f"distance of {half.count}": frechet_distance(real.moments, half),
         "distance at infinity": [limit, limit_error],
         "kernel distance": list(kernel_distance(real.features, fake.features)),
     }

@@ -56,7 +56,8 @@ INTRODUCTIONS = {
     "accuracy": "Accuracy on held-out images of a classifier that was trained on each.",
     "sweep": "Each combination of settings, with equally many samples.",
     "rejection": "Of more and more candidates, those that the classifier finds likeliest to be of "
-    "their class (vqvae2 sample --reject), always equally many.",
+    "their class (vqvae2 sample --reject), always equally many. The classifier judges itself here, "
+    "so look at what happens to recall.",
 }
 
 
