@@ -38,8 +38,8 @@ Made in {root}/:
 Held out: reconstruction MSE {mse:.4f} (pixels in [-1, 1])
 {levels}
 
-{distance} is the distance from held-out images, 0 at best; precision is the share that looks real,
-recall the share of real images that look like one of these:
+Beside held-out images. FD: how far they are, 0 at best; precision: the share that looks real;
+recall: the share of real images that look like one of these
 {figures}
 
 Sample more:  vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --guidance-scale 2 \\
@@ -80,8 +80,7 @@ def measure(root: Path, data: ImagesConfig) -> dict[str, Any]:
     """A few figures of samples and, beside them, of reconstructions and real images."""
     pipeline = VQVAE2Pipeline.from_pretrained(root / "pipeline").to(processes().device)
     splits = load_images(data, pipeline.vqvae.config.image, show_progress=False)
-    name, rows = quick_figures(pipeline, splits, sorted((root / "samples" / "images").iterdir()))
-    return {"distance": name, **rows}
+    return quick_figures(pipeline, splits, sorted((root / "samples" / "images").iterdir()))
 
 
 def find_threads(root: Path, config: DemoConfig) -> int:
@@ -113,7 +112,5 @@ def summary(root: Path) -> str:
         bits, alone = prior["bits_per_code"], f"by frequency alone {prior['unigram_bits']:.2f}"
         codes = f"{name:<7} {height} x {width} codes: perplexity {used:.0f} of {size}"
         levels.append(f"  {codes}; the prior needs {bits:.2f} bits per code ({alone})")
-    figures = read_json(root / FIGURES)
-    distance = figures.pop("distance")
-    values = {"root": root, "mse": stage_1["mse"], "levels": "\n".join(levels)}
-    return SUMMARY.format(**values, distance=distance, figures=as_text(figures))
+    values = {"mse": stage_1["mse"], "levels": "\n".join(levels)}
+    return SUMMARY.format(root=root, figures=as_text(read_json(root / FIGURES)), **values)

@@ -19,7 +19,7 @@ from pipelines.evaluation import memorisation, report
 from pipelines.evaluation.classifier import Rows, accuracy_scores, made_classifier
 from pipelines.evaluation.features import Extractor, make_extractor
 from pipelines.evaluation.figures import FEWEST, MANY, Figures
-from pipelines.evaluation.sets import ImageSet, Seen, see
+from pipelines.evaluation.sets import ImageSet, Seen, see, some
 from pipelines.model_index import part_hash
 from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
@@ -162,16 +162,16 @@ def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict
 
 def quick_figures(
     pipeline: VQVAE2Pipeline, splits: ImageSplits, samples: Sequence[Path]
-) -> tuple[str, Figures]:
-    """The name of the distance; and, for samples, as many reconstructions and real images, a few
-    figures beside the held-out images."""
+) -> Figures:
+    """For samples, as many reconstructions and real images, a few figures beside the held-out
+    images."""
     train = ImageSet.of_dataset("training images", splits.train)
     classifier, _ = made_classifier(
         _cache(), Rows(train), train.labels, class_names=splits.class_names
     )
     extractor = make_extractor("classifier", classifier=classifier, device=processes().device)
     real = see(ImageSet.of_dataset("held-out images", splits.validation), extractor, _cache())
-    other = train.spread(len(samples))
+    other = train.some(len(samples))
     sets = {
         "samples": ImageSet.of_files("samples", samples, pipeline.vqvae.config.image, []),
         "reconstructions": other.reconstructed(pipeline.vqvae),
@@ -180,8 +180,9 @@ def quick_figures(
     rows = {}
     for name, images in sets.items():
         found = measure.compare_briefly(real, see(images, extractor, _cache()))
-        rows[name] = {key: found[key] for key in ("distance", "precision", "recall")}
-    return extractor.distance_name, rows
+        rows[name] = {extractor.distance_name: found["distance"]}
+        rows[name] |= {key: found[key] for key in ("precision", "recall")}
+    return rows
 
 
 def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]:
@@ -269,7 +270,7 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
     train, held_out = subject.splits.train, subject.splits.validation
     number = min(samples.number if samples else len(train), len(train) // 2)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    chosen, rest = order[:number].sort().values.tolist(), order[number:].sort().values.tolist()
+    chosen, rest = order[:number].tolist(), order[number:].sort().values.tolist()
     of_train = ImageSet.of_dataset("training images", train)
     other = of_train.choose(chosen)
     sets: dict[str, Any] = {"samples": samples and subject.see(samples), "made": None}
@@ -373,14 +374,14 @@ def _stage_1(subject: Subject, lpips_file: str | None) -> tuple[Figures, Image]:
     vqvae, held_out, device = subject.vqvae, subject.splits.validation, processes().device
     assert vqvae is not None
     images = held_out if len(held_out) >= FEWEST else subject.splits.train
-    rows = [images.indices[i] for i in range(0, len(images), -(-len(images) // MOST_INSPECTED))]
-    some = ImageDataset(images.source, rows, images.config)
+    rows = [images.indices[i] for i in some(len(images), MOST_INSPECTED)]
+    chosen = ImageDataset(images.source, rows, images.config)
     lpips = None
     if lpips_file is not None:
         distance = load_perceptual(PerceptualConfig(weights_file=lpips_file)).to(device)
-        lpips = _lpips(distance, vqvae, some)
-    found = measure.stage_1(vqvae, inspect(vqvae, some, device), lpips)
-    return found, reconstruction_sheet(vqvae, some, device, num_images=16)
+        lpips = _lpips(distance, vqvae, chosen)
+    found = measure.stage_1(vqvae, inspect(vqvae, chosen, device), lpips)
+    return found, reconstruction_sheet(vqvae, chosen, device, num_images=16)
 
 
 @torch.no_grad()

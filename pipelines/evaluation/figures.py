@@ -16,7 +16,7 @@ from pipelines.evaluation.metrics import (
     kernel_distance,
     neighbours,
 )
-from pipelines.evaluation.sets import Seen
+from pipelines.evaluation.sets import Seen, some
 from vqvae2.codebook_stats import level_name, perplexity
 from vqvae2.inspection import Inspection
 from vqvae2.model import VQVAE2
@@ -32,7 +32,8 @@ def compare(real: Seen, fake: Seen) -> Figures:
     """All figures of a set beside a real one. Those with a list are: value and standard error
     (distance at infinity, kernel, score), or value and the ends of its 95 % interval."""
     # Distances of the distributions.
-    half = fake.choose(torch.arange(0, len(fake.features), 2)).moments
+    number = len(fake.features)
+    half = fake.choose(torch.tensor(some(number, number // 2))).moments
     limit, limit_error = at_infinity(real.moments, fake.features)
     figures: Figures = {
         "count": fake.moments.count,
@@ -64,7 +65,7 @@ def compare_briefly(real: Seen, fake: Seen) -> Figures:
 
 
 def _some(features: Tensor) -> Tensor:
-    return features[:: -(-len(features) // MOST_NEIGHBOURS)]
+    return features[some(len(features), MOST_NEIGHBOURS)]
 
 
 def by_class(real: Seen, sets: Mapping[str, Seen], class_names: Sequence[str]) -> Figures:

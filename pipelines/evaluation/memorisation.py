@@ -84,15 +84,15 @@ def memorised(
     pairs = {"features": (samples.images.choose(samples.rows), training.choose(train.rows))}
 
     # Pixels and codes of some.
-    some, few = training.spread(MOST_TRAINING), samples.images.spread(MOST_OTHERS)
-    known = small_pixels(new.images.spread(MOST_OTHERS)) if new else None
+    some, few = training.some(MOST_TRAINING), samples.images.some(MOST_OTHERS)
+    known = small_pixels(new.images.some(MOST_OTHERS)) if new else None
     found["pixels"] = closeness(small_pixels(some), known, small_pixels(few))
     pairs["pixels"] = few, some
     if vqvae is not None:
         size = vqvae.config.num_levels
         own, sampled, others = codes_of(vqvae, some), codes_of(vqvae, few), None
         if held_out is not None:
-            others = codes_of(vqvae, held_out.images.spread(MOST_OTHERS))
+            others = codes_of(vqvae, held_out.images.some(MOST_OTHERS))
         for level in range(size):
             known = others[level] if others else None
             figures = closeness(own[level], known, sampled[level], hamming)
@@ -134,7 +134,7 @@ def prior_gaps(
     are hidden; nothing if they cannot be."""
     bits: list[list[float]] = []
     positions = torch.tensor([prior.config.num_positions for prior in pipeline.priors])
-    for images in (training.spread(MOST_RATED), held_out.spread(MOST_RATED)):
+    for images in (training.some(MOST_RATED), held_out.some(MOST_RATED)):
         codes, labels = codes_of(pipeline.vqvae, images), list(images.labels or [])
         if not (same_classes and labels):
             if pipeline.class_names and not pipeline.can_hide_labels:

@@ -23,7 +23,15 @@ from vqvae2.data import ImageDataset, load_picture, to_images
 from vqvae2.model import VQVAE2
 
 CHUNK = 500  # images that are read, seen and kept together
-MOST_KEPT = 50_000  # images of a set, evenly spread over it, whose features stay in memory
+MOST_KEPT = 50_000  # images of a set, chosen at random, whose features stay in memory
+
+
+def some(number: int, most: int) -> list[int]:
+    """At most so many of the rows of a set, in order: at random, for rows may go round classes."""
+    if number <= most:
+        return list(range(number))
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    return order[:most].sort().values.tolist()
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,9 @@ class ImageSet:
         changes = {"read": only(self.read), "codes": only(self.codes), "labels": labels}
         return replace(self, number=len(rows), **changes)
 
-    def spread(self, most: int) -> "ImageSet":
-        """At most so many, evenly spread."""
-        return self.choose(range(0, self.number, -(-self.number // most)))
+    def some(self, most: int) -> "ImageSet":
+        """At most so many."""
+        return self.choose(some(self.number, most))
 
     def reconstructed(self, vqvae: VQVAE2) -> "ImageSet":
         """What an autoencoder makes of them."""
@@ -169,8 +177,7 @@ def see(images: ImageSet, extractor: Extractor, folder: Path) -> Seen:
         hashes = gather_object(hashes)
 
     # All of them, in order.
-    step = -(-number // MOST_KEPT)
-    moments = None
+    rows, moments = some(number, MOST_KEPT), None
     features, probabilities = [], []
     for i, content_hash in sorted(hashes):
         again = lambda i=i: look(images.read(chunks[i]))  # noqa: E731
@@ -178,14 +185,14 @@ def see(images: ImageSet, extractor: Extractor, folder: Path) -> Seen:
         seen = torch.from_numpy(arrays["features"])
         moments = moments or Moments(seen.shape[1])
         moments.update(seen)
-        kept = [row - chunks[i].start for row in chunks[i] if row % step == 0]
+        kept = [row - chunks[i].start for row in rows if row in chunks[i]]
         features.append(seen[kept])
         if "seen" in arrays:
             probabilities.append(torch.from_numpy(arrays["seen"])[kept])
     assert moments is not None
-    labels = None if images.labels is None else torch.tensor(images.labels)[::step]
+    labels = None if images.labels is None else torch.tensor(images.labels)[rows]
     joint = torch.cat(probabilities) if probabilities else None
-    return Seen(images, moments, range(0, number, step), torch.cat(features), joint, labels)
+    return Seen(images, moments, rows, torch.cat(features), joint, labels)
 
 
 def _to_bytes(images: Tensor) -> Tensor:
