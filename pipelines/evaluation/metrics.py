@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqvae2.common.errors import UserError
 
-CHUNK = 1024  # rows of a matrix of distances that are held at a time
+CHUNK = 256  # rows of a matrix of distances that are held at a time
 BLOCK = 10_000  # rows that are compared in pairs: KID's work grows with their square
 
 
@@ -265,15 +265,13 @@ def neighbours(real: Tensor, fake: Tensor, *, k: int = 3, k_density: int = 5) ->
     Raises:
         UserError: a set has no more images than neighbours are asked for.
     """
-    of_real = _radii(real, k, k_density)
-    precision, _ = _count_in_balls(fake, real, of_real[:, 0])
-    density, coverage = _count_in_balls(fake, real, of_real[:, 1])
-    recall, _ = _count_in_balls(real, fake, _radii(fake, k)[:, 0])
+    balls, held = _count_in_balls(fake, real, _radii(real, k, k_density))
+    recall, _ = _count_in_balls(real, fake, _radii(fake, k))
     return Neighbours(
-        (precision > 0).double(),
-        (recall > 0).double(),
-        density.double() / k_density,
-        (coverage > 0).double(),
+        precision=(balls[:, 0] > 0).double(),
+        recall=(recall[:, 0] > 0).double(),
+        density=balls[:, 1].double() / k_density,
+        coverage=(held[1] > 0).double(),
     )
 
 
@@ -302,12 +300,13 @@ def _radii(features: Tensor, *ks: int) -> Tensor:
 
 
 def _count_in_balls(points: Tensor, centres: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """How many balls hold each point `(P,)`, and how many points are in each ball `(C,)`."""
-    balls, held = [], torch.zeros(len(centres), dtype=torch.int64, device=centres.device)
+    """How many balls hold each point `(P, n)`, and how many points each ball holds `(n, C)`, for n
+    squared radii of each centre `(C, n)`."""
+    balls, held = [], torch.zeros(radii.T.shape, dtype=torch.int64, device=radii.device)
     for squares in _squared_distances(points, centres):
-        inside = squares <= radii
-        balls.append(inside.sum(dim=1))
-        held += inside.sum(dim=0)
+        inside = [squares <= column for column in radii.T]
+        balls.append(torch.stack([each.sum(dim=1) for each in inside], dim=1))
+        held += torch.stack([each.sum(dim=0) for each in inside])
     return torch.cat(balls), held
 
 
