@@ -5,6 +5,8 @@ that leave the padding out, and in one pooling that takes the maximum. The files
 torch-fidelity hold its weights.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,11 +45,11 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = _Convolution(3, 32, (3, 3), stride=2)
-        self.Conv2d_2a_3x3 = _Convolution(32, 32, (3, 3))
-        self.Conv2d_2b_3x3 = _Convolution(32, 64, (3, 3), padding=1)
-        self.Conv2d_3b_1x1 = _Convolution(64, 80, (1, 1))
-        self.Conv2d_4a_3x3 = _Convolution(80, 192, (3, 3))
+        self.Conv2d_1a_3x3 = _Convolution(3, "32@3", stride=2, padded=False)
+        self.Conv2d_2a_3x3 = _Convolution(32, "32@3", padded=False)
+        self.Conv2d_2b_3x3 = _Convolution(32, "64@3")
+        self.Conv2d_3b_1x1 = _Convolution(64, "80@1")
+        self.Conv2d_4a_3x3 = _Convolution(80, "192@3", padded=False)
         width = 192
         for name, (branches, pooling, pooled) in BLOCKS.items():
             block = _Block(width, branches, pooling, pooled)
@@ -73,20 +75,16 @@ class Inception(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """Convolution, batch norm, ReLU."""
+    """Convolution, batch norm, ReLU; `what` is the width and the kernel, such as 192@7,1."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
+    def __init__(self, inputs: int, what: str, *, stride: int = 1, padded: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
+        width, _, kernel = what.partition("@")
+        sides = [int(side) for side in kernel.split(",")]
+        size = (sides[0], sides[-1])
+        padding = (size[0] // 2, size[1] // 2) if padded else 0
+        self.conv = nn.Conv2d(inputs, int(width), size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(int(width), eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -101,52 +99,39 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, branches: str, pooling: str, pooled: int) -> None:
         super().__init__()
         self.pooling, self.width = pooling, pooled or inputs
-        self.chains: list[tuple[list[str], list[str]]] = []  # names, and of those at the end
+        self.chains: list[list[list[str]]] = []  # names, of those that read the same input together
         for branch in branches.split(" | "):
             name, *steps = branch.split(" ")
-            width = inputs
-            chain: list[str] = []
-            ends: list[str] = []
+            chain: list[list[str]] = []
+            width, twins = inputs, [""]
             for number, step in enumerate(steps, start=1):
-                last = number == len(steps)
-                parallel = step.split("+")
-                for letter, convolution in zip("ab", parallel, strict=False):
-                    place = f"_{number}" if len(steps) > 1 else ""
-                    key = f"branch{name}{place}{letter if len(parallel) > 1 else ''}"
-                    halve = last and pooling == "halve"
-                    outputs = self._add(key, width, convolution, halve=halve)
-                    (ends if last else chain).append(key)
-                    self.width += outputs if last else 0
-                width = outputs
-            self.chains.append((chain, ends))
+                twins = step.split("+")
+                place = f"branch{name}" + (f"_{number}" if len(steps) > 1 else "")
+                chain.append([place] if len(twins) == 1 else [f"{place}a", f"{place}b"])
+                halve = pooling == "halve" and number == len(steps)
+                options: dict[str, Any] = {"stride": 2, "padded": False} if halve else {}
+                for key, twin in zip(chain[-1], twins, strict=True):
+                    self.add_module(key, _Convolution(width, twin, **options))
+                width = int(step.split("@")[0])
+            self.chains.append(chain)
+            self.width += width * len(twins)
         if pooled:
-            self._add("branch_pool", inputs, f"{pooled}@1", halve=False)
-
-    def _add(self, key: str, inputs: int, convolution: str, *, halve: bool) -> int:
-        """Add one convolution, such as 192@7,1; returns its width."""
-        outputs, kernel = convolution.split("@")
-        sides = [int(side) for side in kernel.split(",")]
-        height, width = sides * 2 if len(sides) == 1 else sides
-        padding = (0, 0) if halve else (height // 2, width // 2)
-        stride = 2 if halve else 1
-        layer = _Convolution(inputs, int(outputs), (height, width), stride=stride, padding=padding)
-        self.add_module(key, layer)
-        return int(outputs)
+            self.branch_pool = _Convolution(inputs, f"{pooled}@1")
 
     def forward(self, x: Tensor) -> Tensor:
         outputs: list[Tensor] = []
-        for chain, ends in self.chains:
-            hidden = x
-            for name in chain:
-                hidden = self.get_submodule(name)(hidden)
-            outputs += [self.get_submodule(name)(hidden) for name in ends]
+        for chain in self.chains:
+            hidden = [x]
+            for names in chain:
+                hidden = [self.get_submodule(name)(hidden[0]) for name in names]
+            outputs += hidden
         if self.pooling == "halve":
             return torch.cat([*outputs, F.max_pool2d(x, 3, stride=2)], dim=1)
         if self.pooling == "mean":  # the padding does not count
             pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         else:
             pooled = F.max_pool2d(x, 3, stride=1, padding=1)
-        return torch.cat([*outputs, self.get_submodule("branch_pool")(pooled)], dim=1)
+        return torch.cat([*outputs, self.branch_pool(pooled)], dim=1)
 
 
 def resize(images: Tensor) -> Tensor:

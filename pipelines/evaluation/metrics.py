@@ -4,7 +4,7 @@ Features may be of any type; distances are worked out in chunks of rows, so that
 grow with the square of the number of images.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqvae2.common.errors import UserError
 
-CHUNK = 1024  # rows of a matrix of distances that are held at a time
+CHUNK = 256  # rows of a matrix of distances that are held at a time
 BLOCK = 10_000  # rows that are compared in pairs: KID's work grows with their square
 
 
@@ -62,11 +62,8 @@ class Moments:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """`mu`, `sigma` and `count`, as they stand in a file of statistics."""
-        return {
-            "mu": self.mean.numpy(),
-            "sigma": self.covariance.numpy(),
-            "count": np.array(self.count),
-        }
+        mu, sigma = self.mean.numpy(), self.covariance.numpy()
+        return {"mu": mu, "sigma": sigma, "count": np.array(self.count)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
@@ -121,7 +118,8 @@ def at_infinity(
     """The Frechet distance that infinitely many samples would have, and its standard error.
 
     The distance of n samples is linear in 1 / n (Chong and Forsyth 2020, section 3): a line through
-    those of random subsets of `features` `(N, D)`, from half of them to all.
+    those of random subsets of `features` `(N, D)`, from half of them to all. What the number of
+    real images adds stays in it; of samples that are some of them, it lies below 0.
     """
     root, generator = _root(real), torch.Generator().manual_seed(seed)
     distances: list[float] = []
@@ -267,15 +265,13 @@ def neighbours(real: Tensor, fake: Tensor, *, k: int = 3, k_density: int = 5) ->
     Raises:
         UserError: a set has no more images than neighbours are asked for.
     """
-    of_real = _radii(real, k, k_density)
-    precision, _ = _count_in_balls(fake, real, of_real[:, 0])
-    density, coverage = _count_in_balls(fake, real, of_real[:, 1])
-    recall, _ = _count_in_balls(real, fake, _radii(fake, k)[:, 0])
+    balls, held = _count_in_balls(fake, real, _radii(real, k, k_density))
+    recall, _ = _count_in_balls(real, fake, _radii(fake, k))
     return Neighbours(
-        (precision > 0).double(),
-        (recall > 0).double(),
-        density.double() / k_density,
-        (coverage > 0).double(),
+        precision=(balls[:, 0] > 0).double(),
+        recall=(recall[:, 0] > 0).double(),
+        density=balls[:, 1].double() / k_density,
+        coverage=(held[1] > 0).double(),
     )
 
 
@@ -304,12 +300,13 @@ def _radii(features: Tensor, *ks: int) -> Tensor:
 
 
 def _count_in_balls(points: Tensor, centres: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """How many balls hold each point `(P,)`, and how many points are in each ball `(C,)`."""
-    balls, held = [], torch.zeros(len(centres), dtype=torch.int64, device=centres.device)
+    """How many balls hold each point `(P, n)`, and how many points each ball holds `(n, C)`, for n
+    squared radii of each centre `(C, n)`."""
+    balls, held = [], torch.zeros(radii.T.shape, dtype=torch.int64, device=radii.device)
     for squares in _squared_distances(points, centres):
-        inside = squares <= radii
-        balls.append(inside.sum(dim=1))
-        held += inside.sum(dim=0)
+        inside = [squares <= column for column in radii.T]
+        balls.append(torch.stack([each.sum(dim=1) for each in inside], dim=1))
+        held += torch.stack([each.sum(dim=0) for each in inside])
     return torch.cat(balls), held
 
 
@@ -347,24 +344,17 @@ def classifier_score(
     return float(np.mean(scores)), float(error)
 
 
-def bootstrap(
-    values: Tensor,
-    statistic: Callable[[Tensor], float] | None = None,
-    *,
-    num_rounds: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The interval of a statistic of `values` `(N, ...)`, one for each image; else of their mean.
+def bootstrap(values: Tensor, *, num_rounds: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean of `values` `(N,)`, one for each image.
 
     Images are drawn again from those there are (Efron and Tibshirani 1993, chapter 13). For figures
     of neighbours the values are the single images' ones: drawing features would make copies, which
     are each other's neighbours.
     """
     generator = torch.Generator().manual_seed(seed)
-    results: list[float] = []
+    means: list[float] = []
     for _ in range(num_rounds):
-        drawn = values[torch.randint(len(values), (len(values),), generator=generator)]
-        results.append(statistic(drawn) if statistic else drawn.double().mean().item())
-    low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2])
+        rows = torch.randint(len(values), (len(values),), generator=generator)
+        means.append(values[rows].double().mean().item())
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
