@@ -79,11 +79,12 @@ def choose(
         draw(folder / "candidates", 1 + max(max(indices) for indices, _ in groups.values()))
 
         def rank() -> list[int]:
-            images = folder / "candidates" / "images"
+            images = (folder / "candidates" / "images").iterdir()
+            files = {int(path.stem): path for path in images if path.stem.isdecimal()}
             scores: dict[int, float] = {}
             for label, (indices, _) in groups.items():
-                files = [next(images.glob(f"{i:06d}.*")) for i in indices]
-                found = _scores(network, columns[label], files, pipeline, state.device)
+                some = [files[i] for i in indices]
+                found = _scores(network, columns[label], some, pipeline, state.device)
                 scores |= dict(zip(indices, found, strict=True))
             return best(scores, groups, labels, config.num_images)
 
