@@ -43,6 +43,7 @@ from vqvae2.training_record import are_its_images, read_training, with_recorded_
 logger = logging.getLogger(__name__)
 MOST_INSPECTED = 1000  # held-out images that stage 1 is looked at with
 MOST_OF_SETTING = 1000  # samples of each setting that a sweep compares
+MOST_LEARNED = 5000  # images of each kind that a classifier learns from
 MOST_OF_LEVEL = 500  # samples that say which prior loses
 TEMPERATURES, TOP_PS, GUIDANCES = (0.8, 0.9, 1.0), (1.0, 0.95), (1.0, 1.5, 2.0)
 
@@ -312,16 +313,16 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
 
 def _accuracy(sets: Mapping[str, Any], names: Sequence[str]) -> Figures:
     """Classification accuracy scores, where there are classes and enough held-out images."""
-    kinds = {"real": "real", "made": "reconstructions", "samples": "samples"}
-    training: dict[str, Any] = {}
+    kinds = {"real": "real", "made": "reconstructions", "samples": "samples", "held_out": "test"}
+    pixels: dict[str, Any] = {}
     for key, name in kinds.items():
         if sets[key] and sets[key].labels is not None and len(sets[key].labels.unique()) > 1:
-            training[name] = sets[key].images, sets[key].images.labels
-    test = sets["held_out"]
-    if "samples" not in training or not test or test.labels is None:
+            images = sets[key].images.some(MOST_LEARNED)
+            pixels[name] = images.pixels(range(images.number)), images.labels
+    test = pixels.pop("test", None)
+    if test is None or "samples" not in pixels:
         return {}
-    options: Any = {"class_names": names, "device": processes().device}
-    scores = accuracy_scores(training, (test.images, test.images.labels), **options)
+    scores = accuracy_scores(pixels, test, class_names=names, device=processes().device)
     return {n: {"top 1": s.top_1, "top 5": s.top_5, **s.per_class} for n, s in scores.items()}
 
 
