@@ -18,7 +18,7 @@ from pipelines.evaluation.figures import rejection
 from pipelines.evaluation.memorisation import closeness, hamming
 from pipelines.evaluation.metrics import Moments
 from pipelines.evaluation.sets import ImageSet, Seen, see
-from tests.conftest import command, two_processes
+from tests.conftest import ROOT, command, two_processes, write_images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,21 +30,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def evaluated(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline's evaluation, with few settings and a hasty classifier."""
+def flags(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The tiny pipeline, and enough images to be held out."""
+    held_out = write_images(tmp_path_factory.mktemp("held_out"), 30)
+    data = ("--data.path", photos, "--data.validation-path", held_out)
+    return ["--pipeline", run / "pipeline", *data, "--num-samples", 24]
+
+
+@pytest.fixture(scope="module")
+def evaluated(flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline's evaluation, with few settings and hasty classifiers."""
     folder = tmp_path_factory.mktemp("evaluated") / "one"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "TEMPERATURES", (0.5, 1.0))
         patch.setattr(evaluate, "TOP_PS", (1.0,))
-        patch.setattr(evaluate, "GUIDANCES", (1.0, 2.0))
-        patch.setattr(classifier, "FEWEST_STEPS", 20)
+        patch.setattr(evaluate, "GUIDANCES", (1.0,))
+        patch.setattr(classifier, "FEWEST_STEPS", 10)
         patch.setattr(classifier, "CELLS", 0)
-        command("evaluate", *flags(run, photos), "--sweep", "--output-dir", folder)
+        command("evaluate", *flags, "--sweep", "--output-dir", folder)
     return folder
-
-
-def flags(run: Path, photos: Path) -> list[object]:
-    return ["--pipeline", run / "pipeline", "--data.path", photos, "--num-samples", 24]
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
@@ -56,18 +60,20 @@ def test_the_report_stands_alone_and_says_what_to_do(evaluated: Path) -> None:
     rows = found["against"]["training images"]
     assert [row["count"] for row in rows.values()] == [24, 24, 24]
     assert rows["real"]["distance"] < rows["samples"]["distance"]
-    assert {"levels", "memorised", "stage 1", "image", "summary"} <= found.keys()
-    assert len(found["sweep"]) == 4
+    assert found["against"]["held-out images"]["samples"]["reference count"] == 30
+    for key in ("levels", "memorised", "stage 1", "prior gaps", "accuracy", "reconstructions"):
+        assert found[key], key
+    assert len(found["sweep"]) == 2
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 5 + bool(found.get("rejection"))
     text = " ".join(found["summary"])
-    for words in ("FD (classifier) of the samples is", "lose", "look like real", "Of 4 settings"):
+    for words in ("FD (classifier) of the samples is", "lose", "look like real", "Of 2 settings"):
         assert words in text
     assert "FID" not in text
 
 
 def test_it_continues_and_two_processes_find_the_same(
-    evaluated: Path, run: Path, photos: Path, tmp_path: Path
+    evaluated: Path, flags: list[object], tmp_path: Path
 ) -> None:
     """Samples that are there are not made again, and a missing one is; figures are equal."""
     again = tmp_path / "again"
@@ -75,7 +81,7 @@ def test_it_continues_and_two_processes_find_the_same(
     lost, kept = (again / "samples" / "images" / f"{i:06d}.png" for i in (3, 20))
     before, times = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    two_processes("evaluate", *flags(run, photos), "--output-dir", again)
+    two_processes(ROOT / "tests" / "worker_evaluate.py", *flags, "--output-dir", again)
     assert lost.read_bytes() == before
     assert kept.stat().st_mtime_ns == times
     one, two = figures_of(evaluated), figures_of(again)
@@ -102,17 +108,14 @@ def test_evaluations_are_compared_if_the_same_eyes_saw_them(
     assert "evaluate both with the same images and --features" in capsys.readouterr().err
 
 
-def test_images_of_another_model(evaluated: Path, run: Path, photos: Path, tmp_path: Path) -> None:
-    """The very samples, given as a folder, get the same figures; without a model, others."""
-    given = ("--samples", evaluated / "samples", "--data.path", photos, "--output-dir")
-    command("evaluate", "--vqvae", run / "vqvae", *given, tmp_path / "with")
-    of = [
-        figures_of(folder)["against"]["training images"]
-        for folder in (evaluated, tmp_path / "with")
-    ]
-    assert of[0]["samples"] == of[1]["samples"]
-    command("evaluate", *given, tmp_path / "without")
-    assert "reconstructions" not in figures_of(tmp_path / "without")["against"]["training images"]
+def test_images_of_another_model(
+    evaluated: Path, run: Path, flags: list[object], tmp_path: Path
+) -> None:
+    """The very samples, given as a folder, get the same figures."""
+    given = ("--vqvae", run / "vqvae", "--samples", evaluated / "samples", *flags[2:])
+    command("evaluate", *given, "--output-dir", tmp_path)
+    (one, other) = (figures_of(folder)["against"] for folder in (evaluated, tmp_path))
+    assert one["held-out images"] == other["held-out images"]
 
 
 @pytest.mark.parametrize(
