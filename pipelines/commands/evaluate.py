@@ -268,22 +268,20 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
     """Figures of samples, reconstructions and other real images against held-out and training ones;
     and what was seen, by name."""
     # Real images that no reference has, as many as there are samples, and what becomes of them.
-    train, held_out = subject.splits.train, subject.splits.validation
-    number = min(samples.number if samples else len(train), len(train) // 2)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    chosen, rest = order[:number].tolist(), order[number:].sort().values.tolist()
-    of_train = ImageSet.of_dataset("training images", train)
-    other = of_train.choose(chosen)
-    sets: dict[str, Any] = {"samples": samples and subject.see(samples), "made": None}
-    sets |= {"train": subject.see(of_train), "real": subject.see(other)}
-    sets |= {"rest": subject.see(of_train.choose(rest)), "held_out": None, "held_out_made": None}
+    vqvae, held_out = subject.vqvae, subject.splits.validation
+    train = subject.see(ImageSet.of_dataset("training images", subject.splits.train))
+    half = len(train.rows) // 2
+    number = min(samples.number, half) if samples else half
+    order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
+    real, rest = train.choose(order[:number]), train.choose(order[number:])
+    sets: dict[str, Any] = {"train": train, "real": real, "rest": rest}
+    sets["samples"] = subject.see(samples) if samples else None
+    sets["made"] = subject.see(real.images.reconstructed(vqvae)) if vqvae else None
+    sets["held_out"] = sets["held_out_made"] = None
     if len(held_out) >= FEWEST:
-        of_held_out = ImageSet.of_dataset("held-out images", held_out)
-        sets["held_out"] = subject.see(of_held_out)
-    if subject.vqvae is not None:
-        sets["made"] = subject.see(other.reconstructed(subject.vqvae))
-        if sets["held_out"]:
-            sets["held_out_made"] = subject.see(of_held_out.reconstructed(subject.vqvae))
+        images = ImageSet.of_dataset("held-out images", held_out)
+        sets["held_out"] = subject.see(images)
+        sets["held_out_made"] = subject.see(images.reconstructed(vqvae)) if vqvae else None
     decides = len(held_out) >= MANY
     sets["reference"] = sets["held_out" if decides else "rest"]
     if not processes().is_main_process:
@@ -294,9 +292,9 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
     rows = {name: seen for name, seen in rows.items() if seen is not None}
     references = {"held-out images": sets["held_out"], "training images": sets["rest"]}
     found: Figures = {"against": {}, "decides": list(references)[not decides]}
-    for title, real in references.items():
-        if real is not None:
-            compared = {name: measure.compare(real, seen) for name, seen in rows.items()}
+    for title, beside in references.items():
+        if beside is not None:
+            compared = {name: measure.compare(beside, seen) for name, seen in rows.items()}
             found["against"][title] = compared
     if sets["held_out_made"]:
         compared = {"held out": measure.compare_briefly(sets["held_out"], sets["held_out_made"])}

@@ -132,9 +132,9 @@ class Seen:
         """Those at these places of `rows` alone."""
         features = self.features[places]
         return Seen(
-            self.images,
+            self.images.choose([self.rows[i] for i in places.tolist()]),
             Moments.of(features),
-            [self.rows[i] for i in places.tolist()],
+            range(len(places)),
             features,
             None if self.probabilities is None else self.probabilities[places],
             None if self.labels is None else self.labels[places],
