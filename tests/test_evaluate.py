@@ -201,16 +201,16 @@ def test_codes_are_compared_by_the_share_that_differs() -> None:
 
 def test_rejection_keeps_the_likeliest_of_each_class_and_always_as_many() -> None:
     torch.manual_seed(0)
-    labels = torch.arange(400) % 2
-    good = torch.rand(400)
-    features = torch.randn(400, 3) * (2 - good[:, None])
+    labels = torch.arange(600) % 2
+    good = torch.rand(600)
+    features = torch.randn(600, 3) * (2 - good[:, None])
     own = torch.stack([good, 1 - good], dim=1)
     seen = [features, torch.where(labels[:, None] == 0, own, own.flip(1)), labels]
-    images = noise(400, 0)
-    samples = Seen(images, Moments.of(features), range(400), *seen)
+    images = noise(600, 0)
+    samples = Seen(images, Moments.of(features), range(600), *seen)
     real = torch.randn(300, 3)
     rows = rejection(Seen(images, Moments.of(real), range(300), real, None, None), samples)
-    assert [row["count"] for row in rows] == [80] * 5
+    assert [row["count"] for row in rows] == [120] * 5
     assert rows[-1]["precision"] > rows[0]["precision"]
 
 

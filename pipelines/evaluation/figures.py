@@ -116,7 +116,7 @@ def rejection(real: Seen, samples: Seen) -> list[Figures]:
             candidates = places[: round(number / share)]
             kept.append(candidates[own[candidates].argsort(descending=True, stable=True)[:number]])
         chosen = samples.choose(torch.cat(kept).sort().values)
-        if len(chosen.rows) < FEWEST:
+        if len(chosen.rows) < 5 * FEWEST:  # of so few nothing can be said
             return []
         rows.append({"keep": share, **compare_briefly(real, chosen)})
     return rows
