@@ -193,10 +193,12 @@ def test_a_model_of_timm_reads_its_weights_from_the_file_and_images_as_it_names(
 
 
 def test_what_is_no_extractor_is_a_sentence(tmp_path: Path) -> None:
-    text, other, flat = (tmp_path / name for name in ("text.pth", "other.pth", "flat.pt"))
+    names = ("text.pth", "other.pth", "flat.pt", "floats.pt")
+    text, other, flat, floats = (tmp_path / name for name in names)
     text.write_text("no weights")
     torch.save({"fc.weight": torch.zeros(2)}, other)
     torch.jit.save(torch.jit.script(nn.Flatten(0)), flat)
+    torch.jit.save(torch.jit.script(nn.Conv2d(3, 1, 1)), floats)
     for name, file, sentence in (
         ("inception", None, r"needs --weights-file: download https://.*6726825d\.pth and give"),
         ("inception", tmp_path / "none.pth", r"no file .*none\.pth: give --weights-file"),
@@ -205,6 +207,7 @@ def test_what_is_no_extractor_is_a_sentence(tmp_path: Path) -> None:
         ("efficientnet", other, "takes no --weights-file"),
         ("resnet", None, "no features 'resnet': choose classifier, inception"),
         (str(text), None, r"text\.pth cannot be read as TorchScript"),
+        (str(floats), None, r"floats\.pt fails on RGB images .* of bytes \(.*(Byte|uint8|char)"),
         (str(flat), None, r"flat\.pt makes \(12288,\) of \(1, 3, 64, 64\) images"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -214,6 +214,8 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         frechet_distance(one, other)
     with pytest.raises(UserError, match="two images at least"):
         frechet_distance(one, Moments.of(gaussian(1)))
+    with pytest.raises(UserError, match="subsets of 2 images"):
+        at_infinity(one, gaussian(2))
     with pytest.raises(UserError, match="have 9 and 2, give at least 3"):
         kernel_distance(gaussian(9), gaussian(2))
     with pytest.raises(UserError, match="there are 5 images, give at least 6"):

@@ -146,10 +146,12 @@ def make_extractor(
         network, weights_hash = classifier, part_hash(classifier)
         shape = (classifier.config.channels, *classifier.config.size)
     elif name == "inception":
-        network, weights_hash = _with_weights(Inception(), path), file_hash(path)
+        advice = f"give --weights-file the path of {inception.URL}"
+        network, weights_hash = _with_weights(Inception(), path, advice), file_hash(path)
     elif name == "efficientnet":
         path = _efficientnet_file()
-        network, weights_hash = _with_weights(EfficientNet(), path), file_hash(path)
+        network = _with_weights(EfficientNet(), path, "install its package again")
+        weights_hash = file_hash(path)
     elif name.startswith("timm:"):
         network = _Timm(name.removeprefix("timm:"), path)
         weights_hash, version = file_hash(path), f"{VERSION}, timm {network.version}"
@@ -164,9 +166,9 @@ def make_extractor(
     )
 
 
-def _with_weights(network: nn.Module, path: Path) -> nn.Module:
+def _with_weights(network: nn.Module, path: Path, advice: str) -> nn.Module:
     """The network with the weights of a file, all of them and no others."""
-    state = read_weights(path, f"give --weights-file the path of {inception.URL}")
+    state = read_weights(path, advice)
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked"):  # files of old versions of torch lack it
             state.setdefault(key, value)
@@ -194,6 +196,7 @@ class _Timm(nn.Module):
 
     def __init__(self, name: str, path: Path) -> None:
         super().__init__()
+        # The package and the weights, which go before any address that it knows.
         state = read_weights(path, "correct --weights-file")
         try:
             import timm
@@ -206,13 +209,15 @@ class _Timm(nn.Module):
         if not timm.is_model(name):
             raise UserError(f"timm has no model {name!r}: choose one of timm.list_models().")
         try:
-            given = {"state_dict": state}  # goes before any address
+            given = {"state_dict": state}
             self.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given)
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0].rstrip(":")
             raise UserError(
                 f"{path} holds no weights of {name} ({reason}): give its own."
             ) from None
+
+        # How it wants images, and what it tells apart.
         self.version = timm.__version__
         data = timm.data.resolve_model_data_config(self.model)
         self.size = tuple(data["input_size"][1:])
@@ -240,6 +245,14 @@ class _TorchScript(nn.Module):
             raise UserError(
                 f"{path} cannot be read as TorchScript ({reason}): save a network with "
                 "torch.jit.save."
+            ) from None
+        try:
+            self.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            raise UserError(
+                f"{path} fails on RGB images (B, 3, H, W) of bytes ({reason}): save a network that "
+                "takes them, of any size."
             ) from None
 
     def features(self, images: Tensor) -> Tensor:

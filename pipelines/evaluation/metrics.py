@@ -121,20 +121,18 @@ def at_infinity(
     those of random subsets of `features` `(N, D)`, from half of them to all. What the number of
     real images adds stays in it; of samples that are some of them, it lies below 0.
     """
+    if len(features) < 3:
+        raise UserError(
+            f"a line through subsets of {len(features)} images says nothing: give more."
+        )
     root, generator = _root(real), torch.Generator().manual_seed(seed)
     distances: list[float] = []
     sizes = np.linspace(max(len(features) / 2, 2), len(features), num_points).astype(int)
     for size in sizes:
         rows = torch.randperm(len(features), generator=generator)[: int(size)]
         distances.append(_frechet_distance(real, root, Moments.of(features[rows])))
-
-    # Least squares: the line's height at 1 / n = 0.
-    lines = np.stack([np.ones(num_points), 1 / sizes], axis=1)
-    inverse = np.linalg.pinv(lines.T @ lines)
-    fitted = inverse @ lines.T @ np.array(distances)
-    residuals = np.array(distances) - lines @ fitted
-    variance = residuals @ residuals / max(num_points - 2, 1) * inverse[0, 0]
-    return float(fitted[0]), float(variance**0.5)
+    (_, height), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
+    return float(height), float(covariance[1, 1] ** 0.5)
 
 
 def _frechet_distance(a: Moments, root: Tensor, b: Moments) -> float:
