@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ def with_rejection(config: SampleConfig, run: RunRecord) -> RunRecord:
     """
     path, own = Path(config.reject or ""), _record(Path(config.output_dir), run)
     notes = {KEPT: own[KEPT]} if KEPT in own else {}
+    if own and HASH not in own:  # perhaps of an earlier version, whose record says less
+        what = f"{config.output_dir} holds samples that no classifier chose"
+        raise UserError(f"{what}: choose another --output-dir.")
     weights = path / WEIGHTS_NAME if path.is_dir() else path
     if other := _record(path, run):
         found = hashlib.sha256(other.get(KEPT, "").encode()).hexdigest()
@@ -73,20 +77,16 @@ def choose(
     if other := _record(Path(config.reject or ""), run):
         kept = _choice_of(other, config, run)
     elif len(kept) != config.num_images:
-        groups = candidates(labels, config.num_images, config.keep or KEEP)
         network, columns = load_judge(config.reject or "", pipeline)
-        network.to(state.device)
-        draw(folder / "candidates", 1 + max(max(indices) for indices, _ in groups.values()))
+        keep, turn = config.keep or KEEP, [*labels] or [0]
+        number = len(turn) * math.ceil(math.ceil(config.num_images / len(turn)) / keep - 1e-9)
+        draw(folder / "candidates", number)
 
         def rank() -> list[int]:
-            images = (folder / "candidates" / "images").iterdir()
-            files = {int(path.stem): path for path in images if path.stem.isdecimal()}
-            scores: dict[int, float] = {}
-            for label, (indices, _) in groups.items():
-                some = [files[i] for i in indices]
-                found = _scores(network, columns[label], some, pipeline, state.device)
-                scores |= dict(zip(indices, found, strict=True))
-            return best(scores, groups, labels, config.num_images)
+            files = sorted((folder / "candidates" / "images").glob(6 * "[0-9]" + "*"))[:number]
+            wanted = [columns[turn[i % len(turn)]] for i in range(number)]
+            scores = _scores(network.to(state.device), wanted, files, pipeline, state.device)
+            return best(scores, turn, config.num_images, keep)
 
         kept = on_main_process(state, rank)
 
@@ -126,38 +126,23 @@ def _choice_of(other: Mapping[str, Any], config: SampleConfig, run: RunRecord) -
     return kept
 
 
-def candidates(labels: Sequence[int], number: int, keep: float) -> dict[int, tuple[list[int], int]]:
-    """For each label number the indices of its candidates, and how many of them are kept, so that
-    there are `number` in all. Images take the labels in turn; without any, they have number 0."""
-    turn = labels or [0]
-    groups = {}
-    for label in dict.fromkeys(turn[:number]):
-        places = [place for place, one in enumerate(turn) if one == label]
-        wanted = sum(turn[i % len(turn)] == label for i in range(number))
-        share = math.ceil(wanted / keep - 1e-9)
-        indices = [row * len(turn) + place for row in range(share) for place in places]
-        groups[label] = indices[:share], wanted
-    return groups
-
-
-def best(
-    scores: Mapping[int, float],
-    groups: Mapping[int, tuple[list[int], int]],
-    labels: Sequence[int],
-    number: int,
-) -> list[int]:
-    """The best of each group, of equal ones the first; their labels take turns as in any set."""
+def best(scores: Sequence[float], turn: Sequence[int], number: int, keep: float) -> list[int]:
+    """The indices of the best candidates: of each label as many as among `number` images that take
+    the labels in turn, so many that they are the share `keep` of its first candidates. Of equal
+    ones, the first. They come with their labels in turn, too."""
+    groups: dict[int, list[int]] = {}
+    for i in range(len(scores)):
+        groups.setdefault(turn[i % len(turn)], []).append(i)
     queues = {}
-    for label, (indices, wanted) in groups.items():
-        ranked = sorted(indices, key=lambda i: (-scores[i], i))
-        queues[label] = iter(sorted(ranked[:wanted]))
-    turn = labels or [0]
+    for label, count in Counter(turn[i % len(turn)] for i in range(number)).items():
+        first = groups[label][: math.ceil(count / keep - 1e-9)]
+        queues[label] = iter(sorted(sorted(first, key=lambda i: -scores[i])[:count]))
     return [next(queues[turn[i % len(turn)]]) for i in range(number)]
 
 
-def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int | None]]:
+def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int]]:
     """A classifier, and for each label number which of its logits scores a sample: that of its own
-    class; None, for the highest one, without a class; "as it is" of transformations.
+    class; -1, for the highest one, without a class; "as it is" of transformations.
 
     Args:
         path: the folder of a `Classifier`; or a TorchScript file, of a network from images `(B, C,
@@ -170,7 +155,7 @@ def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int
     names, image = pipeline.class_names, pipeline.vqvae.config.image
     if not Path(path).is_dir():
         try:
-            return torch.jit.load(path, map_location="cpu").eval(), [*range(len(names)), None]
+            return torch.jit.load(path, map_location="cpu").eval(), [*range(len(names)), -1]
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or ["it is empty"])[0]
             what = f"{path} cannot be read as TorchScript ({reason})"
@@ -186,22 +171,22 @@ def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int
     if missing := set(names) - set(takes.class_names):
         what = f"{path} knows {few(takes.class_names)}, but not {few(sorted(missing))}"
         raise UserError(f"{what}: give a classifier of the pipeline's classes.")
-    return network, [*map(takes.class_names.index, names), None]
+    return network, [*map(takes.class_names.index, names), -1]
 
 
 @torch.no_grad()
 def _scores(
     network: nn.Module,
-    column: int | None,
+    columns: Sequence[int],
     files: Sequence[Path],
     pipeline: VQVAE2Pipeline,
     device: torch.device,
 ) -> list[float]:
-    """The logarithms of probabilities that a classifier gives to images in files."""
+    """The logarithm of the probability that a classifier gives to the wanted class of each file."""
     scores: list[float] = []
     for start in range(0, len(files), BATCH_SIZE):
-        some = files[start : start + BATCH_SIZE]
-        pixels = [load_picture(str(file), pipeline.vqvae.config.image) for file in some]
+        some = slice(start, start + BATCH_SIZE)
+        pixels = [load_picture(str(file), pipeline.vqvae.config.image) for file in files[some]]
         images = to_images(torch.cat(pixels)).to(device)
         try:
             logits = network(images)
@@ -209,12 +194,12 @@ def _scores(
             reason = str(error).strip().splitlines()[-1]
             what = f"the classifier fails on images of shape {tuple(images.shape)} ({reason})"
             raise UserError(f"{what}: give one that takes them.") from None
-        number = len(pipeline.class_names) or logits.shape[-1]
-        ours = isinstance(network, Classifier)
-        fits = ours or tuple(logits.shape) == (len(images), number)
-        allowed = f"{(len(images), number)}, a logit per class of the pipeline"
-        check(fits, "the shape of the classifier's output", tuple(logits.shape), allowed)
-        found = logits.float().log_softmax(dim=1)
-        own = found.amax(dim=1) if column is None else found[:, column]
-        scores += own.tolist()
+        shape, names = tuple(logits.shape), pipeline.class_names
+        fits = isinstance(network, Classifier) or shape == (len(images), len(names) or shape[-1])
+        allowed = f"{(len(images), len(names))}, a logit per class of the pipeline"
+        check(fits, "the shape of the classifier's output", shape, allowed)
+        found = logits.float().log_softmax(dim=1).cpu()
+        wanted = torch.tensor(columns[some])[:, None]
+        own = torch.where(wanted < 0, found.amax(1, True), found.gather(1, wanted.clamp(min=0)))
+        scores += own[:, 0].tolist()
     return scores
