@@ -81,8 +81,8 @@ def summary(found: Figures) -> list[str]:
     ]
     if found["decides"] != "held-out images":
         lines.append(
-            "Few images are held out, so all this is said of the training images, of which those "
-            "that were learned by heart are no merit: hold out more (500) for a stricter judgement."
+            "Fewer than 500 images are held out, so these distances are to training images, by which "
+            "a model that has learned them by heart looks good: hold out more for a stricter judgement."
         )
     return lines
 
