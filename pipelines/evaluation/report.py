@@ -81,8 +81,9 @@ def summary(found: Figures) -> list[str]:
     ]
     if found["decides"] != "held-out images":
         lines.append(
-            "Fewer than 500 images are held out, so these distances are to training images, by which "
-            "a model that has learned them by heart looks good: hold out more for a stricter judgement."
+            "Fewer than 500 images are held out, so these distances are to training images, by "
+            "which a model that has learned them by heart looks good: hold out more for a stricter "
+            "judgement."
         )
     return lines
 
