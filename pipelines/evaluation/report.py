@@ -369,11 +369,18 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
             folder / "report" / "figures.json"
         )
     (first, one), *others = found.items()
+    kinds = {
+        "extractor": "seen by another network",
+        "image_names_hash": "made beside other images",
+        "image": "made beside images that were prepared in another way",
+    }
     for name, other in others:
-        for key in ("extractor", "image_names_hash", "image"):
-            if one[key] != other[key]:
-                what = f"{first} has {key} {one[key]}, but {name} has {other[key]}"
-                raise UserError(f"{what}: evaluate both with the same images and --features.")
+        for key, what in kinds.items():
+            if one.get(key) != other.get(key):
+                advice = "evaluate both with the same images and --features"
+                raise UserError(
+                    f"the figures of {name} were {what} than those of {first}: {advice}."
+                )
 
     # What each says.
     rows: dict[str, Row] = {}
