@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "inspect": (configs.InspectConfig, "pipelines.commands.inspect:inspect_command"),
     "doctor": (configs.DoctorConfig, "pipelines.commands.doctor:doctor"),
     "sample": (configs.SampleConfig, "pipelines.commands.sample:sample"),
+    "evaluate": (configs.EvaluateConfig, "pipelines.commands.evaluate:evaluate"),
     "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
     "import-weights": (configs.ImportWeightsConfig, "pipelines.commands.import_weights:command"),
     "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:command"),

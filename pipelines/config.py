@@ -148,18 +148,9 @@ class PartsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(PartsConfig):
-    """Sample new images: one file each, and a sheet of them, classes by row.
+class SampledPartsConfig(PartsConfig):
+    """A pipeline, and how images are sampled from it."""
 
-    Example: vqvae2 sample --pipeline runs/x/pipeline --num-images 64 --output-dir out
-    """
-
-    output_dir: str = may_change()
-    """The folder to write: images/, and samples.png, which shows some of them."""
-    num_images: int = may_change(64)
-    """How many images. A larger number continues a set."""
-    labels: tuple[str, ...] = ()
-    """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     temperature: tuple[float, ...] = (1.0,)
     """Lower: likelier codes; higher: more varied; 0: the likeliest. One value, or one per level."""
     top_k: tuple[int, ...] = ()
@@ -179,9 +170,33 @@ class SampleConfig(PartsConfig):
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Images depend on it in their last bits;
     1 may be fastest on a busy machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 1, MOST_ROWS, "lanes")
+        check_between(self, 0, MOST_THREADS, "num_threads")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SampledPartsConfig):
+    """Sample new images: one file each, and a sheet of them, classes by row.
+
+    Example: vqvae2 sample --pipeline runs/x/pipeline --num-images 64 --output-dir out
+    """
+
+    output_dir: str = may_change()
+    """The folder to write: images/, and samples.png, which shows some of them."""
+    num_images: int = may_change(64)
+    """How many images. A larger number continues a set."""
+    labels: tuple[str, ...] = ()
+    """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     compile: Literal["auto", "always", "never"] = "auto"
     """On CUDA, compile the priors' steps: slow to start, then ten times as fast. auto: on grids of
     at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
+    parallel_positions: int = 0
+    """Positions whose codes are guessed and then computed in one call; 0 chooses, 1 is one after
+    the other. The codes are the same, but for ties in the last bit."""
     init_image: str | None = None
     """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
     (--keep-levels) and sample the finer ones."""
@@ -189,19 +204,25 @@ class SampleConfig(PartsConfig):
     """With --init-image: a picture of the same size, white where it is to be repainted."""
     keep_levels: int | None = None
     """With --init-image and no --mask: how many levels to keep, from the top; 1 if not set."""
+    reject: str | None = None
+    """Keep only those of more candidates that this classifier finds best, in each class: a folder
+    that evaluate made, or a TorchScript file. Or repeat the choice of an earlier output folder."""
+    keep: float | None = None
+    """With --reject: the share of the candidates that is kept; 0.2 if not set."""
     npz: bool = may_change(False)
     """Also write samples.npz for evaluators (arr_0: uint8 images (N, H, W, C); arr_1: labels)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_between(self, 0, MOST_ROWS, "parallel_positions")
         check_between(self, 1, MOST_FILES, "num_images")
-        check_between(self, 1, MOST_ROWS, "lanes")
-        check_between(self, 0, MOST_THREADS, "num_threads")
-        check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
         masked, edited = self.mask is not None, self.init_image is not None
         check(edited or not masked, "mask", self.mask, "used together with init_image")
         fits = self.keep_levels is None or (edited and not masked)
         check(fits, "keep_levels", self.keep_levels, "used with init_image and without mask")
+        if self.keep is not None:
+            check(self.reject is not None, "keep", self.keep, "used together with reject")
+            check(1e-3 <= self.keep <= 1, "keep", self.keep, "from 0.001 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +231,54 @@ class ExtractedImagesConfig(ImagesConfig):
 
     path: str = may_change("")
     """Where they are; by default where the dataset's own record says, if they are still there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedImagesConfig(ImagesConfig):
+    """The images that the model was trained on; what its training held out is found again."""
+
+    path: str = may_change("")
+    """Where they are, as the training was told (see `vqvae2 train --help`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SampledPartsConfig):
+    """Say how good it is: reconstructions, samples, what was learned by heart, what to do next.
+
+    Give a pipeline, or --vqvae alone to look at stage 1. --samples evaluates images of any model
+    instead. The same command again continues; more samples are added to those that are there.
+
+    Example: vqvae2 evaluate --pipeline runs/x/pipeline --data.path photos --output-dir evaluation
+    """
+
+    samples: str | None = None
+    """Images of any model, instead of sampling; with --vqvae or --pipeline they and the real ones
+    are prepared as it wants them, else to the size of the first one."""
+    data: EvaluatedImagesConfig = field(default_factory=EvaluatedImagesConfig)
+    """The real images."""
+    output_dir: str = may_change("")
+    """The folder to write: report/index.html, report/figures.json, and the samples."""
+    num_samples: int = may_change(1000)
+    """How many images to sample; papers take 50,000."""
+    features: str = may_change("classifier")
+    """What sees the images: classifier (a network that is trained on the real ones), inception
+    (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript file."""
+    weights_file: str | None = may_change(None)
+    """The weights of --features inception or timm:NAME: a local file."""
+    lpips_file: str | None = may_change(None)
+    """VGG weights with LPIPS's (as `perceptual.weights_file`): adds LPIPS to stage 1."""
+    sweep: bool = may_change(False)
+    """Also compare settings (temperature, top-p, guidance), and name the best and its flags."""
+    compare: tuple[str, ...] = may_change(())
+    """Evaluations that were made before, to show side by side instead of making one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 2, MOST_FILES, "num_samples")
+        check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
+        sampled = self.pipeline is not None or bool(self.priors)
+        fits = not self.sweep or (sampled and self.samples is None)
+        check(fits, "sweep", True, "used with --pipeline, and without --samples")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,9 +84,9 @@ def keep_levels(model: VQVAE2, images: Any, number: int) -> list[Known | None]:
     return [*kept, *[None] * (len(codes) - number)]
 
 
-def repeat_known(known: Sequence[Known | None], number: int) -> list[Known | None]:
-    """The same given codes for `number` images: image i has those of row i modulo the rows."""
-    rows = torch.arange(max(number, 0))
+def repeat_known(known: Sequence[Known | None], images: range) -> list[Known | None]:
+    """The given codes of these images: image i has those of row i modulo the rows."""
+    rows = torch.tensor(images, dtype=torch.int64)
     return [level and Known(*(tensor[rows % len(tensor)] for tensor in level)) for level in known]
 
 

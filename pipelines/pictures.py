@@ -1,5 +1,7 @@
 """The pictures that trainings and commands leave behind."""
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -59,3 +61,11 @@ def sample_sheet(
             what = name if len(groups) > 1 else "samples"
             titles.append(", ".join([*front, what]) if front else name)
     return sheet(rows, titles if any(titles) else ())
+
+
+def embedded(caption: str, picture: Image.Image) -> str:
+    """HTML of a picture, below its caption, that needs no file beside it."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">\n'

@@ -141,6 +141,7 @@ class VQVAE2Pipeline:
         lanes: int = LANES,
         bf16: bool = False,
         compiled: bool | None = None,
+        parallel_positions: int = 0,
         known: Sequence[Known | None] = (),
         output_type: str = "pil",
         show_progress: bool = False,
@@ -157,6 +158,8 @@ class VQVAE2Pipeline:
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, and other images.
             compiled: on CUDA, whether the priors' steps are compiled first; see `Prior.sample`.
+            parallel_positions: codes of a level that are guessed and then computed in one call; 0
+                chooses; see `prior.predictive`.
             known: per level, codes that are given rather than sampled, for all `num_images`
                 images, or None; see `pipelines.editing`.
             output_type: "pil", or "pt" for a tensor in [-1, 1].
@@ -167,6 +170,7 @@ class VQVAE2Pipeline:
         # Refuse impossible settings before anything is computed.
         check(num_images >= 1, "num_images", num_images, "at least 1")
         check(lanes >= 1, "lanes", lanes, "at least 1")
+        check(parallel_positions >= 0, "parallel_positions", parallel_positions, "0 or more")
         check(seed >= 0, "seed", seed, "0 or more")
         check(first_index >= 0, "first_index", first_index, "0 or more")
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
@@ -191,6 +195,7 @@ class VQVAE2Pipeline:
                 given = given and Known(*(tensor.to(prior.device) for tensor in given))
                 inputs = codes, classes.to(prior.device) if prior.config.num_classes else None
                 how: dict[str, Any] = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
+                how["window"] = min(parallel_positions, prior.config.num_positions)
                 codes.append(prior.sample(lanes, *inputs, **how, seeds=seeds, known=given))
             images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
             asked = slice(batch.start - first, batch.stop - first)
@@ -237,7 +242,9 @@ class VQVAE2Pipeline:
 
     def _edit(self, known: Any, number: int, options: dict[str, Any]) -> PipelineOutput:
         labels = hidden_unless_given(options.pop("labels", None), can_hide=self.can_hide_labels)
-        return self(number, known=editing.repeat_known(known, number), labels=labels, **options)
+        return self(
+            number, known=editing.repeat_known(known, range(number)), labels=labels, **options
+        )
 
     def log_likelihood(self, images: Any, labels: Labels = None) -> Tensor:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its

@@ -131,3 +131,10 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy_of_run(run: Path, tmp_path: Path) -> Path:
     """The same, to change; as far from the photos, to which its records hold relative paths."""
     return shutil.copytree(run, tmp_path / "runs" / "x")
+
+
+@pytest.fixture
+def stub_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For packages that import torchvision, which not every torch has, and hardly use it."""
+    for name in ("", ".datasets", ".models", ".transforms", ".transforms.functional"):
+        monkeypatch.setitem(sys.modules, f"torchvision{name}", mock.MagicMock())

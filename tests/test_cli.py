@@ -20,6 +20,7 @@ from pipelines.commands.reconstruct import file_names
 from pipelines.next_steps import next_steps
 from tests.conftest import ROOT, edit_manifest, vqvae2, write_images
 from tests.conftest import command as run_here
+from tests.test_rejection import save_classifier
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
@@ -104,14 +105,18 @@ def test_priors_of_both_families_in_one_pipeline(run: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> None:
-    """Launched by the module's name, as from an installed wheel, where there is no scripts/."""
-    flags = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2, "--output-dir")
+    """Launched by the module's name, as from an installed wheel, where there is no scripts/; and
+    with the best of twice as many candidates."""
+    judge = save_classifier(tmp_path / "judge")
+    flags = ("--pipeline", run / "pipeline", "--num-images", 7, "--lanes", 2)
+    flags += ("--reject", judge, "--keep", 0.5, "--output-dir")
     run_here("sample", *flags, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     program = [*launcher, "2", "-m", "pipelines.cli", "sample", *map(str, flags), tmp_path / "two"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     subprocess.run(program, check=True, env=environment, cwd=ROOT, capture_output=True)
     assert len(names_in(tmp_path / "one" / "images")) == 7
+    assert names_in(tmp_path / "one" / "images") == names_in(tmp_path / "two" / "images")
     for path in (tmp_path / "one").rglob("*.png"):
         two = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == two.read_bytes()

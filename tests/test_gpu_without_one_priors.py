@@ -125,7 +125,7 @@ def test_a_pipeline_samples_and_edits_on_one_device() -> None:
         mask = torch.zeros(1, 8, 16, dtype=torch.bool)
         for known in ([], kept, known_outside(pipeline.vqvae, image, mask)):
             watch.waits.clear()
-            given: Any = {"known": repeat_known(known, 2), "labels": ["a", "b"]}
+            given: Any = {"known": repeat_known(known, range(2)), "labels": ["a", "b"]}
             output = pipeline(2, **given, lanes=2, output_type="pt", compiled=True)
             assert {tensor.device.type for tensor in (output.images, *output.codes)} == {"cpu"}
             assert watch.waits.total() <= 2 * 8  # some per level, none per position

@@ -271,7 +271,7 @@ def test_another_model_does_not_continue_a_set(
 
 def test_known_codes_that_do_not_fit_are_refused(pipeline: VQVAE2Pipeline) -> None:
     known = keep_levels(pipeline.vqvae, torch.zeros(1, 1, 16, 16), 1)
-    repeated = pipeline(3, known=repeat_known(known, 3)).codes[0]
+    repeated = pipeline(3, known=repeat_known(known, range(3))).codes[0]
     assert torch.equal(repeated, known[0].codes.repeat(3, 1, 1))
     with pytest.raises(UserError, match="one grid per image"):
         pipeline(3, known=known)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from einops import reduce
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqvae2.common.artifact import read_weights
 from vqvae2.common.errors import UserError
 from vqvae2.config import PerceptualConfig
 
@@ -28,14 +28,7 @@ def load_perceptual(config: PerceptualConfig) -> nn.Module:
     if config.weights_file is None:
         raise UserError(f"perceptual.weights_file is not set: download {URL} and give its path.")
     path = Path(config.weights_file).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: correct perceptual.weights_file.")
-    try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise many kinds
-        kind = type(error).__name__
-        raise UserError(f"{path} cannot be read as weights ({kind}): give {URL}.") from None
+    state = read_weights(path, f"give perceptual.weights_file the path of {URL}")
 
     # Torchvision's names: features.0.weight, ...; LPIPS's: lin0.model.1.weight, ...
     convolutions: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,33 @@ def find_held_out(
     """What a model's training held out of these images, and whether they are its images at all. If
     not, as far as a record tells, a warning says that any of them may have trained it."""
     training = read_training(vqvae)
+    data = with_recorded_split(data, training)
+    images, facts = held_out_images(data, config, show_progress=show_progress)
+    return images, are_its_images(vqvae, training, facts, data.path)
+
+
+def with_recorded_split(data: ImagesConfig, training: Mapping[str, Any]) -> ImagesConfig:
+    """The images, held out as in a training on them, as far as its record says."""
     recorded = training.get("data", {})
     if data.validation_path is None and same_place(recorded.get("path"), data.path):
-        data = replace(data, validation_path=recorded.get("validation_path"))
-    images, facts = held_out_images(data, config, show_progress=show_progress)
+        return replace(data, validation_path=recorded.get("validation_path"))
+    return data
+
+
+def are_its_images(
+    name: str, training: Mapping[str, Any], facts: Mapping[str, str], path: str
+) -> bool:
+    """Whether images, opened at `path`, are those of a model's training; if not, as far as its
+    record tells, a warning says so."""
     own = not training or training.get("image_names_hash") == facts["image_names_hash"]
     if not own:
         logger.warning(
             "%s: these are not the images that %s was trained on, or not all of them, so any may "
             "have trained it: give its --data.path and --data.validation-path.",
-            data.path,
-            vqvae,
+            path,
+            name,
         )
-    return images, own
+    return own
 
 
 def trained_on(vqvae: str, images: ImageDataset, path: str) -> int | None:

@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cli import COMMANDS, function_of, recipe_section
+from pipelines.commands.evaluate import quick_figures
 from pipelines.config import DemoConfig, PlanConfig
+from pipelines.evaluation.report import as_text
+from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.plan.command import step_seconds
 from pipelines.plan.stages import stages_of
 from pipelines.recipes import DEMO_IMAGES, demo_recipe
 from prior.manifest import read_manifest
 from vqvae2.common.accelerate import on_main_process, processes, use_cpu
 from vqvae2.common.config import from_dict
+from vqvae2.common.files import read_json, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.threads import fastest_number
+from vqvae2.config import ImagesConfig
+from vqvae2.data import load_images
 
 logger = logging.getLogger(__name__)
-RECORD = "demo_config.yaml"
+RECORD, FIGURES = "demo_config.yaml", "figures.json"
 SUMMARY = """
 Made in {root}/:
   vqvae/ codes/ prior_0/ prior_1/       each stage's artifacts, metrics.jsonl and images/
@@ -31,6 +37,10 @@ Made in {root}/:
 
 Held out: reconstruction MSE {mse:.4f} (pixels in [-1, 1])
 {levels}
+
+Beside held-out images. FD: how far they are, 0 at best; precision: the share that looks real;
+recall: the share of real images that look like one of these
+{figures}
 
 Sample more:  vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --guidance-scale 2 \\
     --seed 1 --output-dir {root}/more"""
@@ -57,9 +67,20 @@ def demo(config: DemoConfig) -> None:
         if not (shown := root / "reconstructions" / "reconstructions.png").exists():
             options = {"data": data, "held_out": True, "output_dir": str(shown.parent)}
             _run("reconstruct", recipe, **made, **options)
-    if not (shown := root / "samples" / "samples.png").exists():
-        _run("sample", recipe, pipeline=f"{root}/pipeline", output_dir=str(shown.parent))
+        if not (shown := root / "samples" / "samples.png").exists():
+            _run("sample", recipe, pipeline=f"{root}/pipeline", output_dir=str(shown.parent))
+        if not (root / FIGURES).exists():
+            logger.info("\nHow good are they?")
+            figures = measure(root, ImagesConfig(path=str(images)))
+            on_main_process(processes(), lambda: write_json(root / FIGURES, figures))
     logger.info(summary(root))
+
+
+def measure(root: Path, data: ImagesConfig) -> dict[str, Any]:
+    """A few figures of samples and, beside them, of reconstructions and real images."""
+    pipeline = VQVAE2Pipeline.from_pretrained(root / "pipeline").to(processes().device)
+    splits = load_images(data, pipeline.vqvae.config.image, show_progress=False)
+    return quick_figures(pipeline, splits, sorted((root / "samples" / "images").iterdir()))
 
 
 def find_threads(root: Path, config: DemoConfig) -> int:
@@ -91,4 +112,5 @@ def summary(root: Path) -> str:
         bits, alone = prior["bits_per_code"], f"by frequency alone {prior['unigram_bits']:.2f}"
         codes = f"{name:<7} {height} x {width} codes: perplexity {used:.0f} of {size}"
         levels.append(f"  {codes}; the prior needs {bits:.2f} bits per code ({alone})")
-    return SUMMARY.format(root=root, mse=stage_1["mse"], levels="\n".join(levels))
+    values = {"mse": stage_1["mse"], "levels": "\n".join(levels)}
+    return SUMMARY.format(root=root, figures=as_text(read_json(root / FIGURES)), **values)

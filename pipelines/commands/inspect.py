@@ -1,9 +1,7 @@
 """`vqvae2 inspect`: what an autoencoder has learned, as a page and as figures on the terminal."""
 
-import base64
 import dataclasses
 import html
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from PIL.Image import Image
 
 from pipelines.config import InspectConfig
+from pipelines.pictures import embedded
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
 from vqvae2.common.accelerate import processes
 from vqvae2.common.files import write_json, write_text
@@ -160,9 +159,5 @@ def to_text(title: str, figures: Figures, verdicts: Sequence[str]) -> str:
 def make_page(title: str, text: str, pictures: Sequence[tuple[str, Image]]) -> str:
     """One HTML file with the text as it is, and the pictures, below their captions, in it."""
     page = PAGE.format(title=html.escape(title), text=html.escape(text))
-    for caption, picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        page += f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">\n'
+    page += "".join(embedded(caption, picture) for caption, picture in pictures)
     return f"{page}</html>\n"

@@ -255,6 +255,8 @@ def summary(root: Path, images: str) -> str:
         "",
         "Next:",
         f"  vqvae2 sample --pipeline {folder}/pipeline --seed 1 --output-dir {folder}/more",
+        f"  vqvae2 evaluate --pipeline {folder}/pipeline --data.path {shlex.quote(images)} \\",
+        f"    --output-dir {folder}/evaluation",
         f"  vqvae2 inspect --vqvae {folder}/vqvae --data.path {shlex.quote(images)}",
         f"  for better ones, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
         "  --config (with another --output-dir); a longer --budget raises it, to 400 passes",

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipelines.editing import for_masks, keep_levels, known_outside, repeat_know
 from pipelines.labels import Labels, hidden_unless_given
 from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
+from pipelines.rejection import choose, with_rejection
 from prior.sampling import Known, SamplingConfig, in_lanes
 from vqvae2.common.accelerate import processes
 from vqvae2.common.artifact import content_hash
@@ -62,15 +64,21 @@ def sample(config: SampleConfig) -> None:
     tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
     facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
     run, folder = RunRecord("sample", config, "sample_config.yaml", facts=facts), config.output_dir
+    run = with_rejection(config, run) if config.reject else run
     run.check(Path(folder))
     processes().wait_for_everyone()
     if processes().is_main_process:
         run.write(Path(folder))
 
-    # Sample.
+    # Sample; with a classifier, first the candidates among which it chooses.
     settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
     settings |= {"labels": labels, "known": known, "front": front}
     settings |= {"compiled": {"auto": None, "always": True, "never": False}[config.compile]}
+    settings |= {"parallel_positions": config.parallel_positions}
+    if config.reject is not None:
+        draw = partial(write_samples, pipeline, **{**settings, "npz": False})
+        numbers = pipeline.label_numbers(labels)
+        settings["only"] = choose(config, run, pipeline, numbers, draw)
     write_samples(pipeline, folder, config.num_images, **settings)
 
 
@@ -83,28 +91,33 @@ def write_samples(
     lanes: int = LANES,
     known: Sequence[Known | None] = (),
     front: Mapping[str, Image] | None = None,
+    only: Sequence[int] | None = None,
     npz: bool = False,
+    codes: bool = False,
     **options: Any,
-) -> None:
+) -> list[Path]:
     """Write samples as files in images/, a sheet of them beside it, and samples.npz for evaluators
-    if asked for. Files that exist are not made again, and processes share the work. `known` are
-    codes that all images start from, one row per level, `front` pictures that the sheet shows
-    before them, by name; for the others see `VQVAE2Pipeline.__call__`."""
+    if asked for, and each image's codes in codes/. Files that exist are not made again, and
+    processes share the work. `known` are codes that images start from, row i for image i, or one
+    for all; `front` pictures that the sheet shows before them, by name; `only` the indices of a
+    part of the images, instead of all; for the others see `VQVAE2Pipeline.__call__`. Returns the
+    images' files."""
     # The files, and the label of each.
     folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)
-    files = [folder / "images" / f"{i:06d}{suffix}" for i in range(num_images)]
+    indices = range(num_images) if only is None else only
+    files = {i: folder / "images" / f"{i:06d}{suffix}" for i in indices}
     if state.is_main_process:  # images lay beside the sheet once
         for old in folder.glob(f"{6 * '[0-9]'}{suffix}"):
-            files[0].parent.mkdir(exist_ok=True)
-            old.rename(files[0].with_name(old.name))
+            (folder / "images").mkdir(exist_ok=True)
+            old.rename(folder / "images" / old.name)
     state.wait_for_everyone()
 
     # Find the batches of which a file is missing, all processes before the first one writes.
     unfinished = []
-    for batch in in_lanes(range(num_images), lanes):
-        if not all(files[i].exists() for i in batch):
+    for batch in in_lanes(range(max(indices) + 1), lanes):
+        if not all(files[i].exists() for i in batch if i in files):
             unfinished.append(batch)
     state.wait_for_everyone()
     own = unfinished[state.process_index :: state.num_processes]
@@ -113,27 +126,43 @@ def write_samples(
     own_cpus = OwnCpus(bind=state.device.type == "cpu")
     for batch in own:
         own_cpus.warn()
-        options |= {"first_index": batch.start, "known": repeat_known(known, len(batch))}
+        options |= {"first_index": batch.start, "known": repeat_known(known, batch)}
         with own_cpus:
-            images = pipeline(len(batch), **options).images
-        for i, image in zip(batch, images, strict=True):
-            save_image(image, files[i], settings.value_range)
+            made = pipeline(len(batch), **options)
+        for i, grids in zip(batch, zip(*made.codes, strict=True), strict=True) if codes else ():
+            arrays = [grid.numpy().astype(np.uint32) for grid in grids]
+            with whole_file(_codes_file(files[i])) as aside, open(aside, "wb") as file:
+                np.savez(file, *arrays)
+        for i, image in zip(batch, made.images, strict=True):
+            if i in files:
+                save_image(image, files[i], settings.value_range)
         bar.update(len(batch))
     bar.close()
     state.wait_for_everyone()
     if not state.is_main_process:
-        return
+        return [*files.values()]
 
     # Show some of them by class, and collect all of them for evaluators.
     period = len(numbers) or 1
-    shown = [i for i in range(num_images) if i % period < 20][: max(64, 8 * min(20, period))]
+    shown = [i for i in indices if i % period < 20][: max(64, 8 * min(20, period))]
     pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
     names = [*pipeline.class_names, "no label"]
     rows = [names[numbers[i % period]] for i in shown] if numbers else []
     save_picture(sample_sheet(pictures, rows, front), folder / "samples.png")
     if npz:
         _write_npz(files, numbers, folder / "samples.npz")
-    logger.info(f"{files[0].parent}: {num_images} samples; {folder / 'samples.png'} shows some.")
+    logger.info(f"{folder / 'images'}: {len(files)} samples; {folder / 'samples.png'} shows some.")
+    return [*files.values()]
+
+
+def load_codes(image: Path) -> list[np.ndarray]:
+    """The codes of a sample that were kept beside its file, an array `(h, w)` per level."""
+    with np.load(_codes_file(image)) as arrays:
+        return list(arrays.values())
+
+
+def _codes_file(image: Path) -> Path:
+    return image.parents[1] / "codes" / f"{image.stem}.npz"
 
 
 def _given(config: SampleConfig, settings: PreprocessingConfig) -> dict[str, Image]:
@@ -146,11 +175,11 @@ def _given(config: SampleConfig, settings: PreprocessingConfig) -> dict[str, Ima
     return given
 
 
-def _write_npz(files: Sequence[Path], labels: Sequence[int], path: Path) -> None:
+def _write_npz(files: Mapping[int, Path], labels: Sequence[int], path: Path) -> None:
     """The layout of the evaluators of guided-diffusion: arr_0 images, arr_1 labels."""
-    images = np.stack([np.asarray(read_picture_file(str(file))) for file in files])
+    images = np.stack([np.asarray(read_picture_file(str(file))) for file in files.values()])
     arrays = [images if images.ndim == 4 else images[..., None]]
     if labels:
-        arrays.append(np.array([labels[i % len(labels)] for i in range(len(files))]))
+        arrays.append(np.array([labels[i % len(labels)] for i in files]))
     with whole_file(path) as aside, open(aside, "wb") as file:
         np.savez(file, *arrays)

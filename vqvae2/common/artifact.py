@@ -162,6 +162,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors ({error}): remake it.") from None
 
 
+def read_weights(path: Path, advice: str) -> dict[str, Tensor]:
+    """The tensors of a file of weights, in safetensors or as `torch.save` writes them; no code that
+    a file may hold is run.
+
+    Raises:
+        UserError: there is no such file, or it is none of weights; `advice` ends the sentence.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: {advice}.")
+    try:
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach() for name, tensor in state.items()}
+    except Exception as error:  # both libraries raise many kinds
+        kind = type(error).__name__
+        raise UserError(f"{path} cannot be read as weights ({kind}): {advice}.") from None
+
+
 def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Raise a `UserError` unless these are weights for a model whose own are `expected`: the same
     names and shapes, numbers of the same kind, all finite. `place` begins the message."""

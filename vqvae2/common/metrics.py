@@ -256,7 +256,8 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
         down = bottom - (bottom - top) * ((y.clip(low, high) - low) / (high - low))
         pixels = np.stack([across, down], axis=1).ravel().tolist()  # x, y, x, y, ...
         draw.line(pixels, fill=colour, width=2, joint="curve")
-        draw.circle(pixels[-2:], 2, fill=colour)  # also the only one
+        for end in range(2, len(pixels) + 1, 2) if len(points) < 20 else [len(pixels)]:
+            draw.circle(pixels[end - 2 : end], 2, fill=colour)
         draw.text((left + 70 * i, 18), name, fill=colour, font=font)
 
     # The title and the ends of both axes.

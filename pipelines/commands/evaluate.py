@@ -1,0 +1,408 @@
+"""`vqvae2 evaluate`: how good it is, in figures, pictures and words; what to do next."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from pipelines.commands.sample import SETTINGS, write_samples
+from pipelines.config import EvaluateConfig
+from pipelines.evaluation import figures as measure
+from pipelines.evaluation import memorisation, report
+from pipelines.evaluation.classifier import Rows, accuracy_scores, made_classifier
+from pipelines.evaluation.features import Extractor, make_extractor
+from pipelines.evaluation.figures import FEWEST, MANY, Figures
+from pipelines.evaluation.sets import ImageSet, Seen, see, some
+from pipelines.model_index import part_hash
+from pipelines.pictures import sample_sheet
+from pipelines.pipeline import VQVAE2Pipeline
+from prior.sampling import Known
+from vqvae2.codebook_stats import level_name
+from vqvae2.common.accelerate import on_main_process, processes
+from vqvae2.common.config import to_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.lock import writes_output
+from vqvae2.common.pictures import MODES, to_pil
+from vqvae2.common.runs import RunRecord
+from vqvae2.common.threads import set_threads
+from vqvae2.config import ImagesConfig, PerceptualConfig, PreprocessingConfig
+from vqvae2.data import ImageDataset, ImageSplits, load_images, load_table, picture_size, to_images
+from vqvae2.data.decoding import read_picture_file
+from vqvae2.inspection import inspect, reconstruction_sheet
+from vqvae2.model import VQVAE2
+from vqvae2.perceptual import load_perceptual
+from vqvae2.training_record import are_its_images, read_training, with_recorded_split
+
+logger = logging.getLogger(__name__)
+MOST_INSPECTED = 1000  # held-out images that stage 1 is looked at with
+MOST_OF_SETTING = 1000  # samples of each setting that a sweep compares
+MOST_LEARNED = 5000  # images of each kind that a classifier learns from
+MOST_OF_LEVEL = 500  # samples that say which prior loses
+TEMPERATURES, TOP_PS, GUIDANCES = (0.8, 0.9, 1.0), (1.0, 0.95), (1.0, 1.5, 2.0)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Evaluate as the configuration says, or show evaluations side by side. Repeated, it makes only
+    what is missing."""
+    if config.compare:
+        print(report.compare([Path(folder) for folder in config.compare], config.output_dir))
+        return
+    for flag, value in (("--data.path", config.data.path), ("--output-dir", config.output_dir)):
+        if not value:
+            raise UserError(f"{flag} is missing: give it, or --compare with two evaluations.")
+    if not (config.pipeline or config.vqvae or config.samples):
+        raise UserError("nothing to evaluate: give --pipeline, --vqvae or --samples.")
+    _evaluate(config)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and beside what."""
+
+    folder: Path
+    splits: ImageSplits
+    extractor: Extractor
+    pipeline: VQVAE2Pipeline | None
+    vqvae: VQVAE2 | None
+
+    def see(self, images: ImageSet) -> Seen:
+        """What the extractor sees in a set; see `pipelines.evaluation.sets.see`."""
+        return see(images, self.extractor, _cache())
+
+    def sample(self, config: EvaluateConfig, name: str, number: int, **options: Any) -> ImageSet:
+        """Samples in a folder of this name, made where they are missing; of each class as many as
+        it has among the training images."""
+        assert self.pipeline is not None
+        settings = {key: getattr(config, key) for key in (*SETTINGS, "seed", "lanes", "bf16")}
+        names, train = self.splits.class_names, self.splits.train
+        numbers: list[int] = []
+        if self.same_classes and names:
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+            numbers = [train.label(i) or 0 for i in order.tolist()]
+        options = {"codes": name == "samples", "labels": numbers, **options}
+        numbers = options["labels"]
+        options["labels"] = [names[number] for number in numbers] or None
+        files = write_samples(self.pipeline, self.folder / name, number, **settings | options)
+        return ImageSet.of_files(name, files, self.pipeline.vqvae.config.image, numbers)
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether the priors' classes are those of the images."""
+        return self.pipeline is not None and self.pipeline.class_names == self.splits.class_names
+
+
+@writes_output
+def _evaluate(config: EvaluateConfig) -> None:
+    # What is evaluated, the real images, and who sees them.
+    set_threads(config.num_threads)
+    state, folder = processes(), Path(config.output_dir)
+    pipeline, vqvae = _load(config)
+    settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
+    name = config.pipeline or config.vqvae or ""
+    training = read_training(name or os.devnull)
+    if pipeline is not None:
+        training = pipeline.trainings.get("vqvae", {})
+    data = with_recorded_split(config.data, training)
+    splits = load_images(data, settings, show_progress=state.is_main_process)
+    facts = {"image_names_hash": splits.facts()["image_names_hash"]}
+    if vqvae is not None:
+        facts["vqvae_hash"] = part_hash(vqvae)
+    if pipeline is not None:
+        pipeline.warn_of_noise()
+        facts |= pipeline.content_hashes()
+    run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
+    run.check(folder)
+    _check_number(splits)
+    samples = _given_samples(config, settings, splits)
+    are_its_images(name, training, facts, data.path)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.write(folder)
+    train = ImageSet.of_dataset("training images", splits.train)
+    extractor = _extractor(config, train, splits.class_names)
+    subject = Subject(folder, splits, extractor, pipeline, vqvae)
+
+    # Samples, what is seen in all sets, and what that says.
+    if samples is None and pipeline is not None:
+        samples = subject.sample(config, "samples", config.num_samples)
+    found, sets = _compare_sets(subject, samples)
+    found |= {"data": Path(data.path).name, **facts, "image": to_dict(settings)}
+    found["extractor"] = report.describe(extractor)
+    if samples is not None and pipeline is not None and config.samples is None:
+        found["levels"] = _compare_levels(subject, config, sets)
+        found["sweep"] = _sweep(subject, config, sets["reference"]) if config.sweep else []
+    text = on_main_process(state, partial(_finish, subject, config, found, sets))
+    if state.is_main_process:
+        print(text)
+
+
+def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict[str, Any]) -> str:
+    """What one process does alone, and the report; its text."""
+    pictures: dict[str, Image] = {}
+    names, samples = subject.splits.class_names, sets["samples"]
+    if subject.vqvae is not None:
+        found["stage 1"], pictures["reconstructions"] = _stage_1(subject, config.lpips_file)
+    if samples is not None:
+        pictures["samples"] = _sheet(samples.images, names)
+        near = [sets[key] for key in ("train", "held_out", "held_out_made", "samples")]
+        found["memorised"], pairs = memorisation.memorised(subject.vqvae, *near)
+        pictures |= {f"closest in {space}": pair for space, pair in pairs.items()}
+        found["accuracy"] = _accuracy(sets, names)
+    if subject.pipeline is not None and config.samples is None and sets["held_out"]:
+        both, same = (sets["train"].images, sets["held_out"].images), subject.same_classes
+        found["prior gaps"] = memorisation.prior_gaps(subject.pipeline, *both, same_classes=same)
+    return report.write(subject.folder / "report", found, pictures)
+
+
+def quick_figures(
+    pipeline: VQVAE2Pipeline, splits: ImageSplits, samples: Sequence[Path]
+) -> Figures:
+    """For samples, as many reconstructions and real images, a few figures beside the held-out
+    images."""
+    train = ImageSet.of_dataset("training images", splits.train)
+    classifier, _ = made_classifier(
+        _cache(), Rows(train), train.labels, class_names=splits.class_names
+    )
+    extractor = make_extractor("classifier", classifier=classifier, device=processes().device)
+    real = see(ImageSet.of_dataset("held-out images", splits.validation), extractor, _cache())
+    other = train.some(len(samples))
+    sets = {
+        "samples": ImageSet.of_files("samples", samples, pipeline.vqvae.config.image, []),
+        "reconstructions": other.reconstructed(pipeline.vqvae),
+        "real images": other,
+    }
+    rows = {}
+    for name, images in sets.items():
+        found = measure.compare_briefly(real, see(images, extractor, _cache()))
+        rows[name] = {extractor.distance_name: found["distance"]}
+        rows[name] |= {key: found[key] for key in ("precision", "recall")}
+    return rows
+
+
+def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]:
+    pipeline, vqvae = None, None
+    if config.pipeline is not None:
+        pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline)
+    elif config.priors:
+        if config.vqvae is None:
+            raise UserError("--priors are given without --vqvae: give both.")
+        pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    elif config.vqvae is not None:
+        vqvae = VQVAE2.from_pretrained(config.vqvae).to(processes().device).eval()
+    if pipeline is not None:
+        vqvae = pipeline.to(processes().device).vqvae
+    return pipeline, vqvae
+
+
+def _extractor(config: EvaluateConfig, images: ImageSet, names: Sequence[str]) -> Extractor:
+    """The network that sees the images; a classifier is left in the folder, for sample --reject."""
+    classifier = None
+    if config.features == "classifier":
+        classifier, _ = made_classifier(_cache(), Rows(images), images.labels, class_names=names)
+        if processes().is_main_process:
+            classifier.save_pretrained(Path(config.output_dir) / "classifier")
+    where = {"classifier": classifier, "device": processes().device}
+    return make_extractor(config.features, config.weights_file, **where)
+
+
+def _cache() -> Path:
+    """What is kept of images, by their content, for all evaluations on this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "vqvae2" / "evaluation"
+
+
+def _image_folder(samples: str) -> Path:
+    """Where the images are: what `vqvae2 sample` wrote has them in images/."""
+    folder = Path(samples)
+    return folder / "images" if (folder / "images").is_dir() else folder
+
+
+def _prepared_as(samples: str | None) -> PreprocessingConfig:
+    """Preprocessing to the size and the channels of the first sample."""
+    assert samples is not None
+    table = load_table(ImagesConfig(path=str(_image_folder(samples))), PreprocessingConfig())
+    if not table.is_of_files:
+        raise UserError(f"{samples} is no folder of pictures: give one, or --vqvae beside it.")
+    picture = read_picture_file(str(table.files[0]))
+    width, height = picture_size(picture)
+    known = {mode: channels for channels, mode in MODES.items()}
+    return PreprocessingConfig(
+        size=(height, width), channels=known.get(getattr(picture, "mode", "RGB"), 3)
+    )
+
+
+def _check_number(splits: ImageSplits) -> None:
+    number = len(splits.train)
+    if number < 2 * FEWEST:
+        what = f"{splits.train.source.name} has {number} training images"
+        raise UserError(f"{what}, too few to compare with: give at least {2 * FEWEST}.")
+    if len(splits.validation) < FEWEST:
+        text = "%d images are held out, too few to compare with: only the training images are used."
+        logger.warning(text, len(splits.validation))
+
+
+def _given_samples(
+    config: EvaluateConfig, settings: PreprocessingConfig, splits: ImageSplits
+) -> ImageSet | None:
+    """Images of another model, if they are given."""
+    if config.samples is None:
+        return None
+    table = load_table(ImagesConfig(path=str(_image_folder(config.samples))), settings)
+    table = table.with_classes_of(splits.train.source)
+    images = ImageDataset(table, range(len(table)), settings)
+    images.check(show_progress=processes().is_main_process)
+    if len(images) < FEWEST:
+        what = f"{config.samples} has {len(images)} images"
+        raise UserError(f"{what}, too few to judge: give at least {FEWEST}.")
+    return ImageSet.of_dataset("samples", images)
+
+
+def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, dict[str, Any]]:
+    """Figures of samples, reconstructions and other real images against held-out and training ones;
+    and what was seen, by name."""
+    # Real images that no reference has, as many as there are samples, and what becomes of them.
+    vqvae, held_out = subject.vqvae, subject.splits.validation
+    train = subject.see(ImageSet.of_dataset("training images", subject.splits.train))
+    half = len(train.rows) // 2
+    number = min(samples.number, half) if samples else half
+    order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
+    real, rest = train.choose(order[:number]), train.choose(order[number:])
+    sets: dict[str, Any] = {"train": train, "real": real, "rest": rest}
+    sets["samples"] = subject.see(samples) if samples else None
+    sets["made"] = subject.see(real.images.reconstructed(vqvae)) if vqvae else None
+    sets["held_out"] = sets["held_out_made"] = None
+    if len(held_out) >= FEWEST:
+        images = ImageSet.of_dataset("held-out images", held_out)
+        sets["held_out"] = subject.see(images)
+        sets["held_out_made"] = subject.see(images.reconstructed(vqvae)) if vqvae else None
+    decides = len(held_out) >= MANY
+    sets["reference"] = sets["held_out" if decides else "rest"]
+    if not processes().is_main_process:
+        return {}, sets
+
+    # Other real images are the best that can be, reconstructions the best that samples can be.
+    rows = {"samples": sets["samples"], "reconstructions": sets["made"], "real": sets["real"]}
+    rows = {name: seen for name, seen in rows.items() if seen is not None}
+    references = {"held-out images": sets["held_out"], "training images": sets["rest"]}
+    found: Figures = {"against": {}, "decides": list(references)[not decides]}
+    for title, beside in references.items():
+        if beside is not None:
+            compared = {name: measure.compare(beside, seen) for name, seen in rows.items()}
+            found["against"][title] = compared
+    if sets["held_out_made"]:
+        compared = {"held out": measure.compare_briefly(sets["held_out"], sets["held_out_made"])}
+        found["reconstructions"] = compared
+
+    # By class, and what a classifier would reject.
+    names = subject.splits.class_names
+    found["classes"] = measure.by_class(sets["rest"], rows, names)
+    seen, known = sets["samples"], getattr(subject.extractor.network, "config", None)
+    if seen and seen.labels is not None and getattr(known, "class_names", ()) == names:
+        found["rejection"] = measure.rejection(sets["reference"], seen)
+    return found, sets
+
+
+def _accuracy(sets: Mapping[str, Any], names: Sequence[str]) -> Figures:
+    """Classification accuracy scores, where there are classes and enough held-out images."""
+    kinds = {"real": "real", "made": "reconstructions", "samples": "samples", "held_out": "test"}
+    pixels: dict[str, Any] = {}
+    for key, name in kinds.items():
+        if sets[key] and sets[key].labels is not None and len(sets[key].labels.unique()) > 1:
+            images = sets[key].images.some(MOST_LEARNED)
+            pixels[name] = images.pixels(range(images.number)), images.labels
+    test = pixels.pop("test", None)
+    if test is None or "samples" not in pixels:
+        return {}
+    scores = accuracy_scores(pixels, test, class_names=names, device=processes().device)
+    return {n: {"top 1": s.top_1, "top 5": s.top_5, **s.per_class} for n, s in scores.items()}
+
+
+def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, Any]) -> Figures:
+    """Figures of images whose codes are real down to a level, and sampled below: which prior loses
+    what. Nothing without two levels."""
+    pipeline, vqvae = subject.pipeline, subject.vqvae
+    if pipeline is None or vqvae is None or len(pipeline.priors) < 2:
+        return {}
+
+    # Real codes of the coarser levels, with their labels, as far as the priors know them.
+    other: ImageSet = sets["real"].images
+    number = min(MOST_OF_LEVEL, sets["samples"].images.number, other.number)
+    codes = memorisation.codes_of(vqvae, other.choose(range(number)))
+    if pipeline.class_names and not (subject.same_classes and other.labels):
+        return {}
+    labels = list(other.labels or [])[:number]
+    known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
+    found, size = {}, len(pipeline.priors)
+    rows = {"all levels sampled": sets["samples"].first(number)}
+    for level in range(1, size):
+        given = [*known[:level], *[None] * (size - level)]
+        name = f"{level_name(level - 1, size)} real, sampled below"
+        folder = f"levels/{level}"
+        made = subject.sample(config, folder, number, known=given, labels=labels)
+        rows[name] = subject.see(made)
+    rows["all levels real"] = sets["made"].first(number)
+    if processes().is_main_process:
+        found = {n: measure.compare_briefly(sets["reference"], s) for n, s in rows.items()}
+    return found
+
+
+def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Figures]:
+    """Figures of each combination of settings."""
+    assert subject.pipeline is not None
+    guidances = GUIDANCES if subject.pipeline.can_hide_labels else (1.0,)
+    rows = []
+    number = min(config.num_samples, MOST_OF_SETTING)
+    for guidance, top_p, temperature in product(guidances, TOP_PS, TEMPERATURES):
+        settings = {"temperature": temperature, "top_p": top_p, "guidance_scale": guidance}
+        name = f"sweep/temperature_{temperature}_top_p_{top_p}_guidance_{guidance}"
+        seen = subject.see(subject.sample(config, name, number, **settings))
+        if processes().is_main_process:
+            rows.append({**settings, **measure.compare_briefly(reference, seen)})
+    return rows
+
+
+def _stage_1(subject: Subject, lpips_file: str | None) -> tuple[Figures, Image]:
+    """What stage 1 does to held-out images (or training ones, if few are held out)."""
+    vqvae, held_out, device = subject.vqvae, subject.splits.validation, processes().device
+    assert vqvae is not None
+    images = held_out if len(held_out) >= FEWEST else subject.splits.train
+    rows = [images.indices[i] for i in some(len(images), MOST_INSPECTED)]
+    chosen = ImageDataset(images.source, rows, images.config)
+    lpips = None
+    if lpips_file is not None:
+        distance = load_perceptual(PerceptualConfig(weights_file=lpips_file)).to(device)
+        lpips = _lpips(distance, vqvae, chosen)
+    found = measure.stage_1(vqvae, inspect(vqvae, chosen, device), lpips)
+    return found, reconstruction_sheet(vqvae, chosen, device, num_images=16)
+
+
+@torch.no_grad()
+def _lpips(distance: Any, vqvae: VQVAE2, images: ImageDataset) -> float:
+    if not distance.num_weights:
+        raise UserError("--lpips-file has a VGG, but no lin0 to lin4: add LPIPS's own weights.")
+    total = 0.0
+    for first in range(0, len(images), 16):
+        rows = range(first, min(first + 16, len(images)))
+        originals = to_images(images.__getitems__(rows)["images"].to(processes().device))
+        made = vqvae(originals).reconstruction.clamp(-1, 1)
+        total += distance(made, originals).item() * len(rows)
+    return total / len(images)
+
+
+def _sheet(samples: ImageSet, class_names: Sequence[str]) -> Image:
+    """Some samples: eight of each class, or any."""
+    rows, names = list(range(min(64, samples.number))), []
+    if samples.labels is not None and class_names:
+        of_class: list[list[int]] = [[] for _ in class_names]
+        for i, label in enumerate(samples.labels):
+            of_class[label].append(i)
+        rows = [i for members in of_class for i in members[:8] if len(members) >= 8] or rows
+        names = [class_names[samples.labels[i]] for i in rows]
+    return sample_sheet(to_pil(to_images(samples.pixels(rows))), names)

@@ -1,0 +1,402 @@
+"""The report of an evaluation: what the figures mean, in words; tables, pictures and plots."""
+
+import html
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from pipelines.evaluation.figures import Figures
+from pipelines.pictures import embedded
+from vqvae2.codebook_stats import level_name
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json, write_json, write_text
+from vqvae2.common.metrics import Points, draw_panel, quality
+from vqvae2.common.pictures import sheet
+
+Row = Mapping[str, Any]  # column -> a text, a number, value and error, or value and interval
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font-family:sans-serif;margin:2rem auto;max-width:72rem;line-height:1.4}}
+img{{max-width:100%}} table{{border-collapse:collapse}} div{{overflow-x:auto}}
+td,th{{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}}
+td:first-child,th:first-child{{text-align:left}} small{{color:#555}} li{{margin:.4rem 0}}</style>
+<h1>{title}</h1>
+{body}</html>
+"""
+MEANINGS = {
+    "distance": "how far the images as a set are from the real ones, 0 at best; it falls with the "
+    "number of images, so compare it only at equal counts",
+    "distance at infinity": "an estimate, with its standard error, of what it would be for "
+    "infinitely many images",
+    "kernel distance": "another distance, with its standard error, that does not depend on the "
+    "count; around 0 at best",
+    "precision": "the share of images that look like real ones: low means that many are wrong",
+    "recall": "the share of real images that look like one of these: low means little variety",
+    "density, coverage": "the same two questions, less moved by a few odd images",
+    "score": "higher when images are clearly of one class and of many classes",
+    "in brackets": "95 % intervals",
+}
+MAIN = ("distance", "kernel distance", "precision", "recall", "density", "coverage", "score")
+TITLES = {
+    "reconstructions": "Reconstructions beside their own originals",
+    "levels": "Which level loses",
+    "memorised": "Learned by heart?",
+    "prior gaps": "Bits per code of the priors",
+    "accuracy": "Classification accuracy score",
+}
+INTRODUCTIONS = {
+    "reconstructions": "What papers call rFID: what is left of the very images.",
+    "levels": "Real codes down to a level, and sampled ones below it, beside real ones.",
+    "memorised": "Share of samples that are as close to a training image as only the closest 5 % "
+    "of held-out images are (closer), beside the share of held-out images that are (expected).",
+    "prior gaps": "A prior that knows training images much better has learned them by heart.",
+    "accuracy": "Accuracy on held-out images of a classifier that was trained on each.",
+    "sweep": "Each combination of settings, with equally many samples.",
+    "rejection": "Of more and more candidates, those that the classifier finds likeliest to be of "
+    "their class (vqvae2 sample --reject), always equally many. The classifier judges itself here, "
+    "so look at what happens to recall.",
+}
+
+
+def describe(extractor: Any) -> dict[str, Any]:
+    """What must be equal where distances are compared."""
+    names = ("name", "version", "weights_hash", "distance_name", "kernel_distance_name")
+    return {name: getattr(extractor, name) for name in names}
+
+
+# What it means
+
+
+def summary(found: Figures) -> list[str]:
+    """Sentences for a person who knows no metric: how good, where it is lost, what to do next."""
+    lines = [
+        *_of_stage_1(found),
+        *_of_samples(found),
+        *_of_accuracy(found),
+        *_of_memory(found),
+        *_of_settings(found),
+    ]
+    if found["decides"] != "held-out images":
+        lines.append(
+            "Fewer than 500 images are held out, so these distances are to training images, by "
+            "which a model that has learned them by heart looks good: hold out more for a stricter "
+            "judgement."
+        )
+    return lines
+
+
+def _reference(found: Figures) -> Mapping[str, Figures]:
+    """The figures that matter: against held-out images, if there are many."""
+    return found["against"][found["decides"]]
+
+
+def _of_stage_1(found: Figures) -> list[str]:
+    if "stage 1" not in found:
+        return []
+    mse = found["stage 1"]["Reconstruction"]["all levels"]["MSE"]
+    wrong = [text for text in found["stage 1"]["verdicts"] if not text.endswith("in use.")]
+    wrong = [text for text in wrong if "is needed" not in text]
+    return [f"The autoencoder's reconstructions of held-out images: {quality(mse)}.", *wrong]
+
+
+def _of_samples(found: Figures) -> list[str]:
+    """How far samples are, who is to blame, and whether quality or variety is missing."""
+    # The distances.
+    rows, name = _reference(found), found["extractor"]["distance_name"]
+    distances = {key: figures["distance"] for key, figures in rows.items()}
+    real, made = distances["real"], distances.get("reconstructions")
+    if "samples" not in rows:
+        said = f"{name} of reconstructions is {made:.3g}; as many other real images have {real:.3g}"
+        return [f"{said}, which is the best that can be."]
+    beside = f"as many other real images have {real:.3g}, the best that can be"
+    if made is not None:
+        beside = f"reconstructions of real images have {made:.3g}, the best that priors can reach "
+        beside += f"with this autoencoder, and real images {real:.3g}"
+    lines = [f"{name} of the samples is {distances['samples']:.3g} (0 is perfect); {beside}."]
+
+    # Who loses most.
+    gaps, worst = found.get("prior gaps", {}), _worst_level(found)
+    if made is not None:
+        by_priors, by_autoencoder = distances["samples"] - made, max(made - real, 0.0)
+        if distances["samples"] < 1.2 * real:
+            lines.append("They can hardly be told from real images by this measure.")
+        elif by_priors > by_autoencoder:
+            blame = f"The priors lose most, the {worst} one of them" if worst else "The prior loses"
+            help_ = "train it longer, or make it larger"
+            if _over_fitted(gaps.get(worst or "codebook", {})):
+                help_ = "longer training would not help, as it has over-fitted (see below)"
+            lines.append(f"{blame}: {help_}.")
+        else:
+            lines.append(
+                "The autoencoder loses most: train it longer, or give it more codes (larger "
+                "model.codebook_sizes, or finer grids by smaller model.strides)."
+            )
+
+    # Quality or variety.
+    best = rows.get("reconstructions", rows["real"])
+    shares = {key: rows["samples"][key][0] for key in ("precision", "recall")}
+    ratios = {key: shares[key] / max(best[key][0], 1e-9) for key in shares}
+    kind = "reconstructions" if "reconstructions" in rows else "other real images"
+    sentence = f"{shares['precision']:.0%} of the samples look like real images (of {kind} "
+    sentence += f"{best['precision'][0]:.0%}), and {shares['recall']:.0%} of the real images look "
+    sentence += f"like samples (like {kind} {best['recall'][0]:.0%})"
+    if min(ratios.values()) > 0.9:
+        verdict = "quality and variety are about as good as can be."
+    elif ratios["precision"] < ratios["recall"] - 0.1:
+        verdict = "too many are wrong. A lower --temperature, or a --guidance-scale above 1, may "
+        verdict += "help; --sweep tries them."
+    elif ratios["recall"] < ratios["precision"] - 0.1:
+        verdict = "variety is missing. Temperatures and guidance scales near 1 have most of it; "
+        verdict += "--sweep tries them."
+    else:
+        verdict = "quality and variety are missing alike."
+    lines.append(f"{sentence}: {verdict}")
+
+    # The worst class.
+    classes = {key: each["samples"]["coverage"] for key, each in found.get("classes", {}).items()}
+    if len(classes) > 1:
+        worst = min(classes, key=lambda key: classes[key])
+        lines.append(
+            f"The class with the least variety is {worst}: {classes[worst]:.0%} of its real images "
+            f"have a sample near them (of the best class {max(classes.values()):.0%})."
+        )
+    return lines
+
+
+def _worst_level(found: Figures) -> str:
+    """The level whose prior adds most to the distance, if there are several."""
+    distances = {key: row["distance"] for key, row in found.get("levels", {}).items()}
+    if not distances:
+        return ""
+    losses = [before - after for before, after in pairwise(distances.values())]
+    return level_name(max(range(len(losses)), key=lambda level: losses[level]), len(losses))
+
+
+def _of_accuracy(found: Figures) -> list[str]:
+    scores = {name: row["top 1"] for name, row in found.get("accuracy", {}).items()}
+    if not scores:
+        return []
+    others = [f"of {name} {value:.0%}" for name, value in scores.items() if name != "samples"]
+    return [
+        f"A classifier that has learned from samples alone recognizes {scores['samples']:.0%} of "
+        f"held-out images; from as many {', '.join(others).replace('of ', '')}."
+    ]
+
+
+def _of_memory(found: Figures) -> list[str]:
+    lines = []
+    spaces = found.get("memorised", {})
+    judged = {name: each for name, each in spaces.items() if "memorised" in each}
+    guilty = [name for name, each in judged.items() if each["memorised"]]
+    if guilty:
+        worst = judged[max(guilty, key=lambda name: judged[name]["closer"])]
+        lines.append(
+            f"Learned by heart: {worst['closer']:.0%} of the samples are as close to a training "
+            f"image as only {worst['expected']:.0%} of held-out images are (by "
+            f"{', '.join(guilty)}): look at the closest pairs below; more images, more dropout or "
+            "fewer steps help."
+        )
+    elif judged:
+        lines.append("Samples are no closer to training images than held-out images are.")
+    for name, each in found.get("prior gaps", {}).items():
+        if _over_fitted(each):
+            lines.append(
+                f"The prior of the {name} codes needs {each['training']:.2f} bits for a code of a "
+                f"training image, and {each['held out']:.2f} for others: it has over-fitted; more "
+                "images, random changes of them, or more dropout would help."
+            )
+    return lines
+
+
+def _over_fitted(gap: Mapping[str, float]) -> bool:
+    return bool(gap) and gap["gap"] > 0.1 * gap["training"]
+
+
+def _of_settings(found: Figures) -> list[str]:
+    rows = found.get("sweep", [])
+    if not rows:
+        return []
+    best = min(rows, key=lambda row: row["distance"])
+    usual = next(row for row in rows if _flags(row) == "")
+    if best is usual:
+        return [f"Of {len(rows)} settings, the usual ones are the best."]
+    return [
+        f"Of {len(rows)} settings the best have {best['distance']:.3g}, the usual ones "
+        f"{usual['distance']:.3g} (of {best['count']} samples): sample with {_flags(best)}."
+    ]
+
+
+def _flags(row: Row) -> str:
+    """A row's settings as flags of `vqvae2 sample`, if they are not 1."""
+    words = []
+    for key in ("temperature", "top_p", "guidance_scale"):
+        if row[key] != 1:
+            words += [f"--{key.replace('_', '-')}", str(row[key])]
+    return shlex.join(words)
+
+
+# The page
+
+
+def write(folder: Path, found: Figures, pictures: Mapping[str, Image]) -> str:
+    """Write figures.json and index.html; returns the summary and the main table as text."""
+    lines = summary(found)
+    write_json(folder / "figures.json", {"summary": lines, **found})
+    extractor = found["extractor"]
+    seen = f"{extractor['name']} {extractor['version']}, weights {extractor['weights_hash'][:12]}"
+    body = ["<ul>", *(f"<li>{html.escape(line)}" for line in lines), "</ul>"]
+
+    # Samples beside what they are to be like.
+    for title, rows in found["against"].items():
+        body += [f"<h2>Against {title}</h2>", _table(_named(rows, extractor))]
+    meanings = "; ".join(f"<b>{name}</b>: {text}" for name, text in MEANINGS.items())
+    body.append(f"<p><small>Seen by {html.escape(seen)}. {meanings}.</small></p>")
+    captions = {"samples": "Samples", "reconstructions": "Reconstructions"}
+    for name, picture in pictures.items():
+        caption = captions.get(name, f"The samples {name} to a training image")
+        body.append(embedded(caption.replace("closest in", "closest by"), picture))
+
+    # The other tables.
+    for key, title in TITLES.items():
+        if found.get(key):
+            body += [f"<h2>{title}</h2><p>{INTRODUCTIONS[key]}</p>", _table(found[key])]
+    for title, rows in found.get("stage 1", {}).items():
+        if isinstance(rows, dict):
+            body += [f"<h2>{html.escape(title)}</h2>", _table(rows)]
+    for key, title in (("sweep", "Settings"), ("rejection", "Rejection by the classifier")):
+        if rows := found.get(key):
+            named = {str(number): row for number, row in enumerate(rows, 1)}
+            body += [f"<h2>{title}</h2><p>{INTRODUCTIONS[key]}</p>", _table(named)]
+            body.append(embedded("Quality and diversity", _plot(rows)))
+    if classes := found.get("classes"):
+        flat = {f"{c}: {name}": row for c, each in classes.items() for name, row in each.items()}
+        body += ["<h2>By class</h2>", _table(flat)]
+    title = html.escape(f"Evaluation: {found['data']}")
+    write_text(folder / "index.html", PAGE.format(title=title, body="\n".join(body)))
+    table = _main(_reference(found), extractor)
+    return "\n".join([*lines, "", table, "", f"{folder / 'index.html'} shows all of it."])
+
+
+def _named(rows: Mapping[str, Row], extractor: Row) -> dict[str, Row]:
+    """The same with the distances under their own names: FID, or FD (extractor), ..."""
+    new = {"distance": extractor["distance_name"]}
+    new["kernel distance"] = extractor["kernel_distance_name"]
+    named: dict[str, Row] = {}
+    for key, row in rows.items():
+        named[key] = {new.get(c, c): value for c, value in row.items()}
+    return named
+
+
+def _main(rows: Mapping[str, Row], extractor: Row) -> str:
+    """The columns that matter, as text."""
+    short: dict[str, Row] = {}
+    for key, row in rows.items():
+        short[key] = {c: row[c] for c in ("of", "count", *MAIN) if c in row}
+    return as_text(_named(short, extractor))
+
+
+def _text(value: Any) -> str:
+    """A cell: a number, value and error, or value and interval."""
+    if isinstance(value, list) and len(value) == 3:
+        return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
+    if isinstance(value, list):
+        return f"{value[0]:.4g} ± {value[1]:.2g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _columns(rows: Mapping[str, Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
+
+
+def _table(rows: Mapping[str, Row]) -> str:
+    columns = _columns(rows)
+    lines = ["<div><table><tr><th>", *(f"<th>{html.escape(name)}" for name in columns)]
+    for name, row in rows.items():
+        cells = "".join(f"<td>{html.escape(_text(row.get(c, '')))}" for c in columns)
+        lines.append(f"<tr><td>{html.escape(name)}{cells}")
+    return "\n".join([*lines, "</table></div>"])
+
+
+def as_text(rows: Mapping[str, Row]) -> str:
+    """A table for a terminal."""
+    columns = _columns(rows)
+    table = [["", *columns]]
+    for name, row in rows.items():
+        table.append([name, *(_text(row.get(c, "")) for c in columns)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for cells in table:
+        texts = [f"{cells[0]:{widths[0]}}"]
+        texts += [f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        lines.append("  ".join(texts).rstrip())
+    return "\n".join(lines)
+
+
+def _plot(rows: Sequence[Row]) -> Image:
+    """Precision against recall, and the distance against recall: a row of both per top-p."""
+    panels: list[list[Image]] = []
+    for top_p in dict.fromkeys(row.get("top_p") for row in rows):
+        panels.append([])
+        for column in ("precision", "distance"):
+            curves: dict[str, Points] = {}
+            for row in rows:
+                if row.get("top_p") == top_p:
+                    name = f"guidance {row['guidance_scale']}" if "top_p" in row else "kept"
+                    curves[name] = [*curves.get(name, ()), (row["recall"], row[column])]
+            title = f"{column}, top-p {top_p}" if top_p else column
+            panels[-1].append(draw_panel(title, curves, x_name="recall"))
+    return sheet(panels)
+
+
+# Several evaluations
+
+
+def compare(folders: Sequence[Path], output_dir: str) -> str:
+    """Evaluations side by side, as text, and as a page if a folder is given.
+
+    Raises:
+        UserError: no evaluation, or evaluations by other extractors or of other images.
+    """
+    # They must have been seen by the same eyes.
+    found: dict[str, Figures] = {}
+    for folder in folders:
+        found[folder.name if folder.name not in found else str(folder)] = read_json(
+            folder / "report" / "figures.json"
+        )
+    (first, one), *others = found.items()
+    kinds = {
+        "extractor": "seen by another network",
+        "image_names_hash": "made beside other images",
+        "image": "made beside images that were prepared in another way",
+    }
+    for name, other in others:
+        for key, what in kinds.items():
+            if one.get(key) != other.get(key):
+                advice = "evaluate both with the same images and --features"
+                raise UserError(
+                    f"the figures of {name} were {what} than those of {first}: {advice}."
+                )
+
+    # What each says.
+    rows: dict[str, Row] = {}
+    for name, each in found.items():
+        against = _reference(each)
+        kind = "samples" if "samples" in against else "reconstructions"
+        rows[name] = {"of": kind, **against[kind]}
+    best = min(rows, key=lambda name: rows[name]["distance"])
+    lines = [f"The lowest {one['extractor']['distance_name']} has {best}."]
+    if len({row["count"] for row in rows.values()}) > 1:
+        lines.append("The counts differ, so compare the distances at infinity.")
+    if output_dir:
+        body = ["<p>", *lines, "</p>", _table(_named(rows, one["extractor"]))]
+        for name, each in found.items():
+            texts = "".join(f"<li>{html.escape(line)}" for line in each["summary"])
+            body.append(f"<h2>{html.escape(name)}</h2><ul>{texts}</ul>")
+        page = PAGE.format(title="Evaluations", body="\n".join(body))
+        write_text(Path(output_dir) / "index.html", page)
+    return "\n".join([*lines, "", _main(rows, one["extractor"])])

@@ -1,0 +1,265 @@
+"""`vqvae2 evaluate` compares what it says it compares, and its words follow from its figures."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.commands import evaluate
+from pipelines.evaluation import classifier, memorisation, report
+from pipelines.evaluation.figures import rejection
+from pipelines.evaluation.memorisation import closeness, hamming
+from pipelines.evaluation.metrics import Moments
+from pipelines.evaluation.sets import ImageSet, Seen, see
+from tests.conftest import ROOT, command, two_processes, write_images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What evaluations keep of images stays away from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def flags(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The tiny pipeline, and enough images to be held out."""
+    held_out = write_images(tmp_path_factory.mktemp("held_out"), 30)
+    data = ("--data.path", photos, "--data.validation-path", held_out)
+    return ["--pipeline", run / "pipeline", *data, "--num-samples", 24]
+
+
+@pytest.fixture(scope="module")
+def evaluated(flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline's evaluation, with few settings and hasty classifiers."""
+    folder = tmp_path_factory.mktemp("evaluated") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TEMPERATURES", (0.5, 1.0))
+        patch.setattr(evaluate, "TOP_PS", (1.0,))
+        patch.setattr(evaluate, "GUIDANCES", (1.0,))
+        patch.setattr(classifier, "FEWEST_STEPS", 10)
+        patch.setattr(classifier, "CELLS", 0)
+        command("evaluate", *flags, "--sweep", "--output-dir", folder)
+    return folder
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report" / "figures.json").read_text())
+
+
+def test_the_report_stands_alone_and_says_what_to_do(evaluated: Path) -> None:
+    found, page = figures_of(evaluated), (evaluated / "report" / "index.html").read_text()
+    rows = found["against"]["training images"]
+    assert [row["count"] for row in rows.values()] == [24, 24, 24]
+    assert rows["real"]["distance"] < rows["samples"]["distance"]
+    assert found["against"]["held-out images"]["samples"]["reference count"] == 30
+    for key in ("levels", "memorised", "stage 1", "prior gaps", "accuracy", "reconstructions"):
+        assert found[key], key
+    assert len(found["sweep"]) == 2
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") == 5 + bool(found.get("rejection"))
+    text = " ".join(found["summary"])
+    for words in ("FD (classifier) of the samples is", "lose", "look like real", "Of 2 settings"):
+        assert words in text
+    assert "FID" not in text
+
+
+def test_it_continues_and_two_processes_find_the_same(
+    evaluated: Path, flags: list[object], tmp_path: Path
+) -> None:
+    """Samples that are there are not made again, and a missing one is; figures are equal."""
+    again = tmp_path / "again"
+    shutil.copytree(evaluated, again)
+    lost, kept = (again / "samples" / "images" / f"{i:06d}.png" for i in (3, 20))
+    before, times = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    two_processes(ROOT / "tests" / "worker_evaluate.py", *flags, "--output-dir", again)
+    assert lost.read_bytes() == before
+    assert kept.stat().st_mtime_ns == times
+    one, two = figures_of(evaluated), figures_of(again)
+    assert one["against"] == two["against"]
+    assert one["levels"] == two["levels"]
+
+
+def test_evaluations_are_compared_if_the_same_eyes_saw_them(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    better = tmp_path / "better"
+    found = figures_of(evaluated)
+    found["against"]["training images"]["samples"]["distance"] = 0.5
+    write = (better / "report" / "figures.json").write_text
+    (better / "report").mkdir(parents=True)
+    write(json.dumps(found))
+    page = tmp_path / "page"
+    command("evaluate", "--compare", evaluated, better, "--output-dir", page)
+    assert "The lowest FD (classifier) has better." in capsys.readouterr().out
+    assert "better" in (page / "index.html").read_text()
+    found["extractor"]["name"] = "inception"
+    write(json.dumps(found))
+    command("evaluate", "--compare", evaluated, better, code=2)
+    assert "evaluate both with the same images and --features" in capsys.readouterr().err
+
+
+def test_images_of_another_model(
+    evaluated: Path, run: Path, flags: list[object], tmp_path: Path
+) -> None:
+    """The very samples, given as a folder, get the same figures."""
+    given = ("--vqvae", run / "vqvae", "--samples", evaluated / "samples", *flags[2:])
+    command("evaluate", *given, "--output-dir", tmp_path)
+    (one, other) = (figures_of(folder)["against"] for folder in (evaluated, tmp_path))
+    assert one["held-out images"] == other["held-out images"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--vqvae", "x"], "--data.path is missing"),
+        (["--data.path", "x", "--output-dir", "y"], "nothing to evaluate"),
+        (["--vqvae", "x", "--sweep"], "sweep is True, but must be used with --pipeline"),
+        (["--compare", "x", "y"], "does not exist"),
+        (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
+         "too few to judge"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated(
+    words: list[str],
+    sentence: str,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command("evaluate", *(w.format(photos=photos, out=tmp_path / "out") for w in words), code=2)
+    assert sentence in capsys.readouterr().err
+
+
+# Single parts
+
+
+class Eyes:
+    """An extractor that sees the mean of each quarter of an image."""
+
+    identity, looked = "eyes 1 0", 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.looked += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        return features.softmax(dim=1)
+
+
+def noise(number: int, seed: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (number, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSet(
+        "noise", number, lambda rows: pixels[list(rows)], [i % 2 for i in range(number)]
+    )
+
+
+def test_what_was_seen_is_not_looked_at_again(tmp_path: Path) -> None:
+    eyes, images = Eyes(), noise(30, 0)
+    first = see(images, eyes, tmp_path)  # type: ignore[arg-type]
+    again = see(images, eyes, tmp_path)  # type: ignore[arg-type]
+    assert eyes.looked == 30
+    assert torch.equal(first.features, again.features)
+    assert torch.equal(first.moments.mean, first.features.double().mean(dim=0))
+    assert len(see(noise(30, 1), eyes, tmp_path).rows) == 30  # type: ignore[arg-type]
+    assert eyes.looked == 60
+
+
+def test_copies_of_training_images_are_called_and_new_images_are_not(tmp_path: Path) -> None:
+    def look(images: ImageSet) -> Seen:
+        return see(images, Eyes(), tmp_path)  # type: ignore[arg-type]
+
+    train, held_out, new = look(noise(300, 0)), look(noise(100, 1)), look(noise(100, 2))
+    copies = look(train.images.choose(range(0, 200, 2)))
+    found, pairs = memorisation.memorised(None, train, held_out, None, copies)
+    assert all(figures["memorised"] for figures in found.values())
+    assert all(figures["median distance"] == 0 for figures in found.values())
+    assert pairs.keys() == {"features", "pixels"}
+    found, _ = memorisation.memorised(None, train, held_out, None, new)
+    assert not any(figures["memorised"] for figures in found.values())
+
+
+def test_codes_are_compared_by_the_share_that_differs() -> None:
+    codes = torch.randint(0, 512, (40, 4, 4), generator=torch.Generator().manual_seed(0))
+    changed = codes[[7, 3]].clone()
+    changed[0, 0, :2] += 1
+    distances, places = hamming(changed, codes)
+    assert distances[:, 0].tolist() == [2 / 16, 0]
+    assert places[:, 0].tolist() == [7, 3]
+    assert closeness(codes, None, changed, hamming)["median distance"] < 0.2
+
+
+def test_rejection_keeps_the_likeliest_of_each_class_and_always_as_many() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(600) % 2
+    good = torch.rand(600)
+    features = torch.randn(600, 3) * (2 - good[:, None])
+    own = torch.stack([good, 1 - good], dim=1)
+    seen = [features, torch.where(labels[:, None] == 0, own, own.flip(1)), labels]
+    images = noise(600, 0)
+    samples = Seen(images, Moments.of(features), range(600), *seen)
+    real = torch.randn(300, 3)
+    rows = rejection(Seen(images, Moments.of(real), range(300), real, None, None), samples)
+    assert [row["count"] for row in rows] == [120] * 5
+    assert rows[-1]["precision"] > rows[0]["precision"]
+
+
+FOUND: dict[str, Any] = {
+    "extractor": {"distance_name": "FD (x)"},
+    "decides": "held-out images",
+    "against": {
+        "held-out images": {
+            "samples": {"distance": 12.3, "precision": [0.7, 0, 1], "recall": [0.75, 0, 1]},
+            "reconstructions": {"distance": 4.5, "precision": [0.8, 0, 1], "recall": [0.8, 0, 1]},
+            "real": {"distance": 1.1, "precision": [0.9, 0, 1], "recall": [0.9, 0, 1]},
+        }
+    },
+    "levels": {
+        "all levels sampled": {"distance": 12.3},
+        "top real": {"distance": 11},
+        "all levels real": {"distance": 4.5},
+    },
+}
+
+
+def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return found["against"]["held-out images"][name]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda f: None, "The priors lose most, the bottom one of them: train it longer"),
+        (lambda f: f.update({"prior gaps": {"bottom": {"training": 3, "held out": 4, "gap": 1}}}),
+         "The priors lose most, the bottom one of them: longer training would not help"),
+        (lambda f: set_of(f, "reconstructions").update(distance=10),
+         "The autoencoder loses most: train it longer"),
+        (lambda f: set_of(f, "samples").update(distance=1.2), "can hardly be told from real"),
+        (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]), "too many are wrong"),
+        (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
+        (lambda f: f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
+         "expected": 0.05}}), "Learned by heart: 50% of the samples are as close"),
+        (lambda f: f.update(sweep=[
+            {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0, "distance": 12.3, "count": 9},
+            {"temperature": 0.9, "top_p": 1.0, "guidance_scale": 2.0, "distance": 10, "count": 9}]),
+         "sample with --temperature 0.9 --guidance-scale 2.0"),
+    ],
+)  # fmt: skip
+def test_the_summary_says_who_loses_and_what_to_do(
+    change: Callable[[dict[str, Any]], None], sentence: str
+) -> None:
+    found = copy.deepcopy(FOUND)
+    change(found)
+    lines = report.summary(found)
+    assert any(sentence in line for line in lines), lines
+    assert not re.search(r"\bnan\b|None", " ".join(lines))
