@@ -56,16 +56,10 @@ class Prior(Artifact, nn.Module, ABC):
 
     @abstractmethod
     def start(
-        self,
-        batch_size: int,
-        condition: Any,
-        labels: Any,
-        *,
-        dtype: torch.dtype = torch.float32,
-        rows: int = 0,
+        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> Any:
-        """What sampling keeps between positions; products are computed in `dtype`, mostly of so
-        many rows (`batch_size` if 0)."""
+        """What sampling keeps between positions; products are computed in `dtype`. A family with
+        windows is also given `window`, the number of their positions."""
 
     @abstractmethod
     def step(self, state: Any, position: Any, previous: Tensor) -> Tensor:
@@ -97,7 +91,7 @@ class Prior(Artifact, nn.Module, ABC):
         compiled: bool | None = None,
     ) -> Stepper:
         """`step` on a fresh state, for windows of `window` positions; see `sample`."""
-        options: Any = {"dtype": dtype, "rows": batch_size * window}
+        options: Any = {"dtype": dtype, **({"window": window} if self.has_windows else {})}
         start = partial(self.start, batch_size, condition, labels, **options)
         if self.is_compiled(compiled):
             return graphed_stepper(self, start, (batch_size, window, dtype))

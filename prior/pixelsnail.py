@@ -225,13 +225,7 @@ class PixelSNAIL(Prior):
         return Attention(heads, self.config.network.width // 2 // heads, 0) if heads else None
 
     def start(
-        self,
-        batch_size: int,
-        condition: Any,
-        labels: Any,
-        *,
-        dtype: torch.dtype = torch.float32,
-        rows: int = 0,
+        self, batch_size: int, condition: Any, labels: Any, *, dtype: torch.dtype = torch.float32
     ) -> SamplingState:
         """Run the condition network once, pack the weights, and take the buffers."""
         width, blocks = self.config.grids[-1][1], []

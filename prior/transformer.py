@@ -208,14 +208,14 @@ class TransformerPrior(Prior):
         labels: Any,
         *,
         dtype: torch.dtype = torch.float32,
-        rows: int = 0,
+        window: int = 1,
     ) -> SamplingState:
         """Run the condition network once, and pack the weights; see `Prior.start`."""
-        blocks = []
+        blocks, rows = [], batch_size * window
         for block in cast(Sequence[Block], self.blocks):
             cache = KVCache(self.config.num_positions, window=block.window, dtype=dtype)
-            blocks.append((cast(Block, pack_linears(block, rows or batch_size, dtype)), cache))
-        output = pack_linears(nn.Sequential(self.norm, self.head), rows or batch_size, dtype)
+            blocks.append((cast(Block, pack_linears(block, rows, dtype)), cache))
+        output = pack_linears(nn.Sequential(self.norm, self.head), rows, dtype)
         background = self.background(batch_size, condition, labels)
         return SamplingState(background, blocks, output)
 
