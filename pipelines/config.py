@@ -191,7 +191,7 @@ class SampleConfig(SampledPartsConfig):
     """How many images. A larger number continues a set."""
     labels: tuple[str, ...] = ()
     """Class names or numbers, or none for no label, taken in turn. By default all classes."""
-    compile: Literal["auto", "always", "never"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     """On CUDA, compile the priors' steps: slow to start, then ten times as fast. auto: on grids of
     at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
     parallel_positions: int = 0

@@ -254,7 +254,7 @@ def test_compiled_training_is_the_same_training(photos: Path, tmp_path: Path) ->
     options.append("--discriminator.start-step 2")
     eager = metrics(train(photos, tmp_path / "eager", *options))
     with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):  # no C++
-        compiled = metrics(train(photos, tmp_path / "compiled", *options, "--compile always"))
+        compiled = metrics(train(photos, tmp_path / "compiled", *options, "--compile True"))
     for one, other in zip(eager, compiled, strict=True):
         assert other == pytest.approx(one, rel=1e-3)
 

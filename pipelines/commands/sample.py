@@ -73,7 +73,7 @@ def sample(config: SampleConfig) -> None:
     # Sample; with a classifier, first the candidates among which it chooses.
     settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
     settings |= {"labels": labels, "known": known, "front": front}
-    settings |= {"compiled": {"auto": None, "always": True, "never": False}[config.compile]}
+    settings |= {"compiled": None if config.compile == "auto" else config.compile}
     settings |= {"parallel_positions": config.parallel_positions}
     if config.reject is not None:
         draw = partial(write_samples, pipeline, **{**settings, "npz": False})

@@ -26,15 +26,20 @@ class CompileTrial:
     killed takes every step the same way again: its last bits depend on it.
 
     Args:
-        choice: "always" or "never" compile, or "auto": try it.
+        choice: whether to compile, or "auto": try it.
         on_main: does what only one process does, and gives all what it gave.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, choice: str, folder: Path, on_main: OnMain
+        self,
+        model: nn.Module,
+        device: torch.device,
+        choice: bool | str,
+        folder: Path,
+        on_main: OnMain,
     ) -> None:
         self.model, self.device, self.path, self.on_main = model, device, folder / RECORD, on_main
-        self.is_open, self.compiled = choice == "auto", choice == "always"
+        self.is_open, self.compiled = choice == "auto", choice is True
         self.record: dict[str, Any] = {}  # "tried", "before" (seconds), and in the end "compiled"
         if self.compiled:
             model.compile()  # in place: names of weights stay as they are
@@ -73,7 +78,7 @@ class CompileTrial:
             record = {**self.record, "compiled": seconds < CLEARLY * before}
             took = f"{1e3 * seconds:.0f} ms a step compiled, {1e3 * before:.0f} before"
             way = "compiled" if record["compiled"] else "as it was"
-            logger.info("%s: it goes on %s (--compile always or never decides it).", took, way)
+            logger.info("%s: it goes on %s (--compile True or False decides it).", took, way)
         elif seconds * (num_steps - step) > LONG:
             logger.info("a long training: trying whether it is faster compiled, some minutes.")
             record = {"tried": True, "before": seconds}

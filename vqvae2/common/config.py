@@ -67,7 +67,7 @@ class TrainingConfig:
     """Clip gradients to this norm (a discriminator's separately); 0 turns clipping off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
-    compile: Literal["auto", "always", "never"] = may_change("auto")
+    compile: Literal["auto", True, False] = may_change("auto")
     """Compile the model (torch.compile), which takes a minute or two. auto: a training of more than
     20 minutes tries it on its first steps, and goes on so if it is faster."""
     num_threads: int = 0

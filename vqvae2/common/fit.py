@@ -102,7 +102,7 @@ def fit(
     # The averaged weights are a second model, copied before Accelerate wraps the first one.
     averages = config.weight_ema_decay > 0
     averaged = copy.deepcopy(model).to(accelerator.device).eval() if averages else None
-    choice = "never" if config.deterministic and config.compile == "auto" else config.compile
+    choice = False if config.deterministic and config.compile == "auto" else config.compile
     trial = CompileTrial(model, accelerator.device, choice, output_dir, main)
     groups = parameter_groups or [{"params": list(model.parameters())}]
     net, optimizer = accelerator.prepare(model, _make_optimizer(groups, config))
