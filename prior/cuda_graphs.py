@@ -7,7 +7,7 @@ with the copies of weights in it: what moved in the meantime is sampled from as 
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -130,19 +130,19 @@ def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:
     return features.narrow(dim, index, 1)
 
 
-class Fused:
-    """A function compiled at its first call; where that fails, as it is."""
+@cache
+def fused(function: Callable) -> Callable:
+    """A function that is compiled at its first call; where that fails, it is called as it is."""
+    compiled: list[Callable] = [torch.compile(function, dynamic=False)]
 
-    def __init__(self, function: Callable) -> None:
-        self.plain, self.compiled = function, torch.compile(function, dynamic=False)
-
-    def __call__(self, *inputs: Any) -> Any:
-        """What the function gives."""
+    def call(*inputs: Any) -> Any:
         try:
-            return self.compiled(*inputs)
+            return compiled[0](*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # every part of a compiler has its own
             logger.debug("not compiled: %s", error)
-            self.compiled = self.plain
-            return self.plain(*inputs)
+            compiled[0] = function
+            return function(*inputs)
+
+    return call

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prior.cuda_graphs import Fused
+from prior.cuda_graphs import fused
 from prior.noise import Noise
 from prior.sampling import Known, SamplingConfig, draw
 
@@ -49,33 +49,49 @@ class Guesses:
             self.given = known.mask.flatten(1)
             self.codes.copy_(torch.where(self.given, known.codes.flatten(1), 0))
         self.num_right = torch.zeros_like(self.codes[:, 0])  # (B,)
+        self.settle_window: Callable = settle
+
+    def compile(self) -> None:
+        """Draw by compiled code: on a GPU it would be hundreds of short kernels."""
+        self.settle_window = fused(settle)
 
     def window(self, width: int) -> tuple[Tensor, Tensor]:
         """The first position `(B,)` of each image's window, which begins where codes are not known
         to be right, and the guesses before its positions, `(B, W)`; K before position 0."""
         first = self.num_right.clamp(max=self.codes.shape[1] - width)
         before = F.pad(self.codes, (1, 0), value=self.noise.codebook_size)
-        return first, before.gather(1, first[:, None] + self._offsets(width))
-
-    def compile(self) -> None:
-        """Draw by compiled code: on a GPU it would be hundreds of short kernels."""
-        self.settle = Fused(self.settle)  # type: ignore[assignment,method-assign]
+        return first, before.gather(1, places_of(first, width))
 
     def settle(self, first: Tensor, logits: Tensor) -> None:
         """Draw the codes of the windows from their logits `(B, W, K)`; find out which are right."""
-        places = first[:, None] + self._offsets(logits.shape[1])
-        drawn = draw(logits, self.noise.at(places), self.sampling)
-        guessed = self.codes.gather(1, places)
-        settled = places < self.num_right[:, None]
-        if self.given is not None:
-            settled = settled | self.given.gather(1, places)
-        drawn = torch.where(settled, guessed, drawn)
-        in_a_row = (drawn == guessed)[:, :-1].long().cumprod(dim=1).sum(dim=1)
-        self.codes.scatter_(1, places, drawn)
-        self.num_right.copy_(first + 1 + in_a_row)
+        tensors = first, logits, self.codes, self.num_right, self.given
+        self.settle_window(*tensors, self.noise, self.sampling)
 
-    def _offsets(self, width: int) -> Tensor:
-        return torch.arange(width, device=self.codes.device)
+
+def settle(
+    first: Tensor,
+    logits: Tensor,
+    codes: Tensor,
+    num_right: Tensor,
+    given: Tensor | None,
+    noise: Noise,
+    sampling: SamplingConfig,
+) -> None:
+    """See `Guesses.settle`; `codes` `(B, T)` and `num_right` `(B,)` are brought up to date."""
+    places = places_of(first, logits.shape[1])
+    drawn, guessed = draw(logits, noise.at(places), sampling), codes.gather(1, places)
+    is_settled = places < num_right[:, None]
+    if given is not None:
+        is_settled = is_settled | given.gather(1, places)
+    drawn = torch.where(is_settled, guessed, drawn)
+    in_a_row = (drawn == guessed)[:, :-1].long().cumprod(dim=1).sum(dim=1)
+    codes.scatter_(1, places, drawn)
+    num_right.copy_(first + 1 + in_a_row)
+
+
+def places_of(first: Tensor, width: int) -> Tensor:
+    """The positions `(B, W)` of windows."""
+    return first[:, None] + torch.arange(width, device=first.device)
 
 
 def sample_codes(
