@@ -59,10 +59,7 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> Network
     widths = [in_channels, hidden // 2, *[hidden] * (halvings - 1)]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [
-            nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1),
-            nn.ReLU(inplace=True),
-        ]
+        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
     layers.append(nn.Conv2d(widths[-1], hidden, kernel_size=3, padding=1))
     layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)]
     return Network(*layers, nn.ReLU(inplace=True))

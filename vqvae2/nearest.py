@@ -60,13 +60,14 @@ def argmax(scores: Tensor) -> Tensor:
     """The first index of each row's maximum, `(N, K)` to `(N,)`.
 
     First the block of columns, then the column in it: equal to `Tensor.argmax`, whose inner loop
-    is slower on a CPU than the search for a maximum alone.
+    is slower on a CPU than the search for a maximum alone (as is an index than an embedding).
     """
     if scores.device.type != "cpu" or scores.shape[1] % BLOCK:
         return scores.argmax(dim=1)
     blocks = rearrange(scores, "n (block column) -> n block column", column=BLOCK)
-    block = blocks.amax(dim=2).argmax(dim=1)
-    column = blocks[torch.arange(len(scores)), block].argmax(dim=1)
+    block = blocks.amax(dim=2).max(dim=1).indices
+    place = torch.arange(len(scores)) * blocks.shape[1] + block
+    column = F.embedding(place, blocks.flatten(0, 1)).max(dim=1).indices
     return block * BLOCK + column
 
 

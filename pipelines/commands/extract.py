@@ -108,17 +108,16 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     # Shards, then the manifest.
     use_deterministic_algorithms(config.deterministic)
     model.to(state.device)
-    own_cpus = OwnCpus(bind=state.device.type == "cpu")
-    pixels_each = math.prod(model.config.image.height_width)
-    apart = state.device.type == "cpu" and pixels_each <= MOST_PIXELS_APART
+    on_cpu, size = state.device.type == "cpu", math.prod(model.config.image.height_width)
+    apart = on_cpu and size <= MOST_PIXELS_APART
+    own_cpus = OwnCpus(bind=on_cpu and not apart)
 
     def encode(batch: Batch) -> tuple[str, list[Tensor]]:
-        codes = partial(encode_lanes, model, batch[1], bf16=config.mixed_precision == "bf16")
-        if apart:
-            return batch[0], codes()
-        own_cpus.warn()
+        if not apart:
+            own_cpus.warn()
         with own_cpus:
-            return batch[0], codes()
+            codes = encode_lanes(model, batch[1], bf16=config.mixed_precision == "bf16")
+        return batch[0], codes
 
     if config.mixed_precision == "bf16" and state.is_main_process:
         _report_changes(model, found.parts[0])
@@ -192,20 +191,17 @@ class _Rows:
         ):
             self.codes.append([np.zeros((0, height * width), smallest_type(size))])
 
-    def add(self, row: ReadItem, views: Sequence[str]) -> Iterator[Tensor]:
-        """Gives pixels whenever there are enough for the lanes."""
+    def add(self, row: ReadItem, views: Sequence[str]) -> None:
         for view, pixels in zip(views, row.pixels, strict=True):
             self.ids.append(row.item.id)
             self.views.append(view)
             self.labels.append(row.item.label)
             self.waiting.append(pixels)
-            if len(self.waiting) == LANES:
-                yield from self.flush()
 
-    def flush(self) -> Iterator[Tensor]:
-        if self.waiting:
-            yield torch.stack(self.waiting)
-            self.waiting = []
+    def take(self) -> Tensor:
+        """The pixels for the lanes that come first."""
+        pixels, self.waiting = self.waiting[:LANES], self.waiting[LANES:]
+        return torch.stack(pixels)
 
 
 def _write_part(
@@ -223,10 +219,13 @@ def _write_part(
 
     def batches() -> Iterator[Batch]:
         for row in items:
-            split = row.item.split
-            yield from ((split, pixels) for pixels in rows[split].add(row, views[split]))
+            split, shard = row.item.split, rows[row.item.split]
+            shard.add(row, views[split])
+            while len(shard.waiting) >= LANES:
+                yield split, shard.take()
         for split, shard in rows.items():
-            yield from ((split, pixels) for pixels in shard.flush())
+            if shard.waiting:
+                yield split, shard.take()
 
     for split, levels in encode(batches()):
         for chunks, codes in zip(rows[split].codes, levels, strict=True):
