@@ -215,6 +215,7 @@ def _write_part(
     skipped: Mapping[str, list],
 ) -> None:
     """Encode the images of a part and write its shards, each whole or not at all."""
+    # Lanes of either split as soon as they are full, and what is left of them.
     rows = {split: _Rows(model) for split in part.splits}
 
     def batches() -> Iterator[Batch]:
@@ -227,6 +228,7 @@ def _write_part(
             if shard.waiting:
                 yield split, shard.take()
 
+    # Their codes come in the same order.
     for split, levels in encode(batches()):
         for chunks, codes in zip(rows[split].codes, levels, strict=True):
             chunks.append(codes.numpy().astype(chunks[0].dtype))
