@@ -2,10 +2,11 @@
 
     python benchmarks/extraction_peer.py --images FOLDER --vqvae RUN [--rounds 5]
 
-FOLDER holds a folder for each class. The loop is rosinality/vq-vae-2-pytorch's as it comes: batches
-of 128 from 4 workers, transforms as torchvision computes them, `encode` with autograd on, one
-pickled row per image into LMDB (pip install lmdb). Both run as commands, in turns. `loop` counts
-the seconds of the loop alone; `CPU` is user and system time, which other programs disturb less.
+FOLDER holds a folder for each class. The loop does the work of rosinality/vq-vae-2-pytorch's:
+batches of 128 from 4 workers, transforms as torchvision computes them, `encode` with autograd on,
+one pickled row per image into LMDB (pip install lmdb). Both run as commands, in turns. `loop`
+counts the seconds of the loop alone; `CPU` is user and system time, which other programs disturb
+less.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--vqvae", help="a trained autoencoder with the default layers")
+    parser.add_argument("--vqvae", help="a trained autoencoder with the default layers and --size")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loop", help=argparse.SUPPRESS)
