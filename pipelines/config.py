@@ -46,7 +46,8 @@ class ExtractConfig(ModelToFolderConfig):
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
     num_threads: int = 0
-    """Threads that compute on a CPU; 0: as PyTorch chooses. 1 may be fastest on a busy machine."""
+    """Threads that compute on a CPU; 0: as PyTorch chooses. Up to 128 x 128 pixels each encodes
+    images of its own; above, they share them, and 1 may be fastest on a busy machine."""
     deterministic: bool = may_change(False)
     """On a GPU, sum in a fixed order: the same command gives the same codes again, but slower."""
 

@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +115,17 @@ def test_the_same_rows_give_the_same_bytes_and_others_another_hash(tmp_path: Pat
     for change in [*changes, {"views": ["flip"] * 30}]:
         hashes.add(write_shard(tmp_path / "c.parquet", **{**rows, **change}).content_hash)
     assert len(hashes) == 5
+
+
+def test_writing_a_shard_loads_no_library_that_is_slow_to_load(tmp_path: Path) -> None:
+    program = """
+import sys, numpy as np, prior.shards, pathlib
+codes, labels = [np.ones((1, 4), np.uint16)], np.zeros(1, np.int64)
+rows = dict(ids=["x"], codes=codes, codebook_sizes=(300,), labels=labels)
+prior.shards.write_shard(pathlib.Path(sys.argv[1]), **rows)
+assert not {"pandas", "torch", "datasets"} & {*sys.modules}
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path / "x.parquet"], check=True)
 
 
 def test_the_names_of_classes_are_in_the_files(run: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import datasets
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 
 from pipelines.cli import parse
+from pipelines.commands import extract as extracting
 from pipelines.commands.extract import encode_lanes, extract
 from prior.manifest import CodeDataset, read_manifest
 from prior.shards import smallest_type
@@ -33,6 +36,7 @@ from tests.conftest import (
 from tests.images import numbered_tars, shell, spoil, write_tar
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
+from vqvae2.common.threads import set_threads
 from vqvae2.config import DataConfig
 from vqvae2.data import ImageSplits, load_images, to_images
 from vqvae2.training import train
@@ -130,6 +134,26 @@ def test_lanes_do_not_know_their_neighbours(run: Path, photos: Path) -> None:
         pairs = zip(encode_lanes(model, pixels[:number]), whole, strict=True)
         assert all(torch.equal(some, codes[:number]) for some, codes in pairs)
     assert not any(codes.requires_grad for codes in whole)
+
+
+def test_small_images_are_encoded_on_several_threads_and_codes_do_not_show_it(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, set[tuple[int, int]]] = {"apart": set(), "together": set()}
+
+    def encode(*arguments: object, **options: object) -> object:
+        threads[name].add((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.02)  # the other threads have their turn
+        return encode_lanes(*arguments, **options)
+
+    monkeypatch.setattr(extracting, "encode_lanes", encode)
+    for name, most_pixels in (("apart", 1 << 14), ("together", 0)):
+        monkeypatch.setattr(extracting, "MOST_PIXELS_APART", most_pixels)
+        command(*extract_command(run, photos, tmp_path / name, "--num-threads", 2))
+    set_threads(0)
+    assert_same_codes(tmp_path / "apart", tmp_path / "together")
+    assert [number for _, number in threads["apart"]] == [1, 1]
+    assert threads["together"] == {(threading.get_ident(), 2)}
 
 
 def test_features_that_are_no_numbers_have_no_codes(run: Path) -> None:

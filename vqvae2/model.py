@@ -46,7 +46,7 @@ class ResidualBlock(nn.Sequential):
         hidden, residual = config.hidden_channels, config.residual_channels
         conv3x3 = nn.Conv2d(hidden, residual, kernel_size=3, padding=1)
         conv1x1 = nn.Conv2d(residual, hidden, kernel_size=1)
-        super().__init__(nn.ReLU(), conv3x3, nn.ReLU(), conv1x1)
+        super().__init__(nn.ReLU(), conv3x3, nn.ReLU(inplace=True), conv1x1)
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, E, h, w)` to the same shape."""
@@ -59,10 +59,10 @@ def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> Network
     widths = [in_channels, hidden // 2, *[hidden] * (halvings - 1)]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
     layers.append(nn.Conv2d(widths[-1], hidden, kernel_size=3, padding=1))
     layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)]
-    return Network(*layers, nn.ReLU())
+    return Network(*layers, nn.ReLU(inplace=True))
 
 
 def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> Network:

@@ -8,7 +8,9 @@ of processes, and a killed job goes on with the shards that are missing.
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -33,10 +35,11 @@ from vqvae2.common.accelerate import (
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
+from vqvae2.common.loading import ordered
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.runs import RunRecord, last_names, versions
-from vqvae2.common.threads import OwnCpus, set_threads
+from vqvae2.common.threads import OwnCpus, one_thread_each, set_threads
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, to_images, work_parts
 from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
@@ -47,6 +50,9 @@ from vqvae2.training_record import read_training, same_place
 logger = logging.getLogger(__name__)
 RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: a convolution's last bits depend on the batch size
+MOST_PIXELS_APART = 128 * 128  # of an image up to which each CPU encodes lanes of its own
+Batch = tuple[str, Tensor]
+"""A split, and pixels `(B, C, H, W)` of it."""
 
 
 @writes_output
@@ -102,20 +108,26 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     # Shards, then the manifest.
     use_deterministic_algorithms(config.deterministic)
     model.to(state.device)
-    own_cpus = OwnCpus(bind=state.device.type == "cpu")
+    on_cpu, size = state.device.type == "cpu", math.prod(model.config.image.height_width)
+    apart = on_cpu and size <= MOST_PIXELS_APART
+    own_cpus = OwnCpus(bind=on_cpu and not apart)
 
-    def encode(pixels: Tensor) -> list[Tensor]:
-        own_cpus.warn()
+    def encode(batch: Batch) -> tuple[str, list[Tensor]]:
+        if not apart:
+            own_cpus.warn()
         with own_cpus:
-            return encode_lanes(model, pixels, bf16=config.mixed_precision == "bf16")
+            codes = encode_lanes(model, batch[1], bf16=config.mixed_precision == "bf16")
+        return batch[0], codes
 
     if config.mixed_precision == "bf16" and state.is_main_process:
         _report_changes(model, found.parts[0])
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images stay as they are
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
-    write = partial(_write_part, output_dir, model, encode, views, found)
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
-    work_parts.write_parts(found, output_dir, write, choices, state, **options)
+    with one_thread_each() if apart else nullcontext(0) as number, exact_convolutions():
+        encode_all = partial(ordered, encode, num_threads=number, ahead=2 * number)
+        write = partial(_write_part, output_dir, model, encode_all, views, found)
+        work_parts.write_parts(found, output_dir, write, choices, state, **options)
     use_deterministic_algorithms(False)
     state.wait_for_everyone()  # all shards are there
     if state.is_main_process:
@@ -158,17 +170,17 @@ def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[T
     padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         levels = model.encode(to_images(torch.cat([pixels, padding]).to(model.device)))
-    if not all(level.embeddings.isfinite().all() for level in levels):
+    ends = [torch.stack(level.embeddings.aminmax()) for level in levels]  # a NaN is both
+    if not all(end.isfinite().all() for end in ends):
         what = "the autoencoder's features are not finite"
         raise UserError(f"{what}: restore or retrain it, or extract with --mixed-precision no.")
     return [rearrange(level.codes[: len(pixels)], "b h w -> b (h w)").cpu() for level in levels]
 
 
 class _Rows:
-    """The rows of one shard as they come; encoded whenever there are enough for the lanes."""
+    """The rows of one shard as they come, and their codes as they are encoded."""
 
-    def __init__(self, model: VQVAE2, encode: Callable[[Tensor], list[Tensor]]) -> None:
-        self.encode = encode
+    def __init__(self, model: VQVAE2) -> None:
         self.ids: list[str] = []
         self.views: list[str] = []
         self.labels: list[int | None] = []
@@ -185,22 +197,17 @@ class _Rows:
             self.views.append(view)
             self.labels.append(row.item.label)
             self.waiting.append(pixels)
-            if len(self.waiting) == LANES:
-                self.flush()
 
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        levels = self.encode(torch.stack(self.waiting))
-        for chunks, codes in zip(self.codes, levels, strict=True):
-            chunks.append(codes.numpy().astype(chunks[0].dtype))
-        self.waiting = []
+    def take(self) -> Tensor:
+        """The pixels for the lanes that come first."""
+        pixels, self.waiting = self.waiting[:LANES], self.waiting[LANES:]
+        return torch.stack(pixels)
 
 
 def _write_part(
     output_dir: Path,
     model: VQVAE2,
-    encode: Callable[[Tensor], list[Tensor]],
+    encode: Callable[[Iterator[Batch]], Iterator[tuple[str, list[Tensor]]]],
     views: Mapping[str, Sequence[str]],
     found: Parts,
     part: Part,
@@ -208,11 +215,24 @@ def _write_part(
     skipped: Mapping[str, list],
 ) -> None:
     """Encode the images of a part and write its shards, each whole or not at all."""
-    rows = {split: _Rows(model, encode) for split in part.splits}
-    for row in items:
-        rows[row.item.split].add(row, views[row.item.split])
+    # Lanes of either split as soon as they are full, and what is left of them.
+    rows = {split: _Rows(model) for split in part.splits}
+
+    def batches() -> Iterator[Batch]:
+        for row in items:
+            split, shard = row.item.split, rows[row.item.split]
+            shard.add(row, views[split])
+            while len(shard.waiting) >= LANES:
+                yield split, shard.take()
+        for split, shard in rows.items():
+            if shard.waiting:
+                yield split, shard.take()
+
+    # Their codes come in the same order.
+    for split, levels in encode(batches()):
+        for chunks, codes in zip(rows[split].codes, levels, strict=True):
+            chunks.append(codes.numpy().astype(chunks[0].dtype))
     for split, shard in rows.items():
-        shard.flush()
         path = part.path(output_dir, split)
         write_shard(
             path,

@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,6 +38,18 @@ def set_threads(number: int) -> None:
     torch.ones(1 << 20).neg_()
     started = set(os.listdir(TASKS)) - before if before else ()
     _others.extend(int(thread) for thread in started)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """A context in which an operation computes on one thread: for as many threads, whose number it
+    gives, that each compute something else. None waits for another, as in `OwnCpus`."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield number
+    finally:
+        torch.set_num_threads(number)
 
 
 def fastest_number(seconds: Callable[[], float]) -> int:
