@@ -61,7 +61,7 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
     elif command == "doctor" and config.pipeline:
         target = ["--output-dir", beside(config.pipeline, "pipeline", "samples")]
         yield ["sample", "--pipeline", config.pipeline, *target]
-    elif command == "sample":
+    elif command == "sample" and config.receipt is None:
         yield ["sample", *flags(replace(config, num_images=2 * config.num_images))]
 
 

@@ -16,6 +16,8 @@ from prior.config import PriorConfig
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 
+SAMPLER_VERSION = 2  # counts up when the same seed gives other codes
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:

@@ -1,0 +1,180 @@
+"""Receipts: what decides the pixels of an image, kept in its file; of a whole set, receipt.json.
+
+An image that `vqvae2 sample` draws is a function of what its receipt says. `vqvae2 verify` draws it
+again and compares; `vqvae2 sample --receipt` makes a set again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from pipelines.config import DrawConfig, EditConfig, SetConfig
+from pipelines.editing import keep_levels, known_outside
+from pipelines.labels import Labels
+from pipelines.pipeline import VQVAE2Pipeline
+from prior.sampling import SAMPLER_VERSION, Known
+from vqvae2.common.artifact import content_hash
+from vqvae2.common.config import check, from_dict, to_dict
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
+from vqvae2.common.pictures import read_note
+from vqvae2.data import read_picture_file
+from vqvae2.model import VQVAE2
+
+RECEIPT_NAME = "receipt.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What decides the pixels, beside the settings of `DrawConfig`."""
+
+    pipeline_hash: str
+    """Of the configurations and weights of all parts."""
+    sampler_version: int
+    known_hash: str | None
+    """Of the codes that were given rather than drawn, in an edited image."""
+    device: str
+    """cpu or cuda; it may decide last bits, as does the version of torch."""
+    torch: str
+
+    def refuse_other(self, own: "Origin", where: str) -> None:
+        """Raise a `UserError` if this receipt, of the file `where`, cannot be redrawn by what is at
+        hand, whose own origin is given."""
+        if self.sampler_version != own.sampler_version:
+            versions = f"version {self.sampler_version} of the sampler, but this is version"
+            advice = f"{own.sampler_version}, which draws others: use the vqvae2 of that time"
+            raise UserError(f"{where} was drawn by {versions} {advice}.")
+        if self.pipeline_hash != own.pipeline_hash:
+            hashes = f"{self.pipeline_hash[:12]}, but this pipeline is {own.pipeline_hash[:12]}"
+            raise UserError(
+                f"{where} was drawn by the pipeline {hashes}: give the one that drew it."
+            )
+        if self.known_hash != own.known_hash:
+            given, found = f"given codes ({str(self.known_hash)[:12]})", str(own.known_hash)[:12]
+            what = f"is edited, and holds no more than a hash of its {given}: add --init-image"
+            what += " (and --mask or --keep-levels) as they were"
+            if own.known_hash is not None:
+                what = f"was drawn around {given}, but these are {found}: give the same picture"
+            if self.known_hash is None:
+                what = "is not edited: leave --init-image out"
+            raise UserError(f"{where} {what}.")
+
+    def elsewhere(self, own: "Origin") -> str:
+        """Where it was drawn, if that was not as here; or nothing."""
+        there, here = (f"on {o.device} with torch {o.torch}" for o in (self, own))
+        why = "last bits, and with them near ties between codes, may differ"
+        return "" if there == here else f"Drawn {there}, and here {here}: {why}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReceipt(Origin, DrawConfig):
+    """The receipt in an image's file."""
+
+    index: int
+    label: str | None
+    """The name of its class; "none" if it is hidden, None without classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.index < 2**63, "index", self.index, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetReceipt(Origin, SetConfig):
+    """The receipt of a set: `receipt.json`."""
+
+    def of_image(self, index: int, label: str | None) -> ImageReceipt:
+        """The receipt of one of its images."""
+        return converted(ImageReceipt, self, index=index, label=label)
+
+
+def converted(cls: type[T], source: Any, **others: Any) -> T:
+    """A dataclass whose fields are those of the same name of another, but for these."""
+    names = {field.name for field in fields(cls)} - others.keys()  # type: ignore[arg-type]
+    return cls(**{name: getattr(source, name) for name in names}, **others)
+
+
+def as_note(receipt: Origin) -> str:
+    """A receipt as the JSON that files hold."""
+    return json.dumps(to_dict(receipt))
+
+
+def make_origin(pipeline: VQVAE2Pipeline, known: Sequence[Known | None] = ()) -> Origin:
+    """What a pipeline draws here, now, around these given codes, has in common."""
+    tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
+    return Origin(
+        pipeline_hash=content_hash(pipeline.content_hashes(), ()),
+        sampler_version=SAMPLER_VERSION,
+        known_hash=content_hash({}, tensors) if known else None,
+        device=pipeline.vqvae.device.type,
+        torch=torch.__version__,
+    )
+
+
+def make_receipt(
+    pipeline: VQVAE2Pipeline,
+    settings: SetConfig,
+    *,
+    labels: Labels = None,
+    known: Sequence[Known | None] = (),
+) -> SetReceipt:
+    """The receipt of a set with these settings, and labels (which replace those of the settings),
+    that is drawn here. Raises a `UserError` for unknown labels."""
+    names, numbers = [*pipeline.class_names, "none"], pipeline.label_numbers(labels)
+    own = to_dict(make_origin(pipeline, known))
+    own["labels"] = tuple(names[number] for number in numbers) if labels is not None else ()
+    return converted(SetReceipt, settings, num_threads=torch.get_num_threads(), **own)
+
+
+def call_options(settings: DrawConfig) -> dict[str, Any]:
+    """What a pipeline is called with, to draw images by these settings as a tensor."""
+    options = {field.name: getattr(settings, field.name) for field in fields(DrawConfig)}
+    del options["num_threads"]
+    compiled = {"auto": None, "always": True, "never": False}[options.pop("compile")]
+    return {**options, "compiled": compiled, "output_type": "pt"}
+
+
+def load_pipeline(config: EditConfig) -> VQVAE2Pipeline:
+    """The pipeline that a command names as a whole or by its parts, or a `UserError`."""
+    if config.pipeline is not None:
+        return VQVAE2Pipeline.from_pretrained(config.pipeline)
+    if config.vqvae is None or not config.priors:
+        raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
+    return VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+
+
+def known_codes(config: EditConfig, model: VQVAE2) -> list[Known | None]:
+    """The codes that an image to edit gives, by level; none without one."""
+    if config.init_image is None:
+        return []
+    if config.mask is not None:
+        return [*known_outside(model, config.init_image, config.mask)]
+    number = 1 if config.keep_levels is None else config.keep_levels
+    return keep_levels(model, config.init_image, number)
+
+
+def read_set_receipt(path: Path) -> SetReceipt:
+    """A `receipt.json`, or a `UserError`."""
+    return from_dict(SetReceipt, read_json(path), str(path))
+
+
+def read_receipt(path: Path) -> tuple[ImageReceipt, np.ndarray]:
+    """The receipt and the pixels of an image. Raises a `UserError` if it has none, or a broken one,
+    or is no picture."""
+    picture = read_picture_file(str(path))
+    try:
+        data = json.loads(read_note(picture, path) or "")
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or "pipeline_hash" not in data:
+        what = "holds no receipt: vqvae2 sample did not write it, or another program saved it again"
+        raise UserError(f"{path} {what}; give a file that is as it was written.")
+    if "num_images" in data:
+        raise UserError(f"{path} shows a whole set: verify its images, or sample --receipt.")
+    return from_dict(ImageReceipt, data, f"{path}: its receipt"), np.asarray(picture)
