@@ -48,7 +48,7 @@ class Origin:
         hand, whose own origin is given."""
         if self.sampler_version != own.sampler_version:
             versions = f"version {self.sampler_version} of the sampler, but this is version"
-            advice = f"{own.sampler_version}, which draws others: use the vqvae2 of that time"
+            advice = f"{own.sampler_version}, which draws other images: use the vqvae2 of that time"
             raise UserError(f"{where} was drawn by {versions} {advice}.")
         if self.pipeline_hash != own.pipeline_hash:
             hashes = f"{self.pipeline_hash[:12]}, but this pipeline is {own.pipeline_hash[:12]}"

@@ -459,6 +459,15 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
     assert (sampled.shape, sampled.dtype) == ((3, 16, 16, 5), np.float32)
     assert -3 <= sampled.min() <= sampled.max() <= 3
     assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], sampled)
+
+    # Each file holds the receipt by which it is drawn again.
+    verify = ("verify", tmp_path / "out", "--vqvae", tmp_path / "vqvae", *priors)
+    command(*verify)
+    sampled[1, 2, 3, 4] += 1
+    tifffile.imwrite(
+        files[1], sampled[1], description=tifffile.TiffFile(files[1]).pages[0].description
+    )
+    command(*verify, code=1)
     shell(
         f"reconstruct --vqvae {tmp_path / 'vqvae'} --data.path {tmp_path / 'stack.npz'} "
         "--num-images 2 "

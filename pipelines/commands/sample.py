@@ -44,7 +44,8 @@ RECORD_NAME = "sample_config.yaml"
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
     # The settings, or a receipt's; the pipeline, and the codes of an image that is edited.
-    wanted = None if config.receipt is None else read_set_receipt(Path(config.receipt))
+    file = config.receipt
+    wanted = None if file is None else read_set_receipt(Path(file))
     if wanted is not None:
         settings = {field.name: getattr(wanted, field.name) for field in fields(SetConfig)}
         config = replace(config, receipt=None, **settings)
@@ -64,7 +65,7 @@ def sample(config: SampleConfig) -> None:
     )
     receipt = make_receipt(pipeline, config, labels=labels, known=known)
     if wanted is not None:
-        wanted.refuse_other(receipt, f"the set of {config.receipt}")
+        wanted.refuse_other(receipt, f"the set of {file}")
         if remark := wanted.elsewhere(receipt):
             logger.warning(remark)
     folder, new = Path(config.output_dir), SAMPLER_VERSION

@@ -36,13 +36,12 @@ def verify(config: VerifyConfig) -> int:
     known = known_codes(config, pipeline.vqvae)
     own, labels = make_origin(pipeline, known), [*pipeline.class_names, "none"]
     batches: dict[ImageReceipt, Batch] = defaultdict(list)
-    remarks, seen = set(), Counter[ImageReceipt]()
+    seen = Counter[ImageReceipt]()
     for path in find_files(config.files):
         receipt, _ = read_receipt(path)
         receipt.refuse_other(own, str(path))
         allowed = labels if len(labels) > 1 else [None]
         check(receipt.label in allowed, f"{path}: label", receipt.label, "a class of the pipeline")
-        remarks.add(receipt.elsewhere(own))
         seen[lane := dataclasses.replace(receipt, label=None)] += 1
         first, turn = receipt.index // receipt.lanes * receipt.lanes, str(seen[lane])
         batches[dataclasses.replace(lane, index=first, label=turn)].append((path, receipt))
@@ -64,7 +63,9 @@ def verify(config: VerifyConfig) -> int:
             print(f"{name}: no: {how}.")
         equal = f"{number - len(differing)} of {number} images are what the pipeline draws"
         print(f"{'no' if differing else 'yes'}: {equal}, in every pixel.")
-        for remark in filter(None, remarks if differing else ()):
+        names, members = dict(differing), [one for batch in batches.values() for one in batch]
+        remarks = {receipt.elsewhere(own) for path, receipt in members if str(path) in names}
+        for remark in sorted(remarks - {""}):
             print(remark)
     return 1 if differing else 0
 
@@ -85,7 +86,8 @@ def redraw(
     try:
         drawn = pipeline(receipt.lanes, **options).images
     except UserError as error:  # a receipt that was changed
-        return [(str(path), f"its receipt asks for the impossible ({error})") for path, _ in batch]
+        how = f"its receipt asks for the impossible ({str(error).rstrip('.')})"
+        return [(str(path), how) for path, _ in batch]
 
     # Their pixels.
     found = []
