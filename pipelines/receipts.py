@@ -21,7 +21,6 @@ from prior.sampling import SAMPLER_VERSION, Known
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import read_json
 from vqvae2.common.pictures import read_note
 from vqvae2.data import read_picture_file
 from vqvae2.model import VQVAE2
@@ -44,32 +43,32 @@ class Origin:
     torch: str
 
     def refuse_other(self, own: "Origin", where: str) -> None:
-        """Raise a `UserError` if this receipt, of the file `where`, cannot be redrawn by what is at
-        hand, whose own origin is given."""
+        """Raise a `UserError` if what is at hand, whose own origin is given, cannot redraw what
+        this receipt, of the file `where`, is for."""
+        given, here = (str(origin.known_hash)[:12] for origin in (self, own))
         if self.sampler_version != own.sampler_version:
-            versions = f"version {self.sampler_version} of the sampler, but this is version"
-            advice = f"{own.sampler_version}, which draws other images: use the vqvae2 of that time"
-            raise UserError(f"{where} was drawn by {versions} {advice}.")
-        if self.pipeline_hash != own.pipeline_hash:
-            hashes = f"{self.pipeline_hash[:12]}, but this pipeline is {own.pipeline_hash[:12]}"
-            raise UserError(
-                f"{where} was drawn by the pipeline {hashes}: give the one that drew it."
-            )
-        if self.known_hash != own.known_hash:
-            given, found = f"given codes ({str(self.known_hash)[:12]})", str(own.known_hash)[:12]
-            what = f"is edited, and holds no more than a hash of its {given}: add --init-image"
-            what += " (and --mask or --keep-levels) as they were"
-            if own.known_hash is not None:
-                what = f"was drawn around {given}, but these are {found}: give the same picture"
-            if self.known_hash is None:
-                what = "is not edited: leave --init-image out"
-            raise UserError(f"{where} {what}.")
+            how = f"drawn by version {self.sampler_version} of the sampler, but this is version "
+            how += f"{own.sampler_version}, which draws other images: use the vqvae2 of that time"
+        elif self.pipeline_hash != own.pipeline_hash:
+            how = f"drawn by the pipeline {self.pipeline_hash[:12]}, but this pipeline is "
+            how += f"{own.pipeline_hash[:12]}: give the one that drew it"
+        elif self.known_hash == own.known_hash:
+            return
+        elif self.known_hash is None:
+            how = "not edited: leave --init-image out"
+        elif own.known_hash is None:
+            how = f"edited, and its receipt holds but a hash of its given codes ({given}): "
+            how += "add --init-image (and --mask or --keep-levels) as they were"
+        else:
+            how = f"drawn around the given codes {given}, but these are {here}: "
+            how += "give the same picture"
+        raise UserError(f"{where} was {how}.")
 
     def elsewhere(self, own: "Origin") -> str:
-        """Where it was drawn, if that was not as here; or nothing."""
+        """A clause that says where it was drawn, if that was not as here; or nothing."""
         there, here = (f"on {o.device} with torch {o.torch}" for o in (self, own))
-        why = "last bits, and with them near ties between codes, may differ"
-        return "" if there == here else f"Drawn {there}, and here {here}: {why}."
+        why = "where last bits, and so near ties between codes, may differ"
+        return "" if there == here else f"drawn {there}, and here {here}, {why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +88,11 @@ class ImageReceipt(Origin, DrawConfig):
 class SetReceipt(Origin, SetConfig):
     """The receipt of a set: `receipt.json`."""
 
-    def of_image(self, index: int, label: str | None) -> ImageReceipt:
-        """The receipt of one of its images."""
-        return converted(ImageReceipt, self, index=index, label=label)
-
 
 def converted(cls: type[T], source: Any, **others: Any) -> T:
     """A dataclass whose fields are those of the same name of another, but for these."""
     names = {field.name for field in fields(cls)} - others.keys()  # type: ignore[arg-type]
     return cls(**{name: getattr(source, name) for name in names}, **others)
-
-
-def as_note(receipt: Origin) -> str:
-    """A receipt as the JSON that files hold."""
-    return json.dumps(to_dict(receipt))
 
 
 def make_origin(pipeline: VQVAE2Pipeline, known: Sequence[Known | None] = ()) -> Origin:
@@ -157,11 +147,6 @@ def known_codes(config: EditConfig, model: VQVAE2) -> list[Known | None]:
         return [*known_outside(model, config.init_image, config.mask)]
     number = 1 if config.keep_levels is None else config.keep_levels
     return keep_levels(model, config.init_image, number)
-
-
-def read_set_receipt(path: Path) -> SetReceipt:
-    """A `receipt.json`, or a `UserError`."""
-    return from_dict(SetReceipt, read_json(path), str(path))
 
 
 def read_receipt(path: Path) -> tuple[ImageReceipt, np.ndarray]:

@@ -1,5 +1,6 @@
 """`vqvae2 sample`: new images as files."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,19 +16,19 @@ from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.receipts import (
     RECEIPT_NAME,
+    ImageReceipt,
     SetReceipt,
-    as_note,
     call_options,
+    converted,
     known_codes,
     load_pipeline,
     make_receipt,
-    read_set_receipt,
 )
 from prior.sampling import SAMPLER_VERSION, Known, SamplingConfig, in_lanes
 from vqvae2.common.accelerate import processes
-from vqvae2.common.config import to_dict
+from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import whole_file, write_json
+from vqvae2.common.files import read_json, whole_file, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
@@ -37,16 +38,15 @@ from vqvae2.config import PreprocessingConfig
 from vqvae2.data import load_picture, read_picture_file, to_images
 
 logger = logging.getLogger(__name__)
-RECORD_NAME = "sample_config.yaml"
 
 
 @writes_output
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
     # The settings, or a receipt's; the pipeline, and the codes of an image that is edited.
-    file = config.receipt
-    wanted = None if file is None else read_set_receipt(Path(file))
-    if wanted is not None:
+    wanted, file = None, config.receipt
+    if file is not None:
+        wanted = from_dict(SetReceipt, read_json(Path(file)), file)
         settings = {field.name: getattr(wanted, field.name) for field in fields(SetConfig)}
         config = replace(config, receipt=None, **settings)
     set_threads(config.num_threads)
@@ -67,15 +67,15 @@ def sample(config: SampleConfig) -> None:
     if wanted is not None:
         wanted.refuse_other(receipt, f"the set of {file}")
         if remark := wanted.elsewhere(receipt):
-            logger.warning(remark)
+            logger.warning("The set was %s.", remark)
     folder, new = Path(config.output_dir), SAMPLER_VERSION
-    record = folder / RECORD_NAME
+    facts = {**pipeline.content_hashes(), "known_hash": receipt.known_hash, "sampler_version": new}
+    run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
+    record = folder / run.file_name
     if (begun := read_record(record).get("sampler_version", 1) if record.exists() else new) != new:
         what = f"{folder} holds a set of version {begun} of the sampler, but this is version {new}"
         advice = "which draws other images of the same seed: choose another --output-dir"
         raise UserError(f"{what}, {advice}.")
-    facts = {**pipeline.content_hashes(), "known_hash": receipt.known_hash, "sampler_version": new}
-    run = RunRecord("sample", config, RECORD_NAME, facts=facts)
     run.check(folder)
     processes().wait_for_everyone()
     if processes().is_main_process:
@@ -124,8 +124,8 @@ def write_samples(
             images = pipeline(len(batch), **options).images
         for i, image in zip(batch, images, strict=True):
             label = names[numbers[i % len(numbers)]] if numbers else None
-            note = as_note(receipt.of_image(i, label))
-            save_image(image, files[i], settings.value_range, note)
+            own_receipt = converted(ImageReceipt, receipt, index=i, label=label)
+            save_image(image, files[i], settings.value_range, json.dumps(to_dict(own_receipt)))
         bar.update(len(batch))
     bar.close()
     state.wait_for_everyone()
@@ -140,7 +140,7 @@ def write_samples(
     rows = [names[numbers[i % period]] for i in shown] if numbers else []
     write_json(folder / RECEIPT_NAME, to_dict(receipt))
     sheet = sample_sheet(pictures, rows, front)
-    save_picture(sheet, folder / "samples.png", as_note(receipt))
+    save_picture(sheet, folder / "samples.png", json.dumps(to_dict(receipt)))
     if npz:
         _write_npz(files, numbers, folder / "samples.npz")
     logger.info(f"{files[0].parent}: {num_images} samples; {folder / 'samples.png'} shows some.")
