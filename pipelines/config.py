@@ -218,8 +218,8 @@ class SetConfig(DrawConfig):
 class SampleConfig(SetConfig, EditConfig):
     """Sample new images: one file each, and a sheet of them, classes by row.
 
-    Every file holds its receipt, of which `vqvae2 verify` draws it again; receipt.json is the
-    set's.
+    Every image holds a receipt, by which `vqvae2 verify` draws it again; receipt.json is the
+    receipt of the set.
 
     Example: vqvae2 sample --pipeline runs/x/pipeline --num-images 64 --output-dir out
     """
@@ -243,7 +243,7 @@ class SampleConfig(SetConfig, EditConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(EditConfig):
-    """Draw images that `vqvae2 sample` wrote again, each by the receipt that it holds, and compare.
+    """Draw images of `vqvae2 sample` again, each by the receipt that it holds, and compare.
 
     Exit code 0: all are equal; 1: some differ, and how much is shown; 2: it cannot be said, as one
     holds no receipt, or is another pipeline's. Edited images need --init-image and --mask again.

@@ -19,7 +19,7 @@ from pipelines.labels import Labels
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.sampling import SAMPLER_VERSION, Known
 from vqvae2.common.artifact import content_hash
-from vqvae2.common.config import check, from_dict, to_dict
+from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import read_note
 from vqvae2.data import read_picture_file
@@ -78,10 +78,6 @@ class ImageReceipt(Origin, DrawConfig):
     index: int
     label: str | None
     """The name of its class; "none" if it is hidden, None without classes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 <= self.index < 2**63, "index", self.index, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
