@@ -123,6 +123,7 @@ BASES = {  # a right command line for each command
     "inspect": "inspect --vqvae {x}/vqvae --data.path {x}/photos --output-dir {x}/out",
     "doctor": "doctor --pipeline {x}/pipeline",
     "sample": "sample --pipeline {x}/pipeline --num-images 2 --output-dir {x}/out",
+    "verify": "verify --files {x}/samples/images/000000.png --pipeline {x}/pipeline",
     "assemble": "assemble --vqvae {x}/vqvae --priors {x}/prior_0 {x}/prior_1 --output-dir {x}/out",
     "import-weights": "import-weights --checkpoint {x}/table.parquet --output-dir {x}/out",
     "import-codes": "import-codes --lmdb {x}/table.parquet --vqvae {x}/vqvae --output-dir {x}/out",
@@ -328,6 +329,8 @@ def file_trials(x: Path, rng: random.Random) -> Iterator[Trial]:
         "ready/train/00000.parquet": ("train_ready",),
         "ready/prepare_config.yaml": ("prepare_on",),
         "samples/sample_config.yaml": ("sample_on",),
+        "samples/receipt.json": ("sample_again",),
+        "samples/images/000000.png": ("verify",),
         "list.txt": ("list.txt",),
         "list.csv": ("list.csv",),
         "list.jsonl": ("list.jsonl",),
@@ -342,6 +345,8 @@ def file_trials(x: Path, rng: random.Random) -> Iterator[Trial]:
         "extract_on": BASES["extract"].replace("/out", "/codes"),
         "doctor_codes": "doctor --codes {x}/codes --vqvae {x}/vqvae",
         "sample_on": BASES["sample"].replace("/out", "/samples"),
+        "sample_again": "sample --receipt {x}/samples/receipt.json --pipeline {x}/pipeline "
+        "--output-dir {x}/out",
     }
     for file, names in uses.items():
         for name in names:

@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "doctor": (configs.DoctorConfig, "pipelines.commands.doctor:doctor"),
     "sample": (configs.SampleConfig, "pipelines.commands.sample:sample"),
     "evaluate": (configs.EvaluateConfig, "pipelines.commands.evaluate:evaluate"),
+    "verify": (configs.VerifyConfig, "pipelines.commands.verify:verify"),
     "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
     "import-weights": (configs.ImportWeightsConfig, "pipelines.commands.import_weights:command"),
     "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:command"),
@@ -57,6 +58,7 @@ RECIPES = files("pipelines") / "recipes"
 PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
+FIRST = {"verify": "--files"}  # the flag that the words in front of all others belong to
 NAMELESS = {  # a file in what people give without a flag -> the flag
     "model_index.json": "--pipeline", "manifest.json": "--codes", "config.json": "--vqvae",
     "": "--data.path"}  # fmt: skip
@@ -224,7 +226,9 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
             near = suggest_flag(flag, list(dict.fromkeys(known)))
             where = f"vqvae2 {planned or command} --help"
             raise UserError(f"unknown flag {flag:.100}; {near} (see {where}).")
-    if arguments and not arguments[0].startswith("-"):
+    if arguments and not arguments[0].startswith("-") and command in FIRST:
+        arguments.insert(0, FIRST[command])
+    elif arguments and not arguments[0].startswith("-"):
         meant = [f for file, f in NAMELESS.items() if Path(arguments[0], file).exists()]
         meant += [*NAMELESS.values(), known[0]]
         flag = next(flag for flag in meant if flag in known and flag not in arguments)
@@ -372,7 +376,7 @@ def _one_sentence(box: str) -> str:
     text = " ".join(re.sub(r"[│╭╮╰╯]|─+|-{3,}", " ", box).split())
     text = re.split("(?:Argument|For full) helptext", text)[0].rstrip(". ")
     if text.startswith("Required options"):
-        return " and ".join(re.findall(r"(--[a-z.-]+) [A-Z{]", text)) + " must be given."
+        return " and ".join(re.findall(r"(--[a-z.-]+) [A-Z{[]", text)) + " must be given."
     title = r"^[A-Z]\w+ (error|choice|options|argument) (Error parsing [\w.]+: )?"
     return re.sub(title, "", text).replace("Unrecognized options:", "no flag takes") + "."
 

@@ -1,6 +1,6 @@
 """Configuration of the commands that need both stages. Torch-free."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from prior.config import TrainPriorConfig
@@ -149,8 +149,28 @@ class PartsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledPartsConfig(PartsConfig):
-    """A pipeline, and how images are sampled from it."""
+class EditConfig(PartsConfig):
+    """A pipeline, and perhaps an image that it edits."""
+
+    init_image: str | None = None
+    """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
+    (--keep-levels) and sample the finer ones."""
+    mask: str | None = None
+    """With --init-image: a picture of the same size, white where it is to be repainted."""
+    keep_levels: int | None = None
+    """With --init-image and no --mask: how many levels to keep, from the top; 1 if not set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        masked, edited = self.mask is not None, self.init_image is not None
+        check(edited or not masked, "mask", self.mask, "used together with init_image")
+        fits = self.keep_levels is None or (edited and not masked)
+        check(fits, "keep_levels", self.keep_levels, "used with init_image and without mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How a pipeline draws images: with the seed and the labels, all that a user decides."""
 
     temperature: tuple[float, ...] = (1.0,)
     """Lower: likelier codes; higher: more varied; 0: the likeliest. One value, or one per level."""
@@ -171,40 +191,49 @@ class SampledPartsConfig(PartsConfig):
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Images depend on it in their last bits;
     1 may be fastest on a busy machine."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_between(self, 1, MOST_ROWS, "lanes")
-        check_between(self, 0, MOST_THREADS, "num_threads")
-        check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig(SampledPartsConfig):
-    """Sample new images: one file each, and a sheet of them, classes by row.
-
-    Example: vqvae2 sample --pipeline runs/x/pipeline --num-images 64 --output-dir out
-    """
-
-    output_dir: str = may_change()
-    """The folder to write: images/, and samples.png, which shows some of them."""
-    num_images: int = may_change(64)
-    """How many images. A larger number continues a set."""
-    labels: tuple[str, ...] = ()
-    """Class names or numbers, or none for no label, taken in turn. By default all classes."""
     compile: Literal["auto", True, False] = "auto"
     """On CUDA, compile the priors' steps: slow to start, then ten times as fast. auto: on grids of
     at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
     parallel_positions: int = 0
     """Positions whose codes are guessed and then computed in one call; 0 chooses, 1 is one after
     the other. The codes are the same, but for ties in the last bit."""
-    init_image: str | None = None
-    """Edit this image. With --mask, repaint the white area; without it, keep the coarsest levels
-    (--keep-levels) and sample the finer ones."""
-    mask: str | None = None
-    """With --init-image: a picture of the same size, white where it is to be repainted."""
-    keep_levels: int | None = None
-    """With --init-image and no --mask: how many levels to keep, from the top; 1 if not set."""
+
+    def __post_init__(self) -> None:
+        check_between(self, 0, MOST_ROWS, "parallel_positions")
+        check_between(self, 1, MOST_ROWS, "lanes")
+        check_between(self, 0, MOST_THREADS, "num_threads")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig(DrawConfig):
+    """A set of images that a pipeline draws."""
+
+    num_images: int = may_change(64)
+    """How many images. A larger number continues a set."""
+    labels: tuple[str, ...] = ()
+    """Class names or numbers, or none for no label, taken in turn. By default all classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 1, MOST_FILES, "num_images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SetConfig, EditConfig):
+    """Sample new images: one file each, and a sheet of them, classes by row.
+
+    Every image holds a receipt, by which `vqvae2 verify` draws it again; receipt.json is the
+    receipt of the set.
+
+    Example: vqvae2 sample --pipeline runs/x/pipeline --num-images 64 --output-dir out
+    """
+
+    output_dir: str = may_change()
+    """The folder to write: images/, receipt.json, and samples.png, which shows some of them."""
+    receipt: str | None = may_change(None)
+    """Make the set of this receipt.json again. It says how many images, and all about how they are
+    drawn; of an edited set, --init-image and --mask must be given again."""
     reject: str | None = None
     """Keep only those of more candidates that this classifier finds best, in each class: a folder
     that evaluate made, or a TorchScript file. Or repeat the choice of an earlier output folder."""
@@ -215,15 +244,32 @@ class SampleConfig(SampledPartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_between(self, 0, MOST_ROWS, "parallel_positions")
-        check_between(self, 1, MOST_FILES, "num_images")
-        masked, edited = self.mask is not None, self.init_image is not None
-        check(edited or not masked, "mask", self.mask, "used together with init_image")
-        fits = self.keep_levels is None or (edited and not masked)
-        check(fits, "keep_levels", self.keep_levels, "used with init_image and without mask")
+        EditConfig.__post_init__(self)
+        for setting in fields(SetConfig) if self.receipt is not None else ():
+            if getattr(self, setting.name) != setting.default:
+                flag = f"--{setting.name.replace('_', '-')}"
+                raise UserError(f"--receipt says what {flag} is: give one or the other.")
         if self.keep is not None:
             check(self.reject is not None, "keep", self.keep, "used together with reject")
             check(1e-3 <= self.keep <= 1, "keep", self.keep, "from 0.001 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(EditConfig):
+    """Draw images of `vqvae2 sample` again, each by the receipt that it holds, and compare.
+
+    Exit code 0: all are equal; 1: some differ, and how much is shown; 2: it cannot be said, as one
+    holds no receipt, or is another pipeline's. Edited images need --init-image and --mask again.
+
+    Example: vqvae2 verify out/images/000000.png --pipeline runs/x/pipeline
+    """
+
+    files: tuple[str, ...] = may_change()
+    """Images, or folders that hold some. In front of all flags, --files may be left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.files), "files", self.files, "one or more images or folders")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +289,7 @@ class EvaluatedImagesConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SampledPartsConfig):
+class EvaluateConfig(DrawConfig, PartsConfig):
     """Say how good it is: reconstructions, samples, what was learned by heart, what to do next.
 
     Give a pipeline, or --vqvae alone to look at stage 1. --samples evaluates images of any model
@@ -275,6 +321,7 @@ class EvaluateConfig(SampledPartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        PartsConfig.__post_init__(self)
         check_between(self, 2, MOST_FILES, "num_samples")
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
         sampled = self.pipeline is not None or bool(self.priors)

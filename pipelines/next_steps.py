@@ -61,8 +61,12 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
     elif command == "doctor" and config.pipeline:
         target = ["--output-dir", beside(config.pipeline, "pipeline", "samples")]
         yield ["sample", "--pipeline", config.pipeline, *target]
-    elif command == "sample" and not Path(config.reject or "", "sample_config.yaml").exists():
+    elif command == "sample" and not config.receipt and not _repeats_a_choice(config):
         yield ["sample", *flags(replace(config, num_images=2 * config.num_images))]
+
+
+def _repeats_a_choice(config: Any) -> bool:
+    return bool(config.reject) and Path(config.reject, "sample_config.yaml").exists()
 
 
 def priors_of(

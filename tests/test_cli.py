@@ -83,8 +83,8 @@ def test_samples_of_names_or_numbers_of_a_folder_or_parts_are_the_same(
     run_here(
         "sample", *pipeline, *options, "--labels", "dress", "0", "--output-dir", tmp_path / "a"
     )
-    files = ["samples.png", *(f"images/{i:06d}.png" for i in range(5))]
-    assert names_in(tmp_path / "a") == {"samples.png", "sample_config.yaml", "images"}
+    files = ["samples.png", "receipt.json", *(f"images/{i:06d}.png" for i in range(5))]
+    assert names_in(tmp_path / "a") == {*files[:1], "sample_config.yaml", "receipt.json", "images"}
     assert len(names_in(tmp_path / "a" / "images")) == 5  # a metric over them counts no sheet
     parts = ("--vqvae", run / "vqvae", "--priors", run / "prior_0", run / "prior_1")
     run_here("sample", *parts, *options, "--labels", "2", "bag", "--output-dir", tmp_path / "b")
@@ -117,7 +117,7 @@ def test_two_processes_sample_the_images_of_one(run: Path, tmp_path: Path) -> No
     subprocess.run(program, check=True, env=environment, cwd=ROOT, capture_output=True)
     assert len(names_in(tmp_path / "one" / "images")) == 7
     assert names_in(tmp_path / "one" / "images") == names_in(tmp_path / "two" / "images")
-    for path in (tmp_path / "one").rglob("*.png"):
+    for path in [*(tmp_path / "one").rglob("*.png"), *(tmp_path / "one").rglob("receipt.json")]:
         two = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == two.read_bytes()
 
@@ -184,7 +184,7 @@ def test_every_command_ends_with_what_comes_next(
         line = todo.pop(0)
         _, name, *words = shlex.split(line)
         parse(name, words)
-        if line not in done and name != "doctor" and "samples --num-images" not in line:
+        if line not in done and name != "doctor" and "--num-images" not in line:
             run_here(name, *words)
             done.append(line)
             shown = capsys.readouterr().out.partition("Next:\n")[2]
@@ -331,13 +331,13 @@ def test_at_most_five_names_are_suggested() -> None:
 
 
 def test_the_same_thing_has_the_same_flag_everywhere() -> None:
-    """No positional arguments, `--image.*` for preprocessing and `--data.*` for images."""
+    """No word that has no flag, `--image.*` for preprocessing and `--data.*` for images."""
     flags = {name: flag_names(name) for name in COMMANDS}
     for name in ("train", "extract", "reconstruct", "inspect", "doctor", "prepare"):
         assert {"--data.path", "--data.validation-path"} < {*flags[name]}, name
     for name in ("train", "prepare", "import-weights"):
         assert "--image.size" in flags[name]
-    for name in ("extract", "reconstruct", "inspect", "doctor", "sample", "assemble"):
+    for name in ("extract", "reconstruct", "inspect", "doctor", "sample", "verify", "assemble"):
         assert "--vqvae" in flags[name]
     assert not any(flag.startswith("--model.image") for flag in flags["train"])
     read = parse("train", ["--image.size", "128", "--data.path", "p", "--output-dir", "o"])
@@ -425,6 +425,11 @@ SAMPLE {parts} --seed -1 -> seed | -1 | 0 or more
 SAMPLE {parts} --num-images 0 -> num_images | 0 | at least 1
 SAMPLE {parts} --pipeline {x}/pipeline -> --pipeline replaces --vqvae and --priors
 SAMPLE --vqvae {x}/vqvae -> --priors
+SAMPLE --receipt {samples}/receipt.json --top-k 3 -> --receipt says what --top-k is
+verify {samples} --pipeline {x}/codes -> model_index.json | does not exist
+verify {empty} --pipeline {x}/pipeline -> {empty} | holds no image
+verify --pipeline {x}/pipeline -> --files must be given
+verify {samples}/samples.png --pipeline {x}/pipeline -> shows a whole set
 SAMPLE --pipeline {x}/codes -> model_index.json | does not exist
 assemble {parts} --output-dir {full}/thesis.txt -> thesis.txt | must be a folder
 assemble {parts} --output-dir {full} -> {full} | not empty

@@ -45,7 +45,9 @@ def in_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_formats_page_reads_what_the_commands_write(photos: Path) -> None:
     image = ("--image.size", 16, "--image.channels", 1)
     command("prepare", "--data.path", photos, *image, "--output-dir", "prepared")
-    assert run_python_of("file-formats.md") >= 5
+    sample = ("sample", "--pipeline", "runs/x/pipeline", "--num-images", 4)
+    command(*sample, "--output-dir", "out/samples")
+    assert run_python_of("file-formats.md") >= 6
 
 
 @pytest.mark.usefixtures("in_run")

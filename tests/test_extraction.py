@@ -36,6 +36,7 @@ from tests.conftest import (
 from tests.images import numbered_tars, shell, spoil, write_tar
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
+from vqvae2.common.pictures import read_note
 from vqvae2.common.threads import set_threads
 from vqvae2.config import DataConfig
 from vqvae2.data import ImageSplits, load_images, to_images
@@ -446,7 +447,9 @@ def test_bf16_says_how_many_codes_it_changes(
     assert len(shares) == 2
 
 
-def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
+def test_data_of_python_code_goes_all_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Five bands of floats, from memory to samples."""
     bands = np.random.default_rng(0).normal(size=(48, 5, 16, 16)).clip(-3, 3).astype(np.float32)
     data = {"images": bands, "labels": ["sea", "land"] * 24}
@@ -483,6 +486,18 @@ def test_data_of_python_code_goes_all_the_way(tmp_path: Path) -> None:
     assert (sampled.shape, sampled.dtype) == ((3, 16, 16, 5), np.float32)
     assert -3 <= sampled.min() <= sampled.max() <= 3
     assert np.array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], sampled)
+
+    # Each file holds the receipt by which it is drawn again.
+    verify = ("verify", tmp_path / "out", "--vqvae", tmp_path / "vqvae", *priors)
+    command(*verify)
+    note = read_note(sampled[1], files[1])
+    sampled[1, 2, 3, 4] += 1.5
+    how = {"photometric": "minisblack", "planarconfig": "contig", "description": note}
+    tifffile.imwrite(files[1], sampled[1], **how)
+    capsys.readouterr()
+    command(*verify, code=1)
+    shown = capsys.readouterr().out
+    assert "000001.tif: no: 1 of 256 pixels differ, by at most 1.5 of 6.\nno: 2 of 3" in shown
     shell(
         f"reconstruct --vqvae {tmp_path / 'vqvae'} --data.path {tmp_path / 'stack.npz'} "
         "--num-images 2 "

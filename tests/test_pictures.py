@@ -11,11 +11,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from pipelines.pictures import sample_sheet
 from tests.images import load
 from vqvae2.common.errors import UserError
+from vqvae2.common.pictures import difference, file_suffix, read_note, save_image, to_pixels
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change
 from vqvae2.data.decoding import BadImage, read_cell, read_picture_file
@@ -171,3 +173,23 @@ def test_a_sheet_has_whole_rows_of_at_most_eight_that_stand_out(number: int, cla
     shown = height * width
     assert shown > 0.85 * number or (classes > 20 and height == 20)
     assert classes or height <= 2 * width
+
+
+@pytest.mark.parametrize(
+    ("channels", "highest"), [(1, 255), (4, 255), (5, 255), (1, 65535), (3, 65535)]
+)
+def test_a_note_and_every_value_come_back_from_a_saved_image(
+    channels: int, highest: int, tmp_path: Path
+) -> None:
+    image, scale = 2 * torch.rand(channels, 8, 12) - 1, (0, highest)
+    path = tmp_path / f"image{file_suffix(channels, scale)}"
+    for note in (None, '{"seed": 3}'):
+        save_image(image, path, scale, note)
+        picture = read_picture_file(str(path))
+        assert note is None or read_note(picture, path) == note
+        held = np.array(picture)
+        assert not difference(held, to_pixels(image, scale), scale)
+    held[2, 3] ^= 32
+    held[5, 7] ^= 128
+    shown = difference(held, to_pixels(image, scale), scale)
+    assert shown == f"2 of 96 pixels differ, by at most 128 of {highest}"

@@ -2,6 +2,7 @@
 what is known is kept."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines import VQVAE2Pipeline
 from pipelines.commands.assemble import assemble
 from pipelines.commands.doctor import examine, load
 from pipelines.commands.sample import write_samples
-from pipelines.config import AssembleConfig, DoctorConfig
+from pipelines.config import AssembleConfig, DoctorConfig, SetConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
+from pipelines.receipts import make_receipt
 from prior import (
     Known,
     PixelSNAILConfig,
@@ -32,7 +35,7 @@ from prior import (
 )
 from prior.sampling import probabilities
 from tests.conftest import command as run_here
-from tests.conftest import kill_when
+from tests.conftest import kill_when, two_processes
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
@@ -70,12 +73,11 @@ def test_a_set_of_samples_is_continued_and_extended(run: Path, tmp_path: Path) -
     sample = ("sample", "--pipeline", run / "pipeline", "--lanes", 4, "--output-dir")
     run_here(*sample, whole, "--num-images", 30, "--npz")
     kill_when((partial / "images/000005.png").exists, *sample, partial, "--num-images", 18)
-    (partial / "images/000000.png").rename(partial / "000000.png")  # as of a set begun before
-    made = (partial / "000000.png").stat().st_mtime_ns
+    made = (partial / "images/000000.png").stat().st_mtime_ns
     run_here(*sample, partial, "--num-images", 30, "--npz")
     names = [f"images/{i:06d}.png" for i in range(30)]
     assert (partial / names[0]).stat().st_mtime_ns == made
-    for name in names:
+    for name in (*names, "receipt.json"):
         assert (whole / name).read_bytes() == (partial / name).read_bytes()
     with np.load(partial / "samples.npz") as arrays:
         assert (arrays["arr_0"].shape, arrays["arr_0"].dtype) == ((30, 16, 16, 1), np.uint8)
@@ -84,9 +86,81 @@ def test_a_set_of_samples_is_continued_and_extended(run: Path, tmp_path: Path) -
 
 
 def test_samples_are_written_from_python_too(pipeline: VQVAE2Pipeline, tmp_path: Path) -> None:
-    write_samples(pipeline, tmp_path, 2, labels=["bag"], seed=3, temperature=0.5)
+    settings = SetConfig(num_images=2, seed=3, temperature=(0.5,))
+    write_samples(pipeline, tmp_path, make_receipt(pipeline, settings, labels="bag"))
     (_, expected) = pipeline(2, labels="bag", seed=3, temperature=0.5).images
     assert Image.open(tmp_path / "images/000001.png").tobytes() == expected.tobytes()
+
+
+def altered(image: Path, **changes: object) -> Path:
+    """A copy of a sample, beside it, whose receipt says something else."""
+    ((key, value),) = changes.items()
+    picture, note, path = Image.open(image), PngInfo(), image.with_stem(f"{key}-{value}")
+    note.add_text("vqvae2", json.dumps({**json.loads(picture.text["vqvae2"]), **changes}))
+    picture.save(path, pnginfo=note)
+    return path
+
+
+def test_a_sample_is_drawn_again_by_the_receipt_that_it_holds(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole sets, single images of them, in any order; what was changed is found."""
+    out, image = tmp_path / "out", tmp_path / "out/images/000005.png"
+    drawn_by = ("--pipeline", run / "pipeline")
+    sample = ("sample", *drawn_by, "--num-images", 6, "--seed", 7, "--lanes", 4)
+    run_here(*sample, "--top-k", 9, "--labels", 2, "none", "bag", "--output-dir", out)
+    receipt = json.loads(Image.open(image).text["vqvae2"])
+    assert (receipt["index"], receipt["label"], receipt["lanes"]) == (5, "bag", 4)
+    run_here("verify", out, *drawn_by)
+    assert "yes: 6 of 6 images are" in capsys.readouterr().out
+    (one, two) = two_processes("verify", image, out, out / "images/000000.png", *drawn_by)
+    assert (one.stdout[:6], two.stdout) == ("yes: 6", "")
+
+    # A pixel, the receipt, or both at once.
+    picture = Image.open(image)
+    picture.putpixel((3, 4), picture.getpixel((3, 4)) ^ 64)
+    picture.save(image, pnginfo=PngInfo())
+    run_here("verify", image, *drawn_by, code=2)
+    assert "holds no receipt" in capsys.readouterr().err
+    note = PngInfo()
+    note.add_text("vqvae2", json.dumps(receipt))
+    picture.save(image, pnginfo=note)
+    run_here("verify", out, *drawn_by, code=1)
+    shown = capsys.readouterr().out
+    assert "000005.png: no: 1 of 256 pixels differ, by at most 64 of 255.\nno: 5 of 6" in shown
+    whole = out / "images/000004.png"
+    changes = [{"seed": 8}, {"index": 2}, {"label": "dress"}, {"label": "hat"}, {"index": -1}]
+    run_here("verify", whole, *(altered(whole, **change) for change in changes), *drawn_by, code=1)
+    shown = capsys.readouterr().out
+    assert "its receipt asks for the impossible (label 'hat' names no class" in shown
+    assert "no: 1 of 6 images" in shown
+    for changes, sentence in (
+        ({"pipeline_hash": "0"}, "drawn by the pipeline 0, but this pipeline is"),
+        ({"sampler_version": 1}, "drawn by version 1 of the sampler, but this is version"),
+        (
+            {"known_hash": "0"},
+            "was edited, and its receipt holds but a hash of its given codes (0)",
+        ),
+    ):
+        run_here("verify", whole, altered(whole, **changes), *drawn_by, code=2)
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_receipt_makes_its_set_again(run: Path, tmp_path: Path) -> None:
+    drawn_by, receipt = ("--pipeline", run / "pipeline"), tmp_path / "one/receipt.json"
+    settings = ("--num-images", 5, "--seed", 7, "--lanes", 2, "--temperature", 1, 0.5)
+    run_here(
+        "sample", *drawn_by, *settings, "--labels", 2, "none", "--output-dir", tmp_path / "one"
+    )
+    again = ("sample", *drawn_by, "--receipt", receipt, "--output-dir", tmp_path / "two")
+    run_here(*again)
+    run_here(*again)  # as any command that is repeated
+    files = [*(tmp_path / "one").rglob("*.png"), receipt]
+    assert len(files) == 7
+    assert receipt.stat().st_size < 1024
+    for file in files:
+        two = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert file.read_bytes() == two.read_bytes()
 
 
 def read(pipeline: VQVAE2Pipeline, picture: Path) -> torch.Tensor:
@@ -134,6 +208,18 @@ def test_an_image_file_is_edited(
     shown = page[4:52, -208:].reshape(48, 4, 52)[..., :48][:, :, 1::3][1::3]  # 16 x 16, times 3
     for place, image in enumerate((original, Image.new("L", (16, 16)), sample, sample)):
         assert np.array_equal(shown[:, place], np.asarray(image))
+
+    # It is drawn again only around the codes of the same picture.
+    verify = ("verify", tmp_path / "same", "--pipeline", run / "pipeline")
+    run_here(*verify, "--init-image", picture, "--mask", nothing)
+    again = ("sample", "--receipt", tmp_path / "same/receipt.json", *verify[2:], "--output-dir")
+    for command in (verify, (*again, tmp_path / "x")):
+        run_here(*command, code=2)
+        assert "was edited, and its receipt holds but a hash" in capsys.readouterr().err
+        run_here(*command, "--init-image", picture, code=2)
+        assert "give the same picture" in capsys.readouterr().err
+    run_here(*again, tmp_path / "again", "--init-image", picture, "--mask", nothing)
+    assert sample.tobytes() == Image.open(tmp_path / "again/images/000001.png").tobytes()
     run_here(*edit, "--mask", tmp_path / "none.png", "--output-dir", tmp_path / "x", code=2)
     assert "none.png cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -267,6 +353,19 @@ def test_another_model_does_not_continue_a_set(
     other.save_pretrained(pipeline)
     run_here(*sample, 8, code=2)
     assert "prior_1_hash" in capsys.readouterr().err
+
+
+def test_another_sampler_does_not_continue_a_set(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sets of the first sampler say no version."""
+    sample = ("sample", "--pipeline", run / "pipeline", "--output-dir", tmp_path, "--num-images")
+    run_here(*sample, 1)
+    record = tmp_path / "sample_config.yaml"
+    record.write_text(re.sub("sampler_version: .*\n", "", record.read_text()))
+    run_here(*sample, 2, code=2)
+    assert "a set of version 1 of the sampler, but this is version" in capsys.readouterr().err
+    assert len(list((tmp_path / "images").iterdir())) == 1
 
 
 def test_known_codes_that_do_not_fit_are_refused(pipeline: VQVAE2Pipeline) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from pipelines.commands.sample import SETTINGS, write_samples
-from pipelines.config import EvaluateConfig
+from pipelines.commands.sample import write_samples
+from pipelines.config import EvaluateConfig, SetConfig
 from pipelines.evaluation import figures as measure
 from pipelines.evaluation import memorisation, report
 from pipelines.evaluation.classifier import Rows, accuracy_scores, made_classifier
@@ -23,6 +23,7 @@ from pipelines.evaluation.sets import ImageSet, Seen, see, some
 from pipelines.model_index import part_hash
 from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
+from pipelines.receipts import converted, make_receipt
 from prior.sampling import Known
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes
@@ -76,20 +77,30 @@ class Subject:
         """What the extractor sees in a set; see `pipelines.evaluation.sets.see`."""
         return see(images, self.extractor, _cache())
 
-    def sample(self, config: EvaluateConfig, name: str, number: int, **options: Any) -> ImageSet:
-        """Samples in a folder of this name, made where they are missing; of each class as many as
-        it has among the training images."""
+    def sample(
+        self,
+        config: EvaluateConfig,
+        name: str,
+        number: int,
+        *,
+        labels: Sequence[int] | None = None,
+        known: Sequence[Known | None] = (),
+        **settings: float,
+    ) -> ImageSet:
+        """Samples in a folder of this name, made where they are missing; of each class, if no
+        labels are given, as many as it has among the training images."""
         assert self.pipeline is not None
-        settings = {key: getattr(config, key) for key in (*SETTINGS, "seed", "lanes", "bf16")}
         names, train = self.splits.class_names, self.splits.train
-        numbers: list[int] = []
-        if self.same_classes and names:
+        numbers = [*(labels or ())]
+        if labels is None and self.same_classes and names:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
             numbers = [train.label(i) or 0 for i in order.tolist()]
-        options = {"codes": name == "samples", "labels": numbers, **options}
-        numbers = options["labels"]
-        options["labels"] = [names[number] for number in numbers] or None
-        files = write_samples(self.pipeline, self.folder / name, number, **settings | options)
+        changed = {key: (value,) for key, value in settings.items()}
+        chosen = converted(SetConfig, config, num_images=number, labels=(), **changed)
+        given: Any = {"labels": [names[i] for i in numbers] or None, "known": known}
+        receipt = make_receipt(self.pipeline, chosen, **given)
+        how: dict[str, Any] = {"known": known, "codes": name == "samples"}
+        files = write_samples(self.pipeline, self.folder / name, receipt, **how)
         return ImageSet.of_files(name, files, self.pipeline.vqvae.config.image, numbers)
 
     @property
@@ -360,7 +371,11 @@ def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Fi
     rows = []
     number = min(config.num_samples, MOST_OF_SETTING)
     for guidance, top_p, temperature in product(guidances, TOP_PS, TEMPERATURES):
-        settings = {"temperature": temperature, "top_p": top_p, "guidance_scale": guidance}
+        settings: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "guidance_scale": guidance,
+        }
         name = f"sweep/temperature_{temperature}_top_p_{top_p}_guidance_{guidance}"
         seen = subject.see(subject.sample(config, name, number, **settings))
         if processes().is_main_process:

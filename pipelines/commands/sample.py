@@ -1,128 +1,136 @@
 """`vqvae2 sample`: new images as files."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
-from pipelines.config import LANES, SampleConfig
-from pipelines.editing import for_masks, keep_levels, known_outside, repeat_known
+from pipelines.config import SampleConfig, SetConfig
+from pipelines.editing import for_masks, repeat_known
 from pipelines.labels import Labels, hidden_unless_given
 from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
+from pipelines.receipts import (
+    RECEIPT_NAME,
+    ImageReceipt,
+    SetReceipt,
+    call_options,
+    converted,
+    known_codes,
+    load_pipeline,
+    make_receipt,
+)
 from pipelines.rejection import choose, with_rejection
-from prior.sampling import Known, SamplingConfig, in_lanes
+from prior.sampling import SAMPLER_VERSION, Known, SamplingConfig, in_lanes
 from vqvae2.common.accelerate import processes
-from vqvae2.common.artifact import content_hash
+from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import whole_file
+from vqvae2.common.files import read_json, whole_file, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image, save_picture, to_pil
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.threads import OwnCpus, set_threads
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import load_picture, read_picture_file, to_images
 
 logger = logging.getLogger(__name__)
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
 
 
 @writes_output
 def sample(config: SampleConfig) -> None:
     """Write samples as the configuration says; a folder with other settings' samples is refused."""
-    # The pipeline, and the codes of an image that is edited.
+    # The settings, or a receipt's; the pipeline, and the codes of an image that is edited.
+    wanted, file = None, config.receipt
+    if file is not None:
+        wanted = from_dict(SetReceipt, read_json(Path(file)), file)
+        settings = {field.name: getattr(wanted, field.name) for field in fields(SetConfig)}
+        config = replace(config, receipt=None, **settings)
     set_threads(config.num_threads)
-    if config.pipeline is not None:
-        pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline)
-    elif config.vqvae is None or not config.priors:
-        raise UserError("nothing to load: give --pipeline, or --vqvae and --priors (top first).")
-    else:
-        pipeline = VQVAE2Pipeline.from_parts(config.vqvae, config.priors)
+    pipeline = load_pipeline(config)
     pipeline.warn_of_noise()
     pipeline.to(processes().device)
-    known: list[Known | None] = []
-    front: dict[str, Image] = {}
+    known = known_codes(config, pipeline.vqvae)
     labels: Labels = list(config.labels) or None
-    if config.init_image is not None:
-        image = pipeline.vqvae, config.init_image
-        if config.mask is not None:
-            known = [*known_outside(*image, config.mask)]
-        else:
-            known = keep_levels(*image, 1 if config.keep_levels is None else config.keep_levels)
-        front = _given(config, pipeline.vqvae.config.image)
+    if known:
         labels = hidden_unless_given(labels, can_hide=pipeline.can_hide_labels)
 
     # Refuse wrong settings, and another run's folder, before anything is written.
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    SamplingConfig.per_level(len(pipeline.priors), **settings)
-    pipeline.label_numbers(labels)
-    tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
-    facts = {**pipeline.content_hashes(), "known_hash": content_hash({}, tensors)}
-    run, folder = RunRecord("sample", config, "sample_config.yaml", facts=facts), config.output_dir
+    names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
+    SamplingConfig.per_level(
+        len(pipeline.priors), **{name: getattr(config, name) for name in names}
+    )
+    receipt = make_receipt(pipeline, config, labels=labels, known=known)
+    if wanted is not None:
+        wanted.refuse_other(receipt, f"the set of {file}")
+        if remark := wanted.elsewhere(receipt):
+            logger.warning("The set was %s.", remark)
+    folder, new = Path(config.output_dir), SAMPLER_VERSION
+    facts = {**pipeline.content_hashes(), "known_hash": receipt.known_hash, "sampler_version": new}
+    run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
     run = with_rejection(config, run) if config.reject else run
-    run.check(Path(folder))
+    record = folder / run.file_name
+    if (begun := read_record(record).get("sampler_version", 1) if record.exists() else new) != new:
+        what = f"{folder} holds a set of version {begun} of the sampler, but this is version {new}"
+        advice = "which draws other images of the same seed: choose another --output-dir"
+        raise UserError(f"{what}, {advice}.")
+    run.check(folder)
     processes().wait_for_everyone()
     if processes().is_main_process:
-        run.write(Path(folder))
+        run.write(folder)
 
     # Sample; with a classifier, first the candidates among which it chooses.
-    settings |= {name: getattr(config, name) for name in ("seed", "lanes", "bf16", "npz")}
-    settings |= {"labels": labels, "known": known, "front": front}
-    settings |= {"compiled": None if config.compile == "auto" else config.compile}
-    settings |= {"parallel_positions": config.parallel_positions}
+    options: dict[str, Any] = {"known": known, "front": _given(config, pipeline.vqvae.config.image)}
     if config.reject is not None:
-        draw = partial(write_samples, pipeline, **{**settings, "npz": False})
-        numbers = pipeline.label_numbers(labels)
-        settings["only"] = choose(config, run, pipeline, numbers, draw)
-    write_samples(pipeline, folder, config.num_images, **settings)
+
+        def draw(candidates: Path, number: int) -> None:
+            of_all = replace(receipt, num_images=number)
+            write_samples(pipeline, candidates, of_all, **options)
+
+        options["only"] = choose(config, run, pipeline, pipeline.label_numbers(labels), draw)
+    write_samples(pipeline, folder, receipt, npz=config.npz, **options)
 
 
 def write_samples(
     pipeline: VQVAE2Pipeline,
     output_dir: str | Path,
-    num_images: int,
+    receipt: SetReceipt,
     *,
-    labels: Labels = None,
-    lanes: int = LANES,
     known: Sequence[Known | None] = (),
     front: Mapping[str, Image] | None = None,
     only: Sequence[int] | None = None,
     npz: bool = False,
     codes: bool = False,
-    **options: Any,
 ) -> list[Path]:
-    """Write samples as files in images/, a sheet of them beside it, and samples.npz for evaluators
-    if asked for, and each image's codes in codes/. Files that exist are not made again, and
-    processes share the work. `known` are codes that images start from, row i for image i, or one
-    for all; `front` pictures that the sheet shows before them, by name; `only` the indices of a
-    part of the images, instead of all; for the others see `VQVAE2Pipeline.__call__`. Returns the
-    images' files."""
+    """Write the samples of a receipt (see `make_receipt`) as files in images/, beside it a sheet of
+    them and receipt.json, and, if asked for, samples.npz for evaluators and each image's codes in
+    codes/. Files that exist are not made again, and processes share the work. `known` are codes
+    that images start from, row i for image i, or one for all; `front` pictures that the sheet shows
+    before them, by name; `only` the indices of a part of the images, instead of all (of which there
+    is no receipt.json). Returns the images' files."""
     # The files, and the label of each.
-    folder, state, numbers = Path(output_dir), processes(), pipeline.label_numbers(labels)
+    folder, state, num_images = Path(output_dir), processes(), receipt.num_images
+    labels: Labels = list(receipt.labels) or None
+    numbers, names = pipeline.label_numbers(labels), [*pipeline.class_names, "none"]
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)
     indices = range(num_images) if only is None else only
     files = {i: folder / "images" / f"{i:06d}{suffix}" for i in indices}
-    if state.is_main_process:  # images lay beside the sheet once
-        for old in folder.glob(f"{6 * '[0-9]'}{suffix}"):
-            (folder / "images").mkdir(exist_ok=True)
-            old.rename(folder / "images" / old.name)
-    state.wait_for_everyone()
 
     # Find the batches of which a file is missing, all processes before the first one writes.
     unfinished = []
-    for batch in in_lanes(range(max(indices) + 1), lanes):
+    for batch in in_lanes(range(max(indices) + 1), receipt.lanes):
         if not all(files[i].exists() for i in batch if i in files):
             unfinished.append(batch)
     state.wait_for_everyone()
     own = unfinished[state.process_index :: state.num_processes]
     bar = progress_bar(total=sum(map(len, own)), desc="sampling", unit="image")
-    options |= {"labels": labels, "lanes": lanes, "output_type": "pt"}
+    options = {"labels": labels, **call_options(receipt)}
     own_cpus = OwnCpus(bind=state.device.type == "cpu")
     for batch in own:
         own_cpus.warn()
@@ -135,7 +143,10 @@ def write_samples(
                 np.savez(file, *arrays)
         for i, image in zip(batch, made.images, strict=True):
             if i in files:
-                save_image(image, files[i], settings.value_range)
+                label = names[numbers[i % len(numbers)]] if numbers else None
+                own_receipt = converted(ImageReceipt, receipt, index=i, label=label)
+                note = json.dumps(to_dict(own_receipt))
+                save_image(image, files[i], settings.value_range, note)
         bar.update(len(batch))
     bar.close()
     state.wait_for_everyone()
@@ -146,9 +157,12 @@ def write_samples(
     period = len(numbers) or 1
     shown = [i for i in indices if i % period < 20][: max(64, 8 * min(20, period))]
     pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
-    names = [*pipeline.class_names, "no label"]
+    names[-1] = "no label"
     rows = [names[numbers[i % period]] for i in shown] if numbers else []
-    save_picture(sample_sheet(pictures, rows, front), folder / "samples.png")
+    if only is None:
+        write_json(folder / RECEIPT_NAME, to_dict(receipt))
+    sheet = sample_sheet(pictures, rows, front)
+    save_picture(sheet, folder / "samples.png", json.dumps(to_dict(receipt)))
     if npz:
         _write_npz(files, numbers, folder / "samples.npz")
     logger.info(f"{folder / 'images'}: {len(files)} samples; {folder / 'samples.png'} shows some.")

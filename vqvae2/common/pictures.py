@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from vqvae2.common.files import whole_file
 
 PAPER = "#b4b4b4"  # images with white edges do not melt into it
+NOTE = "vqvae2"  # the key of a text in a PNG that we wrote
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 INTEGERS: dict[tuple[float, float], type] = {(0, 255): np.uint8, (0, 65535): np.uint16}
 
@@ -33,25 +34,45 @@ def file_suffix(channels: int, value_range: tuple[float, float]) -> str:
     return ".png" if channels in MODES and tuple(value_range) == (0, 255) else ".tif"
 
 
-def save_image(image: Tensor, path: Path, value_range: tuple[float, float]) -> None:
-    """Write one image `(C, H, W)` in [-1, 1], whole or not at all, in the format of the suffix.
-
-    PNG holds 8 bits. TIFF holds the values of the range: uint8 for (0, 255), uint16 for
-    (0, 65535), else float32.
-    """
-    if path.suffix == ".png":
-        save_picture(to_pil(image[None])[0], path)
-        return
-    import tifffile
-
+def to_pixels(image: Tensor, value_range: tuple[float, float]) -> np.ndarray:
+    """One image `(C, H, W)` in [-1, 1] as its file holds it, `(H, W)` or `(H, W, C)`: uint8 for the
+    range (0, 255), uint16 for (0, 65535), else float32."""
     low, high = value_range
+    if file_suffix(len(image), value_range) == ".png":
+        return np.asarray(to_pil(image[None])[0])
     values = (image.detach().double().clamp(-1, 1).add(1) / 2 * (high - low) + low).cpu().numpy()
     integer = INTEGERS.get((low, high))
     values = values.astype(np.float32) if integer is None else values.round().astype(integer)
-    pixels = rearrange(values, "c h w -> h w c").squeeze()
-    layout = "contig" if len(values) > 1 else None
+    return rearrange(values, "c h w -> h w c").squeeze()
+
+
+def difference(pixels: np.ndarray, others: np.ndarray, value_range: tuple[float, float]) -> str:
+    """How two images, given as `to_pixels` makes them, differ, in a few words; or nothing."""
+    kinds = [f"{array.shape} of {array.dtype}" for array in (pixels, others)]
+    if kinds[0] != kinds[1]:
+        return f"it holds {kinds[0]} instead of {kinds[1]}"
+    unequal = (pixels != others).reshape(*pixels.shape[:2], -1).any(axis=2)
+    if not unequal.any():
+        return ""
+    most = np.abs(pixels.astype(np.float64) - others).max()
+    how_many = f"{unequal.sum():,} of {unequal.size:,} pixels differ"
+    return f"{how_many}, by at most {most:.6g} of {value_range[1] - value_range[0]:g}"
+
+
+def save_image(
+    image: Tensor, path: Path, value_range: tuple[float, float], note: str | None = None
+) -> None:
+    """Write one image `(C, H, W)` in [-1, 1], whole or not at all, as `file_suffix` says; a `note`
+    (ASCII) lies beside the pixels, where `read_note` finds it."""
+    pixels = to_pixels(image, value_range)
+    if path.suffix == ".png":
+        save_picture(Image.fromarray(pixels), path, note)
+        return
+    import tifffile
+
+    options = {"planarconfig": "contig" if pixels.ndim == 3 else None, "description": note}
     with whole_file(path) as aside:
-        tifffile.imwrite(aside, pixels, photometric="minisblack", planarconfig=layout)
+        tifffile.imwrite(aside, pixels, photometric="minisblack", **options)
 
 
 def num_columns(number: int, height: int = 1, most: int = 8) -> int:
@@ -99,7 +120,22 @@ def sheet(
     return page
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all."""
+def save_picture(picture: Image.Image, path: Path, note: str | None = None) -> None:
+    """Write a picture as PNG, whole or not at all; for the note see `save_image`."""
+    texts = PngImagePlugin.PngInfo()
+    if note is not None:
+        texts.add_text(NOTE, note)
     with whole_file(path) as aside:
-        picture.save(aside, format="PNG")
+        picture.save(aside, format="PNG", pnginfo=texts)
+
+
+def read_note(picture: Image.Image | np.ndarray, path: Path) -> str | None:
+    """The note that `save_image` wrote into a file, of which this is the decoded picture."""
+    if isinstance(picture, Image.Image):
+        return getattr(picture, "text", {}).get(NOTE)
+    if path.suffix != ".tif":
+        return None
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        return tiff.pages[0].description
