@@ -123,6 +123,7 @@ BASES = {  # a right command line for each command
     "inspect": "inspect --vqvae {x}/vqvae --data.path {x}/photos --output-dir {x}/out",
     "doctor": "doctor --pipeline {x}/pipeline",
     "sample": "sample --pipeline {x}/pipeline --num-images 2 --output-dir {x}/out",
+    "evaluate": "evaluate --vqvae {x}/vqvae --data.path {x}/photos --output-dir {x}/out",
     "verify": "verify --files {x}/samples/images/000000.png --pipeline {x}/pipeline",
     "assemble": "assemble --vqvae {x}/vqvae --priors {x}/prior_0 {x}/prior_1 --output-dir {x}/out",
     "import-weights": "import-weights --checkpoint {x}/table.parquet --output-dir {x}/out",

@@ -24,7 +24,7 @@ class RMSNorm(nn.RMSNorm):
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, of `(..., W)` over W; eps is that of the type."""
     is_trained = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_trained and x.device.type == "cpu" and (weight is None or weight.dtype == x.dtype):
+    if is_trained and x.device.type != "cuda" and (weight is None or weight.dtype == x.dtype):
         return _RMSNorm.apply(x, weight)
     return F.rms_norm(x, x.shape[-1:], weight)
 
