@@ -4,7 +4,7 @@ Letters: B batch, n heads, T queries, S keys, d features per head.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ def bf16_keys_pay(device_type: str) -> bool:
 class Slots(NamedTuple):
     """Where W positions of each image lie in the caches of all layers, and what they see."""
 
-    rows: Tensor  # (B * n * W,) of the cache seen as (B * n * capacity, d)
+    rows: Tensor | slice  # (B * n * W,) of the cache seen as (B * n * capacity, d); or, on a CPU
+    #                       where all images are at the same positions, these
     mask: Tensor  # (B, 1, W, capacity), added to the scores: 0 for what is seen, else -inf
 
 
@@ -111,23 +112,25 @@ class KVCache:
     the whole length, so that no shape or address changes, as CUDA graphs need it.
     """
 
-    STEP = 128  # positions by which the capacity grows
-
     def __init__(self, length: int, *, window: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.keys: Tensor | None = None  # made at the first position
         self.values: Tensor | None = None
         self.length, self.window, self.dtype = length, window, dtype
-        self.capacity = 0
+        self.capacity, self.growth = 0, max(16, length // 16)
 
     def slots(self, places: Tensor, num_heads: int, features: Tensor) -> Slots:
         """The slots of positions `(B, W)` for features of this type, here and in the caches of the
         other layers."""
-        needed = self.length
+        needed, rows = self.length, cast(Tensor | slice | None, None)
         if places.device.type == "cpu":
-            needed = min(self.length, -(-(int(places.max()) + 1) // self.STEP) * self.STEP)
+            first, last = int(places.min()), int(places.max())
+            needed = min(self.length, -(-(last + 1) // self.growth) * self.growth)
+            if last - first == places.shape[1] - 1:
+                rows = slice(first, last + 1)
         capacity, batch = max(self.capacity, needed), len(places)
-        heads = torch.arange(batch * num_heads, device=places.device).view(batch, num_heads, 1)
-        rows = (heads * capacity + places[:, None]).flatten()
+        if rows is None:
+            heads = torch.arange(batch * num_heads, device=places.device).view(batch, num_heads, 1)
+            rows = (heads * capacity + places[:, None]).flatten()
         keys, queries = torch.arange(capacity, device=places.device), places[:, None, :, None]
         seen = (keys <= queries) & (keys >= queries - (self.window or self.length))
         mask = torch.zeros(seen.shape, dtype=self._kept(features), device=places.device)
@@ -138,10 +141,14 @@ class KVCache:
         held, and attend to all up to each position, `(B, n, W, d)`."""
         keys, values = self._reserve(slots.mask.shape[3], k)
         given, kept, width = q.dtype, slots.mask.dtype, q.shape[3]
-        keys.view(-1, width).index_copy_(0, slots.rows, k.to(kept).reshape(-1, width))
-        values.view(-1, width).index_copy_(0, slots.rows, v.to(kept).reshape(-1, width))
+        for cache, new in ((keys, k), (values, v)):
+            if isinstance(slots.rows, slice):
+                cache[:, :, slots.rows] = new
+            else:
+                rows = new.to(kept).reshape(-1, width)
+                cache.view(-1, width).index_copy_(0, slots.rows, rows)
         on_cpu = q.device.type == "cpu"
-        if on_cpu and (kept == torch.bfloat16 or self.capacity <= SHORT):
+        if on_cpu and (kept == torch.bfloat16 or self.length <= SHORT):
             attended = attend_written_out(q.to(kept), keys, values, slots.mask)
         else:
             mask = slots.mask

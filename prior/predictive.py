@@ -22,7 +22,7 @@ from prior.sampling import Known, SamplingConfig, draw
 
 # Positions of all images together that a call computes at not much more than the cost of one: it
 # reads all weights anyway (see benchmarks/sampling.py).
-ROWS = {"cpu": 16, "cuda": 1024}
+ROWS = {"cpu": 64, "cuda": 1024}
 MOST = {"cpu": 32, "cuda": 64}
 
 
