@@ -2,7 +2,12 @@
 
     python benchmarks/sampling.py            # models of 85-90 M parameters; ten minutes, two cores
     python benchmarks/sampling.py --small    # models as the demo has them; a minute
+    python benchmarks/sampling.py --pipeline runs/demo/pipeline --batch-sizes 1 4 16 --images 100
     pip install -e ".[benchmark]"            # for the row of transformers' generate
+
+With a trained pipeline: by window, the share of the positions that take a call of the network (fresh
+weights have no structure to guess), milliseconds per image, and how many images have other codes
+than one position at a time gives.
 
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
@@ -23,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import prior.base
+from pipelines.pipeline import VQVAE2Pipeline
 from prior import (
     PixelSNAILConfig,
     PixelSNAILPriorConfig,
@@ -33,6 +40,7 @@ from prior import (
     make_prior,
 )
 from prior.base import Prior
+from prior.noise import gumbel
 from prior.packed_linear import PackedLinear
 from prior.pixelsnail import PixelSNAIL
 from prior.sampling import draw
@@ -150,7 +158,10 @@ def plain_seconds(prior: Prior, batch_size: int, condition: list[Tensor]) -> flo
         codes = torch.randint(prior.config.codebook_sizes[-1], (batch_size, rows, width))
 
         def one_code(codes: Tensor = codes) -> Tensor:
-            return draw(forward(codes)[:, -1], torch.rand(batch_size), SamplingConfig())
+            logits = forward(codes)[:, -1]
+            places = torch.zeros(batch_size, 1, dtype=torch.int64)
+            noise = gumbel(torch.arange(batch_size), 0, places, logits.shape[-1])
+            return draw(logits, noise[:, 0], SamplingConfig())
 
         one_code()
         each.append(seconds(one_code, 3 if rows < height else 2))
@@ -274,6 +285,37 @@ def print_sampling(case: Case, batch_sizes: Sequence[int] | None) -> None:
                 print(f"            generate, {name}    {'':17} {row}   {ratio}")
 
 
+def print_windows(folder: str, lanes: int, number: int, windows: Sequence[int]) -> None:
+    """A trained pipeline by window: calls, time, and images whose codes differ."""
+    pipeline, calls, expected = VQVAE2Pipeline.from_pretrained(folder), [], None
+    original = prior.base.sample_codes
+
+    def counted(step: Any, guesses: Any, width: int) -> Any:
+        codes, number_of_calls = original(step, guesses, width)
+        calls.append((codes.shape[1], number_of_calls / codes.shape[1]))
+        return codes, number_of_calls
+
+    prior.base.sample_codes = counted
+    print(f"\n{folder}, {number} images, {lanes} lanes")
+    for window in windows:
+        calls.clear()
+        started = time.perf_counter()
+        codes = pipeline(number, lanes=lanes, parallel_positions=window, output_type="pt").codes
+        spent = (time.perf_counter() - started) / number
+        expected = expected or codes
+        shares = {}
+        for positions in {positions for positions, _ in calls}:
+            own = [share for each, share in calls if each == positions]
+            shares[positions] = f"{sum(own) / len(own):.1%}"
+        pairs = zip(codes, expected, strict=True)
+        other = torch.stack([(a != b).flatten(1).any(dim=1) for a, b in pairs]).any(dim=0)
+        text = f"calls by number of positions {shares}, {1e3 * spent:.0f} ms/image"
+        print(
+            f"  window {window or 'chosen'}: {text}, {int(other.sum())} images differ", flush=True
+        )
+    prior.base.sample_codes = original
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -283,10 +325,17 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="time training steps instead")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="instead of each model's own")
     parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--pipeline", help="a trained pipeline, by window, instead of fresh models")
+    parser.add_argument("--images", type=int, default=32, help="with --pipeline")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 4, 16, 32, 64, 0])
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_grad_enabled(False)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if options.pipeline:
+        for lanes in options.batch_sizes or (1, 16):
+            print_windows(options.pipeline, lanes, options.images, options.windows)
+        return
     for case in SMALL if options.small else LARGE:
         if options.only not in case.name:
             continue

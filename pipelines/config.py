@@ -196,7 +196,7 @@ class DrawConfig:
     at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
     parallel_positions: int = 0
     """Positions whose codes are guessed and then computed in one call; 0 chooses, 1 is one after
-    the other. The codes are the same, but for ties in the last bit."""
+    the other (as PixelSNAIL always does). The codes are the same, but for ties in the last bit."""
 
     def __post_init__(self) -> None:
         check_between(self, 0, MOST_ROWS, "parallel_positions")
@@ -245,6 +245,8 @@ class SampleConfig(SetConfig, EditConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         EditConfig.__post_init__(self)
+        alone = self.receipt is None or self.reject is None
+        check(alone, "reject", self.reject, "used without receipt, which is of a whole set")
         for setting in fields(SetConfig) if self.receipt is not None else ():
             if getattr(self, setting.name) != setting.default:
                 flag = f"--{setting.name.replace('_', '-')}"

@@ -153,7 +153,7 @@ class VQVAE2Pipeline:
             temperature, top_k, top_p, min_p, guidance_scale: one value, or one per level, coarse to
                 fine; see `SamplingConfig`.
             seed: image i is a function of (seed, i, its label), to the bit on the same device with
-                the same number of threads and `lanes`.
+                the same number of threads, `lanes`, `parallel_positions`, `compiled` and `bf16`.
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, and other images.
@@ -195,7 +195,7 @@ class VQVAE2Pipeline:
                 given = given and Known(*(tensor.to(prior.device) for tensor in given))
                 inputs = codes, classes.to(prior.device) if prior.config.num_classes else None
                 how: dict[str, Any] = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
-                how["window"] = min(parallel_positions, prior.config.num_positions)
+                how["window"] = parallel_positions
                 codes.append(prior.sample(lanes, *inputs, **how, seeds=seeds, known=given))
             images = self.vqvae.decode_codes(codes).float().clamp(-1, 1)
             asked = slice(batch.start - first, batch.stop - first)

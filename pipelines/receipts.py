@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What decides the pixels, beside the settings of `DrawConfig`."""
+    """What decides the pixels, besides the settings of `DrawConfig`."""
 
     pipeline_hash: str
     """Of the configurations and weights of all parts."""
@@ -57,7 +57,7 @@ class Origin:
         elif self.known_hash is None:
             how = "not edited: leave --init-image out"
         elif own.known_hash is None:
-            how = f"edited, and its receipt holds but a hash of its given codes ({given}): "
+            how = f"edited, and its receipt holds only a hash of its given codes ({given}): "
             how += "add --init-image (and --mask or --keep-levels) as they were"
         else:
             how = f"drawn around the given codes {given}, but these are {here}: "

@@ -96,6 +96,11 @@ def bf16_keys_pay(device_type: str) -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
+def grows(places: Tensor) -> bool:
+    """Whether caches grow with the positions, whose values are looked at."""
+    return places.device.type == "cpu"
+
+
 class Slots(NamedTuple):
     """Where W positions of each image lie in the caches of all layers, and what they see."""
 
@@ -122,7 +127,7 @@ class KVCache:
         """The slots of positions `(B, W)` for features of this type, here and in the caches of the
         other layers."""
         needed, rows = self.length, cast(Tensor | slice | None, None)
-        if places.device.type == "cpu":
+        if grows(places):
             first, last = int(places.min()), int(places.max())
             needed = min(self.length, -(-(last + 1) // self.growth) * self.growth)
             if last - first == places.shape[1] - 1:
@@ -138,7 +143,7 @@ class KVCache:
 
     def attend(self, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep the keys and values of W positions, `(B, n, W, d)`, in place of what their slots
-        held, and attend to all up to each position, `(B, n, W, d)`."""
+        held, and attend to what each position sees, `(B, n, W, d)`."""
         keys, values = self._reserve(slots.mask.shape[3], k)
         given, kept, width = q.dtype, slots.mask.dtype, q.shape[3]
         for cache, new in ((keys, k), (values, v)):

@@ -267,7 +267,7 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
         keys, values = (x[:, :, max(0, t - reach) : t + 1] for x in (k, v))
         expected = attend_written_out(q[:, :, t : t + 1], keys, values, None)
         results = {"attention": attended[:, :, t : t + 1]}
-        for name, first in {"cache": t, "cache in a window": max(0, t - WINDOW)}.items():
+        for name, first in {"cache": t, "cache in a window": max(0, t - WINDOW + 1)}.items():
             places = torch.arange(first, t + 1, device=q.device)
             slots, new = cache.slots(places[None], heads, q), (x[:, :, places] for x in (q, k, v))
             results[f"attention through the {name}"] = cache.attend(slots, *new)[:, :, -1:]

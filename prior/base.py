@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from prior.attention import Attention
 from prior.config import PriorConfig
-from prior.cuda_graphs import Stepper, graphed_stepper
+from prior.cuda_graphs import Stepper, eager_stepper, graphed_stepper
 from prior.noise import Noise
 from prior.predictive import Guesses, choose_window, sample_codes
 from prior.sampling import Known, SamplingConfig, check_inputs, guide
 from vqvae2.common.artifact import Artifact
+from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 
 # Compiling takes 5 to 15 s per level and batch size, and saves 5 to 12 ms at each position (on an
@@ -32,7 +33,8 @@ class Prior(Artifact, nn.Module, ABC):
 
     A new family implements `forward` (all positions at once, for training), `start` and `step`
     (one position after another, for sampling). Both ways must give the same logits. The rest is
-    optional: `fixed_shapes` and `start_row` for CUDA graphs, `attention` for `prior.audit`.
+    optional: `has_windows` for several positions at once, `fixed_shapes` and `start_row` for CUDA
+    graphs, `attention` for `prior.audit`.
     """
 
     config_class = PriorConfig
@@ -95,10 +97,7 @@ class Prior(Artifact, nn.Module, ABC):
         start = partial(self.start, batch_size, condition, labels, **options)
         if self.is_compiled(compiled):
             return graphed_stepper(self, start, (batch_size, window, dtype))
-        state = start()
-        if self.has_windows:
-            return lambda _, first, previous: self.step(state, first, previous)
-        return lambda position, _, previous: self.step(state, position, previous)
+        return eager_stepper(self, start())
 
     def is_compiled(self, compiled: bool | None) -> bool:
         """Whether steps are compiled, if that is what was asked for (None: where it pays)."""
@@ -134,7 +133,7 @@ class Prior(Artifact, nn.Module, ABC):
         window: int = 0,
         plain: bool = False,
     ) -> Tensor:
-        """Draw codes `(B, h, w)` int64: those of one position after another in raster order.
+        """Draw codes `(B, h, w)` int64, the same as one position after another in raster order.
 
         Args:
             seeds: one per image; an image's random numbers come from its own seed alone.
@@ -144,7 +143,7 @@ class Prior(Artifact, nn.Module, ABC):
                 default on levels of at least `COMPILED_POSITIONS`.
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
-            plain: without caches, slowly: the definition, which all else equals code for code.
+            plain: without caches, slowly: the definition, which all else equals but for ties.
 
         Raises:
             UserError: see `check_inputs`; or the logits are not finite.
@@ -164,7 +163,8 @@ class Prior(Artifact, nn.Module, ABC):
         condition = [codes.repeat(copies, 1, 1) for codes in condition]
         if sampling.guided and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-        width = 1 if plain or not self.has_windows else window
+        check(window >= 0, "window", window, "0 or more")
+        width = 1 if plain or not self.has_windows else min(window, config.num_positions)
         width = width or choose_window(copies * batch_size, config.num_positions, self.device.type)
         if plain:
             step = self._plain_stepper(copies * batch_size, condition, labels)

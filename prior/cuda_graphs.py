@@ -22,11 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class Recordings(dict):
-    """A prior's recorded steps: batch size and types -> state, step and start of a row, or None
-    where they cannot be compiled. They are of one prior: a copy of it starts without."""
+    """A prior's recorded steps: batch size, window and types -> state, step and start of a row, or
+    None where they cannot be compiled. They are of one prior: a copy of it starts without."""
 
     def __reduce__(self) -> Any:
         return Recordings, ()
+
+
+def eager_stepper(prior: Any, state: Any) -> Stepper:
+    """The steps of a prior as they are."""
+    if prior.has_windows:
+        return lambda _, first, previous: prior.step(state, first, previous)
+    return lambda position, _, previous: prior.step(state, position, previous)
 
 
 def graphed_stepper(
@@ -43,10 +50,7 @@ def graphed_stepper(
     if all_types not in recordings:
         recordings[all_types] = _record(prior, start(), key[:2], record)
     if recordings[all_types] is None:
-        state = start()
-        if prior.has_windows:
-            return lambda _, first, previous: prior.step(state, first, previous)
-        return lambda position, _, previous: prior.step(state, position, previous)
+        return eager_stepper(prior, start())
     state, step, start_row = recordings[all_types]
 
     # Fill the state anew. A fresh one has no caches yet: those of earlier batches are emptied.
@@ -92,9 +96,10 @@ def _record(prior: Any, state: Any, shape: tuple[int, int], record: Callable) ->
     torch._dynamo.config.recompile_limit = 64  # all levels, and sizes of batches, share one count
     step, start_row = record(step), record(start_row)
     try:
-        if not prior.has_windows:
-            start_row(first, previous[:, 0])
-        step(first, previous)
+        with torch._dynamo.config.patch(suppress_errors=False):  # a training may have set it
+            if not prior.has_windows:
+                start_row(first, previous[:, 0])
+            step(first, previous)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every part of a compiler has its own

@@ -1,4 +1,5 @@
-"""Noise that is a function of (image's seed, level, position, code), the same on every device.
+"""Noise that is a function of (image's seed, level, position, code): the same random words on every
+device, and the same numbers up to the last bit of a logarithm.
 
 A code is drawn as the argmax of logits + Gumbel noise (Gumbel 1954; Maddison et al. 2014), with one
 number for each code of each position. When a little changes in the logits, as when a guess of an

@@ -21,14 +21,15 @@ from prior.noise import Noise
 from prior.sampling import Known, SamplingConfig, draw
 
 # Positions of all images together that a call computes at not much more than the cost of one: it
-# reads all weights anyway (see benchmarks/sampling.py).
+# reads all weights anyway (see benchmarks/sampling.py). Other numbers here mean other last bits of
+# the images: count SAMPLER_VERSION up.
 ROWS = {"cpu": 64, "cuda": 1024}
 MOST = {"cpu": 32, "cuda": 64}
 
 
 def choose_window(batch_size: int, num_positions: int, device_type: str) -> int:
     """The window that is fastest for a batch: a power of 2, and 1 where guessing does not pay. It
-    depends on nothing else, for an image's last bits depend on it."""
+    may be decided by nothing else, because an image's last bits depend on it."""
     window, rows, most = 1, ROWS.get(device_type, 1024), MOST.get(device_type, 64)
     while 2 * window * batch_size <= rows and 2 * window <= min(most, num_positions):
         window *= 2
@@ -97,7 +98,7 @@ def places_of(first: Tensor, width: int) -> Tensor:
 def sample_codes(
     step: Callable[[int, Tensor, Tensor], Tensor], guesses: Guesses, width: int
 ) -> tuple[Tensor, int]:
-    """All codes `(B, T)`, and the number of calls of `step`: from the number of the call, first
+    """All codes `(B, T)`, and the number of calls of `step`, which maps the call's number, first
     positions `(B,)` and codes before the positions of each window `(B, W)` to logits `(B, W, K)`.
     """
     num_positions, calls = guesses.codes.shape[1], 0
@@ -108,7 +109,7 @@ def sample_codes(
         calls += 1
         if calls == num_positions:  # each call finds at least one code
             break
-        # Looking waits for a GPU: not before the end is possible, and not after every call.
+        # Looking waits for the GPU: so look only once the end is possible, and then now and then.
         look = width > 1 and calls >= least and (calls - least) % every == 0
         if look and int(guesses.num_right.min()) == num_positions:
             break

@@ -23,20 +23,28 @@ class RMSNorm(nn.RMSNorm):
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, of `(..., W)` over W; eps is that of the type."""
-    is_trained = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_trained and x.device.type != "cuda" and (weight is None or weight.dtype == x.dtype):
+    same_type = weight is None or weight.dtype == x.dtype
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not same_type:
+        return F.rms_norm(x, x.shape[-1:], weight)
+    if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight)
-    return F.rms_norm(x, x.shape[-1:], weight)
+    return _normalise(x, weight)[0]
+
+
+def _normalise(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / rms."""
+    inverse = x.square().mean(dim=-1, keepdim=True).add_(torch.finfo(x.dtype).eps).rsqrt_()
+    normalised = x * inverse
+    return normalised if weight is None else normalised.mul_(weight), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.contiguous()
-        inverse = x.square().mean(dim=-1, keepdim=True).add_(torch.finfo(x.dtype).eps).rsqrt_()
+        normalised, inverse = _normalise(x, weight)
         ctx.save_for_backward(x, inverse, weight)
-        normalised = x * inverse
-        return normalised if weight is None else normalised.mul_(weight)
+        return normalised
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -144,8 +144,8 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     """One code for each row, `(...)` int64, of logits and Gumbel noise `(..., K)`: the argmax of
-    their sum has the distribution that `probabilities` gives. The code of a row that holds NaN is
-    K."""
+    their sum has the distribution that `probabilities` gives. The code of a row that holds NaN or
+    an infinite logit is K."""
     scores = logits
     if sampling.temperature:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
@@ -153,7 +153,7 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
             scores = scores.masked_fill(probabilities(logits, sampling) == 0, -torch.inf)
         scores = scores + noise
     best, codes = scores.max(dim=-1)
-    return torch.where(best.isnan(), logits.shape[-1], codes)
+    return torch.where(best.isfinite(), codes, logits.shape[-1])
 
 
 def image_seeds(seed: int, first: int, number: int) -> list[int]:

@@ -288,7 +288,8 @@ def sees_the_next(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, a
 
 def forgets_the_own(cache: KVCache, slots: Slots, q: Tensor, k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
     """A cache that reads before it writes; here what it reads was there before, but for one key."""
-    position = int(slots.rows[-1] % cache.length)
+    at = slots.rows
+    position = at.stop - 1 if isinstance(at, slice) else int(at[-1] % cache.length)
     if position > LONG:
         k = cache.keys[:, :, position - k.shape[2] : position]
     return cached(cache, slots, q, k, v)

@@ -139,7 +139,7 @@ def test_a_sample_is_drawn_again_by_the_receipt_that_it_holds(
         ({"sampler_version": 1}, "drawn by version 1 of the sampler, but this is version"),
         (
             {"known_hash": "0"},
-            "was edited, and its receipt holds but a hash of its given codes (0)",
+            "was edited, and its receipt holds only a hash of its given codes (0)",
         ),
     ):
         run_here("verify", whole, altered(whole, **changes), *drawn_by, code=2)
@@ -215,7 +215,7 @@ def test_an_image_file_is_edited(
     again = ("sample", "--receipt", tmp_path / "same/receipt.json", *verify[2:], "--output-dir")
     for command in (verify, (*again, tmp_path / "x")):
         run_here(*command, code=2)
-        assert "was edited, and its receipt holds but a hash" in capsys.readouterr().err
+        assert "was edited, and its receipt holds only a hash" in capsys.readouterr().err
         run_here(*command, "--init-image", picture, code=2)
         assert "give the same picture" in capsys.readouterr().err
     run_here(*again, tmp_path / "again", "--init-image", picture, "--mask", nothing)

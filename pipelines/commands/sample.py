@@ -162,7 +162,8 @@ def write_samples(
     if only is None:
         write_json(folder / RECEIPT_NAME, to_dict(receipt))
     sheet = sample_sheet(pictures, rows, front)
-    save_picture(sheet, folder / "samples.png", json.dumps(to_dict(receipt)))
+    of_set = json.dumps(to_dict(receipt)) if only is None else None
+    save_picture(sheet, folder / "samples.png", of_set)
     if npz:
         _write_npz(files, numbers, folder / "samples.npz")
     logger.info(f"{folder / 'images'}: {len(files)} samples; {folder / 'samples.png'} shows some.")

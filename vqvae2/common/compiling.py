@@ -47,9 +47,9 @@ class CompileTrial:
     def begin(self, step: int) -> None:
         """Continue after a step: an earlier process of this training may have decided."""
         self.record = self.on_main(lambda: read_json(self.path) if self.path.exists() else {})
-        if step > 2 * STEPS and not self.record:
+        if step >= 2 * STEPS and not self.record:
             self.is_open = False  # an earlier version began it, without a trial
-        self.started = step, self._now()
+        self.begun, self.started = True, (step, self._now())
 
     def before_step(self, step: int) -> None:
         """To be called before every step, with its number from 1."""
@@ -62,13 +62,17 @@ class CompileTrial:
 
     def after_step(self, step: int, num_steps: int) -> None:
         """To be called after every step, of so many."""
-        if not self.is_open or "compiled" in self.record or step % STEPS:
+        if not self.is_open or "compiled" in self.record:
+            return
+        if self.begun:  # the first step of a process also starts much
+            self.begun, self.started = False, (step, self._now())
+        if step % STEPS:
             return
         if step in (STEPS, 3 * STEPS):
             self.started = step, self._now()
         elif step == 4 * STEPS or not self.record:
             first, started = self.started
-            seconds = (self._now() - started) / (step - first)
+            seconds = (self._now() - started) / max(1, step - first)
             self.record = self.on_main(partial(self._decide, seconds, step, num_steps))
 
     def _decide(self, seconds: float, step: int, num_steps: int) -> dict[str, Any]:
