@@ -5,9 +5,9 @@
     python benchmarks/sampling.py --pipeline runs/demo/pipeline --batch-sizes 1 4 16 --images 100
     pip install -e ".[benchmark]"            # for the row of transformers' generate
 
-With a trained pipeline: by window, the share of the positions that take a call of the network (fresh
-weights have no structure to guess), milliseconds per image, and how many images have other codes
-than one position at a time gives.
+With a trained pipeline: by window, the share of the positions that take a call of the network
+(fresh weights have no structure to guess), milliseconds per image, and how many images have other
+codes than one position at a time gives.
 
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
