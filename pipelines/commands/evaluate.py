@@ -24,7 +24,7 @@ from pipelines.model_index import part_hash
 from pipelines.pictures import sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.receipts import converted, make_receipt
-from prior.sampling import Known
+from prior.sampling import SAMPLER_VERSION, Known
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import to_dict
@@ -127,7 +127,7 @@ def _evaluate(config: EvaluateConfig) -> None:
         facts["vqvae_hash"] = part_hash(vqvae)
     if pipeline is not None:
         pipeline.warn_of_noise()
-        facts |= pipeline.content_hashes()
+        facts |= {**pipeline.content_hashes(), "sampler_version": SAMPLER_VERSION}
     run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
     run.check(folder)
     _check_number(splits)
