@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +31,7 @@ from prior.dropout import add_dropped
 from prior.noise import Noise
 from prior.packed_linear import can_pack
 from prior.predictive import Guesses, sample_codes
+from prior.probes import fresh_copy
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
 from vqvae2.common.errors import UserError
@@ -586,25 +589,43 @@ def test_one_compiled_step_serves_all_positions_and_batches(
         assert graphs == [[(BATCH,), (BATCH, 4)]]
 
 
-@pytest.mark.parametrize("name", ["top", "third of three, classes", "bottom"])
-@each_family
-@torch.no_grad()
-def test_windows_of_guesses_draw_the_codes_of_the_plain_loop(family: str, name: str) -> None:
-    """In float64, whatever the window, the filters, and what is known beforehand."""
-    prior = make(family, name).double()
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_windows_of_guesses_draw_the_codes_of_the_plain_loop(data: st.DataObject) -> None:
+    """In float64: any prior, number of lanes, window, settings, and codes known beforehand."""
+    family, name = data.draw(st.sampled_from([*FAMILY])), data.draw(st.sampled_from([*PRIORS]))
+    prior, lanes = make(family, name).double(), data.draw(st.integers(1, 5))
     codes, condition, labels = inputs(prior)
-    mask = torch.rand(codes.shape, generator=torch.Generator().manual_seed(5)) < 0.3
-    guided = {"guidance_scale": 1.5} if prior.config.label_dropout else {}
-    settings: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.9}]
-    settings.append({"temperature": 0.7, "min_p": 0.02, "known": Known(codes, mask), **guided})
-    for each in settings:
-        known = each.pop("known", None)
-        draw = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS, known=known)
-        plain = draw(sampling=SamplingConfig(**each), plain=True)
-        for window in (0, 1, 3, prior.config.num_positions):
-            assert torch.equal(draw(sampling=SamplingConfig(**each), window=window), plain)
-        if known is not None:
-            assert torch.equal(plain[mask], codes[mask])
+    rows = torch.arange(lanes) % BATCH
+    codes, condition = codes[rows], [level[rows] for level in condition]
+    labels = None if labels is None else labels[rows]
+    shares = st.sampled_from([None, 0.05, 0.5, 0.9])
+    facts: dict[str, Any] = {"temperature": data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0]))}
+    facts |= {"top_k": data.draw(st.sampled_from([None, 1, 5])), "top_p": data.draw(shares)}
+    facts |= {"min_p": data.draw(shares)}
+    if prior.config.label_dropout:
+        facts["guidance_scale"] = data.draw(st.sampled_from([1.0, 0.0, 2.5]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    mask = torch.rand(codes.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.4]))
+    known = Known(codes, mask) if mask.any() else None
+    options: dict[str, Any] = {"sampling": SamplingConfig(**facts), "known": known}
+    options["seeds"] = data.draw(
+        st.lists(st.integers(0, 2**64 - 1), min_size=lanes, max_size=lanes)
+    )
+    sample = partial(prior.sample, lanes, condition, labels, **options)
+    plain, window = sample(plain=True), data.draw(st.integers(0, 40))
+    assert torch.equal(sample(window=window), plain)
+    assert known is None or torch.equal(plain[mask], codes[mask])
+
+
+@torch.no_grad()
+def test_windows_draw_the_same_codes_where_caches_grow_and_kernels_change() -> None:
+    """At more than 512 positions attention is another kernel on a CPU."""
+    network = TransformerConfig(width=32, num_layers=1, num_heads=2, dropout=0.0)
+    facts: dict[str, Any] = {"level": 0, "grids": ((23, 24),), "codebook_sizes": (11,)}
+    prior = fresh_copy(make_prior(TransformerPriorConfig(network=network, **facts)), noise=True)
+    one, many = (prior.double().sample(2, seeds=[1, 2], window=window) for window in (1, 29))
+    assert torch.equal(one, many)
 
 
 def test_an_image_takes_few_calls_and_waits_for_no_other() -> None:

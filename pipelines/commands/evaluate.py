@@ -122,7 +122,7 @@ def _evaluate(config: EvaluateConfig) -> None:
         training = pipeline.trainings.get("vqvae", {})
     data = with_recorded_split(config.data, training)
     splits = load_images(data, settings, show_progress=state.is_main_process)
-    facts = {"image_names_hash": splits.facts()["image_names_hash"]}
+    facts: dict[str, Any] = {"image_names_hash": splits.facts()["image_names_hash"]}
     if vqvae is not None:
         facts["vqvae_hash"] = part_hash(vqvae)
     if pipeline is not None:
