@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -116,6 +117,32 @@ def test_images_of_another_model(
     command("evaluate", *given, "--output-dir", tmp_path)
     (one, other) = (figures_of(folder)["against"] for folder in (evaluated, tmp_path))
     assert one["held-out images"] == other["held-out images"]
+
+
+def test_images_of_another_model_in_class_folders(
+    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have classes, by the names of the folders, so that a classifier learns from them."""
+    monkeypatch.setattr(classifier, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(classifier, "CELLS", 0)
+    others = write_images(tmp_path / "others", 24)
+    command("evaluate", "--samples", others, *flags[2:], "--output-dir", tmp_path / "out")
+    assert figures_of(tmp_path / "out")["accuracy"].keys() == {"real", "samples"}
+
+
+def test_levels_of_priors_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are sampled without the labels that the images have."""
+    given: list[Any] = []
+    monkeypatch.setattr(evaluate.memorisation, "codes_of", lambda *_: [torch.zeros(24, 2, 2)] * 2)
+    monkeypatch.setattr(evaluate.measure, "compare_briefly", lambda *_: {})
+    subject = mock.MagicMock(same_classes=False)
+    subject.pipeline.class_names, subject.pipeline.priors = (), [None, None]
+    subject.sample = lambda *_, labels, **__: given.append(labels)
+    sets = {"real": mock.MagicMock(images=noise(24, 0)), "made": mock.MagicMock()}
+    sets["samples"] = mock.MagicMock(images=noise(24, 1))
+    sets["reference"] = None
+    assert len(evaluate._compare_levels(subject, mock.MagicMock(), sets)) == 3
+    assert given == [[]]
 
 
 @pytest.mark.parametrize(

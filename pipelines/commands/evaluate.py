@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,6 +36,7 @@ from vqvae2.common.threads import set_threads
 from vqvae2.config import ImagesConfig, PerceptualConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, ImageSplits, load_images, load_table, picture_size, to_images
 from vqvae2.data.decoding import read_picture_file
+from vqvae2.data.open_source import open_source, refuse_stream
 from vqvae2.inspection import inspect, reconstruction_sheet
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
@@ -265,8 +266,12 @@ def _given_samples(
     """Images of another model, if they are given."""
     if config.samples is None:
         return None
-    table = load_table(ImagesConfig(path=str(_image_folder(config.samples))), settings)
-    table = table.with_classes_of(splits.train.source)
+    where, train = ImagesConfig(path=str(_image_folder(config.samples))), splits.train.source
+    parts = [refuse_stream(part) for part in open_source(where, settings) if part is not None]
+    labels = [label for part in parts for label in part.with_classes_of(train).labels or ()]
+    table = load_table(where, settings)
+    if len(labels) == len(table):
+        table = replace(table, labels=labels, class_names=splits.class_names)
     images = ImageDataset(table, range(len(table)), settings)
     images.check(show_progress=processes().is_main_process)
     if len(images) < FEWEST:
@@ -348,7 +353,7 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
     codes = memorisation.codes_of(vqvae, other.choose(range(number)))
     if pipeline.class_names and not (subject.same_classes and other.labels):
         return {}
-    labels = list(other.labels or [])[:number]
+    labels = list(other.labels or [])[:number] if subject.same_classes else []
     known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
     found, size = {}, len(pipeline.priors)
     rows = {"all levels sampled": sets["samples"].first(number)}
