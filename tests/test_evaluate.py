@@ -101,7 +101,7 @@ def test_evaluations_are_compared_if_the_same_eyes_saw_them(
     write(json.dumps(found))
     page = tmp_path / "page"
     command("evaluate", "--compare", evaluated, better, "--output-dir", page)
-    assert "The lowest FD (classifier) has better." in capsys.readouterr().out
+    assert "better has the lowest FD (classifier)." in capsys.readouterr().out
     assert "better" in (page / "index.html").read_text()
     found["extractor"]["name"] = "inception"
     write(json.dumps(found))
@@ -242,6 +242,7 @@ def test_rejection_keeps_the_likeliest_of_each_class_and_always_as_many() -> Non
 
 
 FOUND: dict[str, Any] = {
+    "given": False,
     "extractor": {"distance_name": "FD (x)"},
     "decides": "held-out images",
     "against": {
@@ -271,6 +272,9 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
          "The priors lose most, the bottom one of them: longer training would not help"),
         (lambda f: set_of(f, "reconstructions").update(distance=10),
          "The autoencoder loses most: train it longer"),
+        (lambda f: f.pop("levels"), "The priors lose most: train them longer"),
+        (lambda f: f.update(few={"bag": 3}), "Too few samples to judge: bag (3)."),
+        (lambda f: f.update(memorised={"pixels": {}}), "cannot be said: hold out 20 or more"),
         (lambda f: set_of(f, "samples").update(distance=1.2), "can hardly be told from real"),
         (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]), "too many are wrong"),
         (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
@@ -290,3 +294,27 @@ def test_the_summary_says_who_loses_and_what_to_do(
     lines = report.summary(found)
     assert any(sentence in line for line in lines), lines
     assert not re.search(r"\bnan\b|None", " ".join(lines))
+
+
+def test_no_part_of_ours_is_blamed_for_images_of_another_model() -> None:
+    found = copy.deepcopy(FOUND) | {"given": True}
+    set_of(found, "samples").update(precision=[0.3, 0, 1])
+    text = " ".join(report.summary(found))
+    assert "too many are wrong." in text
+    assert not re.search("lose|train it|--|priors", text)
+
+
+def test_evaluations_of_other_counts_are_compared_at_infinity(tmp_path: Path) -> None:
+    for name, count, limit in (("a<b", 20, 1.0), ("c", 30, 2.0)):
+        row = {"count": count, "distance": 10 / count, "distance at infinity": [limit, 0.1]}
+        extractor = {"distance_name": "FD (x)", "kernel_distance_name": "KD (x)"}
+        kind = "samples" if name == "c" else "reconstructions"
+        found = {"extractor": extractor, "decides": "x", "against": {"x": {kind: row}}}
+        path = tmp_path / name / "report" / "figures.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({**found, "summary": []}))
+    text = report.compare([tmp_path / "a<b", tmp_path / "c"], str(tmp_path))
+    assert "a<b has the lowest FD (x) at infinity." in text
+    assert "1 ± 0.1" in text
+    assert "Samples stand beside reconstructions" in text
+    assert "a<b" not in (tmp_path / "index.html").read_text()

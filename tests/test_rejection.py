@@ -99,7 +99,8 @@ def test_the_best_are_kept_and_drawn_again_without_the_classifier(
         images = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
         assert images == whole
         assert kept_of(folder) == kept
-    for wrong in (("--seed", 1), ("--num-images", 5)):
+    run_here(*sample, "--num-images", 4, "--output-dir", tmp_path / "plain")
+    for wrong in (("--reject", tmp_path / "plain"), ("--seed", 1), ("--num-images", 5)):
         run_here(*again, *wrong, "--output-dir", tmp_path / "wrong", code=2)
 
 
