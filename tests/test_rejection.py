@@ -10,10 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipelines import VQVAE2Pipeline
+from pipelines.config import SampleConfig
 from pipelines.evaluation.classifier import TRANSFORMATIONS, Classifier, ClassifierConfig
-from pipelines.rejection import best, load_judge
+from pipelines.rejection import best, load_judge, with_rejection
 from tests.conftest import command as run_here
-from vqvae2.common.runs import read_record
+from vqvae2.common.errors import UserError
+from vqvae2.common.runs import RunRecord, read_record
 
 CLASSES = ("dress", "bag", "coat")  # in another order than the pipeline's
 
@@ -99,9 +101,16 @@ def test_the_best_are_kept_and_drawn_again_without_the_classifier(
         images = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
         assert images == whole
         assert kept_of(folder) == kept
-    run_here(*sample, "--num-images", 4, "--output-dir", tmp_path / "plain")
-    for wrong in (("--reject", tmp_path / "plain"), ("--seed", 1), ("--num-images", 5)):
+    for wrong in (("--seed", 1), ("--num-images", 5)):
         run_here(*again, *wrong, "--output-dir", tmp_path / "wrong", code=2)
+
+
+def test_samples_that_no_classifier_chose_hold_no_choice(tmp_path: Path) -> None:
+    config = SampleConfig(pipeline="x", reject=str(tmp_path), output_dir=str(tmp_path / "out"))
+    run = RunRecord("sample", config, "sample_config.yaml", facts={})
+    run.write(tmp_path)
+    with pytest.raises(UserError, match="holds no choice: give a classifier"):
+        with_rejection(config, run)
 
 
 @pytest.mark.parametrize(
