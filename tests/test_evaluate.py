@@ -151,7 +151,7 @@ def test_levels_of_priors_without_classes(monkeypatch: pytest.MonkeyPatch) -> No
         (["--vqvae", "x"], "--data.path is missing"),
         (["--data.path", "x", "--output-dir", "y"], "nothing to evaluate"),
         (["--vqvae", "x", "--sweep"], "sweep is True, but must be used with --pipeline"),
-        (["--vqvae", "x", "--num-samples", "10"], "num_samples is 10, but must be from 20"),
+        (["--vqvae", "x", "--num-samples", "10"], "num_samples is 10, but must be at least 20"),
         (["--samples", "x", "--lpips-file", "y"], "--lpips-file is given without an autoencoder"),
         (["--compare", "x", "y"], "does not exist"),
         (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
