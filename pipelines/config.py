@@ -324,9 +324,11 @@ class EvaluateConfig(DrawConfig, PartsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         PartsConfig.__post_init__(self)
-        check_between(self, 2, MOST_FILES, "num_samples")
+        check_between(self, 20, MOST_FILES, "num_samples")  # of fewer nothing can be said
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
         sampled = self.pipeline is not None or bool(self.priors)
+        if self.lpips_file is not None and not (self.vqvae or self.pipeline):
+            raise UserError("--lpips-file is given without an autoencoder: give --vqvae too.")
         fits = not self.sweep or (sampled and self.samples is None)
         check(fits, "sweep", True, "used with --pipeline, and without --samples")
 

@@ -43,7 +43,9 @@ def with_rejection(config: SampleConfig, run: RunRecord) -> RunRecord:
         raise UserError(f"{what}: choose another --output-dir.")
     weights = path / WEIGHTS_NAME if path.is_dir() else path
     if other := _record(path, run):
-        found = hashlib.sha256(other.get(KEPT, "").encode()).hexdigest()
+        if KEPT not in other:
+            raise UserError(f"{path} holds no choice: give a classifier.")
+        found = hashlib.sha256(other[KEPT].encode()).hexdigest()
     elif weights.is_file():
         found = file_hash(weights)
     elif notes:  # a set whose choice is made needs no classifier

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_evaluations_are_compared_if_the_same_eyes_saw_them(
     write(json.dumps(found))
     page = tmp_path / "page"
     command("evaluate", "--compare", evaluated, better, "--output-dir", page)
-    assert "The lowest FD (classifier) has better." in capsys.readouterr().out
+    assert "better has the lowest FD (classifier)." in capsys.readouterr().out
     assert "better" in (page / "index.html").read_text()
     found["extractor"]["name"] = "inception"
     write(json.dumps(found))
@@ -118,12 +119,40 @@ def test_images_of_another_model(
     assert one["held-out images"] == other["held-out images"]
 
 
+def test_images_of_another_model_in_class_folders(
+    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have classes, by the names of the folders, so that a classifier learns from them."""
+    monkeypatch.setattr(classifier, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(classifier, "CELLS", 0)
+    others = write_images(tmp_path / "others", 24)
+    command("evaluate", "--samples", others, *flags[2:], "--output-dir", tmp_path / "out")
+    assert figures_of(tmp_path / "out")["accuracy"].keys() == {"real", "samples"}
+
+
+def test_levels_of_priors_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are sampled without the labels that the images have."""
+    given: list[Any] = []
+    monkeypatch.setattr(evaluate.memorisation, "codes_of", lambda *_: [torch.zeros(24, 2, 2)] * 2)
+    monkeypatch.setattr(evaluate.measure, "compare_briefly", lambda *_: {})
+    subject = mock.MagicMock(same_classes=False)
+    subject.pipeline.class_names, subject.pipeline.priors = (), [None, None]
+    subject.sample = lambda *_, labels, **__: given.append(labels)
+    sets = {"real": mock.MagicMock(images=noise(24, 0)), "made": mock.MagicMock()}
+    sets["samples"] = mock.MagicMock(images=noise(24, 1))
+    sets["reference"] = None
+    assert len(evaluate._compare_levels(subject, mock.MagicMock(), sets)) == 3
+    assert given == [[]]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--vqvae", "x"], "--data.path is missing"),
         (["--data.path", "x", "--output-dir", "y"], "nothing to evaluate"),
         (["--vqvae", "x", "--sweep"], "sweep is True, but must be used with --pipeline"),
+        (["--vqvae", "x", "--num-samples", "10"], "num_samples is 10, but must be at least 20"),
+        (["--samples", "x", "--lpips-file", "y"], "--lpips-file is given without an autoencoder"),
         (["--compare", "x", "y"], "does not exist"),
         (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
          "too few to judge"),
@@ -215,6 +244,7 @@ def test_rejection_keeps_the_likeliest_of_each_class_and_always_as_many() -> Non
 
 
 FOUND: dict[str, Any] = {
+    "given": False,
     "extractor": {"distance_name": "FD (x)"},
     "decides": "held-out images",
     "against": {
@@ -244,6 +274,9 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
          "The priors lose most, the bottom one of them: longer training would not help"),
         (lambda f: set_of(f, "reconstructions").update(distance=10),
          "The autoencoder loses most: train it longer"),
+        (lambda f: f.pop("levels"), "The priors lose most: train them longer"),
+        (lambda f: f.update(few={"bag": 3}), "Too few samples to judge: bag (3)."),
+        (lambda f: f.update(memorised={"pixels": {}}), "cannot be said: hold out 20 or more"),
         (lambda f: set_of(f, "samples").update(distance=1.2), "can hardly be told from real"),
         (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]), "too many are wrong"),
         (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
@@ -263,3 +296,27 @@ def test_the_summary_says_who_loses_and_what_to_do(
     lines = report.summary(found)
     assert any(sentence in line for line in lines), lines
     assert not re.search(r"\bnan\b|None", " ".join(lines))
+
+
+def test_no_part_of_ours_is_blamed_for_images_of_another_model() -> None:
+    found = copy.deepcopy(FOUND) | {"given": True}
+    set_of(found, "samples").update(precision=[0.3, 0, 1])
+    text = " ".join(report.summary(found))
+    assert "too many are wrong." in text
+    assert not re.search("lose|train it|--|priors", text)
+
+
+def test_evaluations_of_other_counts_are_compared_at_infinity(tmp_path: Path) -> None:
+    for name, count, limit in (("a<b", 20, 1.0), ("c", 30, 2.0)):
+        row = {"count": count, "distance": 10 / count, "distance at infinity": [limit, 0.1]}
+        extractor = {"distance_name": "FD (x)", "kernel_distance_name": "KD (x)"}
+        kind = "samples" if name == "c" else "reconstructions"
+        found = {"extractor": extractor, "decides": "x", "against": {"x": {kind: row}}}
+        path = tmp_path / name / "report" / "figures.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({**found, "summary": []}))
+    text = report.compare([tmp_path / "a<b", tmp_path / "c"], str(tmp_path))
+    assert "a<b has the lowest FD (x) at infinity." in text
+    assert "1 ± 0.1" in text
+    assert "Samples stand beside reconstructions" in text
+    assert "a<b" not in (tmp_path / "index.html").read_text()

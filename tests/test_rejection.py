@@ -10,10 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipelines import VQVAE2Pipeline
+from pipelines.config import SampleConfig
 from pipelines.evaluation.classifier import TRANSFORMATIONS, Classifier, ClassifierConfig
-from pipelines.rejection import best, load_judge
+from pipelines.rejection import best, load_judge, with_rejection
 from tests.conftest import command as run_here
-from vqvae2.common.runs import read_record
+from vqvae2.common.errors import UserError
+from vqvae2.common.runs import RunRecord, read_record
 
 CLASSES = ("dress", "bag", "coat")  # in another order than the pipeline's
 
@@ -101,6 +103,14 @@ def test_the_best_are_kept_and_drawn_again_without_the_classifier(
         assert kept_of(folder) == kept
     for wrong in (("--seed", 1), ("--num-images", 5)):
         run_here(*again, *wrong, "--output-dir", tmp_path / "wrong", code=2)
+
+
+def test_samples_that_no_classifier_chose_hold_no_choice(tmp_path: Path) -> None:
+    config = SampleConfig(pipeline="x", reject=str(tmp_path), output_dir=str(tmp_path / "out"))
+    run = RunRecord("sample", config, "sample_config.yaml", facts={})
+    run.write(tmp_path)
+    with pytest.raises(UserError, match="holds no choice: give a classifier"):
+        with_rejection(config, run)
 
 
 @pytest.mark.parametrize(

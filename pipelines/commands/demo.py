@@ -80,7 +80,8 @@ def measure(root: Path, data: ImagesConfig) -> dict[str, Any]:
     """A few figures of samples and, beside them, of reconstructions and real images."""
     pipeline = VQVAE2Pipeline.from_pretrained(root / "pipeline").to(processes().device)
     splits = load_images(data, pipeline.vqvae.config.image, show_progress=False)
-    return quick_figures(pipeline, splits, sorted((root / "samples" / "images").iterdir()))
+    files = sorted((root / "samples" / "images").glob(6 * "[0-9]" + "*"))
+    return quick_figures(pipeline, splits, files)
 
 
 def find_threads(root: Path, config: DemoConfig) -> int:

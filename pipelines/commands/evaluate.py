@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,6 +36,7 @@ from vqvae2.common.threads import set_threads
 from vqvae2.config import ImagesConfig, PerceptualConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, ImageSplits, load_images, load_table, picture_size, to_images
 from vqvae2.data.decoding import read_picture_file
+from vqvae2.data.open_source import open_source, refuse_stream
 from vqvae2.inspection import inspect, reconstruction_sheet
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
@@ -115,6 +116,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     set_threads(config.num_threads)
     state, folder = processes(), Path(config.output_dir)
     pipeline, vqvae = _load(config)
+    lpips = _load_lpips(config.lpips_file)
     settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
     name = config.pipeline or config.vqvae or ""
     training = read_training(name or os.devnull)
@@ -144,29 +146,35 @@ def _evaluate(config: EvaluateConfig) -> None:
     if samples is None and pipeline is not None:
         samples = subject.sample(config, "samples", config.num_samples)
     found, sets = _compare_sets(subject, samples)
-    found |= {"data": Path(data.path).name, **facts, "image": to_dict(settings)}
+    found |= {
+        "given": config.samples is not None,
+        "data": Path(data.path).name,
+        **facts,
+        "image": to_dict(settings),
+    }
     found["extractor"] = report.describe(extractor)
     if samples is not None and pipeline is not None and config.samples is None:
         found["levels"] = _compare_levels(subject, config, sets)
         found["sweep"] = _sweep(subject, config, sets["reference"]) if config.sweep else []
-    text = on_main_process(state, partial(_finish, subject, config, found, sets))
+    text = on_main_process(state, partial(_finish, subject, lpips, found, sets))
     if state.is_main_process:
         print(text)
 
 
-def _finish(subject: Subject, config: EvaluateConfig, found: Figures, sets: dict[str, Any]) -> str:
+def _finish(subject: Subject, lpips: Any, found: Figures, sets: dict[str, Any]) -> str:
     """What one process does alone, and the report; its text."""
     pictures: dict[str, Image] = {}
     names, samples = subject.splits.class_names, sets["samples"]
     if subject.vqvae is not None:
-        found["stage 1"], pictures["reconstructions"] = _stage_1(subject, config.lpips_file)
+        found["stage 1"], pictures["reconstructions"] = _stage_1(subject, lpips)
     if samples is not None:
         pictures["samples"] = _sheet(samples.images, names)
-        near = [sets[key] for key in ("train", "held_out", "held_out_made", "samples")]
+        made = None if found["given"] else sets["held_out_made"]  # only ours are of its making
+        near = [sets["train"], sets["held_out"], made, samples]
         found["memorised"], pairs = memorisation.memorised(subject.vqvae, *near)
         pictures |= {f"closest in {space}": pair for space, pair in pairs.items()}
         found["accuracy"] = _accuracy(sets, names)
-    if subject.pipeline is not None and config.samples is None and sets["held_out"]:
+    if subject.pipeline is not None and not found["given"] and sets["held_out"]:
         both, same = (sets["train"].images, sets["held_out"].images), subject.same_classes
         found["prior gaps"] = memorisation.prior_gaps(subject.pipeline, *both, same_classes=same)
     return report.write(subject.folder / "report", found, pictures)
@@ -265,8 +273,12 @@ def _given_samples(
     """Images of another model, if they are given."""
     if config.samples is None:
         return None
-    table = load_table(ImagesConfig(path=str(_image_folder(config.samples))), settings)
-    table = table.with_classes_of(splits.train.source)
+    where, train = ImagesConfig(path=str(_image_folder(config.samples))), splits.train.source
+    parts = [refuse_stream(part) for part in open_source(where, settings) if part is not None]
+    labels = [label for part in parts for label in part.with_classes_of(train).labels or ()]
+    table = load_table(where, settings)
+    if len(labels) == len(table):
+        table = replace(table, labels=labels, class_names=splits.class_names)
     images = ImageDataset(table, range(len(table)), settings)
     images.check(show_progress=processes().is_main_process)
     if len(images) < FEWEST:
@@ -299,8 +311,11 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
         return {}, sets
 
     # Other real images are the best that can be, reconstructions the best that samples can be.
-    rows = {"samples": sets["samples"], "reconstructions": sets["made"], "real": sets["real"]}
+    rows = {"reconstructions": sets["made"], "real": sets["real"]}
     rows = {name: seen for name, seen in rows.items() if seen is not None}
+    if sets["samples"]:  # as many of them, of all classes
+        places = some(len(sets["samples"].features), number)
+        rows = {"samples": sets["samples"].choose(torch.tensor(places)), **rows}
     references = {"held-out images": sets["held_out"], "training images": sets["rest"]}
     found: Figures = {"against": {}, "decides": list(references)[not decides]}
     for title, beside in references.items():
@@ -313,7 +328,7 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
 
     # By class, and what a classifier would reject.
     names = subject.splits.class_names
-    found["classes"] = measure.by_class(sets["rest"], rows, names)
+    found["classes"], found["few"] = measure.by_class(sets["rest"], rows, names)
     seen, known = sets["samples"], getattr(subject.extractor.network, "config", None)
     if seen and seen.labels is not None and getattr(known, "class_names", ()) == names:
         found["rejection"] = measure.rejection(sets["reference"], seen)
@@ -348,7 +363,7 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
     codes = memorisation.codes_of(vqvae, other.choose(range(number)))
     if pipeline.class_names and not (subject.same_classes and other.labels):
         return {}
-    labels = list(other.labels or [])[:number]
+    labels = list(other.labels or [])[:number] if subject.same_classes else []
     known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
     found, size = {}, len(pipeline.priors)
     rows = {"all levels sampled": sets["samples"].first(number)}
@@ -383,25 +398,30 @@ def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Fi
     return rows
 
 
-def _stage_1(subject: Subject, lpips_file: str | None) -> tuple[Figures, Image]:
+def _stage_1(subject: Subject, distance: Any) -> tuple[Figures, Image]:
     """What stage 1 does to held-out images (or training ones, if few are held out)."""
     vqvae, held_out, device = subject.vqvae, subject.splits.validation, processes().device
     assert vqvae is not None
     images = held_out if len(held_out) >= FEWEST else subject.splits.train
     rows = [images.indices[i] for i in some(len(images), MOST_INSPECTED)]
     chosen = ImageDataset(images.source, rows, images.config)
-    lpips = None
-    if lpips_file is not None:
-        distance = load_perceptual(PerceptualConfig(weights_file=lpips_file)).to(device)
-        lpips = _lpips(distance, vqvae, chosen)
+    lpips = None if distance is None else _lpips(distance.to(device), vqvae, chosen)
     found = measure.stage_1(vqvae, inspect(vqvae, chosen, device), lpips)
+    found["images"] = "held-out images" if images is held_out else "training images"
     return found, reconstruction_sheet(vqvae, chosen, device, num_images=16)
+
+
+def _load_lpips(file: str | None) -> Any:
+    if file is None:
+        return None
+    distance = load_perceptual(PerceptualConfig(weights_file=file))
+    if not distance.num_weights:
+        raise UserError("--lpips-file has a VGG, but no lin0 to lin4: add LPIPS's own weights.")
+    return distance
 
 
 @torch.no_grad()
 def _lpips(distance: Any, vqvae: VQVAE2, images: ImageDataset) -> float:
-    if not distance.num_weights:
-        raise UserError("--lpips-file has a VGG, but no lin0 to lin4: add LPIPS's own weights.")
     total = 0.0
     for first in range(0, len(images), 16):
         rows = range(first, min(first + 16, len(images)))

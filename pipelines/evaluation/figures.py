@@ -30,7 +30,7 @@ Figures = dict[str, Any]
 
 def compare(real: Seen, fake: Seen) -> Figures:
     """All figures of a set beside a real one. Those with a list are: value and standard error
-    (distance at infinity, kernel, score), or value and the ends of its 95 % interval."""
+    (kernel, score) or the fit's (at infinity), or value and the ends of its 95 % interval."""
     # Distances of the distributions.
     number = len(fake.features)
     half = fake.choose(torch.tensor(some(number, number // 2))).moments
@@ -68,16 +68,22 @@ def _some(features: Tensor) -> Tensor:
     return features[some(len(features), MOST_NEIGHBOURS)]
 
 
-def by_class(real: Seen, sets: Mapping[str, Seen], class_names: Sequence[str]) -> Figures:
-    """Class -> name of a set -> figures, for classes of which all sets have enough images."""
+def by_class(
+    real: Seen, sets: Mapping[str, Seen], class_names: Sequence[str]
+) -> tuple[Figures, dict[str, int]]:
+    """Class -> name of a set -> figures, for classes of which all sets have enough images; and how
+    many the smallest set has of each other class."""
     found: Figures = {}
+    few: dict[str, int] = {}
     if real.labels is None or any(other.labels is None for other in sets.values()):
-        return found
+        return found, few
     for label, name in enumerate(class_names):
         own, others = real.of_class(label), {key: s.of_class(label) for key, s in sets.items()}
-        if min(len(part.rows) for part in (own, *others.values())) >= FEWEST:
+        if (number := min(len(part.rows) for part in (own, *others.values()))) >= FEWEST:
             found[name] = {key: compare_briefly(own, other) for key, other in others.items()}
-    return found
+        else:
+            few[name] = number
+    return found, few
 
 
 def stage_1(model: VQVAE2, found: Inspection, lpips: float | None) -> Figures:

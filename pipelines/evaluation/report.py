@@ -16,6 +16,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json, write_text
 from vqvae2.common.metrics import Points, draw_panel, quality
 from vqvae2.common.pictures import sheet
+from vqvae2.data.splits import few
 
 Row = Mapping[str, Any]  # column -> a text, a number, value and error, or value and interval
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -29,14 +30,16 @@ td:first-child,th:first-child{{text-align:left}} small{{color:#555}} li{{margin:
 MEANINGS = {
     "distance": "how far the images as a set are from the real ones, 0 at best; it falls with the "
     "number of images, so compare it only at equal counts",
-    "distance at infinity": "an estimate, with its standard error, of what it would be for "
-    "infinitely many images",
-    "kernel distance": "another distance, with its standard error, that does not depend on the "
-    "count; around 0 at best",
+    "distance of N": "the same of N of the images",
+    "distance at infinity": "an estimate of what it would be for infinitely many images; after ± "
+    "stands the error of the fit, not what other samples would change",
+    "kernel distance": "another distance, that does not depend on the count, ± its standard error; "
+    "around 0 at best",
     "precision": "the share of images that look like real ones: low means that many are wrong",
     "recall": "the share of real images that look like one of these: low means little variety",
     "density, coverage": "the same two questions, less moved by a few odd images",
-    "score": "higher when images are clearly of one class and of many classes",
+    "score": "higher when images are clearly of one class and of many classes, ± its standard "
+    "error",
     "in brackets": "95 % intervals",
 }
 MAIN = ("distance", "kernel distance", "precision", "recall", "density", "coverage", "score")
@@ -48,7 +51,7 @@ TITLES = {
     "accuracy": "Classification accuracy score",
 }
 INTRODUCTIONS = {
-    "reconstructions": "What papers call rFID: what is left of the very images.",
+    "reconstructions": "What is left of the very images{rfid}.",
     "levels": "Real codes down to a level, and sampled ones below it, beside real ones.",
     "memorised": "Share of samples that are as close to a training image as only the closest 5 % "
     "of held-out images are (closer), beside the share of held-out images that are (expected).",
@@ -98,8 +101,9 @@ def _of_stage_1(found: Figures) -> list[str]:
         return []
     mse = found["stage 1"]["Reconstruction"]["all levels"]["MSE"]
     wrong = [text for text in found["stage 1"]["verdicts"] if not text.endswith("in use.")]
-    wrong = [text for text in wrong if "is needed" not in text]
-    return [f"The autoencoder's reconstructions of held-out images: {quality(mse)}.", *wrong]
+    wrong = [v for v in wrong if "is needed" not in v and "too few to judge" not in v]
+    images = found["stage 1"]["images"]
+    return [f"The autoencoder's reconstructions of {images}: {quality(mse)}.", *wrong]
 
 
 def _of_samples(found: Figures) -> list[str]:
@@ -112,22 +116,28 @@ def _of_samples(found: Figures) -> list[str]:
         said = f"{name} of reconstructions is {made:.3g}; as many other real images have {real:.3g}"
         return [f"{said}, which is the best that can be."]
     beside = f"as many other real images have {real:.3g}, the best that can be"
-    if made is not None:
+    if made is not None and found["given"]:
+        beside += f"; the autoencoder's reconstructions of them have {made:.3g}"
+    elif made is not None:
         beside = f"reconstructions of real images have {made:.3g}, the best that priors can reach "
         beside += f"with this autoencoder, and real images {real:.3g}"
     lines = [f"{name} of the samples is {distances['samples']:.3g} (0 is perfect); {beside}."]
 
     # Who loses most.
     gaps, worst = found.get("prior gaps", {}), _worst_level(found)
-    if made is not None:
+    if made is not None and not found["given"]:
         by_priors, by_autoencoder = distances["samples"] - made, max(made - real, 0.0)
         if distances["samples"] < 1.2 * real:
             lines.append("They can hardly be told from real images by this measure.")
         elif by_priors > by_autoencoder:
-            blame = f"The priors lose most, the {worst} one of them" if worst else "The prior loses"
-            help_ = "train it longer, or make it larger"
-            if _over_fitted(gaps.get(worst or "codebook", {})):
-                help_ = "longer training would not help, as it has over-fitted (see below)"
+            it, blame = "them", "The priors lose most"
+            if worst:
+                it, blame = "it", f"{blame}, the {worst} one of them"
+            elif len(found.get("stage 1", {}).get("Codebooks", ())) == 1:
+                it, blame = "it", "The prior loses most"
+            help_ = f"train {it} longer, or make {it} larger"
+            if any(_over_fitted(gap) for name, gap in gaps.items() if worst in ("", name)):
+                help_ = "longer training would not help, because of over-fitting (see below)"
             lines.append(f"{blame}: {help_}.")
         else:
             lines.append(
@@ -136,26 +146,31 @@ def _of_samples(found: Figures) -> list[str]:
             )
 
     # Quality or variety.
-    best = rows.get("reconstructions", rows["real"])
+    ours = made is not None and not found["given"]
+    best = rows["reconstructions" if ours else "real"]
     shares = {key: rows["samples"][key][0] for key in ("precision", "recall")}
     ratios = {key: shares[key] / max(best[key][0], 1e-9) for key in shares}
-    kind = "reconstructions" if "reconstructions" in rows else "other real images"
+    kind = "reconstructions" if ours else "other real images"
     sentence = f"{shares['precision']:.0%} of the samples look like real images (of {kind} "
     sentence += f"{best['precision'][0]:.0%}), and {shares['recall']:.0%} of the real images look "
     sentence += f"like samples (like {kind} {best['recall'][0]:.0%})"
+    advice = ""
     if min(ratios.values()) > 0.9:
-        verdict = "quality and variety are about as good as can be."
+        reach = "as this autoencoder allows" if ours else "as can be"
+        verdict = f"quality and variety are about as good {reach}."
     elif ratios["precision"] < ratios["recall"] - 0.1:
-        verdict = "too many are wrong. A lower --temperature, or a --guidance-scale above 1, may "
-        verdict += "help; --sweep tries them."
+        verdict = "too many are wrong."
+        advice = "A lower --temperature, or a --guidance-scale above 1, may help"
     elif ratios["recall"] < ratios["precision"] - 0.1:
-        verdict = "variety is missing. Temperatures and guidance scales near 1 have most of it; "
-        verdict += "--sweep tries them."
+        verdict = "variety is missing."
+        advice = "Temperatures and guidance scales near 1 have most of it"
     else:
         verdict = "quality and variety are missing alike."
+    if advice and not found["given"]:
+        verdict += f" {advice}; --sweep tries them."
     lines.append(f"{sentence}: {verdict}")
 
-    # The worst class.
+    # The worst class, and those of which nothing can be said.
     classes = {key: each["samples"]["coverage"] for key, each in found.get("classes", {}).items()}
     if len(classes) > 1:
         worst = min(classes, key=lambda key: classes[key])
@@ -163,7 +178,13 @@ def _of_samples(found: Figures) -> list[str]:
             f"The class with the least variety is {worst}: {classes[worst]:.0%} of its real images "
             f"have a sample near them (of the best class {max(classes.values()):.0%})."
         )
+    if short := found.get("few"):
+        lines.append(f"Too few samples to judge: {few(_counted(short))}.")
     return lines
+
+
+def _counted(numbers: Mapping[str, int]) -> list[str]:
+    return [f"{name} ({number})" for name, number in numbers.items()]
 
 
 def _worst_level(found: Figures) -> str:
@@ -179,10 +200,11 @@ def _of_accuracy(found: Figures) -> list[str]:
     scores = {name: row["top 1"] for name, row in found.get("accuracy", {}).items()}
     if not scores:
         return []
-    others = [f"of {name} {value:.0%}" for name, value in scores.items() if name != "samples"]
+    names = {"real": "real images", "reconstructions": "reconstructions"}
+    others = [f"{scores[key]:.0%} from {name}" for key, name in names.items() if key in scores]
     return [
         f"A classifier that has learned from samples alone recognizes {scores['samples']:.0%} of "
-        f"held-out images; from as many {', '.join(others).replace('of ', '')}."
+        f"held-out images; one that learned from as many others: {', '.join(others)}."
     ]
 
 
@@ -200,7 +222,13 @@ def _of_memory(found: Figures) -> list[str]:
             "fewer steps help."
         )
     elif judged:
-        lines.append("Samples are no closer to training images than held-out images are.")
+        worst = max(judged.values(), key=lambda each: each["closer"])
+        lines.append(
+            f"No sign of learning by heart: {worst['closer']:.0%} of the samples are that close, "
+            f"{worst['expected']:.0%} of held-out images are."
+        )
+    elif spaces:
+        lines.append("Whether images were learned by heart cannot be said: hold out 20 or more.")
     for name, each in found.get("prior gaps", {}).items():
         if _over_fitted(each):
             lines.append(
@@ -252,7 +280,10 @@ def write(folder: Path, found: Figures, pictures: Mapping[str, Image]) -> str:
     # Samples beside what they are to be like.
     for title, rows in found["against"].items():
         body += [f"<h2>Against {title}</h2>", _table(_named(rows, extractor))]
-    meanings = "; ".join(f"<b>{name}</b>: {text}" for name, text in MEANINGS.items())
+    meanings = "; ".join(
+        f"<b>{html.escape(_own_name(name, extractor))}</b>: {text}"
+        for name, text in MEANINGS.items()
+    )
     body.append(f"<p><small>Seen by {html.escape(seen)}. {meanings}.</small></p>")
     captions = {"samples": "Samples", "reconstructions": "Reconstructions"}
     for name, picture in pictures.items():
@@ -260,20 +291,26 @@ def write(folder: Path, found: Figures, pictures: Mapping[str, Image]) -> str:
         body.append(embedded(caption.replace("closest in", "closest by"), picture))
 
     # The other tables.
+    rfid = ": what papers call rFID" if extractor["distance_name"] == "FID" else ""
     for key, title in TITLES.items():
         if found.get(key):
-            body += [f"<h2>{title}</h2><p>{INTRODUCTIONS[key]}</p>", _table(found[key])]
+            text = INTRODUCTIONS[key].format(rfid=rfid)
+            body += [f"<h2>{title}</h2><p>{text}</p>", _table(_named(found[key], extractor))]
     for title, rows in found.get("stage 1", {}).items():
         if isinstance(rows, dict):
             body += [f"<h2>{html.escape(title)}</h2>", _table(rows)]
     for key, title in (("sweep", "Settings"), ("rejection", "Rejection by the classifier")):
         if rows := found.get(key):
             named = {str(number): row for number, row in enumerate(rows, 1)}
-            body += [f"<h2>{title}</h2><p>{INTRODUCTIONS[key]}</p>", _table(named)]
-            body.append(embedded("Quality and diversity", _plot(rows)))
+            body += [f"<h2>{title}</h2><p>{INTRODUCTIONS[key]}</p>"]
+            body.append(_table(_named(named, extractor)))
+            picture = _plot(rows, extractor["distance_name"])
+            body.append(embedded("Quality and diversity", picture))
     if classes := found.get("classes"):
         flat = {f"{c}: {name}": row for c, each in classes.items() for name, row in each.items()}
-        body += ["<h2>By class</h2>", _table(flat)]
+        body += ["<h2>By class, against training images</h2>", _table(_named(flat, extractor))]
+    if short := found.get("few"):
+        body.append(f"<p>Too few samples to judge: {html.escape(', '.join(_counted(short)))}.</p>")
     title = html.escape(f"Evaluation: {found['data']}")
     write_text(folder / "index.html", PAGE.format(title=title, body="\n".join(body)))
     table = _main(_reference(found), extractor)
@@ -281,20 +318,25 @@ def write(folder: Path, found: Figures, pictures: Mapping[str, Image]) -> str:
 
 
 def _named(rows: Mapping[str, Row], extractor: Row) -> dict[str, Row]:
-    """The same with the distances under their own names: FID, or FD (extractor), ..."""
-    new = {"distance": extractor["distance_name"]}
-    new["kernel distance"] = extractor["kernel_distance_name"]
+    """The same with the distances under their own names."""
     named: dict[str, Row] = {}
     for key, row in rows.items():
-        named[key] = {new.get(c, c): value for c, value in row.items()}
+        named[key] = {_own_name(column, extractor): value for column, value in row.items()}
     return named
 
 
-def _main(rows: Mapping[str, Row], extractor: Row) -> str:
+def _own_name(column: str, extractor: Row) -> str:
+    """What a column is called: a distance FID, or FD (extractor), of N, at infinity, ..."""
+    if column.startswith("distance"):
+        return extractor["distance_name"] + column.removeprefix("distance")
+    return extractor["kernel_distance_name"] if column == "kernel distance" else column
+
+
+def _main(rows: Mapping[str, Row], extractor: Row, *more: str) -> str:
     """The columns that matter, as text."""
     short: dict[str, Row] = {}
     for key, row in rows.items():
-        short[key] = {c: row[c] for c in ("of", "count", *MAIN) if c in row}
+        short[key] = {c: row[c] for c in ("of", "count", *more, *MAIN) if c in row}
     return as_text(_named(short, extractor))
 
 
@@ -337,7 +379,7 @@ def as_text(rows: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def _plot(rows: Sequence[Row]) -> Image:
+def _plot(rows: Sequence[Row], distance_name: str) -> Image:
     """Precision against recall, and the distance against recall: a row of both per top-p."""
     panels: list[list[Image]] = []
     for top_p in dict.fromkeys(row.get("top_p") for row in rows):
@@ -348,7 +390,8 @@ def _plot(rows: Sequence[Row]) -> Image:
                 if row.get("top_p") == top_p:
                     name = f"guidance {row['guidance_scale']}" if "top_p" in row else "kept"
                     curves[name] = [*curves.get(name, ()), (row["recall"], row[column])]
-            title = f"{column}, top-p {top_p}" if top_p else column
+            title = distance_name if column == "distance" else column
+            title += f", top-p {top_p}" if top_p else ""
             panels[-1].append(draw_panel(title, curves, x_name="recall"))
     return sheet(panels)
 
@@ -388,15 +431,26 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
         against = _reference(each)
         kind = "samples" if "samples" in against else "reconstructions"
         rows[name] = {"of": kind, **against[kind]}
-    best = min(rows, key=lambda name: rows[name]["distance"])
-    lines = [f"The lowest {one['extractor']['distance_name']} has {best}."]
+    limit, column = "distance at infinity", "distance"
     if len({row["count"] for row in rows.values()}) > 1:
-        lines.append("The counts differ, so compare the distances at infinity.")
+        column = limit
+    best = min(rows, key=lambda name: _first(rows[name][column]))
+    lines = [f"{best} has the lowest {_own_name(column, one['extractor'])}."]
+    if column == limit:
+        lines.append("The counts differ, so the distances at infinity are compared.")
+    if len({row["of"] for row in rows.values()}) > 1:
+        lines.append(
+            "Samples stand beside reconstructions here, of which better ones are expected."
+        )
     if output_dir:
-        body = ["<p>", *lines, "</p>", _table(_named(rows, one["extractor"]))]
+        body = ["<p>", *map(html.escape, lines), "</p>", _table(_named(rows, one["extractor"]))]
         for name, each in found.items():
             texts = "".join(f"<li>{html.escape(line)}" for line in each["summary"])
             body.append(f"<h2>{html.escape(name)}</h2><ul>{texts}</ul>")
         page = PAGE.format(title="Evaluations", body="\n".join(body))
         write_text(Path(output_dir) / "index.html", page)
-    return "\n".join([*lines, "", _main(rows, one["extractor"])])
+    return "\n".join([*lines, "", _main(rows, one["extractor"], column)])
+
+
+def _first(value: Any) -> float:
+    return value[0] if isinstance(value, list) else value
