@@ -314,6 +314,9 @@ class EvaluateConfig(DrawConfig, PartsConfig):
     (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript file."""
     weights_file: str | None = may_change(None)
     """The weights of --features inception or timm:NAME: a local file."""
+    statistics_file: str | None = may_change(None)
+    """Mean and covariance of a reference set's features (.npz with mu and sigma, as pytorch-fid
+    writes them), made by the same network: adds the distance from it."""
     lpips_file: str | None = may_change(None)
     """VGG weights with LPIPS's (as `perceptual.weights_file`): adds LPIPS to stage 1."""
     sweep: bool = may_change(False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,12 +83,17 @@ def test_it_continues_and_two_processes_find_the_same(
     lost, kept = (again / "samples" / "images" / f"{i:06d}.png" for i in (3, 20))
     before, times = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    two_processes(ROOT / "tests" / "worker_evaluate.py", *flags, "--output-dir", again)
+    statistics = tmp_path / "reference.npz"  # as other programs write it, of what this one sees
+    np.savez(statistics, mu=np.zeros(224), sigma=np.eye(224))
+    more = ("--statistics-file", statistics, "--output-dir", again)
+    two_processes(ROOT / "tests" / "worker_evaluate.py", *flags, *more)
     assert lost.read_bytes() == before
     assert kept.stat().st_mtime_ns == times
     one, two = figures_of(evaluated), figures_of(again)
     assert one["against"] == two["against"]
     assert one["levels"] == two["levels"]
+    assert {*two["file"]} == {"samples", "reconstructions", "real"}
+    assert all(row["distance"] > 0 for row in two["file"].values())
 
 
 def test_evaluations_are_compared_if_the_same_eyes_saw_them(

@@ -19,6 +19,7 @@ from pipelines.evaluation import memorisation, report
 from pipelines.evaluation.classifier import Rows, accuracy_scores, made_classifier
 from pipelines.evaluation.features import Extractor, make_extractor
 from pipelines.evaluation.figures import FEWEST, MANY, Figures
+from pipelines.evaluation.metrics import Moments, frechet_distance
 from pipelines.evaluation.sets import ImageSet, Seen, see, some
 from pipelines.model_index import part_hash
 from pipelines.pictures import sample_sheet
@@ -116,7 +117,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     set_threads(config.num_threads)
     state, folder = processes(), Path(config.output_dir)
     pipeline, vqvae = _load(config)
-    lpips = _load_lpips(config.lpips_file)
+    lpips, file = _load_lpips(config.lpips_file), config.statistics_file
+    statistics = Moments.from_npz(Path(file)) if file is not None else None
     settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
     name = config.pipeline or config.vqvae or ""
     training = read_training(name or os.devnull)
@@ -140,6 +142,9 @@ def _evaluate(config: EvaluateConfig) -> None:
         run.write(folder)
     train = ImageSet.of_dataset("training images", splits.train)
     extractor = _extractor(config, train, splits.class_names)
+    if statistics is not None and len(statistics.mean) != extractor.dim:
+        what = f"{file} holds {len(statistics.mean)} features, but {extractor.name} has"
+        raise UserError(f"{what} {extractor.dim}: give those of the same --features.")
     subject = Subject(folder, splits, extractor, pipeline, vqvae)
 
     # Samples, what is seen in all sets, and what that says.
@@ -156,9 +161,21 @@ def _evaluate(config: EvaluateConfig) -> None:
     if samples is not None and pipeline is not None and config.samples is None:
         found["levels"] = _compare_levels(subject, config, sets)
         found["sweep"] = _sweep(subject, config, sets["reference"]) if config.sweep else []
+    if statistics is not None and state.is_main_process:
+        found["file"] = _against(statistics, sets)
     text = on_main_process(state, partial(_finish, subject, lpips, found, sets))
     if state.is_main_process:
         print(text)
+
+
+def _against(statistics: Moments, sets: Mapping[str, Any]) -> Figures:
+    """The distance of each set from a reference of which only the statistics are known."""
+    rows, names = {}, {"samples": "samples", "made": "reconstructions", "real": "real"}
+    for key, name in names.items():
+        if sets[key] is not None:
+            distance = frechet_distance(statistics, sets[key].moments)
+            rows[name] = {"count": len(sets[key].features), "distance": distance}
+    return rows
 
 
 def _finish(subject: Subject, lpips: Any, found: Figures, sets: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ MEANINGS = {
 }
 MAIN = ("distance", "kernel distance", "precision", "recall", "density", "coverage", "score")
 TITLES = {
+    "file": "Against the statistics of a file",
     "reconstructions": "Reconstructions beside their own originals",
     "levels": "Which level loses",
     "memorised": "Learned by heart?",
@@ -51,6 +52,7 @@ TITLES = {
     "accuracy": "Classification accuracy score",
 }
 INTRODUCTIONS = {
+    "file": "The reference set of which --statistics-file holds mean and covariance.",
     "reconstructions": "What is left of the very images{rfid}.",
     "levels": "Real codes down to a level, and sampled ones below it, beside real ones.",
     "memorised": "Share of samples that are as close to a training image as only the closest 5 % "
@@ -209,6 +211,7 @@ def _of_accuracy(found: Figures) -> list[str]:
 
 
 def _of_memory(found: Figures) -> list[str]:
+    # Samples that are as close to training images as few others are.
     lines = []
     spaces = found.get("memorised", {})
     judged = {name: each for name, each in spaces.items() if "memorised" in each}
@@ -229,6 +232,8 @@ def _of_memory(found: Figures) -> list[str]:
         )
     elif spaces:
         lines.append("Whether images were learned by heart cannot be said: hold out 20 or more.")
+
+    # Priors that know training images better than others.
     for name, each in found.get("prior gaps", {}).items():
         if _over_fitted(each):
             lines.append(
