@@ -22,13 +22,15 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> list[Tensor]
         counter: four words, int64 tensors of shapes that broadcast.
         key: two words, likewise.
     """
-    (a, b, c, d), (key_0, key_1) = counter, key
+    key_0, key_1 = key
+    a, b, c, d, _, _ = torch.broadcast_tensors(*counter, key_0, key_1)
     for number in range(ROUNDS):
         product_0, product_1 = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
-        round_0, round_1 = (key_0 + number * WEYL[0]) & WORD, (key_1 + number * WEYL[1]) & WORD
-        a, c = ((product_1 >> 32) & WORD) ^ b ^ round_0, ((product_0 >> 32) & WORD) ^ d ^ round_1
-        b, d = product_1 & WORD, product_0 & WORD
-    return [a, b, c, d]
+        a = ((product_1 >> 32) ^ b).bitwise_xor_((key_0 + number * WEYL[0]) & WORD)
+        c = ((product_0 >> 32) ^ d).bitwise_xor_((key_1 + number * WEYL[1]) & WORD)
+        a, c = a.bitwise_and_(WORD), c.bitwise_and_(WORD)
+        b, d = product_1, product_0  # of which the low words count: the high ones are masked above
+    return [a, b & WORD, c, d & WORD]
 
 
 def gumbel(seeds: Tensor, level: int, places: Tensor, codebook_size: int) -> Tensor:
@@ -43,8 +45,8 @@ def gumbel(seeds: Tensor, level: int, places: Tensor, codebook_size: int) -> Ten
     counter = quarter, places[..., None], zero + level, zero
     key = (seeds & WORD)[:, None, None], ((seeds >> 32) & WORD)[:, None, None]
     words = torch.stack(philox(counter, key), dim=-1).flatten(2)[..., :codebook_size]
-    exponential = torch.log1p(-((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)).neg_()
-    return exponential.log_().neg_()
+    uniform = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 class Noise:
