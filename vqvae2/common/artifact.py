@@ -96,7 +96,9 @@ class Artifact(ModelHubMixin):
             problem = f"{folder} holds a model of kind {kind!r}, but {cls.__name__!r} was expected"
             raise UserError(f"{problem}: check which folder goes where.")
         config: Any = from_dict(cls.config_class, data, str(folder / CONFIG_NAME))
-        if (path := folder / WEIGHTS_NAME).is_file():
+        # A configuration that was changed could ask for more memory than there is.
+        path = folder / WEIGHTS_NAME
+        if path.is_file() and _saved_hashes(path)[:1] != [config_hash]:
             weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
@@ -146,10 +148,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def _check_hash(path: Path, place: int, found: str) -> None:
     """Raise a `UserError` if a model's configuration (place 0) or weights (1) are not as they were
     saved. Folders of earlier versions do not say."""
-    with safe_open(path.with_name(WEIGHTS_NAME), "pt") as file:
-        saved = (file.metadata() or {}).get(HASHES, "").split()
+    saved = _saved_hashes(path.with_name(WEIGHTS_NAME))
     if len(saved) == 2 and saved[place] != found:
         raise UserError(f"{path} was changed after the model was saved: restore or remake it.")
+
+
+def _saved_hashes(weights: Path) -> list[str]:
+    """Those of the configuration and of the weights; none where the file does not say."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return (file.metadata() or {}).get(HASHES, "").split()
+    except Exception:  # of many kinds; reading the weights says what is wrong
+        return []
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
