@@ -19,4 +19,8 @@ def add_dropped(x: Tensor, branch: Tensor, share: float, *, training: bool) -> T
     numbers = torch.empty(-(-branch.numel() // BYTES), dtype=torch.int64).random_(*FULL_RANGE)
     random = numbers.view(torch.uint8)[: branch.numel()].view(branch.shape)
     kept = (random >= dropped).to(branch.dtype)
-    return torch.addcmul(x, branch, kept, value=256 / (256 - dropped))
+    scale = 256 / (256 - dropped)
+    if branch.dtype == x.dtype:
+        return torch.addcmul(x, branch, kept, value=scale)
+    # Of mixed types it would first make copies of both factors in the larger one.
+    return torch.add(x, (branch * kept).to(x.dtype), alpha=scale)

@@ -6,6 +6,7 @@ import resource
 import tarfile
 import time
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.cli import COMMANDS, load_recipe, main, recipe_names, recipe_sect
 from pipelines.config import PlanConfig
 from pipelines.plan.command import advise, in_words, verdict
 from pipelines.plan.stages import Stage, stages_of, trace
+from prior import attention
 from prior.config import TrainPriorConfig
 from tests.conftest import ROOT
 from vqvae2.common.config import from_dict
@@ -131,17 +133,27 @@ def test_recipes_have_the_grids_and_sizes_that_they_promise() -> None:
 def real_peak(stage: Stage, rows: int, precision: str) -> tuple[torch.nn.Module, float]:
     """The model, and the most GiB that the allocator gave to a step on top of the weights."""
     torch.manual_seed(0)
-    model, batch = stage.make_model().train(), stage.make_batch(rows)
-    stage.loss(model, batch, precision).backward()  # leaves its gradients, as the plan assumes
+    model = stage.make_model().train()
+    stage.loss(
+        model, stage.make_batch(rows), precision
+    ).backward()  # leaves its gradients, as the plan assumes
+    attention._future.cache_clear()  # but not its masks, which the plan counts
     with torch.profiler.profile(profile_memory=True) as profile:
-        stage.loss(model, batch, precision).backward()
+        stage.loss(model, stage.make_batch(rows), precision).backward()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    products = [e for e in events if e.name() in ("aten::mm", "aten::addmm", "aten::bmm")]
+    changes = [event for event in events if event.name() == "[memory]"]
+
+    # Without bf16 in hardware a product takes scratch memory, which it gives back before it ends.
     alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event, following in pairwise([*changes, changes[-1]]):
         alive += event.nbytes()
-        peak = max(peak, alive)
+        times = event.start_ns(), following.start_ns()
+        within = (p.start_ns() <= times[0] and times[1] <= p.end_ns() for p in products)
+        if following.nbytes() != -event.nbytes() or not any(within):
+            peak = max(peak, alive)
     return model, peak / 2**30
 
 
@@ -154,10 +166,9 @@ def test_a_step_takes_the_memory_that_was_planned(number: int, precision: str) -
     tensors = [*model.parameters(), *model.buffers()]
     assert sizes["weights"] == sum(tensor.nbytes for tensor in tensors) / 2**30
     assert sizes["gradients"] == sizes["optimizer"] / 2 == num_parameters * 4 / 2**30
-    # A codebook that learns without gradients takes memory of its own, which is not planned; nor is
-    # the scratch memory of the normalisations' backward, which shows in models as small as these.
+    # A codebook that learns without gradients takes memory of its own, which is not planned.
     planned_peak = sizes["activations"] + sizes["working memory"]
-    assert planned_peak == pytest.approx(peak, rel=0.1 if number == 0 else 0.05)
+    assert planned_peak == pytest.approx(peak, rel=0.1 if number == 0 else 0.001)
 
 
 def test_twice_the_rows_take_twice_the_activations_and_operations() -> None:
