@@ -15,6 +15,7 @@ from torch import nn
 
 from pipelines.config import SampleConfig
 from pipelines.evaluation.classifier import Classifier
+from pipelines.evaluation.features import load_torchscript
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.artifact import WEIGHTS_NAME
@@ -156,12 +157,7 @@ def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int
     # TorchScript says nothing of itself.
     names, image = pipeline.class_names, pipeline.vqvae.config.image
     if not Path(path).is_dir():
-        try:
-            return torch.jit.load(path, map_location="cpu").eval(), [*range(len(names)), -1]
-        except (RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or ["it is empty"])[0]
-            what = f"{path} cannot be read as TorchScript ({reason})"
-            raise UserError(f"{what}: save it with torch.jit.save.") from None
+        return load_torchscript(path), [*range(len(names)), -1]
 
     # Ours says what it takes and tells apart.
     network = Classifier.from_pretrained(path)

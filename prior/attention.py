@@ -4,7 +4,7 @@ Letters: B batch, n heads, T queries, S keys, d features per head.
 """
 
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,8 @@ class KVCache:
     def slots(self, places: Tensor, num_heads: int, features: Tensor) -> Slots:
         """The slots of positions `(B, W)` for features of this type, here and in the caches of the
         other layers."""
-        needed, rows = self.length, cast(Tensor | slice | None, None)
+        rows: Tensor | slice | None = None
+        needed = self.length
         if grows(places):
             first, last = int(places.min()), int(places.max())
             needed = min(self.length, -(-(last + 1) // self.growth) * self.growth)

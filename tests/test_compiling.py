@@ -88,4 +88,14 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "CLEARLY", 0.0)
     with mock.patch("torch.compile", partial(torch.compile, backend=fails)):
-        train("broken compiler")
+        compiled = train("broken compiler")
+    assert [step for step, tried in compiled.items() if tried] == [5, 6, 7, 8]
+    assert len(compiled) == 12
+
+
+def test_a_training_that_went_past_its_trial_by_a_flag_goes_on(train: Callable) -> None:
+    with pytest.raises(RuntimeError, match="power failure"):
+        train("mixed", breaks_at=7)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train("mixed", breaks_at=11, choice=False)
+    assert train("mixed") == {11: False, 12: False}

@@ -15,14 +15,22 @@ from pipelines.evaluation.metrics import (
     at_infinity,
     bootstrap,
     classifier_score,
-    density_coverage,
     frechet_distance,
     kernel_distance,
     nearest,
     neighbours,
-    precision_recall,
 )
 from vqvae2.common.errors import UserError
+
+
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    figures = neighbours(real, fake)
+    return figures.precision.mean().item(), figures.recall.mean().item()
+
+
+def density_coverage(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    figures = neighbours(real, fake)
+    return figures.density.mean().item(), figures.coverage.mean().item()
 
 
 def gaussian(number: int, dim: int = 16, *, seed: int = 0, shift: float = 0) -> Tensor:

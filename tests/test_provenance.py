@@ -4,6 +4,8 @@ names both sides, and a pipeline can be retraced."""
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,15 @@ def test_what_a_dataset_holds_is_described(
     assert "validation row 0: " in capsys.readouterr().out
     beyond = refused(capsys, *view, "--rows", 150, "--output-dir", tmp_path / "y")
     assert f"rows is 150, but must be from 0 to {manifest.num_train - 1}" in beyond
+
+
+def test_loading_a_pipeline_loads_no_compiler(run: Path) -> None:
+    """What a configuration asks for is looked at without drawing weights: on PyTorch's meta device
+    that would import one, which takes a second."""
+    program = """
+import sys
+from pipelines import VQVAE2Pipeline
+VQVAE2Pipeline.from_pretrained(sys.argv[1])
+assert not {"torch._dynamo", "sympy"} & {*sys.modules}
+"""
+    subprocess.run([sys.executable, "-c", program, run / "pipeline"], check=True)

@@ -192,14 +192,6 @@ def test_revival_does_not_depend_on_the_batch_size() -> None:
     assert moved.any()
 
 
-def test_the_size_of_a_codebook_is_told_without_drawing_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a meta device PyTorch would import a compiler for random numbers: a second."""
-    monkeypatch.setattr(torch, "randn", None)
-    monkeypatch.setattr(Tensor, "normal_", None, raising=False)
-    with torch.device("meta"):
-        assert EMAQuantizer(512, 64).codebook.shape == (512, 64)
-
-
 @pytest.mark.parametrize("kind", LEARNED)
 def test_start_and_revival_can_be_turned_off(kind: str) -> None:
     plain, healthy = of_kind(kind, start_from_data=False, revival_threshold=0.0), of_kind(kind)

@@ -117,9 +117,11 @@ def test_top_k_keeps_k() -> None:
     assert (kept.sum(1) == 4).all()
 
 
-def test_a_row_of_nan_gives_no_code() -> None:
-    logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
-    assert draw(logits, torch.zeros(2, 2), SamplingConfig()).tolist() == [1, 2]
+def test_a_row_that_is_not_finite_gives_no_code() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan], [0.0, torch.inf], [-torch.inf] * 2])
+    for temperature in (0.0, 1.0):
+        how = SamplingConfig(temperature=temperature)
+        assert draw(logits, torch.zeros(4, 2), how).tolist() == [1, 2, 2, 2]
 
 
 def test_random_numbers_belong_to_the_image() -> None:

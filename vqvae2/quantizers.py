@@ -100,9 +100,7 @@ class CodebookQuantizer(Quantizer):
         # Running average of the assignments per update.
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        codebook = torch.empty(codebook_size, dim)
-        if not codebook.is_meta:  # on which it would import a compiler (0.7 s)
-            codebook = self.normalize(codebook.normal_())
+        codebook = self.normalize(torch.randn(codebook_size, dim))
         if self.by_gradient:
             self.codebook = nn.Parameter(codebook)
         else:

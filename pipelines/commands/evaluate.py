@@ -96,7 +96,7 @@ class Subject:
         numbers = [*(labels or ())]
         if labels is None and self.same_classes and names:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-            numbers = [train.label(i) or 0 for i in order.tolist()]
+            numbers = [train.label(i) or 0 for i in order.tolist()[:number]]
         changed = {key: (value,) for key, value in settings.items()}
         chosen = converted(SetConfig, config, num_images=number, labels=(), **changed)
         given: Any = {"labels": [names[i] for i in numbers] or None, "known": known}

@@ -82,7 +82,7 @@ class Extractor:
         """Images `(B, C, H, W)`, uint8, or floats in [-1, 1] that are rounded to it, to features
         `(B, dim)` in fp32 on the CPU. They do not depend on which images are given together."""
         if images.dtype != torch.uint8:
-            images = (images.clamp(-1, 1).add(1) * 127.5).round().byte()
+            images = to_bytes(images)
         if self.channels == 3:
             images = as_rgb(images)
         features = [torch.empty(0, self.dim)]
@@ -233,19 +233,27 @@ class _Timm(nn.Module):
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
 
 
+def load_torchscript(path: str | Path) -> nn.Module:
+    """A network as `torch.jit.save` writes it, or a `UserError`."""
+    try:
+        return torch.jit.load(path, map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        what = f"{path} cannot be read as TorchScript ({reason})"
+        raise UserError(f"{what}: save it with torch.jit.save.") from None
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+
+
 class _TorchScript(nn.Module):
     """A network as `torch.jit.save` writes it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        try:
-            self.module = torch.jit.load(path, map_location="cpu")
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{path} cannot be read as TorchScript ({reason}): save a network with "
-                "torch.jit.save."
-            ) from None
+        self.module = load_torchscript(path)
         try:
             self.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         except RuntimeError as error:

@@ -242,20 +242,9 @@ class Neighbours(NamedTuple):
     coverage: Tensor  # (R,) of the real images: whether a sample is near it
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of samples among the real images, and the reverse (Kynkaanniemi et al. 2019)."""
-    figures = neighbours(real, fake, k=k)
-    return figures.precision.mean().item(), figures.recall.mean().item()
-
-
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Less moved by outliers than precision and recall (Naeem et al. 2020, section 3)."""
-    figures = neighbours(real, fake, k_density=k)
-    return figures.density.mean().item(), figures.coverage.mean().item()
-
-
 def neighbours(real: Tensor, fake: Tensor, *, k: int = 3, k_density: int = 5) -> Neighbours:
-    """What is near what, of features `(R, D)` and `(F, D)`.
+    """What is near what, of features `(R, D)` and `(F, D)`: precision and recall (Kynkaanniemi et
+    al. 2019), density and coverage, which outliers move less (Naeem et al. 2020, section 3).
 
     An image lies among others if it is in one of the balls around them that reach to their k-th
     nearest neighbours.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.commands.sample import load_codes
-from pipelines.evaluation.features import LANES, Extractor, kept_arrays
+from pipelines.evaluation.features import LANES, Extractor, kept_arrays, to_bytes
 from pipelines.evaluation.metrics import Moments
 from vqvae2.common.accelerate import processes
 from vqvae2.common.messages import progress_bar
@@ -107,11 +107,11 @@ class ImageSet:
         """What was read as uint8, reconstructed if that is wanted: always `LANES` together, as the
         last bits depend on it."""
         if self.vqvae is None:
-            return pixels if pixels.dtype == torch.uint8 else _to_bytes(pixels)
+            return pixels if pixels.dtype == torch.uint8 else to_bytes(pixels)
         made = []
         for rows in to_images(pixels).split(LANES):
             batch = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, LANES - len(rows))).to(self.vqvae.device)
-            made.append(_to_bytes(self.vqvae(batch).reconstruction)[: len(rows)])
+            made.append(to_bytes(self.vqvae(batch).reconstruction)[: len(rows)].cpu())
         return torch.cat(made)
 
 
@@ -193,7 +193,3 @@ def see(images: ImageSet, extractor: Extractor, folder: Path) -> Seen:
     labels = None if images.labels is None else torch.tensor(images.labels)[rows]
     joint = torch.cat(probabilities) if probabilities else None
     return Seen(images, moments, rows, torch.cat(features), joint, labels)
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()

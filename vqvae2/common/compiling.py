@@ -47,8 +47,9 @@ class CompileTrial:
     def begin(self, step: int) -> None:
         """Continue after a step: an earlier process of this training may have decided."""
         self.record = self.on_main(lambda: read_json(self.path) if self.path.exists() else {})
-        if step >= 2 * STEPS and not self.record:
-            self.is_open = False  # an earlier version began it, without a trial
+        passed = 2 * STEPS if not self.record else 4 * STEPS
+        if step >= passed and "compiled" not in self.record:
+            self.is_open = False  # it went past the trial, in an earlier version or by a flag
         self.begun, self.started = True, (step, self._now())
 
     def before_step(self, step: int) -> None:
