@@ -162,17 +162,23 @@ def test_levels_of_priors_without_classes(monkeypatch: pytest.MonkeyPatch) -> No
         (["--compare", "x", "y"], "does not exist"),
         (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
          "too few to judge"),
+        (["--vqvae", "{run}/vqvae", "--data.path", "{photos}", "--features", "inception",
+          "--output-dir", "{out}"], "inception needs --weights-file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated(
     words: list[str],
     sentence: str,
+    run: Path,
     photos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command("evaluate", *(w.format(photos=photos, out=tmp_path / "out") for w in words), code=2)
+    command(
+        "evaluate", *(w.format(run=run, photos=photos, out=tmp_path / "out") for w in words), code=2
+    )
     assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # Single parts

@@ -16,7 +16,12 @@ from pipelines.commands.sample import write_samples
 from pipelines.config import EvaluateConfig, SetConfig
 from pipelines.evaluation import figures as measure
 from pipelines.evaluation import memorisation, report
-from pipelines.evaluation.classifier import Rows, accuracy_scores, made_classifier
+from pipelines.evaluation.classifier import (
+    Classifier,
+    Rows,
+    accuracy_scores,
+    made_classifier,
+)
 from pipelines.evaluation.features import Extractor, make_extractor
 from pipelines.evaluation.figures import FEWEST, MANY, Figures
 from pipelines.evaluation.metrics import Moments, frechet_distance
@@ -137,14 +142,16 @@ def _evaluate(config: EvaluateConfig) -> None:
     _check_number(splits)
     samples = _given_samples(config, settings, splits)
     are_its_images(name, training, facts, data.path)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        run.write(folder)
     train = ImageSet.of_dataset("training images", splits.train)
-    extractor = _extractor(config, train, splits.class_names)
+    extractor, classifier = _extractor(config, train, splits.class_names)
     if statistics is not None and len(statistics.mean) != extractor.dim:
         what = f"{file} holds {len(statistics.mean)} features, but {extractor.name} has"
         raise UserError(f"{what} {extractor.dim}: give those of the same --features.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.write(folder)
+        if classifier is not None:  # for sample --reject
+            classifier.save_pretrained(folder / "classifier")
     subject = Subject(folder, splits, extractor, pipeline, vqvae)
 
     # Samples, what is seen in all sets, and what that says.
@@ -237,15 +244,15 @@ def _load(config: EvaluateConfig) -> tuple[VQVAE2Pipeline | None, VQVAE2 | None]
     return pipeline, vqvae
 
 
-def _extractor(config: EvaluateConfig, images: ImageSet, names: Sequence[str]) -> Extractor:
-    """The network that sees the images; a classifier is left in the folder, for sample --reject."""
+def _extractor(
+    config: EvaluateConfig, images: ImageSet, names: Sequence[str]
+) -> tuple[Extractor, Classifier | None]:
+    """The network that sees the images, and the classifier that it is, if it is one of ours."""
     classifier = None
     if config.features == "classifier":
         classifier, _ = made_classifier(_cache(), Rows(images), images.labels, class_names=names)
-        if processes().is_main_process:
-            classifier.save_pretrained(Path(config.output_dir) / "classifier")
     where = {"classifier": classifier, "device": processes().device}
-    return make_extractor(config.features, config.weights_file, **where)
+    return make_extractor(config.features, config.weights_file, **where), classifier
 
 
 def _cache() -> Path:

@@ -85,7 +85,7 @@ class Moments:
             with np.load(path) as arrays:
                 moments = cls.from_arrays(arrays)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+            reason = type(error).__name__  # NumPy's own words advise to run what a file may hold
             raise UserError(
                 f"{path} cannot be read as statistics ({reason}): give an .npz file with mu (D,) "
                 "and sigma (D, D)."
