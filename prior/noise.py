@@ -52,7 +52,8 @@ def gumbel(seeds: Tensor, level: int, places: Tensor, codebook_size: int) -> Ten
 class Noise:
     """The Gumbel noise of a batch of images while they are drawn.
 
-    On a CPU it is made for some positions ahead, for what costs there is the number of operations.
+    On a CPU it is made for some positions ahead, for what costs there is the number of operations;
+    and for those images alone that have come to the end of theirs.
     """
 
     AHEAD = 16
@@ -61,16 +62,20 @@ class Noise:
         self.seeds, self.level, self.codebook_size = seeds, level, codebook_size
         self.last, self.lanes = num_positions - 1, torch.arange(len(seeds))[:, None]
         self.first = seeds.new_full((len(seeds), 1), num_positions)  # of what was made, per image
-        self.made = torch.empty(0)
+        self.made = torch.empty(len(seeds), 0, codebook_size)
 
     def at(self, places: Tensor) -> Tensor:
         """`(B, W, K)` of positions `(B, W)`, which ascend in every row."""
         if places.device.type != "cpu":
             return gumbel(self.seeds, self.level, places, self.codebook_size)
         width, offsets = places.shape[1], places - self.first
-        if int(offsets.min()) < 0 or int(offsets.max()) >= self.made.shape[1]:
-            self.first, ahead = places[:, :1], torch.arange(width + self.AHEAD)
-            made = (self.first + ahead).clamp(max=self.last)
-            self.made = gumbel(self.seeds, self.level, made, self.codebook_size)
+        if self.made.shape[1] < width:
+            self.made = torch.empty(len(places), width + self.AHEAD, self.codebook_size)
+        ended = (offsets[:, 0] < 0) | (offsets[:, -1] >= self.made.shape[1])
+        if bool(ended.any()):
+            self.first[ended] = places[ended, :1]
+            made = self.first[ended] + torch.arange(self.made.shape[1])
+            made = made.clamp(max=self.last)
+            self.made[ended] = gumbel(self.seeds[ended], self.level, made, self.codebook_size)
             offsets = places - self.first
         return self.made[self.lanes, offsets]
