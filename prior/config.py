@@ -177,9 +177,9 @@ class TrainPriorConfig(TrainingConfig):
     """Share of codes replaced by random ones where they are read, not where they are predicted:
     sampling then survives its own mistakes."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.05
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

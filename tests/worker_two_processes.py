@@ -134,16 +134,15 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
     assert accelerator.num_processes == expected_processes, accelerator.num_processes
 
     # With an adversary, a pair of networks is trained, each with its own settings.
-    trained, term, groups = model, None, None
+    trained, term = model, None
     if adversary:
         settings = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
         trained = AdversarialPair(model, settings).double()
         term = make_adversarial_term(settings, model.last_layer, start=5)
-        groups = trained.parameter_groups(settings)
     loss_fn = make_loss("mse", model.config.codebook_size_per_level, adversarial=term)
     place = {"num_processes": expected_processes, "process_index": accelerator.process_index}
     loader = ShuffledLoader(Images(torch.float64), training.batch_size // parts, **place)
-    fit(accelerator, trained, loss_fn, loader, training, output_dir, parameter_groups=groups)
+    fit(accelerator, trained, loss_fn, loader, training, output_dir)
     torch.save(model.state_dict(), output_dir / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
 

@@ -316,7 +316,7 @@ class TrainVQVAEConfig(TrainingConfig):
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
     """The autoencoder."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     """What is minimised between image and reconstruction, in [-1, 1]."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)

@@ -61,7 +61,7 @@ class AdversarialPair(nn.Module):
 
     def __init__(self, autoencoder: VQVAE2, config: DiscriminatorConfig) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.config, self.autoencoder = config, autoencoder
         self.discriminator = PatchDiscriminator(autoencoder.config.image.channels, config)
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
 
@@ -81,9 +81,10 @@ class AdversarialPair(nn.Module):
         """Compile the autoencoder's networks (torch.compile, in place)."""
         self.autoencoder.compile(*args, **kwargs)
 
-    def parameter_groups(self, config: DiscriminatorConfig) -> Sequence[Mapping[str, Any]]:
-        """The optimizer's groups: the discriminator has its own learning rate and momentum."""
-        own = {"rate": config.learning_rate_factor, "betas": config.adam_betas}
+    def parameter_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The optimizer's groups: the discriminator learns by AdamW, at its own rate."""
+        rate, betas = self.config.learning_rate_factor, self.config.adam_betas
+        own = {"rate": rate, "betas": betas, "muon": False}
         discriminator = {"params": list(self.discriminator.parameters()), **own}
         return [{"params": list(self.autoencoder.parameters())}, discriminator]
 

@@ -112,10 +112,9 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
     # term counts its calls from 0, several per step with accumulation.)
     trained: VQVAE2 | AdversarialPair = model
-    adversarial = parameter_groups = None
+    adversarial = None
     if config.discriminator.weight:
         trained = AdversarialPair(model, config.discriminator)
-        parameter_groups = trained.parameter_groups(config.discriminator)
         start = (config.discriminator.start_step - 1) * num_parts
         adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
 
@@ -152,7 +151,6 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         draw=draw if len(data.shown) else None,
         describe=CodebookWatch(config.model.num_levels, num_features),
         shown=[f"perplexity_{level}" for level in range(config.model.num_levels)],
-        parameter_groups=parameter_groups,
     )
     accelerator.wait_for_everyone()
     if best := best_validation(output_dir):

@@ -10,6 +10,7 @@ from pipelines.plan.stages import PRECISIONS, Stage, stages_of, trace
 from vqvae2.common.accelerate import native_bf16, use_cpu
 from vqvae2.common.artifact import machine_memory
 from vqvae2.common.config import check
+from vqvae2.common.fit import make_optimizer
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.threads import OwnCpus
 
@@ -124,14 +125,16 @@ def time_step(stage: Stage, rows: int, kind: str, precision: str) -> tuple[float
     """Median seconds of a forward and backward pass of this many rows here, and of an update."""
     with torch.device(kind):
         model, batch = stage.make_model(), stage.make_batch(rows)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    learns = any(parameter.requires_grad for parameter in model.parameters())
 
     def passes() -> None:
         loss = stage.loss(model, batch, precision)
-        if loss.requires_grad:  # not of an extraction
+        if learns:
             loss.backward()
 
-    return time_work(passes), time_work(optimizer.step)
+    if not learns:  # an extraction
+        return time_work(passes), 0.0
+    return time_work(passes), time_work(make_optimizer(model, stage.config).step)
 
 
 def step_seconds(stage: Stage) -> float:

@@ -28,6 +28,8 @@ from vqvae2 import losses
 from vqvae2.common.config import TrainingConfig, from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path
+from vqvae2.common.fit import make_optimizer
+from vqvae2.common.muon import moment_names
 from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import load_images, to_images
 from vqvae2.discriminator import AdversarialPair
@@ -220,8 +222,12 @@ def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, 
     for cached in (attention._future, attention._window):
         cached.cache_clear()  # masks without memory must not meet real tensors
     averaged, gradients = weights * (stage.config.weight_ema_decay > 0), constant - weights
+    moments = 0
+    for group in make_optimizer(model, stage.config).param_groups if gradients else ():
+        kept = [name for name in moment_names(group) if name != "step"]
+        moments += len(kept) * sum(parameter.nbytes for parameter in group["params"])
     sizes = {"weights": weights, "averaged weights": averaged, "gradients": gradients}
-    sizes |= {"optimizer": 2 * gradients, "activations": activations}
+    sizes |= {"optimizer": moments, "activations": activations}
     sizes["working memory"] = meter.peak - constant - activations
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return num_parameters, meter.flops, {name: size / 2**30 for name, size in sizes.items()}

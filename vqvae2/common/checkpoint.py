@@ -31,6 +31,7 @@ from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, remove_folder, whole_file, write_json
 from vqvae2.common.metrics import Metrics
+from vqvae2.common.muon import moment_names
 
 logger = logging.getLogger(__name__)
 STATE_NAME = "state.json"
@@ -148,7 +149,7 @@ class TrainingState:
         if self.averaged is not None:
             tensors["averaged"] = self.averaged.state_dict()
         moments: dict[str, Tensor] = {}
-        for i, parameter in enumerate(self._parameters()):
+        for i, (parameter, _) in enumerate(self._parameters()):
             named = self.optimizer.state.get(parameter, {}).items()
             moments |= {f"{i}.{name}": moment for name, moment in named}
         scaler = self.accelerator.scaler
@@ -214,13 +215,13 @@ class TrainingState:
         if bool(sums) != bool(numbers.count) or bool(sums) != ("loss" in sums):
             raise UserError(f"{folder}: the figures are of another training.")
         expected: dict[str, tuple[int, ...]] = {}
-        for i, parameter in enumerate(self._parameters()):
-            for name in ("exp_avg", "exp_avg_sq"):
-                expected[f"{i}.{name}"] = tuple(parameter.shape)
-            expected[f"{i}.step"] = ()
+        for i, (parameter, moments) in enumerate(self._parameters()):
+            for name in moments:
+                expected[f"{i}.{name}"] = () if name == "step" else tuple(parameter.shape)
         shapes = {key: tuple(value.shape) for key, value in tensors.get("optimizer", {}).items()}
         if not shapes.items() <= expected.items():
-            raise UserError(f"{folder}: the moments of the optimizer are of another training.")
+            advice = "it may have begun with another --optimizer"
+            raise UserError(f"{folder}: the moments are of another training: {advice}.")
         for key, value in tensors.get("random", {}).items():
             now = torch.get_rng_state() if key.endswith(".cpu") else value
             if (value.dtype, value.shape) != (torch.uint8, now.shape):
@@ -237,13 +238,13 @@ class TrainingState:
 
         # The optimizer. Its kernels demand moments that lie in memory as their parameter does.
         moments = tensors.get("optimizer", {})
-        for i, parameter in enumerate(self._parameters()):
-            if f"{i}.step" in moments:
+        for i, (parameter, names) in enumerate(self._parameters()):
+            for name in names:
+                if (moment := moments.get(f"{i}.{name}")) is None:
+                    continue
+                like = parameter if name != "step" else moment.to(parameter.device)
                 state = self.optimizer.state[parameter]
-                state["step"] = moments[f"{i}.step"].to(parameter.device, copy=True)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.empty_like(parameter, requires_grad=False)
-                    state[name].copy_(moments[f"{i}.{name}"])
+                state[name] = torch.empty_like(like, requires_grad=False).copy_(moment)
         if accelerator.scaler is not None and numbers.scaler:
             accelerator.scaler.load_state_dict(numbers.scaler)
 
@@ -266,6 +267,9 @@ class TrainingState:
         if f"{rank}.cuda" in random and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(random[f"{rank}.cuda"], accelerator.device)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        """What the optimizer learns, in a fixed order."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _parameters(self) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
+        """What the optimizer learns, in a fixed order, each with the names of its moments."""
+        result = []
+        for group in self.optimizer.param_groups:
+            result += [(parameter, moment_names(group)) for parameter in group["params"]]
+        return result

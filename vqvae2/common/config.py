@@ -54,13 +54,16 @@ class TrainingConfig:
     """Rows per optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1
     """Compute each batch in this many pieces, one after the other, to save memory."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: weights of linear layers and convolutions learn as matrices, by Muon, and all else by
+    AdamW: it learns more in each step. adamw: all by AdamW."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises to its peak; a cosine then takes it down to zero.
     At most half of the run."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices and convolution kernels only."""
+    """Decoupled weight decay, on matrices and convolution kernels only."""
     adam_betas: tuple[float, float] = recipe_only((0.9, 0.99))
     """AdamW's decay rates of the first and second moment."""
     max_grad_norm: float = 1.0

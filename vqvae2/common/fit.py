@@ -37,6 +37,7 @@ from vqvae2.common.metrics import (
     stopped_early,
     validations,
 )
+from vqvae2.common.muon import MuonAdamW, layer_weights
 from vqvae2.common.pictures import save_picture
 from vqvae2.common.threads import OwnCpus
 
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
 Evaluate = Callable[[Any], Mapping[str, float]]
 Draw = Callable[[Any], Image.Image]
-ParameterGroups = Sequence[Mapping[str, Any]]
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -68,12 +68,12 @@ def fit(
     draw: Draw | None = None,
     describe: Describe = scalar_means,
     shown: Sequence[str] = (),
-    parameter_groups: ParameterGroups | None = None,
 ) -> None:
     """Train `model` for `config.num_steps` steps, continuing from a checkpoint in `output_dir`.
 
     Args:
-        model: an `Artifact`, or a module with a `save_pretrained(folder)` of its own.
+        model: an `Artifact`, or a module with a `save_pretrained(folder)` of its own. See
+            `make_optimizer` for how it may divide its parameters.
         loss_fn: `loss_fn(model, batch)` gives the loss to minimise and figures to report (tensors
             on the device, averaged over steps and processes).
         loader: batches of `batch_size / gradient_accumulation_steps` rows over all processes.
@@ -82,8 +82,6 @@ def fit(
         draw: a picture of what the model does now; called on the main process alone.
         describe: see `Metrics`; by default the means of the scalars.
         shown: which of its figures stand on the progress bar, besides the loss.
-        parameter_groups: groups of the optimizer, each with its "params" and its own settings
-            ("betas", ...); "rate" multiplies the learning rate. One by default.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
@@ -104,8 +102,8 @@ def fit(
     averaged = copy.deepcopy(model).to(accelerator.device).eval() if averages else None
     choice = False if config.deterministic and config.compile == "auto" else config.compile
     trial = CompileTrial(model, accelerator.device, choice, output_dir, main)
-    groups = parameter_groups or [{"params": list(model.parameters())}]
-    net, optimizer = accelerator.prepare(model, _make_optimizer(groups, config))
+    groups = parameter_groups(model)
+    net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     plain = accelerator.unwrap_model(net)
     result: Any = plain if averaged is None else averaged  # what is validated, drawn, saved
 
@@ -277,14 +275,30 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
         old.copy_(new)
 
 
-def _make_optimizer(groups: ParameterGroups, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, in which matrices and kernels decay and vectors do not."""
+def parameter_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
+    """What a model's own `parameter_groups()` says, or all parameters as one group: "params", and
+    settings of the optimizer ("betas", ...); "rate" multiplies the learning rate, and "muon" False
+    leaves all to AdamW. Gradients of a group are clipped together."""
+    own: Any = getattr(model, "parameter_groups", None)
+    return own() if own else [{"params": list(model.parameters())}]
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> MuonAdamW:
+    """Muon for the weights of layers, if the configuration says so, and AdamW for what else is
+    learned, in which matrices decay and vectors do not."""
+    matrices = layer_weights(model) if config.optimizer == "muon" else set()
     split = []
-    for group in groups:
-        for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
-            learned = [p for p in group["params"] if p.requires_grad and (p.ndim > 1) == is_matrix]
-            split.append({"rate": 1.0, **group, "params": learned, "weight_decay": decay})
-    return torch.optim.AdamW(split, config.learning_rate, betas=config.adam_betas, fused=True)
+    for group in parameter_groups(model):
+        parts: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                muon = group.get("muon", True) and id(parameter) in matrices
+                decay = config.weight_decay if parameter.ndim > 1 else 0.0
+                parts.setdefault((muon, decay), []).append(parameter)
+        for (muon, decay), learned in parts.items():
+            settings = {"params": learned, "weight_decay": decay, "muon": muon}
+            split.append({"rate": 1.0, **group, **settings})
+    return MuonAdamW(split, config.learning_rate, betas=config.adam_betas, fused=True)
 
 
 class _Agreement:
