@@ -4,7 +4,7 @@ A folder `step_00000500` holds, besides state.json (the numbers, and the SHA-256
 
     model.safetensors      the weights
     averaged.safetensors   their running average, if there is one
-    optimizer.safetensors  the moments of the i-th parameter, as "i.exp_avg", ...
+    optimizer.safetensors  the moments of the i-th parameter, as "i.exp_avg", "i.momentum", ...
     metrics.safetensors    the sums since the last line of metrics.jsonl
     random.safetensors     torch's generators of process r, as "r.cpu" and "r.cuda"
 """
