@@ -48,7 +48,7 @@ def test_each_model_trains_as_long_on_the_same_threads(tmp_path: Path) -> None:
         return 0.1 * stage.config.batch_size / 32 * (len(stage.name) % 3 + 1)
 
     with (
-        mock.patch("pipelines.commands.run.step_seconds", side_effect=seconds),
+        mock.patch("pipelines.commands.compare.step_seconds", side_effect=seconds),
         mock.patch("pipelines.commands.run.fastest_number", return_value=1),
     ):
         recipes = {name: yaml.safe_load(t) for name, t in compare.make_recipes(config).items()}
@@ -155,7 +155,7 @@ def test_the_page_shows_all_three_and_the_same_command_continues(
 
     monkeypatch.setattr(compare, "run_stages", stages)
     monkeypatch.setattr(compare, "start_stage", evaluate)
-    monkeypatch.setattr("pipelines.commands.run.step_seconds", lambda _: 0.1)
+    monkeypatch.setattr("pipelines.commands.compare.step_seconds", lambda _: 0.1)
     words = ("compare", "--data.path", photos, "--image.size", 16, "--output-dir", tmp_path / "out")
     command(*words, code=2)
     recipe = (tmp_path / "out" / "levels_1" / "recipe.yaml").read_bytes()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from pipelines.evaluation import report
 from pipelines.evaluation.figures import Figures
 from pipelines.model_index import INDEX_NAME
 from pipelines.pictures import embedded
+from pipelines.plan.command import step_seconds
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes
@@ -36,6 +38,7 @@ from vqvae2.common.config import check, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json, write_text
 from vqvae2.common.lock import writes_output
+from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import best_validation, training_seconds
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.common.runs import RunRecord
@@ -63,6 +66,8 @@ PURPOSES = {  # figure -> what, better than one level, worse, or alike
         "about as close to real ones",
     ),
 }
+SMALL = {"width": 128, "num_layers": 3, "num_heads": 2}  # of priors: what codes are to teach
+ROUNDS = 3  # in which steps are timed
 SHOWN = 12  # held-out images
 REPORT = Path("evaluation", "report", "figures.json")
 MEANINGS = {
@@ -89,9 +94,9 @@ def compare(config: CompareConfig) -> None:
     on_main_process(state, partial(write_recipes, config, record))
 
     # All stages of each, and how good they are.
-    for name in STRIDES:
+    for number, name in enumerate(STRIDES, 1):
         folder, data = folder_of(root, name), to_dict(config.data)
-        logger.info(f"\n{name.capitalize()}, {len(STRIDES)} models in all: {folder}")
+        logger.info(f"\nModel {number} of {len(STRIDES)}: {name} -> {folder}")
         recipe = load_recipe(str(folder / RECIPE))
         run_stages(recipe, folder, data)
         on_main_process(state, partial(remove_outdated, folder))
@@ -122,7 +127,6 @@ def write_recipes(config: CompareConfig, record: RunRecord) -> None:
     root = Path(config.output_dir)
     missing = [name for name in STRIDES if not (folder_of(root, name) / RECIPE).exists()]
     if missing:
-        logger.info("Choosing the settings, and timing a step of each training ...")
         recipes = make_recipes(config)
         record.write(root)
         for name in missing:
@@ -133,6 +137,8 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     """The recipe of each model as YAML: as many bits of an image, and steps that take as long."""
     # Two levels as `vqvae2 run` would choose them; the others will have their bits.
     choice, given, seen = choose_for(config, MULTIPLE)
+    for level in (0, 1):  # any level's are like those of the last
+        choice.recipe[f"prior_{level}"]["transformer"] |= SMALL
     recipe, stages = with_given(choice.recipe, given, seen)
     model: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
     if model.strides != STRIDES["two levels"] or model.quantizer.kind == "fsq":
@@ -146,15 +152,29 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
         raise UserError(f"{what}, by which compare judges: give more, or --data.validation-path.")
 
     # They differ in their levels alone, and in how many steps they make.
-    threads, recipes = threads_for(stages[0]), {}
+    threads, drafts = threads_for(stages[0]), {}
     for name, sizes in equal_sizes(model).items():
         levels = {"strides": [*STRIDES[name]], "codebook_sizes": [*sizes]}
         own = merged(given, {"train": {"model": levels}})
         recipe, stages = with_given(choice.recipe, own, seen)
         network: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
-        reason = f"{name}: {network.summary()}, {bits_of(network):,.1f} bits per image"
+        reasons = [*choice.reasons, f"but, to compare, {name}: {network.summary()}"]
+        reasons.append(f"{bits_of(network):,.1f} bits of an image; priors of {SMALL}")
+        drafts[name] = recipe, stages, reasons
+
+    # Steps are timed in turn, so that other programs slow down all models alike.
+    stages = [stage for _, each, _ in drafts.values() for stage in each]
+    seconds: dict[int, list[float]] = {}
+    for stage in progress_bar(stages * ROUNDS, desc="timing steps", leave=False):
+        seconds.setdefault(id(stage), []).append(step_seconds(stage))
+    recipes = {}
+    for name, draft in drafts.items():
         recipes[name] = finished(
-            recipe, stages, [*choice.reasons, reason], f"{config.minutes:g}m", threads, seen.number
+            *draft,
+            timed=lambda stage: median(seconds[id(stage)]),
+            budget=f"{config.minutes:g}m",
+            threads=threads,
+            num_images=seen.number,
         )
     return recipes
 

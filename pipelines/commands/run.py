@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,8 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
     choice, given, seen = choose_for(config)
     recipe, stages = with_given(choice.recipe, given, seen)
     threads = threads_for(stages[0])
-    return finished(recipe, stages, choice.reasons, config.budget, threads, seen.number), seen
+    spend = partial(finished, budget=config.budget, threads=threads, num_images=seen.number)
+    return spend(recipe, stages, choice.reasons, timed=step_seconds), seen
 
 
 def choose_for(
@@ -128,12 +129,14 @@ def finished(
     recipe: dict[str, Any],
     stages: Sequence[Stage],
     reasons: Sequence[str],
+    *,
+    timed: Callable[[Stage], float],
     budget: str,
     threads: int,
     num_images: int,
 ) -> str:
-    """A recipe as YAML, with this number of threads (0: as it is), as many steps as a time allows
-    here, and the reasons as comments."""
+    """A recipe as YAML, its reasons as comments, with this number of threads (0: as it is) and as
+    many steps as the budget allows; `timed` gives the seconds of a stage's step."""
     reasons, seconds = [*reasons], parse_time(budget)
     if threads:
         names = ("train", "extract", *(stage.name for stage in stages[1:]), "sample", "evaluate")
@@ -148,7 +151,7 @@ def finished(
         name, section = stage.name, recipe[stage.name]
         if "num_steps" in section:
             continue
-        per_step = step_seconds(stage)
+        per_step = timed(stage)
         most = MOST_EPOCHS * num_images // stage.config.batch_size
         steps = max(20, min(most, round(share * seconds / per_step)))
         set_steps(section, steps)
