@@ -110,6 +110,7 @@ def run(*words: object) -> None:
 BASES = {  # a right command line for each command
     "demo": "demo --output-dir {x}/out",
     "run": "run --config tiny --data.path {x}/photos --budget 1s --output-dir {x}/out",
+    "compare": "compare --config tiny --data.path {x}/photos --minutes 1 --output-dir {x}/out",
     "plan": "plan --config tiny",
     "prepare": "prepare --data.path {x}/photos --image.size 16 --output-dir {x}/out",
     "train": "train --config tiny --data.path {x}/photos --output-dir {x}/out",

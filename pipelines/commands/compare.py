@@ -66,7 +66,7 @@ PURPOSES = {  # figure -> what, better than one level, worse, or alike
         "about as close to real ones",
     ),
 }
-SMALL = {"width": 128, "num_layers": 3, "num_heads": 2}  # of priors: what codes are to teach
+SMALL = {"width": 128, "num_layers": 3, "num_heads": 2}  # priors
 ROUNDS = 3  # in which steps are timed
 SHOWN = 12  # held-out images
 REPORT = Path("evaluation", "report", "figures.json")
@@ -159,7 +159,7 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
         recipe, stages = with_given(choice.recipe, own, seen)
         network: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
         reasons = [*choice.reasons, f"but, to compare, {name}: {network.summary()}"]
-        reasons.append(f"{bits_of(network):,.1f} bits of an image; priors of {SMALL}")
+        reasons.append(f"{bits_of(network):,.1f} bits of an image; small priors, of width 128")
         drafts[name] = recipe, stages, reasons
 
     # Steps are timed in turn, so that other programs slow down all models alike.
