@@ -32,14 +32,13 @@ from pipelines.model_index import INDEX_NAME
 from pipelines.pictures import embedded
 from pipelines.plan.command import step_seconds
 from prior.manifest import read_manifest
-from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import check, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json, write_text
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.metrics import best_validation, training_seconds
+from vqvae2.common.metrics import best_validation, quality, training_seconds
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.vocabulary import describe_grids
@@ -91,6 +90,7 @@ def compare(config: CompareConfig) -> None:
     root, state = Path(config.output_dir), processes()
     record = RunRecord("compare", config, "compare_config.yaml")
     record.check(root)
+    state.wait_for_everyone()
     on_main_process(state, partial(write_recipes, config, record))
 
     # All stages of each, and how good they are.
@@ -230,18 +230,19 @@ def write_page(config: CompareConfig) -> str:
     answer, *others = map(html.escape, lines)
     body = [f"<p><b>{answer}</b></p><ul>", *(f"<li>{line}" for line in others), "</ul>"]
     body.append(report.html_table(rows))
-    meanings = "; ".join(f"<b>{name}</b>: {text}" for name, text in MEANINGS.items())
-    body.append(f"<p><small>{html.escape(meanings)}.</small></p>")
+    meanings = report.named({"": MEANINGS}, extractor)[""].items()
+    body += ["<p><small>", "; ".join(f"<b>{key}</b>: {text}" for key, text in meanings)]
+    body.append(".</small></p>")
 
     # Pictures, and where there is more.
     body.append(embedded("Held-out images, and what each makes of them", reconstructions(config)))
-    body.append('<div style="display:flex;flex-wrap:wrap;gap:2rem">')
+    body.append('<div style="display:flex;gap:1rem">')
     for name in STRIDES:
         with Image.open(folder_of(root, name) / "samples" / "samples.png") as picture:
-            body.append(f"<div>{embedded(f'Samples: {name}', picture)}</div>")
-    body.append("</div><p>All about each: ")
-    pages = [folder_of(root, name).name for name in STRIDES]
-    body.append(", ".join(f'<a href="{p}/evaluation/report/index.html">{p}</a>' for p in pages))
+            shown = embedded(f"Samples of {name}", picture)
+        page = (folder_of(root, name) / REPORT).with_name("index.html").relative_to(root)
+        body.append(f'<div style="flex:1"><a href="{page}">All about it</a>{shown}</div>')
+    body.append("</div>")
     title = html.escape(f"Does hierarchy help? {Path(config.data.path).name}")
     write_text(root / "index.html", report.PAGE.format(title=title, body="\n".join(body)))
     return "\n".join([*lines, "", report.as_text(rows)])
@@ -252,27 +253,26 @@ def figures_of(folder: Path, found: Figures) -> Figures:
     # What it spends.
     manifest, minutes, total = read_manifest(folder / "codes"), [], 0.0
     positions = [math.prod(grid) for grid in manifest.grids]
-    sizes, own_bits = manifest.codebook_sizes, {}
+    sizes, own_bits = manifest.codebook_sizes, []
     for level, number in enumerate(positions):
         prior = folder / f"prior_{level}"
-        bits = best_validation(prior)["bits_per_code"]
-        own_bits[level_name(level, manifest.num_levels)] = bits
-        total += number * bits
+        own_bits.append(best_validation(prior)["bits_per_code"])
+        total += number * own_bits[-1]
         minutes.append(training_seconds(prior) / 60)
     flat = sum(n * math.log2(size) for n, size in zip(positions, sizes, strict=True))
     used = [each["used"] for each in found["stage 1"]["Codebooks"].values()]
 
     # What it gives.
-    quality = found["stage 1"]["Reconstruction"]["all levels"]
+    made = found["stage 1"]["Reconstruction"]["all levels"]
     beside = report.reference(found)
     return {
         "codes": " + ".join(describe_grids(manifest.grids, sizes)),
         "bits per image": flat,
         "codes in use": " + ".join(map(str, used)),
-        "MSE": quality["MSE"],
-        "PSNR (dB)": quality["PSNR (dB)"],
+        "MSE": made["MSE"],
+        "PSNR (dB)": made["PSNR (dB)"],
         "bits per code, with the priors": total / sum(positions),
-        "... of each level": ", ".join(f"{name} {bits:.2f}" for name, bits in own_bits.items()),
+        "... of each level": " + ".join(f"{bits:.2f}" for bits in own_bits),
         "bits per image, with the priors": total,
         "distance of reconstructions": beside["reconstructions"]["distance"],
         "distance of samples": beside["samples"]["distance"],
@@ -309,13 +309,14 @@ def summary(models: Mapping[str, Figures], distance_name: str) -> list[str]:
     exact, new = (f"{name} (--model.strides {' '.join(map(str, STRIDES[name]))})" for name in take)
     whom = f"Take {exact} for both" if exact == new else f"Take {exact} for exact pictures, {new} "
     whom += "" if exact == new else "for new ones"
-    lines.append(f"{whom}: of those that are about as good as the best, it has the fewest levels.")
+    lines.append(f"{whom}: the fewest levels that are about as good as the best.")
     bits = [figures["bits per image"] for figures in models.values()]
     learned = [figures["bits per image, with the priors"] for figures in models.values()]
-    costs = ", ".join(f"{cost:,.0f} of {name}" for cost, name in zip(learned, STRIDES, strict=True))
+    costs = [f"{cost:,.0f} with {name}" for cost, name in zip(learned, STRIDES, strict=True)]
+    lines.append(f"The most exact ones: {quality(min(f['MSE'] for f in models.values()))}.")
     lines.append(
-        f"All spend about {bits[0]:,.0f} bits on an image. With the priors, which know what is "
-        f"usual, they need {costs}: the fewer, the more was learned."
+        f"All spend about {bits[0]:,.0f} bits on an image. With priors that have learned what is "
+        f"usual, fewer suffice: {', '.join(costs)}. The fewer, the more they have learned."
     )
     minutes = [f["minutes, autoencoder"] + f["minutes, priors"] for f in models.values()]
     spent = " and ".join(f"{number:.3g}" for number in (min(minutes), max(minutes)))
