@@ -4,7 +4,7 @@ import html
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,14 +71,12 @@ SHOWN = 12  # held-out images
 REPORT = Path("evaluation", "report", "figures.json")
 MEANINGS = {
     "codes": "the grids, and of how many codes each",
-    "bits per image": "what an image becomes: the same for all, to make the comparison fair",
-    "codes in use": "those that occur in held-out images at all",
+    "bits per image": "what an image becomes; alike, to be fair",
+    "codes in use": "those that occur in held-out images",
     "MSE, PSNR": "how exactly held-out images come back: a low error, many decibels",
-    "bits per code, per image, with the priors": "what is left to guess for somebody who knows "
-    "what is usual: the fewer, the more the priors have learned",
+    "with the priors": "what is left to say to somebody who knows what is usual",
     "distance": "how far images as a set are from real ones, 0 at best: reconstructions show what "
-    "the autoencoder loses, samples what it and the priors lose, and real images what chance does",
-    "minutes": "how long each has trained",
+    "the autoencoder loses, samples also what the priors lose, real images what chance does",
 }
 
 
@@ -159,7 +157,8 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
         recipe, stages = with_given(choice.recipe, own, seen)
         network: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
         reasons = [*choice.reasons, f"but, to compare, {name}: {network.summary()}"]
-        reasons.append(f"{bits_of(network):,.1f} bits of an image; small priors, of width 128")
+        bits = bits_of(network.grids, network.codebook_size_per_level)
+        reasons.append(f"{bits:,.1f} bits of an image; small priors, of width 128")
         drafts[name] = recipe, stages, reasons
 
     # Steps are timed in turn, so that other programs slow down all models alike.
@@ -182,21 +181,17 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
 def equal_sizes(model: VQVAE2Config) -> dict[str, tuple[int, ...]]:
     """Of each model the codebook sizes with which an image has as many bits as in this one of two
     levels, to the nearest whole number of codes."""
-    sizes = {}
+    bits, sizes = bits_of(model.grids, model.codebook_size_per_level), {}
     for name, strides in STRIDES.items():
         grids = replace(model, strides=strides, codebook_sizes=(2,), code_dims=(1,)).grids
-        positions = sum(math.prod(grid) for grid in grids)
-        size = max(2, round(2 ** (bits_of(model) / positions)))
+        size = max(2, round(2 ** (bits / sum(map(math.prod, grids)))))
         sizes[name] = model.codebook_sizes if strides == model.strides else (size,)
     return sizes
 
 
-def bits_of(model: VQVAE2Config) -> float:
+def bits_of(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> float:
     """Bits of an image whose codes are all alike likely."""
-    bits = 0.0
-    for grid, size in zip(model.grids, model.codebook_size_per_level, strict=True):
-        bits += math.prod(grid) * math.log2(size)
-    return bits
+    return sum(math.prod(grid) * math.log2(size) for grid, size in zip(grids, sizes, strict=True))
 
 
 # After
@@ -211,7 +206,7 @@ def remove_outdated(folder: Path) -> None:
 
 def write_page(config: CompareConfig) -> str:
     """Write compare.json and index.html; returns the answer and the table as text."""
-    # Figures by model, which the same eyes have seen.
+    # Figures by model, which the same eyes have seen, and by row of the table.
     root, found, models = Path(config.output_dir), {}, {}
     for name in STRIDES:
         folder = folder_of(root, name)
@@ -219,17 +214,15 @@ def write_page(config: CompareConfig) -> str:
         models[name] = figures_of(folder, found[name])
     report.refuse_other_eyes(found)
     extractor = found[ONE]["extractor"]
-    lines = summary(models, extractor["distance_name"])
+    rows = {figure: {name: models[name][figure] for name in STRIDES} for figure in models[ONE]}
+    lines = summary(rows, extractor["distance_name"])
     write_json(root / "compare.json", {"summary": lines, "models": models, "extractor": extractor})
 
-    # A row for each figure, a column for each model.
-    rows: dict[str, dict[str, Any]] = {}
-    for name, row in report.named(models, extractor).items():
-        for figure, value in row.items():
-            rows.setdefault(figure, {})[name] = value
+    # In words, and as a table.
+    table: Any = report.named({"": rows}, extractor)[""]
     answer, *others = map(html.escape, lines)
     body = [f"<p><b>{answer}</b></p><ul>", *(f"<li>{line}" for line in others), "</ul>"]
-    body.append(report.html_table(rows))
+    body.append(report.html_table(table))
     meanings = report.named({"": MEANINGS}, extractor)[""].items()
     body += ["<p><small>", "; ".join(f"<b>{key}</b>: {text}" for key, text in meanings)]
     body.append(".</small></p>")
@@ -245,29 +238,26 @@ def write_page(config: CompareConfig) -> str:
     body.append("</div>")
     title = html.escape(f"Does hierarchy help? {Path(config.data.path).name}")
     write_text(root / "index.html", report.PAGE.format(title=title, body="\n".join(body)))
-    return "\n".join([*lines, "", report.as_text(rows)])
+    return "\n".join([*lines, "", report.as_text(table)])
 
 
 def figures_of(folder: Path, found: Figures) -> Figures:
     """A model's column of the table, from its folder and its evaluation."""
     # What it spends.
-    manifest, minutes, total = read_manifest(folder / "codes"), [], 0.0
-    positions = [math.prod(grid) for grid in manifest.grids]
-    sizes, own_bits = manifest.codebook_sizes, []
-    for level, number in enumerate(positions):
-        prior = folder / f"prior_{level}"
-        own_bits.append(best_validation(prior)["bits_per_code"])
-        total += number * own_bits[-1]
-        minutes.append(training_seconds(prior) / 60)
-    flat = sum(n * math.log2(size) for n, size in zip(positions, sizes, strict=True))
+    manifest = read_manifest(folder / "codes")
+    grids, sizes = manifest.grids, manifest.codebook_sizes
+    positions = [math.prod(grid) for grid in grids]
+    priors = [folder / f"prior_{level}" for level in range(len(grids))]
+    own_bits = [best_validation(prior)["bits_per_code"] for prior in priors]
+    total = sum(number * bits for number, bits in zip(positions, own_bits, strict=True))
     used = [each["used"] for each in found["stage 1"]["Codebooks"].values()]
 
     # What it gives.
     made = found["stage 1"]["Reconstruction"]["all levels"]
     beside = report.reference(found)
     return {
-        "codes": " + ".join(describe_grids(manifest.grids, sizes)),
-        "bits per image": flat,
+        "codes": " + ".join(describe_grids(grids, sizes)),
+        "bits per image": bits_of(grids, sizes),
         "codes in use": " + ".join(map(str, used)),
         "MSE": made["MSE"],
         "PSNR (dB)": made["PSNR (dB)"],
@@ -279,16 +269,17 @@ def figures_of(folder: Path, found: Figures) -> Figures:
         "distance of real images": beside["real"]["distance"],
         "images in each distance": beside["samples"]["count"],
         "minutes, autoencoder": training_seconds(folder / "vqvae") / 60,
-        "minutes, priors": sum(minutes),
+        "minutes, priors": sum(map(training_seconds, priors)) / 60,
     }
 
 
-def summary(models: Mapping[str, Figures], distance_name: str) -> list[str]:
-    """The answer in a sentence for a person who knows no metric, and what it rests on."""
+def summary(rows: Mapping[str, Mapping[str, Any]], distance_name: str) -> list[str]:
+    """The answer in a sentence for a person who knows no metric, and what it rests on, from figures
+    by name and by model."""
     # For each purpose: do several levels, at their best, gain more than chance on one?
     said, gains, take = [], [], []
     for figure, (what, better, worse, same) in PURPOSES.items():
-        values = {name: figures[figure] for name, figures in models.items()}
+        values = rows[figure]
         best = min(SEVERAL, key=lambda name: values[name])
         gain = 1 - values[best] / values[ONE]
         if abs(gain) <= CHANCE[figure]:
@@ -307,27 +298,23 @@ def summary(models: Mapping[str, Figures], distance_name: str) -> list[str]:
 
     # What to do, at which cost it was found, and what may be chance.
     exact, new = (f"{name} (--model.strides {' '.join(map(str, STRIDES[name]))})" for name in take)
-    whom = f"Take {exact} for both" if exact == new else f"Take {exact} for exact pictures, {new} "
-    whom += "" if exact == new else "for new ones"
-    lines.append(f"{whom}: the fewest levels that are about as good as the best.")
-    bits = [figures["bits per image"] for figures in models.values()]
-    learned = [figures["bits per image, with the priors"] for figures in models.values()]
-    costs = [f"{cost:,.0f} with {name}" for cost, name in zip(learned, STRIDES, strict=True)]
-    lines.append(f"The most exact ones: {quality(min(f['MSE'] for f in models.values()))}.")
-    lines.append(
-        f"All spend about {bits[0]:,.0f} bits on an image. With priors that have learned what is "
-        f"usual, fewer suffice: {', '.join(costs)}. The fewer, the more they have learned."
+    whom = (
+        f"{exact} for both" if exact == new else f"{exact} for exact pictures, {new} for new ones"
     )
-    minutes = [f["minutes, autoencoder"] + f["minutes, priors"] for f in models.values()]
-    spent = " and ".join(f"{number:.3g}" for number in (min(minutes), max(minutes)))
+    lines.append(f"Take {whom}: the fewest levels that are about as good as the best.")
+    learned = rows["bits per image, with the priors"].items()
+    costs = ", ".join(f"{bits:,.0f} with {name}" for name, bits in learned)
+    lines.append(f"The most exact ones: {quality(min(rows['MSE'].values()))}.")
+    spent = f"All spend about {rows['bits per image'][ONE]:,.0f} bits on an image"
+    usual = f"with priors that have learned what is usual, fewer suffice: {costs}"
+    lines.append(f"{spent}; {usual}. The fewer, the more they have learned.")
+    minutes = [rows["minutes, autoencoder"][n] + rows["minutes, priors"][n] for n in STRIDES]
     unequal = max(minutes) > 1.25 * min(minutes)
     reason = "; that is not alike, as some stopped early or other programs were busy" * unequal
-    lines.append(f"Each trained for between {spent} minutes{reason}.")
+    lines.append(f"Each trained {min(minutes):.3g} to {max(minutes):.3g} minutes{reason}.")
     error, distance = (f"{share:.0%}" for share in CHANCE.values())
-    lines.append(
-        f"Each was trained once: {error} of the error and {distance} of {distance_name} are taken "
-        "for chance."
-    )
+    taken = f"{error} of the error and {distance} of {distance_name} are taken for chance"
+    lines.append(f"Each was trained once: {taken}.")
     return lines
 
 
