@@ -146,7 +146,7 @@ def flag_trials() -> Iterator[Trial]:
                 for values, codes in wrong_values(hints[field.name], field.name):
                     codes = ANY if values == (field.default,) else codes  # noqa: PLW2901
                     base = _without(BASES[command].split(), flag)
-                    if command == "demo" and codes == ANY:
+                    if command in ("demo", "compare") and codes == ANY:
                         continue  # it would run for minutes
                     name = f"{command} {flag} {' '.join(values)!r:.60}"
                     yield Trial("wrong flags", name, (*base, flag, *values), codes)
