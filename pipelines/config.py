@@ -514,7 +514,7 @@ class CompareConfig(ChosenConfig):
     """About how long each of the three may take to train here; then each is evaluated."""
 
     def __post_init__(self) -> None:
-        check_between(self, 0.01, 1e6, "minutes")
+        check_between(self, 0.01, 100_000, "minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
