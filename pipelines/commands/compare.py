@@ -294,6 +294,9 @@ def summary(rows: Mapping[str, Mapping[str, Any]], distance_name: str) -> list[s
         take.append(next(name for name in STRIDES if values[name] <= enough))
     answer = "In part" if min(gains) < 0 else "Yes"
     answer = answer if max(gains) > 0 else "No"
+    exactness = quality(min(rows["MSE"].values()))
+    if "beyond recognition" in exactness:
+        answer = "Too early to say (no model has learned enough: give more --minutes). So far"
     lines = [f"Does hierarchy help these images? {answer}: {', and '.join(said)}."]
 
     # What to do, at which cost it was found, and what may be chance.
@@ -304,13 +307,13 @@ def summary(rows: Mapping[str, Mapping[str, Any]], distance_name: str) -> list[s
     lines.append(f"Take {whom}: the fewest levels that are about as good as the best.")
     learned = rows["bits per image, with the priors"].items()
     costs = ", ".join(f"{bits:,.0f} with {name}" for name, bits in learned)
-    lines.append(f"The most exact ones: {quality(min(rows['MSE'].values()))}.")
+    lines.append(f"The most exact ones: {exactness}.")
     spent = f"All spend about {rows['bits per image'][ONE]:,.0f} bits on an image"
     usual = f"with priors that have learned what is usual, fewer suffice: {costs}"
     lines.append(f"{spent}; {usual}. The fewer, the more they have learned.")
     minutes = [rows["minutes, autoencoder"][n] + rows["minutes, priors"][n] for n in STRIDES]
     unequal = max(minutes) > 1.25 * min(minutes)
-    reason = "; that is not alike, as some stopped early or other programs were busy" * unequal
+    reason = " (not alike: some stopped early, or other programs were busy)" * unequal
     lines.append(f"Each trained {min(minutes):.3g} to {max(minutes):.3g} minutes{reason}.")
     error, distance = (f"{share:.0%}" for share in CHANCE.values())
     taken = f"{error} of the error and {distance} of {distance_name} are taken for chance"
