@@ -224,8 +224,8 @@ def write_page(config: CompareConfig) -> str:
     body = [f"<p><b>{answer}</b></p><ul>", *(f"<li>{line}" for line in others), "</ul>"]
     body.append(report.html_table(table))
     meanings = report.named({"": MEANINGS}, extractor)[""].items()
-    body += ["<p><small>", "; ".join(f"<b>{key}</b>: {text}" for key, text in meanings)]
-    body.append(".</small></p>")
+    explained = "; ".join(f"<b>{key}</b>: {text}" for key, text in meanings)
+    body.append(f"<p><small>{explained}.</small></p>")
 
     # Pictures, and where there is more.
     body.append(embedded("Held-out images, and what each makes of them", reconstructions(config)))
@@ -234,7 +234,7 @@ def write_page(config: CompareConfig) -> str:
         with Image.open(folder_of(root, name) / "samples" / "samples.png") as picture:
             shown = embedded(f"Samples of {name}", picture)
         page = (folder_of(root, name) / REPORT).with_name("index.html").relative_to(root)
-        body.append(f'<div style="flex:1"><a href="{page}">All about it</a>{shown}</div>')
+        body.append(f'<div style="flex:1">{shown}<a href="{page}">All about it</a></div>')
     body.append("</div>")
     title = html.escape(f"Does hierarchy help? {Path(config.data.path).name}")
     write_text(root / "index.html", report.PAGE.format(title=title, body="\n".join(body)))
