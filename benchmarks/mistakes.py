@@ -110,6 +110,7 @@ def run(*words: object) -> None:
 BASES = {  # a right command line for each command
     "demo": "demo --output-dir {x}/out",
     "run": "run --config tiny --data.path {x}/photos --budget 1s --output-dir {x}/out",
+    "compare": "compare --config tiny --data.path {x}/photos --minutes 1 --output-dir {x}/out",
     "plan": "plan --config tiny",
     "prepare": "prepare --data.path {x}/photos --image.size 16 --output-dir {x}/out",
     "train": "train --config tiny --data.path {x}/photos --output-dir {x}/out",
@@ -145,7 +146,7 @@ def flag_trials() -> Iterator[Trial]:
                 for values, codes in wrong_values(hints[field.name], field.name):
                     codes = ANY if values == (field.default,) else codes  # noqa: PLW2901
                     base = _without(BASES[command].split(), flag)
-                    if command == "demo" and codes == ANY:
+                    if command in ("demo", "compare") and codes == ANY:
                         continue  # it would run for minutes
                     name = f"{command} {flag} {' '.join(values)!r:.60}"
                     yield Trial("wrong flags", name, (*base, flag, *values), codes)

@@ -24,7 +24,7 @@ from vqvae2.data.table import ImageTable, PreparedPictures
 LOOKED_AT = 300  # pictures that are read, from all over the source
 SMALL = (32, 32)  # pixels that show whether there is anything to be seen
 BACKGROUNDS = ("white", "black", "gray")
-MULTIPLE = 8  # of a side in pixels: the product of the strides
+MULTIPLE = 8  # of a side in pixels: the product of two levels' strides
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,23 @@ class Choice:
     reasons: list[str]
 
 
-def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "auto") -> Choice:
+def choose(
+    seen: Look,
+    *,
+    on_gpu: bool,
+    given: dict[str, Any],
+    flips: str = "auto",
+    multiple: int = MULTIPLE,
+) -> Choice:
     """Everything but the numbers of steps, which depend on this machine's speed.
 
     Args:
         given: preprocessing that the user has set.
+        multiple: of which sides in pixels are chosen.
         flips: yes, no or auto: whether mirrored images are further ones.
     """
     reasons: list[str] = []
-    image = seen.prepared or _choose_image(seen, on_gpu, given, reasons)
+    image = seen.prepared or _choose_image(seen, on_gpu, given, reasons, multiple)
     image = replace(image, **given)
     if given:
         reasons.append(f"as you asked: {', '.join(f'image.{k} {v}' for k, v in given.items())}")
@@ -189,7 +197,7 @@ def choose(seen: Look, *, on_gpu: bool, given: dict[str, Any], flips: str = "aut
 
 
 def _choose_image(
-    seen: Look, on_gpu: bool, given: Mapping[str, Any], reasons: list[str]
+    seen: Look, on_gpu: bool, given: Mapping[str, Any], reasons: list[str], multiple: int
 ) -> PreprocessingConfig:
     """How files become images; `given` is set already."""
     # Size: what the pictures have and the device can do. A common shape is kept.
@@ -199,8 +207,8 @@ def _choose_image(
     same = np.mean(abs(np.log(seen.aspects / typical)) < 0.1)
     height = width = side
     if same >= 0.9 and abs(np.log(typical)) > 0.1:
-        width = _multiple(side * min(1.0, typical))
-        height = _multiple(side / max(1.0, typical))
+        width = max(multiple, round(side * min(1.0, typical) / multiple) * multiple)
+        height = max(multiple, round(side / max(1.0, typical) / multiple) * multiple)
     device = "a GPU" if on_gpu else "a CPU"
     why = f"the shorter sides are {seen.short_side:.0f} pixels in the median, and {device} trains"
     if "size" in given:
@@ -239,10 +247,6 @@ def _choose_image(
         background=background,
         validation_fraction=fraction,
     )
-
-
-def _multiple(side: float) -> int:
-    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
 
 
 def _changed(image: PreprocessingConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from vqvae2.config import PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and its function
     "demo": (configs.DemoConfig, "pipelines.commands.demo:demo"),
     "run": (configs.RunConfig, "pipelines.commands.run:run"),
+    "compare": (configs.CompareConfig, "pipelines.commands.compare:compare"),
     "plan": (configs.PlanConfig, "pipelines.plan.command:plan"),
     "prepare": (PrepareConfig, "vqvae2.data.prepared:prepare_command"),
     "train": (TrainVQVAEConfig, "vqvae2.training:train"),
@@ -240,7 +241,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     if recipe is not None:
         level = _take_flag(arguments, "--level")[1] or ""
         section = recipe_section(load_recipe(recipe), command, level)
-    if config_class in (configs.PlanConfig, configs.RunConfig):
+    if issubclass(config_class, configs.PlanConfig | configs.ChosenConfig):
         section = {**section, "recipe": recipe or ""}
     if command == "plan":
         arguments, words = _split_planned(arguments, recipe)

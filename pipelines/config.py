@@ -468,7 +468,23 @@ class ChosenImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class ChosenConfig:
+    """All stages on a user's own images, with settings that are chosen."""
+
+    recipe: str = field(default="", metadata={"recipe_only": True})
+    """Settings that win over the chosen ones: a recipe's name, or a YAML file (--config)."""
+    data: ImagesConfig
+    """Where the images are."""
+    output_dir: str = may_change()
+    """Where everything goes."""
+    image: ChosenImageConfig = field(default_factory=ChosenImageConfig)
+    """How files become images."""
+    flips: Literal["auto", "yes", "no"] = "auto"
+    """Whether mirrored images are further training images: auto for less than 20,000 images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ChosenConfig):
     """Everything, from images to samples: train, extract, train the priors, assemble, sample.
 
     What is not set is chosen by what the images are and by the time there is; OUTPUT/recipe.yaml
@@ -477,20 +493,28 @@ class RunConfig:
     Example: vqvae2 run --data.path photos --output-dir runs/photos --budget 30m
     """
 
-    recipe: str = field(default="", metadata={"recipe_only": True})
-    """Settings that win over the chosen ones: a recipe's name, or a YAML file (--config)."""
-    data: ImagesConfig
-    """Where the images are."""
-    output_dir: str = may_change()
-    """Where everything goes."""
     budget: str = "1h"
     """About how long it may take on this machine: 30m, 2h, 1d."""
-    image: ChosenImageConfig = field(default_factory=ChosenImageConfig)
-    """How files become images."""
-    flips: Literal["auto", "yes", "no"] = "auto"
-    """Whether mirrored images are further training images: auto for less than 20,000 images."""
     dry_run: bool = may_change(False)
     """Show what would be chosen, and the memory it needs, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(ChosenConfig):
+    """Does hierarchy help your images? Train one, two and three levels alike, and compare them.
+
+    Each spends as many bits on an image, and as many minutes on its autoencoder and small priors;
+    all else is chosen as by `vqvae2 run`. OUTPUT/index.html answers in words, and shows errors,
+    bits, distances and pictures side by side. The same command again continues.
+
+    Example: vqvae2 compare --data.path photos --minutes 20 --output-dir runs/compare
+    """
+
+    minutes: float = 20.0
+    """About how long each of the three may take to train here; then each is evaluated."""
+
+    def __post_init__(self) -> None:
+        check_between(self, 0.01, 100_000, "minutes")
 
 
 @dataclass(frozen=True, kw_only=True)

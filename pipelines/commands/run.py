@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from pipelines.choices import Look, choose, look
+from pipelines.choices import MULTIPLE, Choice, Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
-from pipelines.config import PlanConfig, RunConfig
+from pipelines.config import ChosenConfig, PlanConfig, RunConfig
 from pipelines.model_index import INDEX_NAME
 from pipelines.plan.command import plan, step_seconds
 from pipelines.plan.stages import Stage, stages_of
@@ -96,25 +96,53 @@ def show_plan(config: RunConfig) -> None:
 
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
     """The recipe for these images and this machine as YAML, its reasons as comments."""
-    # From the images, then from a recipe of the user's own.
-    seconds = parse_time(config.budget)
-    on_gpu, seen = not use_cpu(), look(config.data, config.image.background or "white")
-    given = {}
+    parse_time(config.budget)  # before anything is read
+    choice, given, seen = choose_for(config)
+    recipe, stages = with_given(choice.recipe, given, seen)
+    threads = threads_for(stages[0])
+    spend = partial(finished, budget=config.budget, threads=threads, num_images=seen.number)
+    return spend(recipe, stages, choice.reasons, timed=step_seconds), seen
+
+
+def choose_for(
+    config: ChosenConfig, multiple: int = MULTIPLE
+) -> tuple[Choice, dict[str, Any], Look]:
+    """What suits the images, what a recipe of the user's own says, and what was seen of them; see
+    `choose` for `multiple`."""
+    seen, asked = look(config.data, config.image.background or "white"), {}
     for field in fields(config.image):
         value = getattr(config.image, field.name)
         if value is not None and value != ():
-            given[field.name] = value
-    choice = choose(seen, on_gpu=on_gpu, given=given, flips=config.flips)
-    recipe = choice.recipe
+            asked[field.name] = value
+    choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
     if config.recipe:
         choice.reasons.append(f"what the recipe {config.recipe} says comes first")
-    recipe, stages = with_given(recipe, load_recipe(config.recipe) if config.recipe else {}, seen)
+    return choice, load_recipe(config.recipe) if config.recipe else {}, seen
 
-    # Threads: fewer where other programs keep the CPUs busy.
-    if threads := 0 if on_gpu else fastest_number(lambda: step_seconds(stages[0])):
-        for name in ("train", "extract", *(stage.name for stage in stages[1:]), "sample"):
-            recipe[name] = {"num_threads": threads, **recipe.get(name, {})}
-        choice.reasons.append("one thread: more are slower now, beside other programs")
+
+def threads_for(stage: Stage) -> int:
+    """The number of threads that is set: 0 for all, 1 where other programs keep the CPUs busy."""
+    return 0 if not use_cpu() else fastest_number(lambda: step_seconds(stage))
+
+
+def finished(
+    recipe: dict[str, Any],
+    stages: Sequence[Stage],
+    reasons: Sequence[str],
+    *,
+    timed: Callable[[Stage], float],
+    budget: str,
+    threads: int,
+    num_images: int,
+) -> str:
+    """A recipe as YAML, its reasons as comments, with this number of threads (0: as it is) and as
+    many steps as the budget allows; `timed` gives the seconds of a stage's step."""
+    reasons, seconds = [*reasons], parse_time(budget)
+    if threads:
+        names = ("train", "extract", *(stage.name for stage in stages[1:]), "sample", "evaluate")
+        for name in names:
+            recipe[name] = {"num_threads": threads, **(recipe.get(name) or {})}
+        reasons.append("one thread: more are slower now, beside other programs")
 
     # Steps: as many as the budget allows at this machine's speed; finer priors need more.
     weights = [2**level for level in range(len(stages) - 1)]
@@ -123,16 +151,17 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
         name, section = stage.name, recipe[stage.name]
         if "num_steps" in section:
             continue
-        per_step = step_seconds(stage)
-        most = MOST_EPOCHS * seen.number // stage.config.batch_size
+        per_step = timed(stage)
+        most = MOST_EPOCHS * num_images // stage.config.batch_size
         steps = max(20, min(most, round(share * seconds / per_step)))
         set_steps(section, steps)
-        why = f"{MOST_EPOCHS} passes over the images are enough" if steps == most else config.budget
-        choice.reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({why})")
-    lines = [f"# {reason}" for reason in choice.reasons]
+        enough = f"{MOST_EPOCHS} passes over the images are enough"
+        why = enough if steps == most else budget
+        reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({why})")
+    lines = [f"# {reason}" for reason in reasons]
     plain = json.loads(json.dumps(recipe))  # what two sections share would become an alias
     body = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
-    return "\n".join(["# What vqvae2 run has chosen, and why:", *lines, body]), seen
+    return "\n".join(["# What was chosen, and why:", *lines, body])
 
 
 def parse_time(text: str) -> float:
@@ -159,6 +188,7 @@ def with_given(
     """The chosen recipe in which what a recipe of the user's own says comes first, with a section
     for each level that there will be; and its trainings."""
     # The prior that was chosen may be any level's; what is given for train-prior holds for all.
+    chosen, given = {**chosen}, {**given}
     prior, for_all = chosen.pop("prior_1"), given.pop("train-prior", None) or {}
     recipe = merged(chosen, {name: section or {} for name, section in given.items()})
     stages = stages_to_come(recipe, seen)
@@ -193,14 +223,7 @@ def set_steps(section: dict[str, Any], steps: int) -> None:
 def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None:
     """Every command that is not finished, with the recipe's settings."""
     vqvae, codes, pipeline = f"{root}/vqvae", f"{root}/codes", f"{root}/pipeline"
-
-    def start(command: str, output_dir: str, level: str = "", **settings: Any) -> None:
-        section = recipe_section(recipe, command, level)
-        settings |= {"level": level} if level else {}
-        settings = merged(section, {"output_dir": output_dir, **settings})
-        logger.info(f"\nvqvae2 {command} -> {output_dir}")
-        function_of(command)(from_dict(COMMANDS[command][0], settings, f"recipe {root}/{RECIPE}"))
-
+    start = partial(start_stage, recipe)
     start("train", vqvae, data=data)
     start("extract", codes, vqvae=vqvae, data=data)
     manifest = read_manifest(Path(codes))
@@ -217,6 +240,18 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
         start("reconstruct", folder, vqvae=vqvae, data=data, held_out=held_out, num_images=32)
     if not (root / "samples" / "samples.png").exists():
         start("sample", f"{root}/samples", pipeline=pipeline)
+
+
+def start_stage(
+    recipe: dict[str, Any], command: str, output_dir: str, level: str = "", **settings: Any
+) -> None:
+    """A command with the recipe's settings, and these."""
+    section = recipe_section(recipe, command, level)
+    settings |= {"level": level} if level else {}
+    settings = merged(section, {"output_dir": output_dir, **settings})
+    logger.info(f"\nvqvae2 {command} -> {output_dir}")
+    where = f"recipe {Path(output_dir).parent}/{RECIPE}"
+    function_of(command)(from_dict(COMMANDS[command][0], settings, where))
 
 
 def remove_outdated(root: Path, parts: Sequence[str]) -> None:

@@ -93,7 +93,7 @@ def summary(found: Figures) -> list[str]:
     return lines
 
 
-def _reference(found: Figures) -> Mapping[str, Figures]:
+def reference(found: Figures) -> Mapping[str, Figures]:
     """The figures that matter: against held-out images, if there are many."""
     return found["against"][found["decides"]]
 
@@ -111,7 +111,7 @@ def _of_stage_1(found: Figures) -> list[str]:
 def _of_samples(found: Figures) -> list[str]:
     """How far samples are, who is to blame, and whether quality or variety is missing."""
     # The distances.
-    rows, name = _reference(found), found["extractor"]["distance_name"]
+    rows, name = reference(found), found["extractor"]["distance_name"]
     distances = {key: figures["distance"] for key, figures in rows.items()}
     real, made = distances["real"], distances.get("reconstructions")
     if "samples" not in rows:
@@ -284,7 +284,7 @@ def write(folder: Path, found: Figures, pictures: Mapping[str, Image]) -> str:
 
     # Samples beside what they are to be like.
     for title, rows in found["against"].items():
-        body += [f"<h2>Against {title}</h2>", _table(_named(rows, extractor))]
+        body += [f"<h2>Against {title}</h2>", html_table(named(rows, extractor))]
     meanings = "; ".join(
         f"<b>{html.escape(_own_name(name, extractor))}</b>: {text}"
         for name, text in MEANINGS.items()
@@ -300,34 +300,34 @@ def write(folder: Path, found: Figures, pictures: Mapping[str, Image]) -> str:
     for key, title in TITLES.items():
         if found.get(key):
             text = INTRODUCTIONS[key].format(rfid=rfid)
-            body += [f"<h2>{title}</h2><p>{text}</p>", _table(_named(found[key], extractor))]
+            body += [f"<h2>{title}</h2><p>{text}</p>", html_table(named(found[key], extractor))]
     for title, rows in found.get("stage 1", {}).items():
         if isinstance(rows, dict):
-            body += [f"<h2>{html.escape(title)}</h2>", _table(rows)]
+            body += [f"<h2>{html.escape(title)}</h2>", html_table(rows)]
     for key, title in (("sweep", "Settings"), ("rejection", "Rejection by the classifier")):
         if rows := found.get(key):
-            named = {str(number): row for number, row in enumerate(rows, 1)}
+            numbered = {str(number): row for number, row in enumerate(rows, 1)}
             body += [f"<h2>{title}</h2><p>{INTRODUCTIONS[key]}</p>"]
-            body.append(_table(_named(named, extractor)))
+            body.append(html_table(named(numbered, extractor)))
             picture = _plot(rows, extractor["distance_name"])
             body.append(embedded("Quality and diversity", picture))
     if classes := found.get("classes"):
         flat = {f"{c}: {name}": row for c, each in classes.items() for name, row in each.items()}
-        body += ["<h2>By class, against training images</h2>", _table(_named(flat, extractor))]
+        body += ["<h2>By class, against training images</h2>", html_table(named(flat, extractor))]
     if short := found.get("few"):
         body.append(f"<p>Too few samples to judge: {html.escape(', '.join(_counted(short)))}.</p>")
     title = html.escape(f"Evaluation: {found['data']}")
     write_text(folder / "index.html", PAGE.format(title=title, body="\n".join(body)))
-    table = _main(_reference(found), extractor)
+    table = _main(reference(found), extractor)
     return "\n".join([*lines, "", table, "", f"{folder / 'index.html'} shows all of it."])
 
 
-def _named(rows: Mapping[str, Row], extractor: Row) -> dict[str, Row]:
+def named(rows: Mapping[str, Row], extractor: Row) -> dict[str, Row]:
     """The same with the distances under their own names."""
-    named: dict[str, Row] = {}
+    result: dict[str, Row] = {}
     for key, row in rows.items():
-        named[key] = {_own_name(column, extractor): value for column, value in row.items()}
-    return named
+        result[key] = {_own_name(column, extractor): value for column, value in row.items()}
+    return result
 
 
 def _own_name(column: str, extractor: Row) -> str:
@@ -342,7 +342,7 @@ def _main(rows: Mapping[str, Row], extractor: Row, *more: str) -> str:
     short: dict[str, Row] = {}
     for key, row in rows.items():
         short[key] = {c: row[c] for c in ("of", "count", *more, *MAIN) if c in row}
-    return as_text(_named(short, extractor))
+    return as_text(named(short, extractor))
 
 
 def _text(value: Any) -> str:
@@ -360,7 +360,8 @@ def _columns(rows: Mapping[str, Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
-def _table(rows: Mapping[str, Row]) -> str:
+def html_table(rows: Mapping[str, Row]) -> str:
+    """A table for a page."""
     columns = _columns(rows)
     lines = ["<div><table><tr><th>", *(f"<th>{html.escape(name)}" for name in columns)]
     for name, row in rows.items():
@@ -410,30 +411,19 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
     Raises:
         UserError: no evaluation, or evaluations by other extractors or of other images.
     """
-    # They must have been seen by the same eyes.
+    # The figures of each.
     found: dict[str, Figures] = {}
     for folder in folders:
         found[folder.name if folder.name not in found else str(folder)] = read_json(
             folder / "report" / "figures.json"
         )
-    (first, one), *others = found.items()
-    kinds = {
-        "extractor": "seen by another network",
-        "image_names_hash": "made beside other images",
-        "image": "made beside images that were prepared in another way",
-    }
-    for name, other in others:
-        for key, what in kinds.items():
-            if one.get(key) != other.get(key):
-                advice = "evaluate both with the same images and --features"
-                raise UserError(
-                    f"the figures of {name} were {what} than those of {first}: {advice}."
-                )
+    refuse_other_eyes(found)
+    one = next(iter(found.values()))
 
     # What each says.
     rows: dict[str, Row] = {}
     for name, each in found.items():
-        against = _reference(each)
+        against = reference(each)
         kind = "samples" if "samples" in against else "reconstructions"
         rows[name] = {"of": kind, **against[kind]}
     limit, column = "distance at infinity", "distance"
@@ -448,13 +438,30 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
             "Samples stand beside reconstructions here, of which better ones are expected."
         )
     if output_dir:
-        body = ["<p>", *map(html.escape, lines), "</p>", _table(_named(rows, one["extractor"]))]
+        body = ["<p>", *map(html.escape, lines), "</p>", html_table(named(rows, one["extractor"]))]
         for name, each in found.items():
             texts = "".join(f"<li>{html.escape(line)}" for line in each["summary"])
             body.append(f"<h2>{html.escape(name)}</h2><ul>{texts}</ul>")
         page = PAGE.format(title="Evaluations", body="\n".join(body))
         write_text(Path(output_dir) / "index.html", page)
     return "\n".join([*lines, "", _main(rows, one["extractor"], column)])
+
+
+def refuse_other_eyes(found: Mapping[str, Figures]) -> None:
+    """Raise a `UserError` for figures, by name, that were not seen by the same eyes."""
+    (first, one), *others = found.items()
+    kinds = {
+        "extractor": "seen by another network",
+        "image_names_hash": "made beside other images",
+        "image": "made beside images that were prepared in another way",
+    }
+    for name, other in others:
+        for key, what in kinds.items():
+            if one.get(key) != other.get(key):
+                advice = "evaluate both with the same images and --features"
+                raise UserError(
+                    f"the figures of {name} were {what} than those of {first}: {advice}."
+                )
 
 
 def _first(value: Any) -> float:

@@ -134,6 +134,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return figures
 
 
+def training_seconds(run: Path) -> float:
+    """How long the steps of a run took, without validations and pauses."""
+    seconds, images = 0.0, 0
+    for line in read_metrics(run / "metrics.jsonl"):
+        if "images_per_second" in line:
+            seconds += (line["images"] - images) / line["images_per_second"]
+            images = line["images"]
+    return seconds
+
+
 def validations(run: Path) -> list[dict[str, float]]:
     """The held-out figures of a run, in order: step, and "loss" if the best weights are kept."""
     found, path = [], run / "metrics.jsonl"
