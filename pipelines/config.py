@@ -384,13 +384,16 @@ class ImportedImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportWeightsConfig:
-    """Turn a stage-1 checkpoint of rosinality/vq-vae-2-pytorch into a model folder.
+    """Turn a stage-1 checkpoint of another implementation into a model folder.
+
+    It reads files of rosinality/vq-vae-2-pytorch, and VQGAN tokenizers (models of one level) of
+    LlamaGen and taming-transformers.
 
     Example: vqvae2 import-weights --checkpoint vqvae_560.pt --image.size 256 --output-dir x/vqvae
     """
 
     checkpoint: str = may_change()
-    """The .pt file."""
+    """The file."""
     output_dir: str = may_change()
     """The model folder."""
     image: ImportedImageConfig = field(default_factory=ImportedImageConfig)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.artifact import check_memory
@@ -13,6 +14,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
+from vqvae2.resnet import Attention, GroupNorm, Upsample
 
 SMALL: dict[str, Any] = {
     "image": PreprocessingConfig(size=(32, 48), channels=2),
@@ -233,3 +235,54 @@ def test_a_network_too_large_is_refused_before_it_is_made(tmp_path: Path) -> Non
     giant = VQVAE2Config(hidden_channels=1 << 16)
     with pytest.raises(UserError, match=r"the network has .* GiB of weights, but this machine has"):
         check_memory(lambda: VQVAE2(giant))
+
+
+# The residual network
+
+
+def test_repeated_pixels_are_convolved_as_if_they_were_there() -> None:
+    layer, features = Upsample(6), torch.randn(2, 6, 5, 7)
+    repeated = F.interpolate(features, scale_factor=2.0, mode="nearest")
+    expected = F.conv2d(repeated, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(features), expected, atol=1e-5, rtol=0)
+
+
+def test_attention_is_on_the_top_grid_alone() -> None:
+    """In the top's encoder and decoder: after each block, and in the middle."""
+    model = small_model(network="resnet", strides=(2, 2, 4), num_residual_blocks=2)
+    places = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    assert {".".join(name.split(".")[:2]) for name in places} == {"encoders.0", "level_decoders.0"}
+    assert len(places) == 2 + 1 + 3 + 1
+
+
+def test_widths_follow_the_multipliers_from_the_top_grid_to_the_image() -> None:
+    assert VQVAE2Config(network="resnet").widths == (128, 128, 64, 32)
+    config = VQVAE2Config(network="resnet", width_multipliers=(2, 1, 0.5, 0.25))
+    model = VQVAE2(config)
+    assert model.encoders[1][0].weight.shape[0] == 32
+    assert model.encoders[0][-1].weight.shape[:2] == (128, 256)
+    with pytest.raises(UserError, match="must be 4 numbers"):
+        VQVAE2Config(network="resnet", width_multipliers=(1, 1))
+    with pytest.raises(UserError, match="with the network resnet"):
+        VQVAE2Config(width_multipliers=(1, 1, 1, 1))
+
+
+def test_a_model_of_the_paper_is_written_as_before_there_were_others(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    assert not {"network", "width_multipliers"} & read_json(tmp_path / "config.json").keys()
+    small_model(network="resnet").save_pretrained(tmp_path)
+    assert VQVAE2.from_pretrained(tmp_path).config.network == "resnet"
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_an_image_is_normalized_alike_wherever_it_is_in_the_batch(threads: int) -> None:
+    """On a CPU threads share the pixels of the batch, so that sums might end inside an image."""
+    torch.manual_seed(0)
+    layer, before = GroupNorm(32), torch.get_num_threads()
+    images = (torch.randn(32, 32, 36, 36) * 9 + 4).to(memory_format=torch.channels_last)
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert torch.equal(layer(images.roll(5, dims=0)).roll(-5, dims=0), layer(images))
+    finally:
+        torch.set_num_threads(before)
