@@ -28,7 +28,7 @@ def test_codes_and_reconstructions_are_the_originals(
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pt")
     flags = ("--checkpoint", tmp_path / "x.pt", "--image.size", 64, 32)
     command("import-weights", *flags, "--output-dir", tmp_path / "model")
-    assert "8 x 4 and 16 x 8 of 64 codes, of 16, 16 dimensions" in capsys.readouterr().out
+    assert "codes 8 x 4 of 64 + 16 x 8 of 64, of 16 and 16 dimensions" in capsys.readouterr().out
     model = VQVAE2.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         codes = [level.codes for level in model.encode(EXPECTED["images"])]
@@ -168,11 +168,13 @@ class Original:
         x = F.silu(self.norm("encoder.norm_out", self.mid("encoder", x)))
         x = self.conv("quant_conv", self.conv("encoder.conv_out", x, 48), 8, 1)
 
-        codebook = self.weight("quantize.embedding.weight", 64, 8)
+        vectors = x.movedim(1, -1).flatten(0, 2)  # 48 of them, and near them as many codes
+        codebook = vectors + 0.1 * torch.randn_like(vectors)
+        self.state["quantize.embedding.weight"] = codebook
         if self.is_llamagen:
             x, codebook = F.normalize(x, dim=1), F.normalize(codebook, dim=1)
-        codes = torch.cdist(x.permute(0, 2, 3, 1), codebook).argmin(dim=-1)
-        x = codebook[codes].permute(0, 3, 1, 2)
+        codes = torch.cdist(x.movedim(1, -1), codebook).argmin(dim=-1)
+        x = codebook[codes].movedim(-1, 1)
 
         x = self.conv("decoder.conv_in", self.conv("post_quant_conv", x, 48, 1), 64)
         x = self.mid("decoder", x)
@@ -200,7 +202,7 @@ def test_a_vqgan_tokenizer_gives_its_codes_and_images_and_can_be_trained_on(
     folder = tmp_path / "model"
     flags = ("--checkpoint", tmp_path / "x.pt", "--image.size", 16, 24, "--output-dir", folder)
     command("import-weights", *flags)
-    assert "4 x 6 of 64 codes, of 8 dimensions" in capsys.readouterr().out
+    assert "codes 4 x 6 of 48, of 8 dimensions" in capsys.readouterr().out
     model = VQVAE2.from_pretrained(folder)
     with torch.no_grad():
         output = model(images)

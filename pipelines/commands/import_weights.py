@@ -32,8 +32,5 @@ def command(config: ImportWeightsConfig) -> None:
     train = {"init_from": str(output_dir), "learning_rate": 1e-4, "model": to_dict(model.config)}
     write_text(output_dir / FINE_TUNING, yaml.safe_dump({"train": train}))
     model.save_pretrained(output_dir)
-    dims = ", ".join(map(str, model.config.code_dim_per_level))
-    logger.info(
-        f"{output_dir}: {model.config.summary()}, of {dims} dimensions. {output_dir / FINE_TUNING} "
-        "is the recipe to go on from it with images of your own (train --config)."
-    )
+    dims = " and ".join(map(str, model.config.code_dim_per_level))
+    logger.info(f"{output_dir}: {model.config.summary()}, of {dims} dimensions.")

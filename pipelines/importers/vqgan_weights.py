@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vqvae2.config import PreprocessingConfig, QuantizerConfig, VQVAE2Config
 
 CODEBOOK = "quantize.embedding.weight"
-MIDDLE = {"mid.block_1.": "mid.0.", "mid.attn_1.": "mid.1.", "mid.block_2.": "mid.2."}
+MIDDLE = ("block_1", "attn_1", "block_2")
 BATCH = 32  # images of the batches in which the codes are taken to be used equally often
 
 
@@ -75,15 +75,13 @@ def _as_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ups = [int(name.split(".")[2]) for name in state if name.startswith("decoder.up.")]
     renamed = {}
     for name, tensor in state.items():
-        for theirs, known in MIDDLE.items():
-            name = name.replace(theirs, known)
-        if name.startswith("encoder.down."):
-            name = name.replace("down.", "conv_blocks.", 1).replace(".block.", ".res.")
-        elif name.startswith("decoder.up."):
-            place = int(name.split(".")[2])
-            start = f"decoder.conv_blocks.{max(ups) - place}."
-            name = start + name.removeprefix(f"decoder.up.{place}.").replace("block.", "res.", 1)
-        renamed[name] = tensor
+        known = name
+        for place, layer in enumerate(MIDDLE):
+            known = known.replace(f"coder.mid.{layer}.", f"coder.mid.{place}.")
+        known = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.conv_blocks.\1.", known)
+        if match := re.match(r"decoder\.up\.(\d+)\.", known):
+            known = f"decoder.conv_blocks.{max(ups) - int(match[1])}.{known[match.end() :]}"
+        renamed[re.sub(r"(conv_blocks\.\d+)\.block\.", r"\1.res.", known)] = tensor
     return renamed
 
 
