@@ -14,7 +14,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
-from vqvae2.resnet import Attention, GroupNorm, Upsample
+from vqvae2.resnet import Attention, Upsample
 
 SMALL: dict[str, Any] = {
     "image": PreprocessingConfig(size=(32, 48), channels=2),
@@ -40,16 +40,17 @@ def some_images(number: int = 3) -> torch.Tensor:
 # The network
 
 
+@pytest.mark.parametrize("network", ["paper", "resnet"])
 @pytest.mark.parametrize("strides", LEVELS)
-def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...]) -> None:
-    model, images = small_model(strides=strides), some_images()
+def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...], network: str) -> None:
+    model, images = small_model(strides=strides, network=network), some_images()
     model(images)  # starts the codebooks
     model.eval()
     with torch.no_grad():
         codes = [level.codes for level in model.encode(images)]
         assert [tuple(level.shape[1:]) for level in codes] == list(model.config.grids)
         expected = model(images).reconstruction
-        torch.testing.assert_close(model.decode_codes(codes), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.decode_codes(codes), expected, atol=1e-5, rtol=0)
 
 
 def test_compiling_catches_every_network_in_training_and_in_evaluation() -> None:
@@ -69,10 +70,13 @@ def test_compiling_catches_every_network_in_training_and_in_evaluation() -> None
 
 
 @pytest.mark.parametrize("strides", LEVELS)
-@pytest.mark.parametrize("quantizer", ["ema", "gradient", "cosine", "fsq"])
+@pytest.mark.parametrize("quantizer", ["ema", "gradient", "cosine", "fsq", "resnet"])
 def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer: str) -> None:
-    settings = QuantizerConfig(kind=quantizer, fsq_levels=(4, 3))  # type: ignore[arg-type]
-    model = small_model(strides=strides, quantizer=settings)
+    if quantizer == "resnet":  # the other network, with ema
+        model = small_model(strides=strides, network=quantizer)
+    else:
+        settings = QuantizerConfig(kind=quantizer, fsq_levels=(4, 3))  # type: ignore[arg-type]
+        model = small_model(strides=strides, quantizer=settings)
     if quantizer == "fsq":  # a new network's features are rounded to zero: nothing would be learned
         for projection in model.projections:
             projection.weight.data *= 100
@@ -274,15 +278,18 @@ def test_a_model_of_the_paper_is_written_as_before_there_were_others(tmp_path: P
     assert VQVAE2.from_pretrained(tmp_path).config.network == "resnet"
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_an_image_is_normalized_alike_wherever_it_is_in_the_batch(threads: int) -> None:
-    """On a CPU threads share the pixels of the batch, so that sums might end inside an image."""
-    torch.manual_seed(0)
-    layer, before = GroupNorm(32), torch.get_num_threads()
-    images = (torch.randn(32, 32, 36, 36) * 9 + 4).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_features_have_the_same_bits_wherever_an_image_is_in_the_batch(threads: int) -> None:
+    """On a CPU threads share the pixels of a batch: a norm's sums might be cut inside an image."""
+    model, before = small_model(network="resnet"), torch.get_num_threads()
+    images = some_images(32).contiguous(memory_format=torch.channels_last)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return model.encoders[0](model.encoders[1](images))
+
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            assert torch.equal(layer(images.roll(5, dims=0)).roll(-5, dims=0), layer(images))
+            assert torch.equal(features(images.roll(5, dims=0)).roll(-5, dims=0), features(images))
     finally:
         torch.set_num_threads(before)
