@@ -374,6 +374,9 @@ class AssembleConfig(ModelToFolderConfig):
     """One trained prior per level, the top first."""
 
 
+FINE_TUNING = "finetune.yaml"  # beside imported weights: the recipe of a training that goes on
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportedImageConfig:
     """What a checkpoint does not say about the images that it was trained on."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.config import ImportWeightsConfig
+from pipelines.config import FINE_TUNING, ImportWeightsConfig
 from pipelines.importers.weights import import_weights
 from vqvae2.common.artifact import CONFIG_NAME
 from vqvae2.common.config import to_dict
@@ -14,7 +14,6 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 
 logger = logging.getLogger(__name__)
-FINE_TUNING = "finetune.yaml"  # the recipe of a training that goes on from the weights
 
 
 @writes_output
