@@ -187,9 +187,7 @@ def test_levels_share_or_have_their_own() -> None:
     assert config.grids == ((4, 4), (8, 8), (16, 16))
 
 
-def test_a_setting_that_came_later_is_written_where_it_differs_and_compared_where_it_is_missing() -> (
-    None
-):
+def test_a_later_setting_is_written_if_it_differs_and_compared_if_it_is_missing() -> None:
     paper, resnet = (to_dict(VQVAE2Config(network=network)) for network in ("paper", "resnet"))
     assert resnet == {**paper, "network": "resnet"}
     assert from_dict(VQVAE2Config, resnet, "x").network == "resnet"
