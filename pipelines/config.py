@@ -374,6 +374,9 @@ class AssembleConfig(ModelToFolderConfig):
     """One trained prior per level, the top first."""
 
 
+FINE_TUNING = "finetune.yaml"  # beside imported weights: the recipe of a training that goes on
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportedImageConfig:
     """What a checkpoint does not say about the images that it was trained on."""
@@ -384,13 +387,16 @@ class ImportedImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportWeightsConfig:
-    """Turn a stage-1 checkpoint of rosinality/vq-vae-2-pytorch into a model folder.
+    """Turn a stage-1 checkpoint of another implementation into a model folder.
+
+    It reads files of rosinality/vq-vae-2-pytorch, and VQGAN tokenizers (models of one level) of
+    LlamaGen and taming-transformers.
 
     Example: vqvae2 import-weights --checkpoint vqvae_560.pt --image.size 256 --output-dir x/vqvae
     """
 
     checkpoint: str = may_change()
-    """The .pt file."""
+    """The file."""
     output_dir: str = may_change()
     """The model folder."""
     image: ImportedImageConfig = field(default_factory=ImportedImageConfig)

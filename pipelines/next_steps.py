@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import FINE_TUNING
 from prior.manifest import parse_level, read_manifest
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
@@ -42,6 +43,9 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
         data = from_dict(DataConfig, own, vqvae) if own else getattr(config, "data", PHOTOS)
         made_of = ["--vqvae", vqvae, *flags(data, "data.", ImagesConfig)]
         codes = beside(vqvae, "vqvae", "codes")
+        if command == "import-weights":
+            target = ["--data.path", "PHOTOS", "--output-dir", beside(out, "vqvae", "finetuned")]
+            yield ["train", "--config", str(Path(out) / FINE_TUNING), *target]
         if command != "inspect":
             yield ["inspect", *made_of]
         views = record_of(codes).get("views", [])  # if they are extracted already

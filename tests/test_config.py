@@ -185,3 +185,11 @@ def test_levels_share_or_have_their_own() -> None:
     assert config.codebook_size_per_level == (512, 512, 512)
     assert config.code_dim_per_level == (8, 16, 32)
     assert config.grids == ((4, 4), (8, 8), (16, 16))
+
+
+def test_a_later_setting_is_written_if_it_differs_and_compared_if_it_is_missing() -> None:
+    paper, resnet = (to_dict(VQVAE2Config(network=network)) for network in ("paper", "resnet"))
+    assert resnet == {**paper, "network": "resnet"}
+    assert from_dict(VQVAE2Config, resnet, "x").network == "resnet"
+    assert differences(VQVAE2Config, paper, resnet) == [("network", "paper", "resnet")]
+    assert differences(VQVAE2Config, resnet, paper) == [("network", "resnet", "paper")]

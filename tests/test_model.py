@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.artifact import check_memory
@@ -13,6 +14,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
+from vqvae2.resnet import Attention, Upsample
 
 SMALL: dict[str, Any] = {
     "image": PreprocessingConfig(size=(32, 48), channels=2),
@@ -38,16 +40,17 @@ def some_images(number: int = 3) -> torch.Tensor:
 # The network
 
 
+@pytest.mark.parametrize("network", ["paper", "resnet"])
 @pytest.mark.parametrize("strides", LEVELS)
-def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...]) -> None:
-    model, images = small_model(strides=strides), some_images()
+def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...], network: str) -> None:
+    model, images = small_model(strides=strides, network=network), some_images()
     model(images)  # starts the codebooks
     model.eval()
     with torch.no_grad():
         codes = [level.codes for level in model.encode(images)]
         assert [tuple(level.shape[1:]) for level in codes] == list(model.config.grids)
         expected = model(images).reconstruction
-        torch.testing.assert_close(model.decode_codes(codes), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.decode_codes(codes), expected, atol=1e-5, rtol=0)
 
 
 def test_compiling_catches_every_network_in_training_and_in_evaluation() -> None:
@@ -67,10 +70,13 @@ def test_compiling_catches_every_network_in_training_and_in_evaluation() -> None
 
 
 @pytest.mark.parametrize("strides", LEVELS)
-@pytest.mark.parametrize("quantizer", ["ema", "gradient", "cosine", "fsq"])
+@pytest.mark.parametrize("quantizer", ["ema", "gradient", "cosine", "fsq", "resnet"])
 def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer: str) -> None:
-    settings = QuantizerConfig(kind=quantizer, fsq_levels=(4, 3))  # type: ignore[arg-type]
-    model = small_model(strides=strides, quantizer=settings)
+    if quantizer == "resnet":  # the other network, with ema
+        model = small_model(strides=strides, network=quantizer)
+    else:
+        settings = QuantizerConfig(kind=quantizer, fsq_levels=(4, 3))  # type: ignore[arg-type]
+        model = small_model(strides=strides, quantizer=settings)
     if quantizer == "fsq":  # a new network's features are rounded to zero: nothing would be learned
         for projection in model.projections:
             projection.weight.data *= 100
@@ -233,3 +239,57 @@ def test_a_network_too_large_is_refused_before_it_is_made(tmp_path: Path) -> Non
     giant = VQVAE2Config(hidden_channels=1 << 16)
     with pytest.raises(UserError, match=r"the network has .* GiB of weights, but this machine has"):
         check_memory(lambda: VQVAE2(giant))
+
+
+# The residual network
+
+
+def test_repeated_pixels_are_convolved_as_if_they_were_there() -> None:
+    layer, features = Upsample(6), torch.randn(2, 6, 5, 7)
+    repeated = F.interpolate(features, scale_factor=2.0, mode="nearest")
+    expected = F.conv2d(repeated, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(features), expected, atol=1e-5, rtol=0)
+
+
+def test_attention_is_on_the_top_grid_alone() -> None:
+    """In the top's encoder and decoder: after each block, and in the middle."""
+    model = small_model(network="resnet", strides=(2, 2, 4), num_residual_blocks=2)
+    places = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    assert {".".join(name.split(".")[:2]) for name in places} == {"encoders.0", "level_decoders.0"}
+    assert len(places) == 2 + 1 + 3 + 1
+
+
+def test_widths_follow_the_multipliers_from_the_top_grid_to_the_image() -> None:
+    assert VQVAE2Config(network="resnet").widths == (128, 128, 64, 32)
+    config = VQVAE2Config(network="resnet", width_multipliers=(2, 1, 0.5, 0.25))
+    model = VQVAE2(config)
+    assert model.encoders[1][0].weight.shape[0] == 32
+    assert model.encoders[0][-1].weight.shape[:2] == (128, 256)
+    with pytest.raises(UserError, match="must be 4 numbers"):
+        VQVAE2Config(network="resnet", width_multipliers=(1, 1))
+    with pytest.raises(UserError, match="with the network resnet"):
+        VQVAE2Config(width_multipliers=(1, 1, 1, 1))
+
+
+def test_a_model_of_the_paper_is_written_as_before_there_were_others(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    assert not {"network", "width_multipliers"} & read_json(tmp_path / "config.json").keys()
+    small_model(network="resnet").save_pretrained(tmp_path)
+    assert VQVAE2.from_pretrained(tmp_path).config.network == "resnet"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_features_have_the_same_bits_wherever_an_image_is_in_the_batch(threads: int) -> None:
+    """On a CPU threads share the pixels of a batch: a norm's sums might be cut inside an image."""
+    model, before = small_model(network="resnet"), torch.get_num_threads()
+    images = some_images(32).contiguous(memory_format=torch.channels_last)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return model.encoders[0](model.encoders[1](images))
+
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert torch.equal(features(images.roll(5, dims=0)).roll(-5, dims=0), features(images))
+    finally:
+        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ from vqvae2.common.config import (
     MOST_LAYERS,
     MOST_WIDTH,
     TrainingConfig,
+    added,
     check,
     check_between,
     check_share,
@@ -108,12 +109,18 @@ class VQVAE2Config:
     """K, the number of codes: one number for all levels, or one per level (not for fsq)."""
     code_dims: tuple[int, ...] = (64,)
     """D, the dimension of a code: one number for all levels, or one per level (not for fsq)."""
+    network: Literal["paper", "resnet"] = added("paper")
+    """paper: that of the VQ-VAE-2 paper. resnet: that of VQGAN and LlamaGen, with group norm, and
+    attention on the coarsest grid: fewer errors, for several times the computation."""
     hidden_channels: int = 128
-    """E, the width of encoders and decoders."""
+    """E, the width of encoders and decoders, and of the features that they exchange."""
+    width_multipliers: tuple[float, ...] = added((), recipe_only=True)
+    """resnet: the width at each resolution as a multiple of hidden_channels, from the top's grid to
+    the image. Without them, 1 on the code grids, then 1/2, then 1/4."""
     residual_channels: int = recipe_only(32)
-    """Width inside a residual block (the paper: 64)."""
+    """Width inside a residual block (the paper: 64); resnet has none."""
     num_residual_blocks: int = recipe_only(2)
-    """Residual blocks per encoder and decoder."""
+    """Residual blocks per encoder and decoder; resnet: per resolution, one more in a decoder."""
     level_dropout: float = 0.1
     """Share of the training images decoded without the finer levels, from the top down to a random
     level. Without it the bottom does everything, and the coarser levels carry next to nothing."""
@@ -138,7 +145,15 @@ class VQVAE2Config:
         check_between(self, 1, MOST_WIDTH, "hidden_channels", "residual_channels")
         check_between(self, 0, MOST_LAYERS, "num_residual_blocks")
         check_share(self, "level_dropout")
+        if self.network == "resnet":
+            check_between(self, 1, MOST_LAYERS, "num_residual_blocks")
         stride = math.prod(self.strides)
+        if self.width_multipliers:
+            is_resnet, number = self.network == "resnet", 1 + int(math.log2(stride))
+            fits = is_resnet and len(self.width_multipliers) == number
+            allowed = f"{number} numbers (here are so many resolutions) with the network resnet"
+            check(fits, "width_multipliers", self.width_multipliers, allowed)
+            check_between(self, 1e-3, 1e3, "width_multipliers")
         allowed = f"divisible by {stride}, the product of the strides {self.strides}"
         for name, side in zip(("height", "width"), self.image.height_width, strict=True):
             check(side % stride == 0, f"image.size ({name})", side, allowed)
@@ -161,6 +176,18 @@ class VQVAE2Config:
         if self.quantizer.kind == "fsq":
             return (len(self.quantizer.fsq_levels),) * self.num_levels
         return self.code_dims * (self.num_levels // len(self.code_dims))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """resnet: channels at every resolution, from the top's grid to the image."""
+        multipliers = self.width_multipliers
+        if not multipliers:
+            grids, finer = (
+                int(math.log2(math.prod(self.strides[:-1]))),
+                int(math.log2(self.strides[-1])),
+            )
+            multipliers = (1.0,) * (grids + 1) + (0.5, *[0.25] * (finer - 1))
+        return tuple(max(1, round(factor * self.hidden_channels)) for factor in multipliers)
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:

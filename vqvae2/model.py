@@ -1,17 +1,18 @@
 """The VQ-VAE-2 network: any number of levels, coarse to fine (Razavi et al. 2019, section 3.1).
 
-Letters: B batch, C image channels, H W image, h w a level's code grid, s a stride, E hidden width,
-R residual width, D code dimension.
+Letters: B batch, C image channels, H W image, h w a level's code grid, E width of the features, D
+code dimension.
 """
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from vqvae2 import paper, resnet
 from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import Artifact, content_hash
 from vqvae2.common.errors import UserError
@@ -28,58 +29,7 @@ class VQVAE2Output(NamedTuple):
     levels: tuple[Quantized, ...]
 
 
-class Network(nn.Sequential):
-    """Layers one after the other. Dynamo traces no frame of torch's own `nn.Sequential.forward`, so
-    that without this one `compile` would leave the layers as they are."""
-
-    def forward(self, features: Tensor, end: int | None = None) -> Tensor:
-        """`(B, channels, h, w)` through the layers before `end`, or all."""
-        for layer in list(self)[:end]:
-            features = layer(features)
-        return features
-
-
-class ResidualBlock(nn.Sequential):
-    """x + conv1x1(ReLU(conv3x3(ReLU(x)))): E -> R -> E channels."""
-
-    def __init__(self, config: VQVAE2Config) -> None:
-        hidden, residual = config.hidden_channels, config.residual_channels
-        conv3x3 = nn.Conv2d(hidden, residual, kernel_size=3, padding=1)
-        conv1x1 = nn.Conv2d(residual, hidden, kernel_size=1)
-        super().__init__(nn.ReLU(), conv3x3, nn.ReLU(inplace=True), conv1x1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """`(B, E, h, w)` to the same shape."""
-        return features + super().forward(features)
-
-
-def make_encoder(in_channels: int, stride: int, config: VQVAE2Config) -> Network:
-    """`(B, in_channels, s*h, s*w)` to `(B, E, h, w)`, by a strided convolution per factor of 2."""
-    hidden, halvings = config.hidden_channels, int(math.log2(stride))
-    widths = [in_channels, hidden // 2, *[hidden] * (halvings - 1)]
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
-    layers.append(nn.Conv2d(widths[-1], hidden, kernel_size=3, padding=1))
-    layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)]
-    return Network(*layers, nn.ReLU(inplace=True))
-
-
-def make_decoder(in_channels: int, out: int, stride: int, config: VQVAE2Config) -> Network:
-    """`(B, in_channels, h, w)` to `(B, out, s*h, s*w)`: an encoder mirrored."""
-    hidden, halvings = config.hidden_channels, int(math.log2(stride))
-    widths = [*[hidden] * max(1, halvings - 1), *[hidden // 2] * (halvings > 1), out]
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1)]
-    layers += [ResidualBlock(config) for _ in range(config.num_residual_blocks)] + [nn.ReLU()]
-    for before, after in pairwise(widths):
-        layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-    return Network(*layers[:-1])
-
-
-def make_upsampler(channels: int, stride: int) -> Network:
-    """`(B, channels, h, w)` to `(B, channels, s*h, s*w)`, by transposed convolutions alone."""
-    steps = range(int(math.log2(stride)))
-    return Network(*(nn.ConvTranspose2d(channels, channels, 4, 2, padding=1) for _ in steps))
+NETWORKS: dict[str, Any] = {"paper": paper, "resnet": resnet}  # each makes the same three parts
 
 
 class VQVAE2(Artifact, nn.Module):
@@ -96,14 +46,14 @@ class VQVAE2(Artifact, nn.Module):
     def __init__(self, config: VQVAE2Config) -> None:
         super().__init__()
         self.config = config
-        hidden, channels, strides = config.hidden_channels, config.image.channels, config.strides
-        dims = config.code_dim_per_level
+        hidden, channels = config.hidden_channels, config.image.channels
+        dims, network = config.code_dim_per_level, NETWORKS[config.network]
         context_dims = list(accumulate(dims))  # channels of each level's context
 
         # Each encoder reads the next finer level's features, the bottom's the image.
         self.encoders = nn.ModuleList()
-        for read, stride in zip([*[hidden] * (len(dims) - 1), channels], strides, strict=True):
-            self.encoders.append(make_encoder(read, stride, config))
+        for level, read in enumerate([*[hidden] * (len(dims) - 1), channels]):
+            self.encoders.append(network.make_encoder(read, level, config))
 
         # Each quantizer reads a projection of the decoded coarser context and its level's features.
         self.projections, self.quantizers = nn.ModuleList(), nn.ModuleList()
@@ -114,11 +64,12 @@ class VQVAE2(Artifact, nn.Module):
 
         # From the context of each level but the bottom to the next finer grid, and to the image.
         self.level_decoders, self.upsamplers = nn.ModuleList(), nn.ModuleList()
-        for context_dim, dim, stride in list(zip(context_dims, dims, strides, strict=True))[:-1]:
-            self.level_decoders.append(make_decoder(context_dim, dim, stride, config))
-        for context_dim, stride in list(zip(context_dims, strides, strict=True))[:-1]:
-            self.upsamplers.append(make_upsampler(context_dim, stride))
-        self.image_decoder = make_decoder(context_dims[-1], channels, strides[-1], config)
+        for level, (context_dim, dim) in enumerate(zip(context_dims[:-1], dims[:-1], strict=True)):
+            self.level_decoders.append(network.make_decoder(context_dim, dim, level, config))
+        for level, context_dim in enumerate(context_dims[:-1]):
+            self.upsamplers.append(network.make_upsampler(context_dim, level, config))
+        bottom = len(dims) - 1
+        self.image_decoder = network.make_decoder(context_dims[-1], channels, bottom, config)
 
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
         # The faster layout for convolutions, and a free view for the quantizers.

@@ -3,10 +3,13 @@
 import logging
 from pathlib import Path
 
-from pipelines.config import ImportWeightsConfig
-from pipelines.importers import rosinality_weights
+import yaml
+
+from pipelines.config import FINE_TUNING, ImportWeightsConfig
+from pipelines.importers.weights import import_weights
 from vqvae2.common.artifact import CONFIG_NAME
-from vqvae2.common.files import file_hash
+from vqvae2.common.config import to_dict
+from vqvae2.common.files import file_hash, write_text
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
 
@@ -17,7 +20,7 @@ logger = logging.getLogger(__name__)
 def command(config: ImportWeightsConfig) -> None:
     """Write the model folder, or do nothing if it is finished; log what the checkpoint contains."""
     output_dir, checkpoint = Path(config.output_dir), Path(config.checkpoint)
-    model = rosinality_weights.import_weights(checkpoint, config.image.size)
+    model = import_weights(checkpoint, config.image.size)
     facts = {"checkpoint_sha256": file_hash(checkpoint)}
     run = RunRecord("import-weights", config, "import_config.yaml", facts=facts)
     run.check(output_dir)
@@ -25,12 +28,8 @@ def command(config: ImportWeightsConfig) -> None:
         logger.info(f"{output_dir}: the weights are imported already.")
         return
     run.write(output_dir)
+    train = {"init_from": str(output_dir), "learning_rate": 1e-4, "model": to_dict(model.config)}
+    write_text(output_dir / FINE_TUNING, yaml.safe_dump({"train": train}))
     model.save_pretrained(output_dir)
-    found = model.config
-    sizes = zip(found.codebook_size_per_level, found.code_dim_per_level, strict=True)
-    top, bottom = (f"{size} codes of {dim} dimensions" for size, dim in sizes)
-    height, width = found.image.height_width
-    logger.info(
-        f"{output_dir}: {top} at the top, {bottom} at the bottom; {found.num_residual_blocks} "
-        f"residual blocks; images of {found.image.channels} x {height} x {width} pixels."
-    )
+    dims = " and ".join(map(str, model.config.code_dim_per_level))
+    logger.info(f"{output_dir}: {model.config.summary()}, of {dims} dimensions.")

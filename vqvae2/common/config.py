@@ -13,7 +13,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -42,6 +42,12 @@ def may_change(default: Any = MISSING, *, recipe_only: bool = False) -> Any:
 def recipe_only(default: Any) -> Any:
     """A field that is set in a recipe's YAML and has no flag: few people need it."""
     return field(default=default, metadata={"recipe_only": True})
+
+
+def added(default: Any, *, recipe_only: bool = False) -> Any:
+    """A field of a model that came later: at its default, which is what earlier models are, it is
+    not written, so that their hashes stay."""
+    return field(default=default, metadata={"added": True, "recipe_only": recipe_only})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +195,16 @@ def expand_path(path: str, key: str) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain dictionaries, lists and scalars, ready for JSON or YAML."""
-    return json.loads(json.dumps(asdict(config)))
+    return json.loads(json.dumps(config, default=_written_fields))
+
+
+def _written_fields(config: Any) -> dict[str, Any]:
+    written = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if not f.metadata.get("added") or value != f.default:
+            written[f.name] = value
+    return written
 
 
 def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) -> T:
@@ -319,9 +334,11 @@ def differences(
     hints = typing.get_type_hints(cls)
     changed: list[tuple[str, Any, Any]] = []
     for f in fields(cls):
-        if f.name not in old:  # the record is older than the field
+        is_added = f.metadata.get("added")
+        if f.name not in old and not is_added:  # the record is older than the field
             continue
-        before, after = old[f.name], new.get(f.name)
+        default = f.default if is_added else None
+        before, after = old.get(f.name, default), new.get(f.name, default)
         if is_dataclass(hints[f.name]) and isinstance(before, dict) and isinstance(after, dict):
             changed += differences(hints[f.name], before, after, f"{prefix}{f.name}.")
         elif before != after and not f.metadata.get("may_change"):
