@@ -18,23 +18,24 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.editing import as_codes, log_likelihood
+from pipelines.editing import as_codes
+from pipelines.labels import hidden_unless_given
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.base import Prior
 from prior.sampling import Known
-from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.messages import progress_bar
-from vqvae2.quantizers import Quantizer
+from vqvae2.inspection import decode_level
 
 CODER_VERSION = 1  # of what the bytes mean
 MAGIC = b"\x89VQ2"
@@ -46,15 +47,6 @@ CHUNK_IMAGES, CHUNK_TABLES = 256, 2**23  # at most, but one image; the latter in
 MOST_NAMES = 1 << 28  # bytes
 LOWEST = 1 << 32  # state of the coder; below this bit, its first state holds the checksum
 NUDGES = 256
-Intervals = list[tuple[int, int]]  # of symbols: start and size
-
-
-class Unpacked(NamedTuple):
-    """What a file holds."""
-
-    names: list[str]  #: of the images; empty if they have none
-    codes: list[Tensor]  #: `(N, h, w)` int64 per level, coarse to fine, as many as were asked for
-    labels: Tensor | None  #: `(N,)`, the classes that the priors were told; None if hidden
 
 
 class Damaged(Exception):
@@ -62,19 +54,21 @@ class Damaged(Exception):
 
 
 class Codec:
-    """Codes to bytes and back, with the priors of a pipeline."""
+    """Codes to bytes and back, with the priors of a pipeline. (They hide the label: on the demo it
+    would save less than its own bits cost.)"""
 
     def __init__(self, pipeline: VQVAE2Pipeline) -> None:
         self.pipeline, config = pipeline, pipeline.vqvae.config
         self.sizes, self.grids = config.codebook_size_per_level, config.grids
         images = CHUNK_TABLES // (math.prod(self.grids[-1]) * max(self.sizes))
         self.chunk_images = max(1, min(CHUNK_IMAGES, images))
-        # Classes that must be told, because the priors cannot hide them.
-        self.num_told = 0 if pipeline.can_hide_labels else len(pipeline.class_names)
 
     @cached_property
     def priors(self) -> list[Prior]:
-        """The priors in float64 on the CPU."""
+        """The priors in float64 on the CPU, or a `UserError` if they need to be told classes."""
+        if self.pipeline.class_names and not self.pipeline.can_hide_labels:
+            what = "the priors were trained without label dropout, and cannot code unknown classes"
+            raise UserError(f"{what}: code by frequency (--fast), or retrain them with it.")
         return [copy.deepcopy(prior).cpu().double() for prior in self.pipeline.priors]
 
     @cached_property
@@ -95,19 +89,16 @@ class Codec:
     ) -> bytes:
         """The bytes of codes `(N, h, w)` per level, coarse to fine (`pipeline.encode` gives them).
 
-        Labels are hidden. Priors that cannot hide them are told, for each image, the class with
-        which its top codes cost least; so is the file.
-
         Args:
             names: one per image, or none.
             fast: code each code by how often it has come before in the file, without the priors.
 
         Raises:
-            UserError: the model has no such codes, or names are missing.
+            UserError: the model has no such codes, or names are missing; or see `priors`.
         """
         # The header; the checksum is of it and of all codes so far.
         levels = [level.cpu() for level in as_codes(codes, self.pipeline.vqvae)]
-        number, labels = len(levels[0]), dict[range, Tensor | None]()
+        number = len(levels[0])
         check(len(names) in (0, number), "the number of names", len(names), f"{number}, or none")
         packed = zlib.compress(json.dumps([*names]).encode(), 9) if names else b""
         head = (MAGIC, CODER_VERSION, fast, self.hashes[fast], number, len(packed))
@@ -116,19 +107,19 @@ class Codec:
 
         # Level by level, each in chunks.
         for level, rows, counts in self._chunks(number, len(levels), "coding", show_progress):
-            chunk = [grid[rows.start : rows.stop] for grid in levels[: level + 1]]
-            own = chunk[-1].flatten(1).T.contiguous()  # (T, B)
-            checksum, nudge, intervals = _checksum(own, checksum), 0, Intervals()
-            bits = precision(len(counts))
+            *condition, grid = [each[rows.start : rows.stop] for each in levels[: level + 1]]
+            own, nudge, intervals = grid.flatten(1).T.contiguous(), 0, []  # own (T, B)
             if fast:
-                intervals = intervals_by_frequency(own.numpy(), counts)
+                for row in own:
+                    intervals += intervals_of(row, frequencies(counts).expand(len(rows), -1))
+                    counts.add_(row.bincount(minlength=len(counts)))
             else:
-                if not level:
-                    labels[rows] = self._choose_labels(chunk[0])
-                    intervals = self._intervals_of_labels(labels[rows], bits)
-                nudge, by_prior = self._intervals(chunk, labels[rows])
-                intervals += by_prior
-            stream = write_stream(intervals, bits, checksum)
+                logits = self.priors[level](grid, condition, self._hidden(level, len(rows)))
+                scaled = scaled_probabilities(logits.flatten(2).permute(2, 0, 1))  # (T, B, K)
+                nudge = safest_nudge(scaled)
+                intervals = intervals_of(own, rounded(scaled, nudge))
+            checksum = _checksum(own, checksum)
+            stream = write_stream(intervals, precision(len(counts)), checksum)
             parts.append(CHUNK.pack(len(stream), nudge) + stream)
         return b"".join(parts)
 
@@ -140,19 +131,20 @@ class Codec:
         levels: int | None = None,
         where: str = "the file",
         show_progress: bool = False,
-    ) -> Unpacked:
-        """The codes in the bytes that `compress` gave: those of the first `levels`, or of all.
+    ) -> list[Tensor]:
+        """The codes `(N, h, w)` per level in the bytes that `compress` gave: of the first `levels`,
+        or of all.
 
         Raises:
             UserError: another pipeline or version of the coder wrote them, or they were cut off or
                 altered, or this machine computes other probabilities.
         """
         # The header.
-        fast, number, names, place = self.read_header(data, where)
+        fast, number, _, place = self.read_header(data, where)
         most = len(self.sizes)
         levels = most if levels is None else levels
         check(1 <= levels <= most, "levels", levels, f"from 1 to {most}")
-        checksum, labels = zlib.crc32(data[:place]), dict[range, Tensor | None]()
+        checksum = zlib.crc32(data[:place])
         codes: list[list[Tensor]] = [[] for _ in range(levels)]
 
         # Level by level, each in chunks.
@@ -164,16 +156,10 @@ class Codec:
                 what = f"{where} ends within level {level + 1} of {most}, as it was cut off"
                 coarse = f", or decode what is whole with --levels {level}" if level else ""
                 raise UserError(f"{what}: get all of it{coarse}.")
-            reader = StreamReader(data[begin:place], precision(len(counts)))
             try:
-                if fast:
-                    own = read_by_frequency(reader, len(rows), math.prod(self.grids[level]), counts)
-                else:
-                    if not level:
-                        labels[rows] = self._read_labels(reader, len(rows))
-                    place_of = rows.start // self.chunk_images
-                    condition = [chunks[place_of] for chunks in codes[:level]]
-                    own = self._read(reader, len(rows), condition, labels[rows], nudge)
+                reader = StreamReader(data[begin:place], precision(len(counts)))
+                given = [chunks[len(codes[level])] for chunks in codes[:level]]
+                own = self._read(reader, given, len(rows), counts, None if fast else nudge)
                 checksum = _checksum(own, checksum)
                 is_last = level + 1 == most and rows.stop == number
                 reader.finish(checksum, more=is_last and place < len(data))
@@ -182,9 +168,7 @@ class Codec:
                 advice = "get it anew, or decode it with the version of torch that compressed it"
                 raise UserError(f"{what}: {advice}.") from None
             codes[level].append(own.T.unflatten(1, self.grids[level]))
-        told = [label for label in labels.values() if label is not None]
-        joined = [torch.cat(chunks) for chunks in codes]
-        return Unpacked(names, joined, torch.cat(told) if told and self.num_told else None)
+        return [torch.cat(chunks) for chunks in codes]
 
     def read_header(self, data: bytes, where: str) -> tuple[bool, int, list[str], int]:
         """Whether codes are coded by frequency, how many images there are, their names, and where
@@ -199,120 +183,81 @@ class Codec:
             both = f"the pipeline {identity.hex()}, but this one is {self.hashes[fast].hex()}"
             raise UserError(f"{where} was compressed by {both}: give the one that compressed it.")
         end, names, fits = HEADER.size + length, [], number > 0
-        if length:
-            try:
-                unpacked = zlib.decompressobj().decompress(data[HEADER.size : end], MOST_NAMES)
-                names = json.loads(unpacked)
+        with suppress(ValueError, TypeError, RecursionError, zlib.error):
+            if length:
+                fits, packed = False, data[HEADER.size : end]
+                names = json.loads(zlib.decompressobj().decompress(packed, MOST_NAMES))
                 fits = len(names) == number and all(isinstance(name, str) for name in names)
-            except (ValueError, TypeError, RecursionError, zlib.error):
-                fits = False
         if not fits:
             raise UserError(f"the header of {where} was altered or cut off: get the file anew.")
         return fast, number, names, end
 
-    @torch.no_grad()
-    @exact_convolutions()
-    def decode(self, unpacked: Unpacked, rows: range, *, imagine: bool = False) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] of these rows. Levels that are missing are drawn by the
-        priors, if they shall `imagine` them, or left out, which needs a decoder that was trained
-        with level dropout (else a `UserError`)."""
-        # Decode all levels; or let the priors draw the missing ones.
-        pipeline, model = self.pipeline, self.pipeline.vqvae
-        codes = [grid[rows.start : rows.stop].to(model.device) for grid in unpacked.codes]
-        missing = model.config.num_levels - len(codes)
+    def decode(self, codes: Sequence[Tensor], *, imagine: bool = False, first: int = 0) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] of codes `(B, h, w)` of all levels or the coarsest. The
+        others are drawn by the priors, if they shall `imagine` them (by seed 0 and the index of the
+        `first`), or left out, if the decoder was trained with level dropout (a `UserError`)."""
+        number, missing = len(codes[0]), len(self.sizes) - len(codes)
         if not missing:
-            return pipeline.decode(codes, output_type="pt")
+            return self.pipeline.decode(codes, output_type="pt")
+        model = self.pipeline.vqvae
+        codes = [grid.to(model.device) for grid in codes]
         if imagine:
-            names, labels = [*pipeline.class_names, "none"], unpacked.labels
-            given = labels[rows.start : rows.stop] if labels is not None else []
             known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
-            options: Any = {"known": [*known, *[None] * missing], "first_index": rows.start}
-            options["labels"] = [names[label] for label in given] or None
-            if pipeline.can_hide_labels:
-                options["labels"] = "none"
-            return pipeline(len(rows), **options, output_type="pt").images
-
-        # Leave them out, as level dropout does.
+            labels = hidden_unless_given(None, can_hide=self.pipeline.can_hide_labels)
+            options: Any = {"labels": labels, "first_index": first, "output_type": "pt"}
+            return self.pipeline(number, known=[*known, *[None] * missing], **options).images
         if not model.config.level_dropout:
             what = "the decoder was trained without level dropout, so it needs all levels"
             raise UserError(f"{what}: decode all, or let the priors draw the others (--imagine).")
-        embeddings = []
-        for level, quantizer in enumerate(cast(Sequence[Quantizer], model.quantizers)):
-            if level < len(codes):
-                embeddings.append(quantizer.lookup(codes[level]))
-            else:
-                nothing = torch.zeros(len(rows), *self.grids[level], dtype=torch.int64)
-                embeddings.append(0 * quantizer.lookup(nothing.to(model.device)))
-        return model.decode(embeddings).clamp(-1, 1).cpu()
+        for grid in self.grids[len(codes) :]:
+            codes.append(torch.zeros(number, *grid, dtype=torch.int64, device=model.device))
+        images = decode_level(model, codes, codes, len(self.sizes) - missing - 1)
+        return images.clamp(-1, 1).cpu()
 
     def _chunks(
         self, number: int, levels: int, doing: str, show_progress: bool
-    ) -> Iterator[tuple[int, range, np.ndarray]]:
-        """Level by level: the level, the rows of a chunk, and how often each of the level's codes
-        has come, to be counted on; once more than it has, so that none is impossible."""
-        options = {"total": levels * number, "desc": doing, "unit": "grid"}
-        bar = progress_bar(**options, disable=not show_progress)
+    ) -> Iterator[tuple[int, range, Tensor]]:
+        """Level by level: the level, the rows of a chunk, and how often each code of the level has
+        come, to be counted on, from 1, as none is impossible."""
+        options: Any = {} if show_progress else {"disable": True}
+        bar = progress_bar(total=levels * number, desc=doing, unit="grid", **options)
         for level in range(levels):
-            counts = np.ones(self.sizes[level], dtype=np.int64)
+            counts = torch.ones(self.sizes[level], dtype=torch.int64)
             for first in range(0, number, self.chunk_images):
                 rows = range(first, min(first + self.chunk_images, number))
                 yield level, rows, counts
                 bar.update(len(rows))
         bar.close()
 
-    def _choose_labels(self, top: Tensor) -> Tensor | None:
-        """The label `(B,)` that the priors are told of each image, of its top codes `(B, h, w)`;
-        None without classes."""
-        if not self.num_told:
-            classes = len(self.pipeline.class_names)
-            return torch.full((len(top),), classes) if classes else None
-        each = [log_likelihood(self.priors[:1], [top], [label]) for label in range(self.num_told)]
-        return torch.cat(each, dim=1).argmax(dim=1)
-
-    def _intervals_of_labels(self, labels: Tensor | None, bits: int) -> Intervals:
-        """Classes that must be told, all as likely."""
-        if labels is None or not self.num_told:
-            return []
-        size = 2**bits // self.num_told
-        return [(label * size, size) for label in labels.tolist()]
-
-    def _read_labels(self, reader: "StreamReader", number: int) -> Tensor | None:
-        """The labels that `_choose_labels` chose for this number of images."""
-        if not self.num_told:
-            return self._choose_labels(torch.empty(number, 0, 0))
-        ends = np.arange(1, self.num_told + 1) * (2**reader.bits // self.num_told)
-        return torch.tensor([reader.read(ends) for _ in range(number)])
-
-    def _intervals(self, chunk: Sequence[Tensor], labels: Tensor | None) -> tuple[int, Intervals]:
-        """The nudge for codes `(B, h, w)` per level, and the intervals of the finest, (T, B)."""
-        *condition, own = chunk
-        prior = self.priors[len(condition)]
-        logits = prior(own, condition, labels if prior.config.num_classes else None)
-        scaled = scaled_probabilities(logits.flatten(2).permute(2, 0, 1))  # (T, B, K)
-        nudge = safest_nudge(scaled)
-        sizes, index = rounded(scaled, nudge), own.flatten(1).T[..., None]  # index (T, B, 1)
-        ends = sizes.cumsum(dim=2).gather(2, index).flatten()
-        own_sizes = sizes.gather(2, index).flatten()
-        return nudge, [*zip((ends - own_sizes).tolist(), own_sizes.tolist(), strict=True)]
+    def _hidden(self, level: int, number: int) -> Tensor | None:
+        """The hidden label `(B,)`, if the level's prior has labels."""
+        classes = self.priors[level].config.num_classes
+        return torch.full((number,), classes) if classes else None
 
     def _read(
         self,
         reader: "StreamReader",
+        condition: Sequence[Tensor],
         number: int,
-        condition: list[Tensor],
-        labels: Tensor | None,
-        nudge: int,
+        counts: Tensor,
+        nudge: int | None,
     ) -> Tensor:
-        """The codes `(T, B)` of the level below the condition, one position after the other."""
-        prior = self.priors[len(condition)]
-        told = labels if prior.config.num_classes else None
-        step = prior.make_stepper(number, condition, told, compiled=False)
-        codes = torch.empty(prior.config.num_positions, number, dtype=torch.int64)
-        before = torch.full((number, 1), prior.config.codebook_sizes[-1])
+        """The codes `(T, B)` of the level below the condition, position after position; by
+        frequency without a nudge."""
+        level, step = len(condition), None
+        if nudge is not None:
+            given = (condition, self._hidden(level, number))
+            step = self.priors[level].make_stepper(number, *given, compiled=False)
+        codes = torch.empty(math.prod(self.grids[level]), number, dtype=torch.int64)
+        before = torch.full((number, 1), self.sizes[level])
         for position, row in enumerate(codes):
-            logits = step(position, torch.full((number,), position), before)[:, 0]  # (B, K)
-            ends = rounded(scaled_probabilities(logits), nudge).cumsum(dim=1).numpy()
-            row.copy_(torch.tensor([reader.read(each) for each in ends]))
+            if step is None or nudge is None:
+                sizes = frequencies(counts).expand(number, -1)
+            else:
+                logits = step(position, torch.full((number,), position), before)[:, 0]  # (B, K)
+                sizes = rounded(scaled_probabilities(logits), nudge)
+            row.copy_(torch.tensor([reader.read(ends) for ends in sizes.cumsum(dim=1).numpy()]))
+            counts += row.bincount(minlength=len(counts))
             before = row[:, None]
         return codes
 
@@ -346,32 +291,16 @@ def safest_nudge(scaled: Tensor) -> int:
     return int(least[:NUDGES].argmax())
 
 
-def intervals_by_frequency(codes: np.ndarray, counts: np.ndarray) -> Intervals:
-    """The intervals of codes `(T, B)`, by how often each has come: `counts` `(K,)` move on."""
-    intervals = Intervals()
-    for row in codes:
-        sizes = _sizes(counts)
-        starts = sizes.cumsum() - sizes
-        intervals += zip(starts[row].tolist(), sizes[row].tolist(), strict=True)
-        np.add.at(counts, row, 1)
-    return intervals
+def frequencies(counts: Tensor) -> Tensor:
+    """Integer probabilities `(K,)` of codes that have come so often."""
+    return counts * (2 ** precision(len(counts)) - len(counts)) // counts.sum() + 1
 
 
-def read_by_frequency(
-    reader: "StreamReader", number: int, length: int, counts: np.ndarray
-) -> Tensor:
-    """The codes `(T, B)` that `intervals_by_frequency` coded."""
-    codes = np.empty((length, number), dtype=np.int64)
-    for row in codes:
-        ends = _sizes(counts).cumsum()
-        row[:] = [reader.read(ends) for _ in range(number)]
-        np.add.at(counts, row, 1)
-    return torch.from_numpy(codes)
-
-
-def _sizes(counts: np.ndarray) -> np.ndarray:
-    free = 2 ** precision(len(counts)) - len(counts)
-    return counts * free // counts.sum() + 1
+def intervals_of(codes: Tensor, sizes: Tensor) -> list[tuple[int, int]]:
+    """Start and size of each code's interval, of codes `(...)` and probabilities `(..., K)`."""
+    index = codes[..., None]
+    own, ends = sizes.gather(-1, index), sizes.cumsum(dim=-1).gather(-1, index)
+    return [*zip((ends - own).flatten().tolist(), own.flatten().tolist(), strict=True)]
 
 
 def _checksum(codes: Tensor, before: int) -> int:

@@ -55,9 +55,8 @@ def compress(config: CompressConfig) -> None:
     size = 0
     for path, rows in progress_bar(files.items(), desc="writing", total=len(files)):
         own = [level[rows.start : rows.stop] for level in codes]
-        kept = [] if config.separate else names
-        options = {"fast": config.fast, "show_progress": not config.separate}
-        data = codec.compress(own, kept, **options)
+        kept, show = ([], False) if config.separate else (names, True)
+        data = codec.compress(own, kept, fast=config.fast, show_progress=show)
         with whole_file(path) as aside:
             aside.write_bytes(data)
         size += len(data)
@@ -73,34 +72,35 @@ def decompress(config: DecompressConfig) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(processes().device)
     folder, codec = Path(config.output_dir), Codec(pipeline)
     settings, most = pipeline.vqvae.config.image, pipeline.vqvae.config.num_levels
-    paths, names = find_files(config.files), []
-    for path in paths:
-        _, number, inside, _ = codec.read_header(read_file(path), str(path))
-        named = [f"{path.stem}/{name}" if len(paths) > 1 else name for name in inside]
-        numbered = [f"{path.with_suffix('')}-{i}" for i in range(number)] if number > 1 else []
-        names += named or numbered or [str(path.with_suffix(""))]
+    names: list[str] = []
+    contents = {path: read_file(path) for path in find_files(config.files)}
+    for path, data in contents.items():
+        _, number, inside, _ = codec.read_header(data, str(path))
+        stem = str(path.absolute().with_suffix(""))
+        own = [f"{stem}-{i}" for i in range(number)] if number > 1 else [stem]
+        names += [f"{path.stem}/{name}" if len(contents) > 1 else name for name in inside] or own
     run = RunRecord("decompress", config, "decompress_config.yaml", facts=pipeline.content_hashes())
     run.check(folder)
 
     # What is not as it was compressed says so, in its name and beside its pixels.
-    levels = most if config.levels is None else config.levels
-    imagined, coarse = config.imagine and levels < most, "" if levels >= most else ".coarse"
-    suffix = file_suffix(settings.channels, settings.value_range)
-    files = iter(file_names(names, f"{'.imagined' if imagined else coarse}{suffix}"))
+    levels = config.levels or most
+    imagined = config.imagine and levels < most
+    mark = ".imagined" if imagined else ".coarse" if levels < most else ""
+    suffix = mark + file_suffix(settings.channels, settings.value_range)
     facts = {"decompressed_by": codec.hashes[0].hex(), "coder_version": CODER_VERSION}
     note = json.dumps({**facts, "levels": levels, "of_levels": most, "imagined": imagined})
 
-    # Decode one after the other.
-    for path in paths:
-        options = {"levels": config.levels, "where": str(path), "show_progress": len(paths) == 1}
-        unpacked = codec.decompress(read_file(path), **options)
+    # Decode one file after the other.
+    files = iter(file_names(names, suffix))
+    for path, data in contents.items():
+        alone = len(contents) == 1
+        codes = codec.decompress(data, levels=levels, where=str(path), show_progress=alone)
         run.write(folder)
-        number = len(unpacked.codes[0])
-        for first in range(0, number, BATCH):
-            rows = range(first, min(first + BATCH, number))
-            for image in codec.decode(unpacked, rows, imagine=config.imagine):
+        for first in range(0, len(codes[0]), BATCH):
+            few = [grid[first : first + BATCH] for grid in codes]
+            for image in codec.decode(few, imagine=imagined, first=first):
                 save_image(image, folder / next(files), settings.value_range, note)
-    logger.info(f"{folder}: {len(names):,} images of {len(paths):,} files.")
+    logger.info(f"{folder}: {len(names):,} images of {len(contents):,} files.")
 
 
 def find_files(names: tuple[str, ...]) -> list[Path]:
