@@ -1,15 +1,16 @@
 """Images as a few dozen bytes: their codes, coded with the probabilities that the priors give them.
 
-A file holds the codes level by level, the top's first, in chunks of images that are coded together
-(all chunks of a level, then those of the next); `HEADER` and `CHUNK` are what begins both.
+A file holds the codes level by level, the top's first, in chunks of images: all chunks of a level,
+then those of the next. A chunk is its length, the nudges and a stream of codes: those of a batch
+of images, position after position, then those of the next batch.
 
 Encoder and decoder must see the same integers, though one reads all codes at once and the other one
 after the other, perhaps on another machine. In float64 their probabilities agree to some 13 digits;
 what must not happen is that the last digits decide how one is rounded. The encoder sees all of them
-and chooses, for each chunk, the nudge (what is added before rounding) that keeps them farthest from
+and chooses, for each batch, the nudge (what is added before rounding) that keeps them farthest from
 where rounding turns.
 
-Letters: B images of a chunk, h w a level's code grid, T = h*w positions in raster order, K codes.
+Letters: B images of a batch, h w a level's code grid, T = h*w positions in raster order, K codes.
 """
 
 import copy
@@ -42,8 +43,9 @@ MAGIC = b"\x89VQ2"
 # Magic, version, whether codes are coded by frequency, the pipeline's hash, the number of images,
 # and the bytes of their names, which follow as deflated JSON.
 HEADER = struct.Struct("<4sB?8sII")
-CHUNK = struct.Struct("<IB")  # the bytes of the stream, which follows; the nudge
-CHUNK_IMAGES, CHUNK_TABLES = 256, 2**23  # at most, but one image; the latter in probabilities
+LENGTH = struct.Struct("<I")  # of a chunk, in bytes
+BATCH, BATCH_TABLES = 256, 2**23  # images and probabilities of a batch, at most (but one image)
+CHUNK_CODES = 2**18  # of the finest level in a chunk, at most (but one batch)
 MOST_NAMES = 1 << 28  # bytes
 LOWEST = 1 << 32  # state of the coder; below this bit, its first state holds the checksum
 NUDGES = 256
@@ -60,8 +62,9 @@ class Codec:
     def __init__(self, pipeline: VQVAE2Pipeline) -> None:
         self.pipeline, config = pipeline, pipeline.vqvae.config
         self.sizes, self.grids = config.codebook_size_per_level, config.grids
-        images = CHUNK_TABLES // (math.prod(self.grids[-1]) * max(self.sizes))
-        self.chunk_images = max(1, min(CHUNK_IMAGES, images))
+        positions = math.prod(self.grids[-1])
+        self.batch = max(1, min(BATCH, BATCH_TABLES // (positions * max(self.sizes))))
+        self.chunk = self.batch * max(1, CHUNK_CODES // (positions * self.batch))
 
     @cached_property
     def priors(self) -> list[Prior]:
@@ -106,21 +109,24 @@ class Codec:
         checksum = zlib.crc32(parts[0])
 
         # Level by level, each in chunks.
-        for level, rows, counts in self._chunks(number, len(levels), "coding", show_progress):
-            *condition, grid = [each[rows.start : rows.stop] for each in levels[: level + 1]]
-            own, nudge, intervals = grid.flatten(1).T.contiguous(), 0, []  # own (T, B)
-            if fast:
-                for row in own:
-                    intervals += intervals_of(row, frequencies(counts).expand(len(rows), -1))
-                    counts.add_(row.bincount(minlength=len(counts)))
-            else:
-                logits = self.priors[level](grid, condition, self._hidden(level, len(rows)))
-                scaled = scaled_probabilities(logits.flatten(2).permute(2, 0, 1))  # (T, B, K)
-                nudge = safest_nudge(scaled)
-                intervals = intervals_of(own, rounded(scaled, nudge))
-            checksum = _checksum(own, checksum)
-            stream = write_stream(intervals, precision(len(counts)), checksum)
-            parts.append(CHUNK.pack(len(stream), nudge) + stream)
+        for level, chunk, counts in self._chunks(number, len(levels), "coding", show_progress):
+            intervals, nudges = [], bytearray()
+            for rows in in_batches(chunk, self.batch):
+                *condition, grid = [each[rows.start : rows.stop] for each in levels[: level + 1]]
+                own = grid.flatten(1).T.contiguous()  # (T, B)
+                checksum = _checksum(own, checksum)
+                if fast:
+                    for row in own:
+                        sizes = frequencies(counts).expand(len(rows), -1)
+                        intervals += intervals_of(row, sizes)
+                        counts.add_(row.bincount(minlength=len(counts)))
+                else:
+                    logits = self.priors[level](grid, condition, self._hidden(level, len(rows)))
+                    scaled = scaled_probabilities(logits.flatten(2).permute(2, 0, 1))  # (T, B, K)
+                    nudges.append(safest_nudge(scaled))
+                    intervals += intervals_of(own, rounded(scaled, nudges[-1]))
+            stream = nudges + write_stream(intervals, precision(len(counts)), checksum)
+            parts.append(LENGTH.pack(len(stream)) + stream)
         return b"".join(parts)
 
     @torch.no_grad()
@@ -148,27 +154,32 @@ class Codec:
         codes: list[list[Tensor]] = [[] for _ in range(levels)]
 
         # Level by level, each in chunks.
-        for level, rows, counts in self._chunks(number, levels, "decoding", show_progress):
-            begin = place + CHUNK.size
-            length, nudge = CHUNK.unpack(data[place:begin].ljust(CHUNK.size, b"\0"))
-            place = begin + length
+        for level, chunk, counts in self._chunks(number, levels, "decoding", show_progress):
+            begin = place + LENGTH.size
+            place = begin + LENGTH.unpack(data[place:begin].ljust(LENGTH.size, b"\0"))[0]
             if place > len(data):
                 what = f"{where} ends within level {level + 1} of {most}, as it was cut off"
                 coarse = f", or decode what is whole with --levels {level}" if level else ""
                 raise UserError(f"{what}: get all of it{coarse}.")
+            batches = in_batches(chunk, self.batch)
+            start = begin if fast else begin + len(batches)
+            reader = StreamReader(data[start:place], precision(len(counts)))
             try:
-                reader = StreamReader(data[begin:place], precision(len(counts)))
-                given = [chunks[len(codes[level])] for chunks in codes[:level]]
-                own = self._read(reader, given, len(rows), counts, None if fast else nudge)
-                checksum = _checksum(own, checksum)
-                is_last = level + 1 == most and rows.stop == number
+                if start > place:
+                    raise Damaged
+                for nudge, rows in enumerate(batches, begin):
+                    given = [grids[len(codes[level])] for grids in codes[:level]]
+                    rounding = None if fast else data[nudge]
+                    own = self._read(reader, given, len(rows), counts, rounding)
+                    checksum = _checksum(own, checksum)
+                    codes[level].append(own.T.unflatten(1, self.grids[level]))
+                is_last = level + 1 == most and chunk.stop == number
                 reader.finish(checksum, more=is_last and place < len(data))
             except Damaged:
                 what = f"{where} was altered, or this machine computes other probabilities"
                 advice = "get it anew, or decode it with the version of torch that compressed it"
                 raise UserError(f"{what}: {advice}.") from None
-            codes[level].append(own.T.unflatten(1, self.grids[level]))
-        return [torch.cat(chunks) for chunks in codes]
+        return [torch.cat(grids) for grids in codes]
 
     def read_header(self, data: bytes, where: str) -> tuple[bool, int, list[str], int]:
         """Whether codes are coded by frequency, how many images there are, their names, and where
@@ -217,16 +228,15 @@ class Codec:
     def _chunks(
         self, number: int, levels: int, doing: str, show_progress: bool
     ) -> Iterator[tuple[int, range, Tensor]]:
-        """Level by level: the level, the rows of a chunk, and how often each code of the level has
-        come, to be counted on, from 1, as none is impossible."""
+        """Level by level: the level, the images of a chunk, and how often each of the level's codes
+        has come, to be counted on, from 1, as none is impossible."""
         options: Any = {} if show_progress else {"disable": True}
         bar = progress_bar(total=levels * number, desc=doing, unit="grid", **options)
         for level in range(levels):
             counts = torch.ones(self.sizes[level], dtype=torch.int64)
-            for first in range(0, number, self.chunk_images):
-                rows = range(first, min(first + self.chunk_images, number))
-                yield level, rows, counts
-                bar.update(len(rows))
+            for chunk in in_batches(range(number), self.chunk):
+                yield level, chunk, counts
+                bar.update(len(chunk))
         bar.close()
 
     def _hidden(self, level: int, number: int) -> Tensor | None:
@@ -260,6 +270,11 @@ class Codec:
             counts += row.bincount(minlength=len(counts))
             before = row[:, None]
         return codes
+
+
+def in_batches(rows: range, size: int) -> list[range]:
+    """Rows cut into batches of this size, but for the last one."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def precision(size: int) -> int:
