@@ -279,8 +279,8 @@ def in_batches(rows: range, size: int) -> list[range]:
 
 def precision(size: int) -> int:
     """The bits of an integer probability, where there are `size` codes: each of them has one of at
-    least 1, which costs the others less than 0.002 bits per code."""
-    return max(20, (size - 1).bit_length() + 11)
+    least 1, which costs the others less than 0.002 bits per code (0.0004 up to 512 codes)."""
+    return max(22, (size - 1).bit_length() + 11)
 
 
 def scaled_probabilities(logits: Tensor) -> Tensor:
