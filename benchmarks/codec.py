@@ -34,11 +34,11 @@ from vqvae2.data import ImageDataset, load_table, to_images
 from vqvae2.inspection import ssim
 from vqvae2.training_record import find_held_out
 
-QUALITIES = (0, 3, 5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80, 90)
+QUALITIES = (0, 3, 6, 10, 15, 22, 30, 45, 60, 80)
 OTHERS: dict[str, dict[str, Any]] = {
     "JPEG": {"format": "JPEG", "optimize": True},
     "WebP": {"format": "WEBP", "method": 6},
-    "AVIF": {"format": "AVIF", "speed": 2},
+    "AVIF": {"format": "AVIF", "speed": 4},
 }
 with suppress(ImportError):  # pip install pillow-jxl-plugin
     import pillow_jxl  # noqa: F401

@@ -63,7 +63,7 @@ def by_steps(prior: Prior, rows: tuple) -> Tensor:
 @pytest.mark.parametrize("family", ["transformer", "pixelsnail"])
 @torch.no_grad()
 def test_one_pass_and_single_steps_give_the_same_integers(family: str) -> None:
-    """In float64, whatever the batch: in float32 most tables of 16 bits differ."""
+    """In float64, whatever the batch; in float32 they would not be the same."""
     prior = fresh_copy(small_prior(family), noise=True).double()
     rows = random_rows(prior, 8)
     at_once = prior(*rows).flatten(2).permute(2, 0, 1)
@@ -73,12 +73,12 @@ def test_one_pass_and_single_steps_give_the_same_integers(family: str) -> None:
             nudge = safest_nudge(scale(other))
             assert torch.equal(rounded(scale(logits), nudge), rounded(scale(other), nudge))
     in_fp32 = [by_steps(prior.float(), rows), prior(*rows).flatten(2).permute(2, 0, 1)]
-    tables = [(logits.softmax(-1) * 2**16).long() for logits in in_fp32]
-    assert (tables[0] != tables[1]).any()
+    tables = [rounded(scaled_probabilities(logits.double()), 0) for logits in in_fp32]
+    assert not torch.equal(*tables)
 
 
 def test_the_nudge_keeps_rounding_from_hanging_on_last_digits() -> None:
-    """Errors a hundred times those of float64 change no integer, on half a million probabilities."""
+    """Errors a hundred times those of float64 change no integer of half a million."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1000, 512, generator=generator, dtype=torch.float64) * 3
     scaled = scaled_probabilities(logits)
@@ -93,7 +93,7 @@ def test_the_nudge_keeps_rounding_from_hanging_on_last_digits() -> None:
     assert int(sizes.sum(dim=1).max()) <= 2 ** codec.precision(512)
 
 
-@pytest.mark.parametrize(("number", "most"), [(80 * 100, 0.01), (5120 * 20, 0.001)])
+@pytest.mark.parametrize(("number", "most"), [(80 * 256, 0.01), (5120 * 20, 0.001)])
 def test_streams_cost_little_more_than_the_entropy(number: int, most: float) -> None:
     """What a whole file of one chunk costs beyond it: 1 % at 80 codes, 0.1 % at 5,000 per image."""
     rng = np.random.default_rng(0)
