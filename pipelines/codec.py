@@ -31,7 +31,7 @@ from pipelines.editing import as_codes
 from pipelines.labels import hidden_unless_given
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.base import Prior
-from prior.sampling import Known
+from prior.sampling import Known, in_lanes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
@@ -68,11 +68,15 @@ class Codec:
 
     @cached_property
     def priors(self) -> list[Prior]:
-        """The priors in float64 on the CPU, or a `UserError` if they need to be told classes."""
+        """The priors in float64 on the CPU."""
+        self.refuse_unhidden()
+        return [copy.deepcopy(prior).cpu().double() for prior in self.pipeline.priors]
+
+    def refuse_unhidden(self) -> None:
+        """Raise a `UserError` for priors that must be told the classes of images."""
         if self.pipeline.class_names and not self.pipeline.can_hide_labels:
             what = "the priors were trained without label dropout, and cannot code unknown classes"
             raise UserError(f"{what}: code by frequency (--fast), or retrain them with it.")
-        return [copy.deepcopy(prior).cpu().double() for prior in self.pipeline.priors]
 
     @cached_property
     def hashes(self) -> list[bytes]:
@@ -97,7 +101,7 @@ class Codec:
             fast: code each code by how often it has come before in the file, without the priors.
 
         Raises:
-            UserError: the model has no such codes, or names are missing; or see `priors`.
+            UserError: the model has no such codes, or names are missing; or see `refuse_unhidden`.
         """
         # The header; the checksum is of it and of all codes so far.
         levels = [level.cpu() for level in as_codes(codes, self.pipeline.vqvae)]
@@ -111,7 +115,7 @@ class Codec:
         # Level by level, each in chunks.
         for level, chunk, counts in self._chunks(number, len(levels), "coding", show_progress):
             intervals, nudges = [], bytearray()
-            for rows in in_batches(chunk, self.batch):
+            for rows in in_lanes(chunk, self.batch):
                 *condition, grid = [each[rows.start : rows.stop] for each in levels[: level + 1]]
                 own = grid.flatten(1).T.contiguous()  # (T, B)
                 checksum = _checksum(own, checksum)
@@ -161,7 +165,7 @@ class Codec:
                 what = f"{where} ends within level {level + 1} of {most}, as it was cut off"
                 coarse = f", or decode what is whole with --levels {level}" if level else ""
                 raise UserError(f"{what}: get all of it{coarse}.")
-            batches = in_batches(chunk, self.batch)
+            batches = in_lanes(chunk, self.batch)
             start = begin if fast else begin + len(batches)
             reader = StreamReader(data[start:place], precision(len(counts)))
             try:
@@ -234,7 +238,7 @@ class Codec:
         bar = progress_bar(total=levels * number, desc=doing, unit="grid", **options)
         for level in range(levels):
             counts = torch.ones(self.sizes[level], dtype=torch.int64)
-            for chunk in in_batches(range(number), self.chunk):
+            for chunk in in_lanes(range(number), self.chunk):
                 yield level, chunk, counts
                 bar.update(len(chunk))
         bar.close()
@@ -270,11 +274,6 @@ class Codec:
             counts += row.bincount(minlength=len(counts))
             before = row[:, None]
         return codes
-
-
-def in_batches(rows: range, size: int) -> list[range]:
-    """Rows cut into batches of this size, but for the last one."""
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def precision(size: int) -> int:

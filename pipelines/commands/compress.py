@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ def compress(config: CompressConfig) -> None:
     """Write images as the configuration says: an archive of all, or a file of each."""
     # The images.
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(processes().device)
+    codec = Codec(pipeline)
+    if not config.fast:
+        codec.refuse_unhidden()
     settings, folder = pipeline.vqvae.config.image, Path(config.output_dir)
     source = load_table(config.data, settings)
     images = ImageDataset(source, range(len(source)), settings)
@@ -48,11 +52,10 @@ def compress(config: CompressConfig) -> None:
     codes = [torch.cat(level) for level in zip(*batches, strict=True)]
 
     # Their files.
-    codec, names = Codec(pipeline), images.ids
+    names, size = images.ids, 0
     files = {folder / f"images{SUFFIX}": range(len(images))}
     if config.separate:
         files = {folder / name: range(i, i + 1) for i, name in enumerate(file_names(names, SUFFIX))}
-    size = 0
     for path, rows in progress_bar(files.items(), desc="writing", total=len(files)):
         own = [level[rows.start : rows.stop] for level in codes]
         kept, show = ([], False) if config.separate else (names, True)
@@ -73,7 +76,7 @@ def decompress(config: DecompressConfig) -> None:
     folder, codec = Path(config.output_dir), Codec(pipeline)
     settings, most = pipeline.vqvae.config.image, pipeline.vqvae.config.num_levels
     names: list[str] = []
-    contents = {path: read_file(path) for path in find_files(config.files)}
+    contents = read_files(config.files)
     for path, data in contents.items():
         _, number, inside, _ = codec.read_header(data, str(path))
         stem = str(path.absolute().with_suffix(""))
@@ -103,18 +106,14 @@ def decompress(config: DecompressConfig) -> None:
     logger.info(f"{folder}: {len(names):,} images of {len(contents):,} files.")
 
 
-def find_files(names: tuple[str, ...]) -> list[Path]:
-    """The files that are named, or lie in folders that are; a `UserError` if these hold none."""
-    found: list[Path] = []
-    for path in map(Path, names):
-        inside = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
+def read_files(names: Sequence[str]) -> dict[Path, bytes]:
+    """The files that are named, or lie in folders that are, or a `UserError` if these hold none."""
+    contents: dict[Path, bytes] = {}
+    for given in map(Path, names):
+        inside = sorted(given.rglob(f"*{SUFFIX}")) if given.is_dir() else [given]
         if not inside:
-            raise UserError(f"{path} holds no {SUFFIX} file: give what vqvae2 compress wrote.")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises as `open_regular`."""
-    with open_regular(path) as file:
-        return file.read()
+            raise UserError(f"{given} holds no {SUFFIX} file: give what vqvae2 compress wrote.")
+        for path in inside:
+            with open_regular(path) as file:
+                contents[path] = file.read()
+    return contents
