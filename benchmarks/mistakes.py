@@ -93,6 +93,9 @@ def make_inputs(x: Path) -> None:
     run("prepare", "--data.path", x / "photos", *image, "--output-dir", x / "ready")
     run("sample", "--pipeline", x / "pipeline", "--num-images", 2, "--output-dir", x / "samples")
 
+    pack = ("compress", "--pipeline", x / "pipeline", "--data.path", x / "table.parquet")
+    run(*pack, "--output-dir", x / "packed")
+
     # Names that are no files.
     os.mkfifo(x / "pipe.png")
     os.mkfifo(x / "pipe.yaml")
@@ -126,6 +129,9 @@ BASES = {  # a right command line for each command
     "sample": "sample --pipeline {x}/pipeline --num-images 2 --output-dir {x}/out",
     "evaluate": "evaluate --vqvae {x}/vqvae --data.path {x}/photos --output-dir {x}/out",
     "verify": "verify --files {x}/samples/images/000000.png --pipeline {x}/pipeline",
+    "compress": "compress --data.path {x}/photos --pipeline {x}/pipeline --output-dir {x}/out",
+    "decompress": "decompress --files {x}/packed/images.vq2 --pipeline {x}/pipeline "
+    "--output-dir {x}/out",
     "assemble": "assemble --vqvae {x}/vqvae --priors {x}/prior_0 {x}/prior_1 --output-dir {x}/out",
     "import-weights": "import-weights --checkpoint {x}/table.parquet --output-dir {x}/out",
     "import-codes": "import-codes --lmdb {x}/table.parquet --vqvae {x}/vqvae --output-dir {x}/out",

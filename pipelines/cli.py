@@ -50,6 +50,8 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "sample": (configs.SampleConfig, "pipelines.commands.sample:sample"),
     "evaluate": (configs.EvaluateConfig, "pipelines.commands.evaluate:evaluate"),
     "verify": (configs.VerifyConfig, "pipelines.commands.verify:verify"),
+    "compress": (configs.CompressConfig, "pipelines.commands.compress:compress"),
+    "decompress": (configs.DecompressConfig, "pipelines.commands.compress:decompress"),
     "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
     "import-weights": (configs.ImportWeightsConfig, "pipelines.commands.import_weights:command"),
     "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:command"),
@@ -59,7 +61,8 @@ RECIPES = files("pipelines") / "recipes"
 PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
-FIRST = {"verify": "--files"}  # the flag that the words in front of all others belong to
+# The flag that the words in front of all others belong to.
+FIRST = {"verify": "--files", "compress": "--data.path", "decompress": "--files"}
 NAMELESS = {  # a file in what people give without a flag -> the flag
     "model_index.json": "--pipeline", "manifest.json": "--codes", "config.json": "--vqvae",
     "": "--data.path"}  # fmt: skip

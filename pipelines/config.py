@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from prior.config import TrainPriorConfig
+from prior.config import MOST_LEVELS, TrainPriorConfig
 from vqvae2.common.config import (
     MOST_ROWS,
     MOST_THREADS,
@@ -272,6 +272,59 @@ class VerifyConfig(EditConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.files), "files", self.files, "one or more images or folders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Write images as .vq2 files of a few dozen bytes each: their codes, coded with the priors.
+
+    Lossy: an image becomes what the autoencoder makes of it (see reconstruct), and only for images
+    like those it was trained on it beats JPEG and its kin. The pipeline is needed to decompress.
+
+    Example: vqvae2 compress photos --pipeline runs/x/pipeline --output-dir out
+    """
+
+    pipeline: str = may_change()
+    """A pipeline: a folder, or a Hub id."""
+    data: ImagesConfig
+    """The images. In front of all flags, --data.path may be left out."""
+    output_dir: str = may_change()
+    """The folder to write: images.vq2, an archive of all images."""
+    separate: bool = False
+    """Write a file per image instead, which costs 40 bytes more for each."""
+    fast: bool = False
+    """Code each code by its frequency so far, without priors: larger, but much faster."""
+
+    def __post_init__(self) -> None:
+        check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompressConfig:
+    """Write the images that are in .vq2 files, with the pipeline that compressed them.
+
+    A file that was altered, or cut off, or written by another pipeline, is refused.
+
+    Example: vqvae2 decompress out/images.vq2 --pipeline runs/x/pipeline --output-dir images
+    """
+
+    pipeline: str = may_change()
+    """The pipeline that compressed them: a folder, or a Hub id."""
+    files: tuple[str, ...] = may_change()
+    """.vq2 files, or folders that hold some. In front of all flags, --files may be left out."""
+    output_dir: str = may_change()
+    """The folder to write."""
+    levels: int | None = None
+    """Decode this many levels, from the top: coarse images, from the beginning of a file."""
+    imagine: bool = False
+    """With --levels: let the priors draw the other levels; files are named *.imagined.png."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.files), "files", self.files, "one or more .vq2 files or folders")
+        if self.levels is not None:
+            check_between(self, 1, MOST_LEVELS, "levels")
+        needed = self.levels is not None or not self.imagine
+        check(needed, "imagine", self.imagine, "used together with levels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ OURS = ("vqvae2", "prior", "pipelines", "scripts", "tests", "benchmarks")
 PACKAGES = ("vqvae2", "prior", "pipelines", "scripts")
 FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 WITHOUT_SCRIPT = {"demo", "inspect", "doctor", "plan", "import-weights", "import-codes"}
-WITHOUT_SCRIPT |= {"completion"}
+WITHOUT_SCRIPT |= {"completion", "compress", "decompress"}
 HELP = """
 import sys
 from pipelines.cli import main
