@@ -30,9 +30,9 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path
 from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import load_images, to_images
-from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
+from vqvae2.training import autoencoder_of, make_trained, with_finetuned_model
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,7 +65,10 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         recipe, images = demo_recipe(command.budget), ImagesConfig(path=str(DEMO_IMAGES))
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
-    train = command if isinstance(command, TrainVQVAEConfig) else train
+    if isinstance(command, TrainVQVAEConfig):
+        train = command
+        if command.finetune == "decoder" and _is_there(str(command.init_from)):
+            train = with_finetuned_model(command)
     network, number, num_classes = train.model, plan.num_images, plan.num_classes
     if isinstance(command, ExtractConfig) and _is_there(command.vqvae):
         network = VQVAE2.from_pretrained(command.vqvae).config
@@ -122,12 +125,11 @@ def _autoencoder_stage(config: TrainVQVAEConfig, number: int | None) -> Stage:
     def loss_fn(model: Any, batch: Any) -> Any:
         if not gan.weight:
             return losses.make_loss(*loss)(model, batch)
-        term = losses.make_adversarial_term(gan, model.autoencoder.last_layer, start=0)
+        term = losses.make_adversarial_term(gan, autoencoder_of(model).last_layer, start=0)
         return losses.make_loss(*loss, adversarial=term)(model, batch)
 
     def make_model() -> nn.Module:
-        model = VQVAE2(config.model)
-        return AdversarialPair(model, gan) if gan.weight else model
+        return make_trained(VQVAE2(config.model), config)
 
     if config.perceptual.weight:
         print("The network of the perceptual loss takes more of everything than is planned here")
