@@ -66,9 +66,9 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
     if isinstance(command, TrainVQVAEConfig):
-        train = command
         if command.finetune == "decoder" and _is_there(str(command.init_from)):
-            train = with_finetuned_model(command)
+            command = with_finetuned_model(command)
+        train = command
     network, number, num_classes = train.model, plan.num_images, plan.num_classes
     if isinstance(command, ExtractConfig) and _is_there(command.vqvae):
         network = VQVAE2.from_pretrained(command.vqvae).config
