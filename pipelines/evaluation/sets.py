@@ -89,8 +89,9 @@ class ImageSet:
 
     def reconstructed(self, vqvae: VQVAE2) -> "ImageSet":
         """What an autoencoder makes of them."""
-        made_by = {"vqvae": vqvae, "vqvae_hash": part_hash(vqvae)}  # of its image decoder too
-        return replace(self, name=f"{self.name}, reconstructed", codes=None, **made_by)
+        hash_ = part_hash(vqvae)  # of its image decoder too
+        name = f"{self.name}, reconstructed"
+        return replace(self, name=name, vqvae=vqvae, vqvae_hash=hash_, codes=None)
 
     def __len__(self) -> int:
         return self.number
