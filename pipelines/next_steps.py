@@ -37,6 +37,11 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
     if command == "prepare":
         target = ["--output-dir", beside(out, "prepared", "vqvae")]
         yield ["train", "--data.path", out, *flags(config.image, "image."), *target]
+    elif command == "train" and config.finetune == "decoder":
+        codes = beside(config.init_from, "vqvae", "codes")
+        for words in priors_of(codes, out, codes):
+            pipeline = beside(out, "vqvae", "pipeline")
+            yield [*words[:-1], pipeline] if words[0] == "assemble" else words
     elif command in ("train", "import-weights", "reconstruct", "inspect"):
         vqvae = vqvae or out
         own = record_of(vqvae).get("data")  # not any other images

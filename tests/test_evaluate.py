@@ -21,6 +21,7 @@ from pipelines.evaluation.memorisation import closeness, hamming
 from pipelines.evaluation.metrics import Moments
 from pipelines.evaluation.sets import ImageSet, Seen, see
 from tests.conftest import ROOT, command, two_processes, write_images
+from tests.worker_two_processes import small_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,6 +215,15 @@ def test_what_was_seen_is_not_looked_at_again(tmp_path: Path) -> None:
     assert torch.equal(first.moments.mean, first.features.double().mean(dim=0))
     assert len(see(noise(30, 1), eyes, tmp_path).rows) == 30  # type: ignore[arg-type]
     assert eyes.looked == 60
+
+
+def test_reconstructions_of_another_image_decoder_are_looked_at(tmp_path: Path) -> None:
+    eyes, images, model = Eyes(), noise(20, 0), small_model().eval()
+    for looked in (20, 40):
+        see(images.reconstructed(model), eyes, tmp_path)  # type: ignore[arg-type]
+        assert eyes.looked == looked
+        with torch.no_grad():
+            model.last_layer.mul_(0.5)
 
 
 def test_copies_of_training_images_are_called_and_new_images_are_not(tmp_path: Path) -> None:

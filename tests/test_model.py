@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
+from vqvae2.code_noise import CodeNoise
 from vqvae2.common.artifact import check_memory
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
+from vqvae2.nearest import nearest
+from vqvae2.quantizers import Quantized
 from vqvae2.resnet import Attention, Upsample
 
 SMALL: dict[str, Any] = {
@@ -122,8 +126,8 @@ def test_level_dropout_leaves_out_finer_levels_for_its_share_of_the_images() -> 
     model = small_model(strides=(2, 2, 4), level_dropout=0.4)
     embeddings = [torch.ones(500, 8, *grid) for grid in ((2, 3), (4, 6), (8, 12))]
     kept: list[list[torch.Tensor]] = [[], [], []]  # per level, of several forwards
-    for _ in range(4):
-        for level, left in enumerate(model._drop_finer_levels(embeddings)):
+    for number in torch.arange(4):
+        for level, left in enumerate(model.drop_finer_levels(embeddings, number)):
             kept[level].append(left.amax(dim=(1, 2, 3)))
     top, middle, bottom = map(torch.cat, kept)
     assert (top == 1).all()
@@ -139,6 +143,65 @@ def test_level_dropout_is_for_training_with_more_than_one_level() -> None:
     assert int(model.num_forwards) == 1
     model.eval()(images)
     assert int(model.num_forwards) == 1
+
+
+# Code noise
+
+
+def test_noise_replaces_codes_by_neighbours_in_its_share_of_the_images() -> None:
+    """Of 80 codes two are near to each. How many codes of an image are replaced is random."""
+    noisy = CodeNoise(small_model(codebook_sizes=(80,)), 0.4)
+    codes = [torch.randint(80, (1000, 10, side)) for side in (4, 16)]
+    levels = [Quantized(torch.empty(0), level, torch.zeros(())) for level in codes]
+    noise, shares = noisy._noise(levels), []
+    for quantizer, level, added in zip(noisy.autoencoder.quantizers, codes, noise, strict=True):
+        codebook = quantizer.codebook
+        embeddings = rearrange(quantizer.lookup(level) + added, "b d h w -> (b h w) d")
+        ranks = torch.cdist(codebook, codebook).argsort(dim=1).argsort(dim=1)  # by distance
+        chosen = ranks[level.flatten(), nearest(embeddings, codebook)].view_as(level)
+        assert chosen.unique().tolist() == [0, 1, 2]
+        shares.append((chosen > 0).float().mean(dim=(1, 2)))
+    is_noisy = shares[1] > 0
+    assert is_noisy.float().mean().item() == pytest.approx(0.4, abs=0.05)
+    top, bottom = (share[is_noisy] for share in shares)
+    assert bottom.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert bottom.std().item() == pytest.approx(12**-0.5, abs=0.05)  # as from 0 to 1
+    assert torch.corrcoef(torch.stack([top, bottom]))[0, 1] > 0.8
+    noisy.num_forwards += 1
+    assert not torch.equal(noisy._noise(levels)[0], noise[0])
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient", "cosine", "fsq"])
+def test_noise_reaches_the_image_decoder_alone(kind: str) -> None:
+    """Codes, losses and codebooks are those without it; gradients pass straight through."""
+    quantizer = QuantizerConfig(kind=kind, fsq_levels=(4, 5), estimator="rotation")  # type: ignore[arg-type]
+    options: dict[str, Any] = {"quantizer": quantizer, "level_dropout": 0.0}
+    plain, noisy = small_model(**options), CodeNoise(small_model(**options), 1.0)
+    images = some_images()
+    output, levels = noisy(images), plain.encode(images)
+    for one, other in zip(output.levels, levels, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.loss, other.loss)
+    for name, tensor in plain.quantizers.state_dict().items():
+        assert torch.equal(tensor, noisy.autoencoder.quantizers.state_dict()[name]), name
+
+    # By hand.
+    noisy.num_forwards.zero_()
+    embeddings = [level.embeddings for level in levels]
+    noise = noisy._noise(levels)
+    assert all(each.any() for each in noise)
+    both = zip(embeddings, noise, strict=True)
+    read = [(e + added).detach().requires_grad_() for e, added in both]
+    expected = plain.decode(read)
+    assert torch.equal(output.reconstruction, expected)
+    output.reconstruction.square().sum().backward()
+    expected.square().sum().backward()
+    torch.autograd.backward(embeddings, [each.grad for each in read])
+    weights = dict(noisy.autoencoder.named_parameters())
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(weights[name].grad, weight.grad, msg=name)
+    noisy.eval()
+    assert torch.equal(noisy(images).reconstruction, noisy.autoencoder(images).reconstruction)
 
 
 # The model as a folder

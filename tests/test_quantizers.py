@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqvae2.config import QuantizerConfig
-from vqvae2.nearest import argmax, k_means, nearest
+from vqvae2.nearest import argmax, k_means, nearest, neighbours
 from vqvae2.quantizers import (
     CodebookQuantizer,
     CosineQuantizer,
@@ -84,6 +84,12 @@ def test_argmax_in_blocks_is_argmax_also_among_equals(columns: int) -> None:
     few_values = torch.randint(0, 3, (300, columns)).float()
     for scores in (torch.randn(300, columns), few_values, torch.zeros(5, columns)):
         assert torch.equal(argmax(scores), scores.argmax(dim=1))
+
+
+def test_neighbours_are_the_nearest_other_codes() -> None:
+    codebook = torch.randn(300, 16)
+    order = distances(codebook, codebook).argsort(dim=1)
+    assert torch.equal(neighbours(codebook, 5), order[:, 1:6])
 
 
 def test_k_means_finds_clusters() -> None:

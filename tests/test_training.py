@@ -267,7 +267,7 @@ def test_every_training_setting_changes_something(photos: Path, tmp_path: Path) 
     settings = ["--batch-size 8", "--learning-rate 1e-2", "--warmup-steps 5", "--weight-decay 0.5"]
     settings += ["--max-grad-norm 0.001", "--seed 1"]
     settings += ["--mixed-precision no" if native_bf16() else "--mixed-precision bf16"]
-    settings += ["--reconstruction-loss l1", "--optimizer adamw"]
+    settings += ["--reconstruction-loss l1", "--optimizer adamw", "--code-noise 0.5"]
     base = trained_weights(train(photos, tmp_path / "base", "--num-steps 8"))
     for setting in settings:
         other = train(photos, tmp_path / setting, "--num-steps 8", setting)
@@ -328,6 +328,32 @@ def test_the_best_weights_are_kept(photos: Path, tmp_path: Path) -> None:
     options = ("--weight-ema-decay 0", still, enough)
     again = train(photos, tmp_path / "again", "--init-from", x, *options)
     assert metrics(again)[-1]["validation/mse"] == pytest.approx(min(held_out), rel=0.02)
+
+
+def test_the_decoder_alone_is_fine_tuned_and_old_priors_remain_valid(
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all that could move more; the settings of the model are those of its folder."""
+    x, options = tmp_path / "x", "--finetune decoder --num-steps 6 --code-noise 0.5 --log-every 1"
+    moving = "--weight-decay 0.5 --discriminator.weight 0.8 --discriminator.num-layers 1"
+    start = ["--init-from", run / "vqvae", "--data.path", photos, "--output-dir", x]
+    command("train", *start, *words((options, moving)))
+    old, new = (load_file(folder / "model.safetensors") for folder in (run / "vqvae", x))
+    last = load_file(last_checkpoint(x) / "model.safetensors")
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        is_still = torch.equal(new[name], tensor)
+        assert is_still == torch.equal(last[f"autoencoder.autoencoder.{name}"], tensor)
+        assert is_still != name.startswith("image_decoder."), name
+    next_step = capsys.readouterr().out.splitlines()[-1].split()
+    assert next_step[:4] == ["vqvae2", "assemble", "--vqvae", str(x)]
+    command(*next_step[1:])
+
+    # Another model, or none.
+    command("train", *start, *words((options, moving, "--model.hidden-channels 64")), code=2)
+    assert "leave out --model" in capsys.readouterr().err
+    command("train", *start[2:], *words((options,)), code=2)
+    assert "finetune is 'decoder', but must be used with --init-from" in capsys.readouterr().err
 
 
 def test_too_few_images_are_said_and_do_not_choose_the_weights(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config, quantizers
+from vqvae2.code_noise import CodeNoise
 from vqvae2.common.accelerate import check_same_images, make_accelerator
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import Stopped, UserError
@@ -26,7 +27,7 @@ from vqvae2.losses import make_adversarial_term, make_loss
 from vqvae2.nearest import k_means
 
 VARIANTS = {"ema": 1, "cosine": 1, "gradient": 1, "fsq": 2, "adversary": 1}
-"""Quantizer, or an adversary beside it -> parts that a batch is accumulated from."""
+"""Quantizer, or an adversary beside it and noise on the codes -> parts of a batch."""
 
 
 class Images(Dataset):
@@ -133,11 +134,11 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
     accelerator = make_accelerator(training, output_dir)
     assert accelerator.num_processes == expected_processes, accelerator.num_processes
 
-    # With an adversary, a pair of networks is trained, each with its own settings.
+    # With an adversary, a pair of networks is trained, each with its own settings; here with noise.
     trained, term = model, None
     if adversary:
         settings = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
-        trained = AdversarialPair(model, settings).double()
+        trained = AdversarialPair(CodeNoise(model, 0.5), settings).double()
         term = make_adversarial_term(settings, model.last_layer, start=5)
     loss_fn = make_loss("mse", model.config.codebook_size_per_level, adversarial=term)
     place = {"num_processes": expected_processes, "process_index": accelerator.process_index}

@@ -350,9 +350,18 @@ class TrainVQVAEConfig(TrainingConfig):
     """An optional perceptual loss."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """An optional patch discriminator."""
+    code_noise: float = 0.0
+    """Share of the training images in which codes are replaced by near neighbours before the image
+    decoder reads them: it learns to forgive the errors of priors. The last weights are kept."""
+    finetune: Literal["all", "decoder"] = "all"
+    """What learns after --init-from. decoder: the image decoder alone; the rest of that model, its
+    settings too, stays as it is, so that codes and priors that were made with it remain valid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_between(self, 0, 1, "code_noise")
+        fits = self.finetune == "all" or self.init_from is not None
+        check(fits, "finetune", self.finetune, "used with --init-from, the model to fine-tune")
         side, layers = min(self.model.image.height_width), self.discriminator.num_layers
         fits = not self.discriminator.weight or side >= 3 * 2**layers
         allowed = f"so small that {layers} halvings of {side} pixels leave 3 or more"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vqvae2.code_noise import CodeNoise
 from vqvae2.config import DiscriminatorConfig
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantized
@@ -59,7 +60,7 @@ class AdversarialPair(nn.Module):
 
     num_forwards: Tensor
 
-    def __init__(self, autoencoder: VQVAE2, config: DiscriminatorConfig) -> None:
+    def __init__(self, autoencoder: VQVAE2 | CodeNoise, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config, self.autoencoder = config, autoencoder
         self.discriminator = PatchDiscriminator(autoencoder.config.image.channels, config)

@@ -80,7 +80,8 @@ class VQVAE2(Artifact, nn.Module):
         levels = self.encode(images)
         embeddings = [level.embeddings for level in levels]
         if self.training and self.config.level_dropout and self.config.num_levels > 1:
-            embeddings = self._drop_finer_levels(embeddings)
+            embeddings = self.drop_finer_levels(embeddings, self.num_forwards)
+            self.num_forwards += 1
         return VQVAE2Output(self.decode(embeddings), levels)
 
     def encode(self, images: Tensor) -> tuple[Quantized, ...]:
@@ -150,17 +151,17 @@ class VQVAE2(Artifact, nn.Module):
             return embeddings
         return torch.cat([self.upsamplers[level - 1](context), embeddings], dim=1)
 
-    def _drop_finer_levels(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
+    def drop_finer_levels(self, embeddings: Sequence[Tensor], counter: Tensor) -> list[Tensor]:
         """Zero the levels finer than a random one, in some images: nested dropout (Rippel 2014).
 
-        A hash of (forward, place in the joint batch) decides: one process or many choose the same.
+        A hash of the counter `()` and the place in the joint batch decides: one process or many
+        choose the same.
         """
         batch = len(embeddings[0])
-        numbers = random_integers(self.num_forwards, 2 * batch * world_size())
+        numbers = random_integers(counter, 2 * batch * world_size())
         first, second = numbers.view(world_size(), batch, 2)[rank()].unbind(dim=1)  # (B,) each
-        self.num_forwards += 1
         whole = first % 2**20 >= self.config.level_dropout * 2**20  # images that keep all levels
-        finest = second % (self.config.num_levels - 1)  # the last level that the others keep
+        finest = second % max(1, self.config.num_levels - 1)  # the last level that the others keep
         levels = torch.arange(len(embeddings), device=finest.device)[:, None]
         keep = (whole | (levels <= finest))[..., None, None, None]  # (levels, B, 1, 1, 1)
         return [e * mask.to(e.dtype) for e, mask in zip(embeddings, keep, strict=True)]

@@ -4,6 +4,7 @@ Letters: N vectors, D their dimension, K codebook size.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from einops import rearrange
@@ -29,14 +30,26 @@ def nearest(vectors: Tensor, codebook: Tensor, *, megabytes: float = 64.0) -> Te
     Returns:
         `(N,)` int64.
     """
+    return torch.cat([argmax(scores) for scores in _chunks(vectors, codebook, megabytes)])
+
+
+def neighbours(codebook: Tensor, number: int) -> Tensor:
+    """The entries nearest to each entry of a codebook `(K, D)`, itself aside: `(K, number)`."""
+    with torch.autocast(codebook.device.type, enabled=False):
+        scores = _chunks(codebook, codebook, 64.0)
+        return torch.cat([chunk.topk(number + 1).indices[:, 1:] for chunk in scores])
+
+
+def _chunks(vectors: Tensor, codebook: Tensor, megabytes: float) -> Iterator[Tensor]:
+    """Scores `(n, K)`, the higher the nearer, of vectors `(N, D)`, n at once."""
     centre = codebook.mean(dim=0)
     codebook = codebook - centre
     offset = -0.5 * codebook.square().sum(dim=1)
     at_once = max(1, int(megabytes * 2**20 / codebook[:, 0].nbytes))
     if vectors.device.type == "cpu":
         at_once = min(VECTORS_AT_ONCE, at_once)
-    chunks = vectors.split(at_once)
-    return torch.cat([argmax(_scores(chunk - centre, codebook, offset)) for chunk in chunks])
+    for chunk in vectors.split(at_once):
+        yield _scores(chunk - centre, codebook, offset)
 
 
 def _scores(vectors: Tensor, codebook: Tensor, offset: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 
+from vqvae2.code_noise import CodeNoise
 from vqvae2.codebook_stats import CodebookWatch, perplexity, usage, warn_of_few
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
@@ -25,7 +26,7 @@ from vqvae2.common.metrics import best_validation, conclusion, quality
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.vocabulary import MIN_HELD_OUT, TRAINING_RECORD
-from vqvae2.config import TrainVQVAEConfig
+from vqvae2.config import TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import (
     ImageDataset,
     PythonImages,
@@ -39,6 +40,7 @@ from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual
 
 logger = logging.getLogger(__name__)
+Trained = VQVAE2 | CodeNoise | AdversarialPair
 
 
 @writes_output
@@ -53,6 +55,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
     """
     # The folder: new, or that of the same run.
+    config = with_finetuned_model(config)
     output_dir = Path(config.output_dir)
     accelerator = make_accelerator(config, output_dir)
     record = RunRecord("train", config, TRAINING_RECORD)
@@ -108,29 +111,26 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if rows:
         warn_of_few(len(rows), config.model.codebook_size_per_level)
 
-    # With a discriminator a pair of networks is trained. Its autoencoder is validated, drawn and
-    # saved, and the last one is kept: the one with the lowest error is blurrier. (The adversarial
-    # term counts its calls from 0, several per step with accumulation.)
-    trained: VQVAE2 | AdversarialPair = model
+    # What is trained; its autoencoder is validated, drawn and saved. With a discriminator or noise
+    # the last one is kept: the one with the lowest error is blurrier, or forgives less. (The
+    # adversarial term counts its calls from 0, several per step with accumulation.)
+    trained = make_trained(model, config)
     adversarial = None
-    if config.discriminator.weight:
-        trained = AdversarialPair(model, config.discriminator)
+    if isinstance(trained, AdversarialPair):
         start = (config.discriminator.start_step - 1) * num_parts
         adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
 
-    def autoencoder(net: VQVAE2 | AdversarialPair) -> VQVAE2:
-        return net.autoencoder if isinstance(net, AdversarialPair) else net
-
-    def validate(net: VQVAE2 | AdversarialPair) -> dict[str, float]:
-        figures = evaluate(autoencoder(net), data.validation, accelerator, config, perceptual)
+    def validate(net: Trained) -> dict[str, float]:
+        figures = evaluate(autoencoder_of(net), data.validation, accelerator, config, perceptual)
         # The weights with the lowest "loss" are kept, where enough images tell.
-        if adversarial is None and len(data.validation) >= MIN_HELD_OUT:
+        if trained is model and len(data.validation) >= MIN_HELD_OUT:
             weighted = perceptual_weight * figures.get("perceptual", 0.0)
             figures["loss"] = figures["reconstruction"] + weighted
         return figures
 
-    def draw(net: VQVAE2 | AdversarialPair) -> Image.Image:
-        return reconstruction_sheet(autoencoder(net), data.shown, accelerator.device, num_images=16)
+    def draw(net: Trained) -> Image.Image:
+        net = autoencoder_of(net)
+        return reconstruction_sheet(net, data.shown, accelerator.device, num_images=16)
 
     # How many different features there can be, where that is known.
     num_features: list[int] = []
@@ -156,6 +156,36 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if best := best_validation(output_dir):
         logger.info("%s: reconstructions of held-out images: %s.", output_dir, quality(best["mse"]))
     report_skipped(output_dir)
+
+
+def make_trained(model: VQVAE2, config: TrainVQVAEConfig) -> Trained:
+    """The module to train: a model, perhaps with noise on its codes, perhaps a discriminator."""
+    trained: VQVAE2 | CodeNoise = model
+    decoder_only = config.finetune == "decoder"
+    if config.code_noise or decoder_only:
+        trained = CodeNoise(model, config.code_noise, decoder_only=decoder_only)
+    discriminator = config.discriminator
+    return AdversarialPair(trained, discriminator) if discriminator.weight else trained
+
+
+def autoencoder_of(net: Trained) -> VQVAE2:
+    """The inverse of `make_trained`."""
+    return net if isinstance(net, VQVAE2) else autoencoder_of(net.autoencoder)
+
+
+def with_finetuned_model(config: TrainVQVAEConfig) -> TrainVQVAEConfig:
+    """The configuration with the model of which the decoder is to be fine-tuned, if it is.
+
+    Raises:
+        UserError: another model is asked for, or there is none in the folder.
+    """
+    if config.finetune != "decoder" or config.init_from is None:
+        return config
+    model = VQVAE2.from_pretrained(config.init_from).config
+    if config.model not in (model, VQVAE2Config()):
+        problem = f"the settings of the model differ from those of {config.init_from}"
+        raise UserError(f"{problem}, whose decoder is fine-tuned: leave out --model and --image.")
+    return replace(config, model=model)
 
 
 def _list_skipped(output_dir: Path, process_index: int, name: str, reason: str) -> None:

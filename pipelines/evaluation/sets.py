@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipelines.commands.sample import load_codes
 from pipelines.evaluation.features import LANES, Extractor, kept_arrays, to_bytes
 from pipelines.evaluation.metrics import Moments
+from pipelines.model_index import part_hash
 from vqvae2.common.accelerate import processes
 from vqvae2.common.messages import progress_bar
 from vqvae2.config import PreprocessingConfig
@@ -88,7 +89,7 @@ class ImageSet:
 
     def reconstructed(self, vqvae: VQVAE2) -> "ImageSet":
         """What an autoencoder makes of them."""
-        hash_ = vqvae.content_hash()
+        hash_ = part_hash(vqvae)  # of its image decoder too
         name = f"{self.name}, reconstructed"
         return replace(self, name=name, vqvae=vqvae, vqvae_hash=hash_, codes=None)
 

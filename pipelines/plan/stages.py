@@ -32,9 +32,9 @@ from vqvae2.common.fit import make_optimizer
 from vqvae2.common.muon import moment_names
 from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import load_images, to_images
-from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
+from vqvae2.training import autoencoder_of, make_trained, with_finetuned_model
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,7 +67,10 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         recipe, images = demo_recipe(command.budget), ImagesConfig(path=str(DEMO_IMAGES))
     section = recipe_section(recipe, "train")
     train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
-    train = command if isinstance(command, TrainVQVAEConfig) else train
+    if isinstance(command, TrainVQVAEConfig):
+        if command.finetune == "decoder" and _is_there(str(command.init_from)):
+            command = with_finetuned_model(command)
+        train = command
     network, number, num_classes = train.model, plan.num_images, plan.num_classes
     if isinstance(command, ExtractConfig) and _is_there(command.vqvae):
         network = VQVAE2.from_pretrained(command.vqvae).config
@@ -124,12 +127,11 @@ def _autoencoder_stage(config: TrainVQVAEConfig, number: int | None) -> Stage:
     def loss_fn(model: Any, batch: Any) -> Any:
         if not gan.weight:
             return losses.make_loss(*loss)(model, batch)
-        term = losses.make_adversarial_term(gan, model.autoencoder.last_layer, start=0)
+        term = losses.make_adversarial_term(gan, autoencoder_of(model).last_layer, start=0)
         return losses.make_loss(*loss, adversarial=term)(model, batch)
 
     def make_model() -> nn.Module:
-        model = VQVAE2(config.model)
-        return AdversarialPair(model, gan) if gan.weight else model
+        return make_trained(VQVAE2(config.model), config)
 
     if config.perceptual.weight:
         print("The network of the perceptual loss takes more of everything than is planned here")
@@ -222,12 +224,18 @@ def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, 
     for cached in (attention._future, attention._window):
         cached.cache_clear()  # masks without memory must not meet real tensors
     averaged, gradients = weights * (stage.config.weight_ema_decay > 0), constant - weights
-    moments = 0
-    for group in make_optimizer(model, stage.config).param_groups if gradients else ():
-        kept = [name for name in moment_names(group) if name != "step"]
-        moments += len(kept) * sum(parameter.nbytes for parameter in group["params"])
     sizes = {"weights": weights, "averaged weights": averaged, "gradients": gradients}
-    sizes |= {"optimizer": moments, "activations": activations}
+    sizes["optimizer"] = bytes_of_moments(model, stage.config) if gradients else 0
+    sizes["activations"] = activations
     sizes["working memory"] = meter.peak - constant - activations
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return num_parameters, meter.flops, {name: size / 2**30 for name, size in sizes.items()}
+
+
+def bytes_of_moments(model: nn.Module, config: TrainingConfig) -> int:
+    """What the optimizer keeps."""
+    total = 0
+    for group in make_optimizer(model, config).param_groups:
+        kept = [name for name in moment_names(group) if name != "step"]  # which is a number
+        total += len(kept) * sum(parameter.nbytes for parameter in group["params"])
+    return total
