@@ -14,6 +14,7 @@ from vqvae2.code_noise import CodeNoise
 from vqvae2.common.artifact import check_memory
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
+from vqvae2.common.threads import set_threads
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
 from vqvae2.nearest import nearest
@@ -344,15 +345,15 @@ def test_a_model_of_the_paper_is_written_as_before_there_were_others(tmp_path: P
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_features_have_the_same_bits_wherever_an_image_is_in_the_batch(threads: int) -> None:
     """On a CPU threads share the pixels of a batch: a norm's sums might be cut inside an image."""
-    model, before = small_model(network="resnet"), torch.get_num_threads()
+    model = small_model(network="resnet")
     images = some_images(32).contiguous(memory_format=torch.channels_last)
 
     def features(images: torch.Tensor) -> torch.Tensor:
         return model.encoders[0](model.encoders[1](images))
 
-    torch.set_num_threads(threads)
+    set_threads(threads)
     try:
         with torch.no_grad():
             assert torch.equal(features(images.roll(5, dims=0)).roll(-5, dims=0), features(images))
     finally:
-        torch.set_num_threads(before)
+        set_threads(0)
