@@ -44,6 +44,7 @@ from prior.probes import fresh_copy
 from prior.training import train_prior
 from vqvae2 import config as c
 from vqvae2.common.accelerate import processes
+from vqvae2.common.fit import make_optimizer
 from vqvae2.common.metrics import best_validation
 from vqvae2.model import VQVAE2
 from vqvae2.training import train
@@ -370,7 +371,7 @@ def plan_and_speed() -> None:
             with torch.device(DEVICE):
                 model, batch = stage.make_model().train(), stage.make_batch(rows)
             average = [weight.detach().clone() for weight in model.parameters()]
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            optimizer = make_optimizer(model, stage.config)
             if compiled:
                 model.compile()
             seconds = []

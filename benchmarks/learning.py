@@ -30,6 +30,7 @@ from prior.probes import dataset_rows, nats_per_code
 from prior.training import make_loss, prior_config
 from prior.transformer import Positions
 from vqvae2.common.accelerate import keep_freed_memory
+from vqvae2.common.fit import make_optimizer
 from vqvae2.common.loading import ShuffledLoader
 
 
@@ -82,13 +83,7 @@ class Run:
         self.name, self.model, self.config = name, model.train(), config
         self.batches, self.budget = batches, seconds
         self.loss_fn = make_loss(model.config, token_corruption=config.token_corruption)
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas)
+        self.optimizer = make_optimizer(model, config)
         self.seconds, self.bits = 0.0, list[float]()
 
     def step(self) -> None:

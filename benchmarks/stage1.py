@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vqvae2 import VQVAE2, EMAQuantizer, PreprocessingConfig, QuantizerConfig, VQVAE2Config
 from vqvae2.common.accelerate import keep_freed_memory
+from vqvae2.common.config import TrainingConfig
+from vqvae2.common.fit import make_optimizer
 from vqvae2.losses import make_loss
 
 SHAPES = {"3x256x256, batch 4": (4, 3, 256, 256), "3x64x64, batch 32": (32, 3, 64, 64)}
@@ -45,11 +47,11 @@ def precision(bf16: bool) -> torch.autocast:
 
 
 def our_step(shape: tuple[int, ...], *, bf16: bool) -> Work:
-    """A training step as `fit` makes it, with AdamW."""
+    """A training step as `fit` makes it."""
     torch.manual_seed(0)
     model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=shape[2:]))).train()
     loss_fn = make_loss("mse", model.config.codebook_size_per_level)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = make_optimizer(model, TrainingConfig())
     images = torch.rand(shape) * 2 - 1
 
     def step() -> None:

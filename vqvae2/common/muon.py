@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqvae2.common.accelerate import native_bf16
+
 MOMENTUM = 0.95
 # Of a polynomial a s + b s^3 + c s^5 that, applied again and again, takes singular values from
 # (0, 1] to between 0.7 and 1.2 (Jordan et al. 2024): it need not be exact, but fast.
@@ -75,8 +77,8 @@ def layer_weights(model: nn.Module) -> set[int]:
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices `(N, rows, columns)` to the nearest ones with singular values of about one, by a
-    Newton-Schulz iteration; in bf16 on a GPU, as it need not be exact."""
-    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    Newton-Schulz iteration; in bf16 where that is fast, as it need not be exact."""
+    x = matrices.bfloat16() if matrices.dtype == torch.float32 and native_bf16() else matrices
     if is_tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
