@@ -114,7 +114,7 @@ def sample(network: UNet2DModel, names: list[str], options: argparse.Namespace) 
         folder.mkdir(parents=True, exist_ok=True)
     started = computed_seconds(options)
     numbers = torch.arange(options.num_samples)
-    for chosen in tqdm(numbers.split(options.batch_size), desc="sampling", unit="batch"):
+    for chosen in tqdm(numbers.split(50), desc="sampling", unit="batch"):
         labels = chosen % len(names) if names else None
         shape = (len(chosen), options.channels, options.size, options.size)
         images = torch.randn(shape, generator=generator)
@@ -148,8 +148,8 @@ def main() -> None:
     parser.add_argument("--fit", default="pad", help="see vqvae2 train --model.image.fit")
     parser.add_argument("--background", default="black")
     parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
