@@ -309,7 +309,7 @@ class DiscriminatorConfig:
     """Weight of fooling it, relative to the reconstruction's pull; 0 is off, 0.8 VQGAN's."""
     start_step: int = 5000
     """Step from which the autoencoder tries to fool it: when the reconstruction is good already."""
-    learning_rate_factor: float = recipe_only(0.2)
+    learning_rate_factor: float = recipe_only(0.1)
     """Its learning rate, as a multiple of the autoencoder's."""
     adam_betas: tuple[float, float] = recipe_only((0.5, 0.9))
     """Its AdamW decay rates."""
@@ -342,7 +342,7 @@ class TrainVQVAEConfig(TrainingConfig):
     """Where the images are."""
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
     """The autoencoder."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     """What is minimised between image and reconstruction, in [-1, 1]."""
