@@ -187,7 +187,7 @@ def choose(
         "batch_size": batch,
     }
     transformer = {"width": width, "num_layers": layers, "num_heads": heads, "dropout": dropout}
-    prior = {"transformer": transformer, "batch_size": batch, "learning_rate": 0.002}
+    prior = {"transformer": transformer, "batch_size": batch, "learning_rate": 0.004}
     prior["patience"] = 5  # of ten validations: one that learns its few rows by heart stops
     recipe: dict[str, Any] = {"train": train, "prior_0": prior, "prior_1": dict(prior)}
     if mirrored:

@@ -176,7 +176,7 @@ class TrainPriorConfig(TrainingConfig):
     token_corruption: float = 0.0
     """Share of codes replaced by random ones where they are read, not where they are predicted:
     sampling then survives its own mistakes."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
     """Decoupled weight decay, on matrices only."""
