@@ -212,6 +212,10 @@ class PixelSNAIL(Prior):
             x = block(x, before, places, context)
         return rearrange(self.output(x), "b h w k -> b k h w")
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: all by AdamW, for with Muon it learned more slowly."""
+        return [{"params": list(self.parameters()), "muon": False}]
+
     def context(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
         """The class and the coarser codes: `(B, h, w, W)`, or `(B, 1, 1, W)` on the top level."""
         context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from prior.config import TransformerConfig, TransformerPriorConfig
+from prior.config import (
+    PixelSNAILConfig,
+    PixelSNAILPriorConfig,
+    TransformerConfig,
+    TransformerPriorConfig,
+)
+from prior.pixelsnail import PixelSNAIL
 from prior.transformer import TransformerPrior
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.fit import make_optimizer
@@ -58,7 +64,7 @@ def test_a_step_is_that_of_torch() -> None:
 
 
 def test_layers_learn_by_muon_and_all_else_by_adamw() -> None:
-    """Not biases, embeddings, positions or codebooks; and nothing of a discriminator."""
+    """Not biases, embeddings, positions or codebooks; nothing of discriminators and PixelSNAILs."""
     image = PreprocessingConfig(size=(16,), channels=1)
     network = TransformerConfig(width=16, num_layers=1, num_heads=2)
     facts: dict[str, Any] = {"grids": ((2, 2),), "codebook_sizes": (8,), "level": 0}
@@ -78,3 +84,5 @@ def test_layers_learn_by_muon_and_all_else_by_adamw() -> None:
         }
         plain = make_optimizer(model, TrainingConfig(optimizer="adamw"))
         assert not any(group["muon"] for group in plain.param_groups)
+    snail = PixelSNAIL(PixelSNAILPriorConfig(network=PixelSNAILConfig(width=16), **facts))
+    assert not any(group["muon"] for group in make_optimizer(snail, TrainingConfig()).param_groups)

@@ -62,7 +62,7 @@ class TrainingConfig:
     """Compute each batch in this many pieces, one after the other, to save memory."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: weights of linear layers and convolutions learn as matrices, by Muon, and all else by
-    AdamW: it learns more in each step. adamw: all by AdamW."""
+    AdamW: it learns more in each step. adamw: all by AdamW, as a PixelSNAIL does anyway."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 100
