@@ -176,8 +176,9 @@ class VQVAE2Pipeline:
                 of names of attributes, for priors that were trained with some; None hides them.
             temperature, top_k, top_p, min_p, guidance_scale: one value, or one per level, coarse to
                 fine; see `SamplingConfig`.
-            seed: image i is a function of (seed, i, its label and condition), to the bit on the same
-                device with the same number of threads, `lanes`, `parallel_positions`, `compiled` and `bf16`.
+            seed: image i is a function of (seed, i, its label and condition), to the bit on the
+                same device with the same number of threads, `lanes`, `parallel_positions`,
+                `compiled` and `bf16`.
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, and other images.
