@@ -24,6 +24,8 @@ from tests.conftest import command, edit_shard
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
+from vqvae2.config import ImagesConfig, PrepareConfig
+from vqvae2.data.prepared import prepare_command
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -198,8 +200,9 @@ def test_attributes_travel_from_the_data_to_the_images(
     rows = [{"file_name": name, "x": attributes[name]} for name in names]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     column = ("--data.condition-column", "x")
-    size = ("--image.size", 16, "--image.channels", 1)
-    command("prepare", "--data.path", data, *column, *size, "--output-dir", tmp_path / "prepared")
+    image = VQVAE2.from_pretrained(run / "vqvae").config.image
+    source = ImagesConfig(path=str(data), condition_column="x")
+    prepare_command(PrepareConfig(data=source, image=image, output_dir=str(tmp_path / "prepared")))
     for path, more in ((data, column), (tmp_path / "prepared", ())):
         folder = codes.with_name(f"codes_{next(index)}")
         extract = ("extract", "--vqvae", run / "vqvae", "--data.path", path, *more)
