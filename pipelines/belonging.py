@@ -6,11 +6,11 @@ from typing import Any
 from prior.base import Prior
 from prior.manifest import Manifest
 from vqvae2.common.errors import UserError
-from vqvae2.common.vocabulary import describe_grids
+from vqvae2.common.vocabulary import describe_grids, describe_vectors
 from vqvae2.model import VQVAE2
 
 ADVICE = "Extract codes with this autoencoder and train every prior on them."
-FACTS = ("encoder", "codes", "grids", "classes")
+FACTS = ("encoder", "codes", "grids", "classes", "condition")
 
 
 def mismatches(
@@ -50,9 +50,9 @@ def refuse_mismatches(*given: Any, **options: Any) -> None:
 
 def _claims(
     vqvae: VQVAE2 | None, priors: Sequence[Prior], manifest: Manifest | None
-) -> dict[str, list[tuple[list[str], str]]]:
+) -> dict[str, list[tuple[list[Any], str]]]:
     """What each says about itself, by fact: the value, and a clause."""
-    claims: dict[str, list[tuple[list[str], str]]] = {fact: [] for fact in FACTS}
+    claims: dict[str, list[tuple[list[Any], str]]] = {fact: [] for fact in FACTS}
 
     def add(name: str, grids: Any, sizes: Any) -> None:
         levels = describe_grids(grids, sizes)
@@ -78,4 +78,7 @@ def _claims(
         if source.class_names or source is manifest:  # a prior may do without the classes
             classes = ", ".join(source.class_names) or "none"
             claims["classes"].append(([classes], f"{name} has the classes {classes}"))
+        vectors = describe_vectors(source.vector_size, source.vector_names)
+        own = [source.vector_size, source.vector_names]
+        claims["condition"].append((own, f"{name} is conditioned on {vectors}"))
     return claims

@@ -32,6 +32,7 @@ from pipelines.labels import hidden_unless_given
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.base import Prior
 from prior.sampling import Known, in_lanes
+from prior.vector import with_vectors
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
@@ -74,7 +75,7 @@ class Codec:
 
     def refuse_unhidden(self) -> None:
         """Raise a `UserError` for priors that must be told the classes of images."""
-        if self.pipeline.class_names and not self.pipeline.can_hide_labels:
+        if not self.pipeline.can_hide_all:
             what = "the priors were trained without label dropout, and cannot code unknown classes"
             raise UserError(f"{what}: code by frequency (--fast), or retrain them with it.")
 
@@ -125,7 +126,7 @@ class Codec:
                         intervals += intervals_of(row, sizes)
                         counts.add_(row.bincount(minlength=len(counts)))
                 else:
-                    logits = self.priors[level](grid, condition, self._hidden(level, len(rows)))
+                    logits = self.priors[level](grid, *self._given(condition, len(rows)))
                     scaled = scaled_probabilities(logits.flatten(2).permute(2, 0, 1))  # (T, B, K)
                     nudges.append(safest_nudge(scaled))
                     intervals += intervals_of(own, rounded(scaled, nudges[-1]))
@@ -243,10 +244,12 @@ class Codec:
                 bar.update(len(chunk))
         bar.close()
 
-    def _hidden(self, level: int, number: int) -> Tensor | None:
-        """The hidden label `(B,)`, if the level's prior has labels."""
-        classes = self.priors[level].config.num_classes
-        return torch.full((number,), classes) if classes else None
+    def _given(self, coarser: Sequence[Tensor], number: int) -> tuple[list[Tensor], Tensor | None]:
+        """The condition of the level below these, and its labels `(B,)`, if its prior has some: all
+        hidden but for the codes."""
+        config = self.priors[len(coarser)].config
+        labels = torch.full((number,), config.num_classes) if config.num_classes else None
+        return with_vectors(config, coarser, number), labels
 
     def _read(
         self,
@@ -260,7 +263,7 @@ class Codec:
         frequency without a nudge."""
         level, step = len(condition), None
         if nudge is not None:
-            given = (condition, self._hidden(level, number))
+            given = self._given(condition, number)
             step = self.priors[level].make_stepper(number, *given, compiled=False)
         codes = torch.empty(math.prod(self.grids[level]), number, dtype=torch.int64)
         before = torch.full((number, 1), self.sizes[level])

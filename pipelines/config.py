@@ -231,6 +231,11 @@ class SampleConfig(SetConfig, EditConfig):
 
     output_dir: str = may_change()
     """The folder to write: images/, receipt.json, and samples.png, which shows some of them."""
+    conditions: str | None = may_change(None)
+    """A file of conditions, taken in turn, for priors that were trained with some: .npy (an array
+    with a row for each), or .jsonl (in each line a list of numbers, or of names of attributes)."""
+    attributes: tuple[str, ...] = may_change(())
+    """Attributes that all images have, for priors that were trained with some."""
     receipt: str | None = may_change(None)
     """Make the set of this receipt.json again. It says how many images, and all about how they are
     drawn; of an edited set, --init-image and --mask must be given again."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from prior.base import Prior
 from prior.probes import Rows, nats_per_row
 from prior.sampling import Known
+from prior.vector import with_vectors
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.config import PreprocessingConfig
@@ -124,17 +125,26 @@ def as_codes(given: Sequence[Any], model: VQVAE2) -> list[Tensor]:
 
 
 def log_likelihood(
-    priors: Sequence[Prior], codes: Sequence[Tensor], labels: Sequence[int]
+    priors: Sequence[Prior],
+    codes: Sequence[Tensor],
+    labels: Sequence[int],
+    vectors: Tensor | None = None,
 ) -> Tensor:
     """ln p of each image's codes by level, given the coarser ones: `(B, levels)` float64, in nats.
-    `labels` are one for all images or one each; none without classes (else a `UserError`)."""
+    `labels` are one for all images or one each; none without classes (else a `UserError`). So for
+    `vectors` `(1, V)` or `(B, V)`; None hides them."""
     number, levels = len(codes[0]), []
     if len(labels) not in (0, 1, number):
         what = f"{len(labels)} labels do not fit the number of images, {number}"
         raise UserError(f"{what}: give one label, or one per image.")
     classes = torch.tensor([*labels] * (number if len(labels) == 1 else 1))
+    if vectors is not None:
+        fits = len(vectors) in (1, number)
+        check(fits, "the number of conditions", len(vectors), f"1, or {number}, one per image")
+        vectors = vectors.expand(number, -1)
     for level, prior in enumerate(priors):
-        *condition, own = [grid.to(prior.device) for grid in codes[: level + 1]]
+        condition = with_vectors(prior.config, codes[:level], number, vectors)
+        *condition, own = [given.to(prior.device) for given in [*condition, codes[level]]]
         given = classes.to(prior.device) if prior.config.num_classes else None
         levels.append(-nats_per_row(prior, Rows(own, condition, given)).cpu())
     return torch.stack(levels, dim=1)

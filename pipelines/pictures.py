@@ -7,12 +7,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 
 from pipelines.belonging import refuse_mismatches
 from prior.base import Prior
 from prior.config import TrainPriorConfig
 from prior.manifest import CodeDataset, parse_level, read_manifest
+from prior.probes import rows_of
 from prior.sampling import image_seeds
 from vqvae2.common.accelerate import processes
 from vqvae2.common.fit import Draw
@@ -33,9 +35,9 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     real = rows.__getitems__([i * len(rows) // number for i in range(number)])
 
     def draw(prior: Prior) -> Image.Image:
-        codes = [grid.to(prior.device) for grid in real["codes"]]
-        labels = real["labels"].to(prior.device) if prior.config.num_classes else None
-        codes[level] = prior.sample(number, codes[:level], labels, seeds=image_seeds(0, 0, number))
+        batch = send_to_device(real, prior.device)
+        codes, (_, condition, labels) = list(batch["codes"]), rows_of(prior.config, batch)
+        codes[level] = prior.sample(number, condition, labels, seeds=image_seeds(0, 0, number))
         with torch.no_grad():
             return sample_sheet(to_pil(model.decode_codes(codes)))
 

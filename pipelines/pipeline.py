@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipelines import editing
 from pipelines.belonging import refuse_mismatches
+from pipelines.conditions import as_vectors
 from pipelines.config import LANES
 from pipelines.labels import Labels, hidden_unless_given, label_numbers
 from pipelines.model_index import (
@@ -25,6 +26,7 @@ from prior.audit import warn_of_noise
 from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds, in_lanes
+from prior.vector import with_vectors
 from vqvae2.common.artifact import local_folder
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
@@ -33,6 +35,7 @@ from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, versions
+from vqvae2.common.vocabulary import describe_vectors
 from vqvae2.data.splits import few
 from vqvae2.model import VQVAE2
 
@@ -125,12 +128,30 @@ class VQVAE2Pipeline:
         with_classes = [prior.config for prior in self.priors if prior.config.num_classes]
         return bool(with_classes) and all(config.label_dropout > 0 for config in with_classes)
 
+    @property
+    def vector_size(self) -> int:
+        """The length V of conditions; 0 if no prior has any. `vector_names`: the attributes."""
+        return max(prior.config.vector_size for prior in self.priors)
+
+    @property
+    def vector_names(self) -> tuple[str, ...]:
+        """What the places of a condition stand for, if they are attributes."""
+        return max((prior.config.vector_names for prior in self.priors), key=len)
+
+    @property
+    def can_hide_all(self) -> bool:
+        """Whether the priors do without classes and conditions, or have none."""
+        configs = [prior.config for prior in self.priors]
+        given = [config for config in configs if config.num_classes or config.vector_size]
+        return all(config.label_dropout > 0 for config in given)
+
     @torch.no_grad()
     def __call__(
         self,
         num_images: int,
         *,
         labels: Labels = None,
+        conditions: Any = None,
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
@@ -149,11 +170,15 @@ class VQVAE2Pipeline:
         """Sample images: their codes level by level from the top, then all levels decoded.
 
         Args:
-            labels: a class number or name or "none", or several taken in turn; None: all classes.
+            labels: a class number or name or "none", or several taken in turn; None: all classes,
+                or with conditions "none" where that is possible.
+            conditions: a tensor `(V,)`, or `(N, V)` of which the rows are taken in turn, or lists
+                of names of attributes, for priors that were trained with some; None hides them.
             temperature, top_k, top_p, min_p, guidance_scale: one value, or one per level, coarse to
                 fine; see `SamplingConfig`.
-            seed: image i is a function of (seed, i, its label), to the bit on the same device with
-                the same number of threads, `lanes`, `parallel_positions`, `compiled` and `bf16`.
+            seed: image i is a function of (seed, i, its label and condition), to the bit on the
+                same device with the same number of threads, `lanes`, `parallel_positions`,
+                `compiled` and `bf16`.
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, and other images.
@@ -165,7 +190,7 @@ class VQVAE2Pipeline:
             output_type: "pil", or "pt" for a tensor in [-1, 1].
 
         Raises:
-            UserError: an unknown label, or a setting out of its range.
+            UserError: an unknown label or condition, or a setting out of its range.
         """
         # Refuse impossible settings before anything is computed.
         check(num_images >= 1, "num_images", num_images, "at least 1")
@@ -176,6 +201,9 @@ class VQVAE2Pipeline:
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
         known = known or [None] * len(self.priors)
         editing.check_known(known, self.priors, num_images)
+        vectors = self.as_vectors(conditions)
+        if vectors is not None:
+            labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         numbers = self.label_numbers(labels)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         samplings = SamplingConfig.per_level(len(known), guidance_scale=guidance_scale, **settings)
@@ -193,7 +221,12 @@ class VQVAE2Pipeline:
             for prior, sampling, level in zip(self.priors, samplings, known, strict=True):
                 given = level and level.spread(first - first_index, lanes)
                 given = given and Known(*(tensor.to(prior.device) for tensor in given))
-                inputs = codes, classes.to(prior.device) if prior.config.num_classes else None
+                own = vectors[[i % len(vectors) for i in indices]] if vectors is not None else None
+                condition = with_vectors(prior.config, codes, lanes, own)
+                inputs = (
+                    [each.to(prior.device) for each in condition],
+                    classes.to(prior.device) if prior.config.num_classes else None,
+                )
                 how: dict[str, Any] = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
                 how["window"] = parallel_positions
                 codes.append(prior.sample(lanes, *inputs, **how, seeds=seeds, known=given))
@@ -208,6 +241,12 @@ class VQVAE2Pipeline:
     def label_numbers(self, labels: Labels) -> list[int]:
         """Class names or numbers as numbers; see `pipelines.labels.label_numbers`."""
         return label_numbers(labels, self.class_names, can_hide=self.can_hide_labels)
+
+    def as_vectors(self, conditions: Any) -> Tensor | None:
+        """Conditions as vectors; see `pipelines.conditions.as_vectors`."""
+        configs = [prior.config for prior in self.priors if prior.config.vector_size]
+        can_hide = all(config.label_dropout > 0 for config in configs)
+        return as_vectors(conditions, self.vector_size, self.vector_names, can_hide=can_hide)
 
     def encode(self, images: Any) -> tuple[Tensor, ...]:
         """The codes `(B, h, w)` int64 per level, coarse to fine, of what `as_images` takes: PIL
@@ -246,16 +285,20 @@ class VQVAE2Pipeline:
             number, known=editing.repeat_known(known, range(number)), labels=labels, **options
         )
 
-    def log_likelihood(self, images: Any, labels: Labels = None) -> Tensor:
+    def log_likelihood(self, images: Any, labels: Labels = None, conditions: Any = None) -> Tensor:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its
         level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
-        label for all images, or one per image; None hides them, where they can be."""
+        label for all images, or one per image; None hides them, where they can be. So for
+        conditions."""
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
             raise UserError("the priors do not do without labels: give one, or one per image.")
-        return editing.log_likelihood(self.priors, self.encode(images), self.label_numbers(labels))
+        given = self.label_numbers(labels), self.as_vectors(conditions)
+        return editing.log_likelihood(self.priors, self.encode(images), *given)
 
     def __repr__(self) -> str:
         classes = f"classes: {few(self.class_names)}" if self.class_names else "no classes"
         parts = [f"{name}: {part!r}" for name, part in self.parts.items()]
-        return "\n  ".join([f"{type(self).__name__}:", *parts, classes])
+        size, names = self.vector_size, self.vector_names
+        conditions = [f"conditions: {describe_vectors(size, names)}"] if size else []
+        return "\n  ".join([f"{type(self).__name__}:", *parts, classes, *conditions])

@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from pipelines.conditions import vectors_hash
 from pipelines.config import DrawConfig, EditConfig, SetConfig
 from pipelines.editing import keep_levels, known_outside
-from pipelines.labels import Labels
+from pipelines.labels import Labels, hidden_unless_given
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.sampling import SAMPLER_VERSION, Known
 from vqvae2.common.artifact import content_hash
-from vqvae2.common.config import from_dict, to_dict
+from vqvae2.common.config import added, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import read_note
 from vqvae2.data import read_picture_file
@@ -78,11 +80,16 @@ class ImageReceipt(Origin, DrawConfig):
     index: int
     label: str | None
     """The name of its class; "none" if it is hidden, None without classes."""
+    vector: tuple[float, ...] | None = added(None)
+    """Its condition; None if it is hidden, or without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetReceipt(Origin, SetConfig):
     """The receipt of a set: `receipt.json`."""
+
+    conditions_hash: str | None = added(None)
+    """Of the conditions that images take in turn; they are in `conditions.npy`."""
 
 
 def converted(cls: type[T], source: Any, **others: Any) -> T:
@@ -108,12 +115,16 @@ def make_receipt(
     settings: SetConfig,
     *,
     labels: Labels = None,
+    vectors: Tensor | None = None,
     known: Sequence[Known | None] = (),
 ) -> SetReceipt:
-    """The receipt of a set with these settings, and labels (which replace those of the settings),
-    that is drawn here. Raises a `UserError` for unknown labels."""
+    """The receipt of a set with these settings, labels (which replace those of the settings) and
+    conditions, that is drawn here. Raises a `UserError` for unknown labels."""
+    if vectors is not None:
+        labels = hidden_unless_given(labels, can_hide=pipeline.can_hide_labels)
     names, numbers = [*pipeline.class_names, "none"], pipeline.label_numbers(labels)
     own = to_dict(make_origin(pipeline, known))
+    own["conditions_hash"] = vectors_hash(vectors)
     own["labels"] = tuple(names[number] for number in numbers) if labels is not None else ()
     return converted(SetReceipt, settings, num_threads=torch.get_num_threads(), **own)
 

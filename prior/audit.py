@@ -39,7 +39,7 @@ def audit(prior: Prior, device: torch.device | None = None) -> Iterator[Finding]
     yield check_weights(prior)
     fresh = probes.fresh_copy(prior, device, noise=True)
     checks = [check_forward, check_causality, check_cache, check_condition_matters]
-    checks += [check_labels_matter, check_gradients, check_start_loss]
+    checks += [check_labels_matter, check_vector_matters, check_gradients, check_start_loss]
     yield from filter(None, (run(fresh) for run in checks))
     yield from filter(None, [check_attention(prior, device)])
 
@@ -209,6 +209,28 @@ def check_labels_matter(prior: Prior) -> str | None:
     return f"changed {len(labels)} of {values} labels: every position's logits change"
 
 
+@check("vector", "The prior cannot read its condition column: feed it to every position.")
+def check_vector_matters(prior: Prior) -> str | None:
+    """Every number of a vector changes every position's logits, and hiding it does. Nothing to
+    check without vectors."""
+    size, grid = prior.config.vector_size, prior.config.grids[-1]
+    if not size:
+        return None
+    rows = probes.random_rows(prior, min(size, probes.affordable_rows(prior)))
+    *coarser, vectors = rows.condition
+    places = torch.tensor(spread(size, len(vectors)), device=prior.device)
+    given = torch.where(vectors.isnan(), 0, vectors)
+    others = given.scatter_add(1, places[:, None], torch.ones_like(given))
+    causes = [f"number {place} of a vector" for place in places.tolist()]
+    base = rows._replace(condition=[*coarser, given])
+    demand(probes.changed_logits(prior, base, condition=[*coarser, others]), True, causes, grid)
+    hidden = [*coarser, torch.full_like(given, torch.nan)]
+    causes = ["a vector to a hidden one"] * len(given)
+    demand(probes.changed_logits(prior, base, condition=hidden), True, causes, grid)
+    seen = f"changed {len(places)} of {size} numbers, one at a time, and hid all"
+    return f"{seen}: every position's logits change"
+
+
 @check("gradients", "Use every weight in forward or remove it, and look for divisions by zero.")
 def check_gradients(prior: Prior) -> str | None:
     """Every trained weight receives a finite gradient. Nothing to check on grids of one row or
@@ -287,16 +309,28 @@ def check_attention(prior: Prior, device: torch.device | None = None) -> str | N
 def check_condition_helps(prior: Prior, rows: Rows) -> str | None:
     """A row's codes are likelier given its own coarser codes than given another row's. Nothing to
     check on the top level, or with a single row."""
+    return _others_cost(prior, rows, "coarser codes", range(prior.config.level))
+
+
+@check("vector helps", "Train it longer; or the condition column says nothing about the images.")
+def check_vector_helps(prior: Prior, rows: Rows) -> str | None:
+    """So for vectors: shuffling them costs likelihood."""
+    return _others_cost(prior, rows, "vectors", range(prior.config.level, len(rows.condition)))
+
+
+def _others_cost(prior: Prior, rows: Rows, what: str, places: range) -> str | None:
     number = len(rows.codes)
-    if not prior.config.level or number < 2:
+    if not places or number < 2:
         return None
     # The others' come from half of the rows away: neighbours are often of the same class.
-    others = [codes.roll(number // 2, dims=0) for codes in rows.condition]
+    others = list(rows.condition)
+    for i in places:
+        others[i] = others[i].roll(number // 2, dims=0)
     if all(map(torch.equal, rows.condition, others)):
-        return f"the coarser codes of all {number} rows are the same: there is nothing to use"
+        return f"the {what} of all {number} rows are the same: there is nothing to use"
     own = probes.nats_per_code(prior, rows)
     other = probes.nats_per_code(prior, rows._replace(condition=others))
-    seen = f"a code costs {own:.3f} nats given the coarser codes of its own image, and {other:.3f}"
+    seen = f"a code costs {own:.3f} nats given the {what} of its own image, and {other:.3f}"
     seen = f"{seen} given those of another one ({number} rows)"
     if not own < other:
         raise Failed(f"{seen}: the prior has not learned to use its condition")

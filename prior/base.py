@@ -52,7 +52,8 @@ class Prior(Artifact, nn.Module, ABC):
 
         Args:
             codes: `(B, h, w)` int64.
-            condition: the codes of all coarser levels, coarse to fine, `(B, h', w')` each.
+            condition: the codes of all coarser levels, coarse to fine, `(B, h', w')` each; then, if
+                the prior reads vectors, those, `(B, V)` floats, of NaN where they are hidden.
             labels: `(B,)` int64 if the prior has classes; `num_classes` means no label.
         """
 
@@ -158,9 +159,11 @@ class Prior(Artifact, nn.Module, ABC):
         noise = Noise(numbers.to(self.device), config.level, config.num_positions, codebook_size)
         guesses = Guesses(noise, config.num_positions, sampling, known)
 
-        # Guidance needs every image a second time, without its label.
+        # Guidance needs every image a second time, without its label and vector.
         copies = 2 if sampling.guided else 1
-        condition = [codes.repeat(copies, 1, 1) for codes in condition]
+        condition = [torch.cat([given] * copies) for given in condition]
+        if sampling.guided and config.vector_size:
+            condition[-1][batch_size:] = torch.nan
         if sampling.guided and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         check(window >= 0, "window", window, "0 or more")

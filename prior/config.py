@@ -9,12 +9,13 @@ from vqvae2.common.config import (
     MOST_LAYERS,
     MOST_WIDTH,
     TrainingConfig,
+    added,
     check,
     check_between,
     check_share,
     may_change,
 )
-from vqvae2.common.vocabulary import describe_grids
+from vqvae2.common.vocabulary import LONGEST_VECTOR, describe_grids, describe_vectors
 
 LONGEST_SIDE = 4096  # rows or columns of codes
 MOST_LEVELS = 16
@@ -94,6 +95,13 @@ def check_codes(config: Any) -> None:
     check_between(config, 1, MOST_CODES, "codebook_sizes")
 
 
+def check_vectors(config: Any) -> None:
+    """`check` that the vectors have a possible length, and as many names, if any."""
+    check_between(config, 0, LONGEST_VECTOR, "vector_size")
+    fits = len(config.vector_names) in (0, config.vector_size)
+    check(fits, "vector_names", config.vector_names, f"{config.vector_size} names, or none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """What a prior's codes are, from the code dataset's manifest; each family adds its network."""
@@ -105,6 +113,8 @@ class PriorConfig:
     label_dropout: float = 0.0  #: share of hidden labels; above 0, sampling may do without labels
     encoder_hash: str = ""  #: content hash of the encoder that made the codes
     codes_hash: str = ""  #: content hash of the code dataset that it was trained on
+    vector_size: int = added(0)  #: length V of the vectors it is conditioned on besides; 0 for none
+    vector_names: tuple[str, ...] = added(())  #: of attributes, what the V places stand for
 
     def __post_init__(self) -> None:
         check_between(self, 0, MOST_LEVELS - 1, "level")
@@ -112,6 +122,7 @@ class PriorConfig:
         fits = fits and all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids)
         check(fits, "grids", self.grids, f"one (h, w) for each level from 0 to {self.level}")
         check_codes(self)
+        check_vectors(self)
         check_share(self, "label_dropout")
         for coarse, fine in zip(self.grids[:-1], self.grids[1:], strict=True):
             fits = all(f % c == 0 for c, f in zip(coarse, fine, strict=True))
@@ -131,7 +142,9 @@ class PriorConfig:
         """Codes and classes in a few words."""
         *coarser, own = describe_grids(self.grids, self.codebook_sizes)
         given = f" given {' + '.join(coarser)}" if coarser else ""
-        return f"level {self.level}, codes {own}{given}, {self.num_classes or 'no'} classes"
+        summary = f"level {self.level}, codes {own}{given}, {self.num_classes or 'no'} classes"
+        vectors = describe_vectors(self.vector_size, self.vector_names)
+        return f"{summary}, {vectors}" if self.vector_size else summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +183,11 @@ class TrainPriorConfig(TrainingConfig):
     codes_cache: str | None = may_change(None)
     """Fast local disk for decoded codes of more than 2 GiB; by default the dataset's own folder."""
     class_conditional: bool = True
-    """Condition on the class labels where the code dataset has them."""
+    """Condition on the class labels where the code dataset has them. (Condition vectors are used in
+    any case: without labels, instead of them.)"""
     label_dropout: float = 0.1
-    """Share of rows whose label is hidden in training, which classifier-free guidance needs."""
+    """Share of rows whose label is hidden in training, which classifier-free guidance needs; so for
+    condition vectors, with the label or alone."""
     token_corruption: float = 0.0
     """Share of codes replaced by random ones where they are read, not where they are predicted:
     sampling then survives its own mistakes."""

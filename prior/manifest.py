@@ -22,9 +22,9 @@ from einops import rearrange
 from torch.utils.data import Dataset
 
 from prior import shards
-from prior.config import MOST_LEVELS, check_codes
+from prior.config import MOST_LEVELS, check_codes, check_vectors
 from prior.shards import REMAKE, ShardRecord, column_name, flat_values
-from vqvae2.common.config import check, from_dict, to_dict
+from vqvae2.common.config import added, check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json, write_text
 from vqvae2.common.messages import progress_bar
@@ -64,12 +64,15 @@ class Manifest:
     source: str = ""  #: where the images came from
     versions: Any = field(default_factory=dict)  #: of the packages that wrote it
     codes_hash: str = ""  #: content hash of all but `NOT_CONTENT` and file bytes; priors store it
+    vector_size: int = added(0)  #: length V of the vectors that images are conditioned on; 0: none
+    vector_names: tuple[str, ...] = added(())  #: of attributes, what the V places stand for
 
     def __post_init__(self) -> None:
         grids, sizes = self.grids, self.codebook_sizes
         check(len(grids) == len(sizes) >= 1, "grids", grids, "one (h, w) per level")
         check(len(grids) <= MOST_LEVELS, "grids", grids, f"of at most {MOST_LEVELS} levels")
         check_codes(self)
+        check_vectors(self)
         check(isinstance(self.versions, dict), "versions", self.versions, "a mapping")
         fits = self.preprocessing is None or self.values_per_image > 0
         allowed = "null, or a mapping with the channels and the size of an image"
@@ -120,7 +123,9 @@ class Manifest:
     def schema(self) -> pa.Schema:
         """The columns of every shard."""
         grid_sizes = [math.prod(grid) for grid in self.grids]
-        return shards.shard_schema(grid_sizes, self.codebook_sizes, labelled=bool(self.class_names))
+        labelled, size = bool(self.class_names), self.vector_size
+        sizes = self.codebook_sizes
+        return shards.shard_schema(grid_sizes, sizes, labelled=labelled, vector_size=size)
 
     def content_hash(self) -> str:
         """What `codes_hash` must be."""
@@ -171,8 +176,9 @@ def parse_level(level: str, num_levels: int) -> int:
 
 class CodeDataset(Dataset):
     """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
-    int64 per level, "labels": `(B,)` int64 if there are classes}: all levels, or `num_levels` from
-    the top. Arguments and errors are those of `load_columns`."""
+    int64 per level, "labels": `(B,)` int64 if there are classes, "vectors": `(B, V)` float32 if
+    there are conditions}: all levels, or `num_levels` from the top. Arguments and errors are those
+    of `load_columns`."""
 
     def __init__(
         self,
@@ -186,7 +192,7 @@ class CodeDataset(Dataset):
         self.manifest, number = manifest, num_levels or manifest.num_levels
         columns = load_columns(folder, manifest, split, number, cache_dir)
         self.codes = [columns[column_name(level)] for level in range(number)]
-        self.labels = columns.get("label")
+        self.labels, self.vectors = columns.get("label"), columns.get("vector")
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -200,6 +206,8 @@ class CodeDataset(Dataset):
         batch: dict[str, Any] = {"codes": codes}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
+        if self.vectors is not None:
+            batch["vectors"] = torch.from_numpy(self.vectors[chosen])
         return batch
 
     def counts(self, level: int, *, step: int = 1) -> np.ndarray:
@@ -235,6 +243,8 @@ def load_columns(
         layout[column_name(level)] = ((rows, math.prod(manifest.grids[level])), kind)
     if manifest.class_names:
         layout["label"] = ((rows,), np.dtype(np.int32))
+    if manifest.vector_size:
+        layout["vector"] = ((rows, manifest.vector_size), np.dtype(np.float32))
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in layout.items()}
     if sum(sizes.values()) <= MEMORY_BYTES:
         columns = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
@@ -329,7 +339,10 @@ def read_rows(folder: Path, manifest: Manifest, split: str, rows: Sequence[int])
 
 
 def check_range(path: Path, manifest: Manifest, column: str, numbers: pa.ChunkedArray) -> None:
-    """Raise a `UserError` if a column of codes or labels holds a number out of range."""
+    """Raise a `UserError` if a column of codes or labels holds a number out of range, or one of
+    vectors a number that is not finite."""
+    if column == "vector" and not np.isfinite(flat_values(numbers)).all():
+        raise UserError(f"{path}: {column} holds numbers that are not finite: {REMAKE}.")
     sizes = {column_name(level): (k, "codes") for level, k in enumerate(manifest.codebook_sizes)}
     sizes["label"] = (len(manifest.class_names), "classes")
     if column not in sizes or not len(numbers):

@@ -19,6 +19,7 @@ from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
 from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
+from prior.vector import VectorNetwork
 
 Layer = Callable[[int, int], nn.Module]  # from numbers of input and output features
 read_earlier = partial(attend, causal=True)
@@ -185,7 +186,8 @@ class PixelSNAIL(Prior):
         self.embedding = nn.Embedding(self.codebook_size, width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.condition = ConditionNetwork(config) if config.level else None
-        context = width if classes or config.level else 0
+        self.vector = VectorNetwork(config.vector_size, width) if config.vector_size else None
+        context = width if classes or config.level or config.vector_size else 0
 
         # The causal network and its head.
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
@@ -217,10 +219,13 @@ class PixelSNAIL(Prior):
         return [{"params": list(self.parameters()), "muon": False}]
 
     def context(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
-        """The class and the coarser codes: `(B, h, w, W)`, or `(B, 1, 1, W)` on the top level."""
+        """The class, vector and coarser codes: `(B, h, w, W)`; on the top level `(B, 1, 1, W)`."""
         context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
         if self.labels is not None:
             context = self.labels(labels)[:, None, None]
+        if self.vector is not None:
+            *condition, vectors = condition
+            context = context + self.vector(vectors)[:, None, None]
         return context if self.condition is None else self.condition(condition, context)
 
     def attention(self) -> Attention | None:

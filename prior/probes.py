@@ -5,14 +5,18 @@ Letters: B batch, h w the level's code grid, T = h*w positions in raster order, 
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn import functional as F
 
 from prior.base import Prior
+from prior.config import PriorConfig
 from prior.manifest import CodeDataset
+from prior.vector import with_vectors
 
 MOST_ROWS = 64  # in one forward; grids of at most this many codes are checked code by code
 MOST_LOGITS = 2**26  # in one forward
@@ -20,7 +24,8 @@ WORK = 1e11  # multiplications in one forward: about a second on two CPU cores
 
 
 class Rows(NamedTuple):
-    """What a prior reads: codes `(B, h, w)`, all coarser levels' codes, labels `(B,)` or None."""
+    """What a prior reads: codes `(B, h, w)`, all coarser levels' codes (and vectors `(B, V)`, if it
+    has any: `Prior.forward`), labels `(B,)` or None."""
 
     codes: Tensor
     condition: list[Tensor]
@@ -36,15 +41,26 @@ def random_rows(prior: Prior, number: int) -> Rows:
 
     levels = zip(config.codebook_sizes, config.grids, strict=True)
     *condition, codes = [integers(size, *grid) for size, grid in levels]
-    return Rows(codes, condition, integers(config.num_classes) if config.num_classes else None)
+    labels = integers(config.num_classes) if config.num_classes else None
+    if config.vector_size:  # the last row's is hidden
+        vectors = torch.randn(number, config.vector_size, generator=generator)
+        vectors[-1] = torch.nan
+        condition.append(vectors.to(prior.device))
+    return Rows(codes, condition, labels)
+
+
+def rows_of(config: PriorConfig, batch: Mapping[str, Any]) -> Rows:
+    """What a prior of this configuration reads of a batch of a `CodeDataset`."""
+    *condition, codes = batch["codes"][: config.level + 1]
+    labels = batch["labels"] if config.num_classes else None
+    condition = with_vectors(config, condition, len(codes), batch.get("vectors"))
+    return Rows(codes, condition, labels)
 
 
 def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
     """Real codes for a prior, from rows spread over a code dataset."""
-    batch = codes.__getitems__(spread(len(codes), number))
-    *condition, own = [level.to(prior.device) for level in batch["codes"][: prior.config.level + 1]]
-    labels = batch["labels"].to(prior.device) if prior.config.num_classes else None
-    return Rows(own, condition, labels)
+    batch = send_to_device(codes.__getitems__(spread(len(codes), number)), prior.device)
+    return rows_of(prior.config, batch)
 
 
 @torch.no_grad()

@@ -90,7 +90,9 @@ def check_inputs(
     """Raise a `UserError` for a condition, labels or guidance that the prior is not made for."""
     # The shapes of the condition, and the range of the labels.
     classes, level = config.num_classes, config.level
-    expected = [(batch_size, *grid) for grid in config.grids[:-1]]
+    expected: list[Any] = [(batch_size, *grid) for grid in config.grids[:-1]]
+    if config.vector_size:
+        expected.append((batch_size, config.vector_size))
     shapes = [tuple(codes.shape) for codes in condition]
     if shapes != expected:
         raise UserError(f"the condition has shapes {shapes}, but level {level} expects {expected}.")
@@ -102,10 +104,11 @@ def check_inputs(
         if low < 0 or high > highest:
             raise UserError(f"labels range from {low} to {high}, but must be from 0 to {highest}.")
 
-    # Guidance needs logits without labels.
-    if sampling.guided and not (classes and config.label_dropout):
+    # Guidance needs logits without labels and vectors.
+    conditional = classes or config.vector_size
+    if sampling.guided and not (conditional and config.label_dropout):
         lacking = f"the prior of level {level} was trained without "
-        lacking += "label dropout" if classes else "classes"
+        lacking += "label dropout" if conditional else "classes"
         advice = "leave it at 1, or retrain with --label-dropout 0.1"
         raise UserError(f"guidance_scale is {sampling.guidance_scale}, but {lacking}: {advice}.")
 

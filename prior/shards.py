@@ -2,7 +2,8 @@
 
 The columns are `id`, `view` (which variant of the image: "original", "flip", ...), `codes_0` ...
 `codes_L` (one fixed-size list per level in raster order, the smallest unsigned type that fits) and
-`label` where there are classes, whose names are in the metadata as `datasets` keeps them.
+`label` where there are classes, whose names are in the metadata as `datasets` keeps them, and
+`vector`, a fixed-size list of floats, where images have conditions.
 
 Parquet packs codes into ceil(log2 K) bits each: from 1000 to 8000 rows on, 0.2 to 3 % more.
 """
@@ -53,15 +54,21 @@ def smallest_type(codebook_size: int) -> np.dtype:
 
 
 def shard_schema(
-    codes_per_level: Sequence[int], codebook_sizes: Sequence[int], *, labelled: bool
+    codes_per_level: Sequence[int],
+    codebook_sizes: Sequence[int],
+    *,
+    labelled: bool,
+    vector_size: int = 0,
 ) -> pa.Schema:
-    """The columns of a shard, for `h*w` and K of every level."""
+    """The columns of a shard, for `h*w` and K of every level, and the vectors' length, if any."""
     fields = [pa.field("id", pa.string()), pa.field("view", pa.string())]
     for level, (number, size) in enumerate(zip(codes_per_level, codebook_sizes, strict=True)):
         kind = pa.from_numpy_dtype(smallest_type(size))
         fields.append(pa.field(column_name(level), pa.list_(kind, number)))
     if labelled:
         fields.append(pa.field("label", pa.int64()))
+    if vector_size:
+        fields.append(pa.field("vector", pa.list_(pa.float32(), vector_size)))
     return pa.schema(fields)
 
 
@@ -72,6 +79,7 @@ def write_shard(
     codes: Sequence[np.ndarray],
     codebook_sizes: Sequence[int],
     labels: np.ndarray | None = None,
+    vectors: np.ndarray | None = None,
     class_names: Sequence[str] = (),
     views: Sequence[str] | None = None,
     facts: Mapping[str, str] | None = None,
@@ -83,6 +91,7 @@ def write_shard(
         ids: N names of images, and `views` N names of views (all `ORIGINAL` if not given).
         codes: `(N, h*w)` integers per level, coarse to fine; their K are `codebook_sizes`.
         labels: `(N,)` class labels, if there are classes; `class_names` of these, where known.
+        vectors: `(N, V)` floats that images are conditioned on, if there are any.
         facts: extra metadata for the file's schema.
         note: a JSON file that receives the record before the shard appears, so that a shard
             without a note was not written by this function.
@@ -91,7 +100,9 @@ def write_shard(
     """
     # The table.
     grid_sizes = [level.shape[1] for level in codes]
-    schema = shard_schema(grid_sizes, codebook_sizes, labelled=labels is not None)
+    size = vectors.shape[1] if vectors is not None else 0
+    has_labels = labels is not None
+    schema = shard_schema(grid_sizes, codebook_sizes, labelled=has_labels, vector_size=size)
     views = [ORIGINAL] * len(ids) if views is None else views
     columns = [_strings(ids), _strings(views)]
     for level, (values, size) in enumerate(zip(codes, codebook_sizes, strict=True)):
@@ -101,6 +112,9 @@ def write_shard(
         columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(name).type))
     if labels is not None:
         columns.append(_numbers(labels.astype(np.int64)))
+    if vectors is not None:
+        flat = _numbers(vectors.astype(np.float32).reshape(-1))
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field("vector").type))
     metadata = dict(facts or {})
     if class_names:
         label = {"names": list(class_names), "_type": "ClassLabel"}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from prior import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, Transfor
 from prior.audit import stop_if_unsound, warn_of_noise
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
+from prior.probes import rows_of
 from prior.registry import make_prior
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import check_memory, load_weights, local_folder
@@ -26,7 +27,7 @@ from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion
 from vqvae2.common.runs import RunRecord
-from vqvae2.common.vocabulary import MIN_HELD_OUT, SPLITS, TRAINING_RECORD
+from vqvae2.common.vocabulary import MIN_HELD_OUT, SPLITS, TRAINING_RECORD, describe_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,18 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
 
     # Open the codes: what is wrong with them leaves no run folder behind.
     train, validation = open_codes(config, manifest, network.level + 1, accelerator)
+    if train.vectors is not None and config.init_from is None:
+        values = torch.from_numpy(train.vectors[:: 1 + len(train) // 100_000].copy())
+        cast(Any, model).vector.normalise_as(values, attributes=bool(network.vector_names))
     if accelerator.is_main_process:
         run.write(output_dir)
+    vectors = describe_vectors(network.vector_size, network.vector_names)
+    vectors = f"{vectors}; " if network.vector_size else ""
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     logger.info(
         f"{len(train)} training rows, {len(validation)} held out, level {network.level} of "
         f"{manifest.num_levels}: {network.num_positions} codes of {network.codebook_sizes[-1]}, "
-        f"{network.num_classes or 'no'} classes; {millions:.2f} M parameters; "
+        f"{network.num_classes or 'no'} classes; {vectors}{millions:.2f} M parameters; "
         f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
     )
 
@@ -124,6 +130,8 @@ def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
         "label_dropout": config.label_dropout,
         "encoder_hash": manifest.encoder_hash,
         "codes_hash": manifest.codes_hash,
+        "vector_size": manifest.vector_size,
+        "vector_names": manifest.vector_names,
     }
     if config.family == "pixelsnail":
         return PixelSNAILPriorConfig(network=config.pixelsnail, **facts)
@@ -132,14 +140,18 @@ def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
 
 def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
     """The loss of stage 2 for `fit`: the mean negative log-likelihood of a code, in nats. Some
-    labels are hidden, and some codes replaced by random ones where the network reads them."""
+    labels and vectors are hidden, and some codes replaced by random ones where they are read."""
 
     def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        *condition, codes = batch["codes"]
-        labels = batch.get("labels") if config.num_classes else None
+        codes, condition, labels = rows_of(config, batch)
+        share = torch.full(codes.shape[:1], config.label_dropout, device=codes.device)
         if labels is not None and config.label_dropout:
             hidden = torch.rand(labels.shape, device=labels.device) < config.label_dropout
             labels = labels.masked_fill(hidden, config.num_classes)
+            share = torch.where(hidden, 0.5, share)  # guidance needs both hidden together
+        if config.vector_size and config.label_dropout:
+            hidden = torch.rand(share.shape, device=share.device) < share
+            condition[-1] = condition[-1].masked_fill(hidden[:, None], torch.nan)
         read = codes
         if token_corruption:
             wrong = torch.rand(codes.shape, device=codes.device) < token_corruption
@@ -161,20 +173,29 @@ def evaluate(
 ) -> dict[str, float]:
     """Figures on held-out codes, the same for any number of processes: `loss` and `nats`, the mean
     negative log-likelihood of a code, and `bits_per_code`; `unigram_bits`, what a code costs by
-    frequency alone; `code_bits_per_image_value`, the level's bits over all values of the image (a
-    rate of a lossy code, not a likelihood of pixels)."""
+    frequency alone; `bits_per_code_without_condition`, where vectors are hidden in training, with
+    all of them hidden; `code_bits_per_image_value`, the level's bits over all values of the image
+    (a rate of a lossy code, not a likelihood of pixels)."""
     own_rows = range(accelerator.process_index, len(codes), accelerator.num_processes)
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    config = model.config
+    hides = (False, True) if config.vector_size and config.label_dropout else (False,)
+    totals = torch.zeros(len(hides), dtype=torch.float64, device=accelerator.device)
     for first in range(0, len(own_rows), batch_size):
         batch = codes.__getitems__(own_rows[first : first + batch_size])
-        batch = send_to_device(batch, accelerator.device)
-        *condition, given = batch["codes"]
-        logits = model(given, condition, batch.get("labels") if model.config.num_classes else None)
-        total += F.cross_entropy(logits.float(), given, reduction="none").sum(dtype=torch.float64)
-    num_positions = model.config.num_positions
-    nats = accelerator.reduce(total, reduction="sum").item() / (len(codes) * num_positions)
+        given, condition, labels = rows_of(config, send_to_device(batch, accelerator.device))
+        for place, is_hidden in enumerate(hides):
+            if is_hidden:
+                condition[-1] = torch.full_like(condition[-1], torch.nan)
+            logits = model(given, condition, labels).float()
+            nats = F.cross_entropy(logits, given, reduction="none")
+            totals[place] += nats.sum(dtype=torch.float64)
+    num_positions = config.num_positions
+    sums = accelerator.reduce(totals, reduction="sum").tolist()
+    nats, *others = [total / (len(codes) * num_positions) for total in sums]
     figures = {"loss": nats, "nats": nats, "bits_per_code": nats / math.log(2)}
     figures["unigram_bits"] = unigram_bits
+    if others:
+        figures["bits_per_code_without_condition"] = others[0] / math.log(2)
     if num_values := codes.manifest.values_per_image:
         rate = figures["bits_per_code"] * num_positions / num_values
         figures["code_bits_per_image_value"] = rate

@@ -18,6 +18,7 @@ from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.dropout import add_dropped
 from prior.packed_linear import pack_linears
 from prior.rms_norm import RMSNorm, rms_norm
+from prior.vector import VectorNetwork
 
 
 class Block(nn.Module):
@@ -157,6 +158,7 @@ class TransformerPrior(Prior):
         self.embedding = nn.Embedding(self.codebook_size + 1, width)
         self.positions = Positions(grid[0], grid[1], width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
+        self.vector = VectorNetwork(config.vector_size, width) if config.vector_size else None
         self.condition = ConditionNetwork(config) if config.level else None
 
         # The causal network itself.
@@ -188,11 +190,14 @@ class TransformerPrior(Prior):
         return rearrange(self.head(self.norm(x)), "b (h w) k -> b k h w", h=codes.shape[1])
 
     def background(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
-        """The place, the class and the coarser codes at every position, `(B, T, W)`."""
+        """The place, class, vector and coarser codes at every position, `(B, T, W)`."""
         where = self.positions().expand(batch_size, -1, -1)
         context = torch.zeros_like(where[:, :1])
         if self.labels is not None:
             context = self.labels(labels)[:, None]  # (B, 1, W)
+        if self.vector is not None:
+            *condition, vectors = condition
+            context = context + self.vector(vectors)[:, None]
         coarser = self.condition(condition, context) if self.condition is not None else 0
         return where + context + coarser
 

@@ -22,9 +22,10 @@ from pipelines.commands.doctor import check_round_trip, examine, load
 from pipelines.config import DoctorConfig
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import KVCache, Slots, attend
-from prior.audit import audit, check_attention, stop_if_unsound
+from prior.audit import audit, check_attention, check_vector_helps, stop_if_unsound
 from prior.base import Prior
 from prior.manifest import read_manifest
+from prior.probes import random_rows
 from prior.registry import load_prior
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
@@ -220,6 +221,27 @@ def test_a_planted_bug_fails_its_check_and_no_other(kind: type[TransformerPrior]
     assert found.keys() == PLANTED[kind].keys(), found
     for name, sentence in PLANTED[kind].items():
         assert re.search(sentence, found[name])
+
+
+class VectorNotEverywhere(TransformerPrior):
+    """The first position does not read the vector."""
+
+    def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        hidden = [*condition[:-1], torch.full_like(condition[-1], torch.nan)]
+        without = super().background(batch_size, hidden, labels)[:, :1]
+        whole = super().background(batch_size, condition, labels)
+        return torch.cat([without, whole[:, 1:]], dim=1)
+
+
+def test_a_vector_must_reach_every_position_and_help() -> None:
+    found = failures(make(VectorNotEverywhere, vector_size=2))
+    assert found.keys() == {"vector"}
+    assert "does not change the logits at row 0, column 0" in found["vector"]
+    deaf = make(vector_size=2)
+    nn.init.zeros_(deaf.vector.affine.weight)
+    finding = check_vector_helps(deaf, random_rows(deaf, 4))
+    assert not finding.passed
+    assert "has not learned to use its condition" in finding.message
 
 
 HEALTHY = {

@@ -25,6 +25,7 @@ from prior import (
     TransformerPriorConfig,
 )
 from prior.attention import KVCache, attend, bf16_keys_pay
+from prior.audit import audit
 from prior.config import PriorConfig
 from prior.cuda_graphs import graphed_stepper
 from prior.dropout import add_dropped
@@ -34,6 +35,7 @@ from prior.predictive import Guesses, sample_codes
 from prior.probes import fresh_copy
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
+from prior.training import make_loss
 from vqvae2.common.errors import UserError
 
 # Name -> facts: one level without and with classes, two and three levels, other vocabularies and
@@ -53,6 +55,7 @@ PRIORS: dict[str, dict] = {
         "codebook_sizes": (5, 6, 7),
         "class_names": ABC,
         "label_dropout": 0.1,
+        "vector_size": 3,
     },
 }
 # Family -> a small network of it.
@@ -103,6 +106,9 @@ def inputs(prior: Prior) -> tuple[Tensor, list[Tensor], Tensor | None]:
     torch.manual_seed(1)
     sizes = zip(prior.config.codebook_sizes, prior.config.grids, strict=True)
     *condition, codes = [torch.randint(k, (BATCH, *grid)) for k, grid in sizes]
+    if prior.config.vector_size:  # the last one's is hidden
+        vectors = torch.randn(BATCH, prior.config.vector_size)
+        condition.append(torch.cat([vectors[:-1], torch.full_like(vectors[:1], torch.nan)]))
     return codes, condition, torch.tensor([0, 1, 2]) if prior.config.num_classes else None
 
 
@@ -232,13 +238,51 @@ def test_every_position_sees_every_coarser_code_and_the_label(family: str, name:
     prior = make(family, name)
     codes, condition, labels = inputs(prior)
     logits = prior(codes, condition, labels)
-    for level, grid in enumerate(condition):
+    for level, grid in enumerate(condition[: prior.config.level]):
         for position in range(grid[0].numel()):
             changed = [*condition]
             changed[level] = changed_at(grid, position, prior.config.codebook_sizes[level])
             assert (prior(codes, changed, labels) != logits).any(dim=1).all()
     if labels is not None:
         assert (prior(codes, condition, (labels + 1) % 3) != logits).any(dim=1).all()
+
+
+@each_family
+def test_a_vector_alone_reaches_every_position_and_guides(family: str) -> None:
+    facts = {**PRIORS["top"], "vector_size": 3, "label_dropout": 0.1}
+    prior = make(family, facts=facts)
+    prior.vector.normalise_as(torch.tensor([[1.0, 5.0, 2.0], [3.0, 5.0, 4.0]]), attributes=False)
+    codes, (vectors,), _ = inputs(prior)
+    logits = prior(codes, [vectors])
+    for place in (0, 2):
+        moved = prior(codes, [vectors + F.one_hot(torch.tensor(place), 3)]) != logits
+        assert moved.any(dim=1).flatten(1).all(dim=1).tolist() == [True, True, False]  # hidden
+    constant = prior(codes, [vectors + torch.tensor([0.0, 9.0, 0.0])])
+    assert torch.equal(constant, logits)  # a number that is the same in all rows says nothing
+    guided = partial(prior.sample, 3, seeds=SEEDS, sampling=SamplingConfig(guidance_scale=3.0))
+    assert torch.equal(guided([vectors]), guided([vectors], plain=True))
+    hidden = torch.full_like(vectors, torch.nan)
+    assert torch.equal(guided([hidden]), prior.sample(3, [hidden], seeds=SEEDS))
+    assert {finding.passed for finding in audit(prior)} == {True}
+    with pytest.raises(UserError, match="condition has shapes"):
+        prior.sample(3, seeds=SEEDS)
+
+
+def test_vectors_are_hidden_with_labels_and_alone() -> None:
+    config = make("transformer", "third of three, classes").config
+    grids = [torch.zeros(4000, *grid, dtype=torch.int64) for grid in config.grids]
+    batch = {"codes": grids, "labels": torch.zeros(4000).long(), "vectors": torch.ones(4000, 3)}
+    seen: dict[str, Tensor] = {}
+
+    def model(codes: Tensor, condition: list[Tensor], labels: Tensor) -> Tensor:
+        seen.update(label=labels == 3, vector=condition[-1].isnan().all(dim=1))
+        return torch.zeros(4000, 7, 4, 4)
+
+    make_loss(config, token_corruption=0.0)(model, batch)
+    both = (seen["label"] & seen["vector"]).double().mean()
+    assert both == pytest.approx(0.05, abs=0.02)
+    assert seen["label"].double().mean() == pytest.approx(0.1, abs=0.03)
+    assert seen["vector"].double().mean() - both == pytest.approx(0.09, abs=0.03)
 
 
 @each_family

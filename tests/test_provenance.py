@@ -2,21 +2,30 @@
 names both sides, and a pipeline can be retraced."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipelines import VQVAE2Pipeline
-from prior import load_prior
+from pipelines.commands.doctor import examine
+from prior import TrainPriorConfig, load_prior
 from prior.manifest import read_manifest
+from prior.registry import make_prior
+from prior.training import prior_config
 from tests.conftest import command, edit_shard
 from vqvae2 import VQVAE2
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
+from vqvae2.config import ImagesConfig, PrepareConfig
+from vqvae2.data.prepared import prepare_command
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -178,3 +187,82 @@ VQVAE2Pipeline.from_pretrained(sys.argv[1])
 assert not {"torch._dynamo", "sympy"} & {*sys.modules}
 """
     subprocess.run([sys.executable, "-c", program, run / "pipeline"], check=True)
+
+
+def test_attributes_travel_from_the_data_to_the_images(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Data with a column of attributes, prepared, and its codes.
+    data, codes, index = tmp_path / "photos", tmp_path / "codes", itertools.count()
+    shutil.copytree(photos, data)
+    names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.png"))
+    attributes = {name: ["third"] * (i % 3 == 0) + [name[:3]] for i, name in enumerate(names)}
+    rows = [{"file_name": name, "x": attributes[name]} for name in names]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    column = ("--data.condition-column", "x")
+    image = VQVAE2.from_pretrained(run / "vqvae").config.image
+    source = ImagesConfig(path=str(data), condition_column="x")
+    prepare_command(PrepareConfig(data=source, image=image, output_dir=str(tmp_path / "prepared")))
+    for path, more in ((data, column), (tmp_path / "prepared", ())):
+        folder = codes.with_name(f"codes_{next(index)}")
+        extract = ("extract", "--vqvae", run / "vqvae", "--data.path", path, *more)
+        command(*extract, "--views", "original", "flip", "--output-dir", folder)
+        manifest = read_manifest(folder)
+        assert manifest.vector_names == ("bag", "coa", "dre", "third")
+        table = pq.read_table(next((folder / "train").glob("*.parquet"))).to_pylist()
+        for row in table:
+            given = [
+                name for name, has in zip(manifest.vector_names, row["vector"], strict=True) if has
+            ]
+            assert given == sorted(attributes[row["id"]])
+
+    # A prior is trained on them, and another made; both are sampled from.
+    command("codes", "verify", "--codes", folder)
+    train = ("train-prior", "--config", "tiny", "--codes", folder, "--num-steps", 2)
+    command(*train, "--level", "top", "--output-dir", tmp_path / "prior_0")
+    figures = (tmp_path / "prior_0" / "metrics.jsonl").read_text()
+    assert "bits_per_code_without_condition" in figures
+    top = load_prior(tmp_path / "prior_0")
+    assert top.config.vector_names == manifest.vector_names
+    assert not top.config.num_classes
+    config = prior_config(TrainPriorConfig(codes=str(folder), level="1", output_dir=""), manifest)
+    small = dataclasses.replace(config.network, width=32, num_layers=1)
+    torch.manual_seed(0)
+    bottom = make_prior(dataclasses.replace(config, network=small))
+    VQVAE2Pipeline(VQVAE2.from_pretrained(run / "vqvae"), [top, bottom]).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    pipeline = ("--pipeline", tmp_path / "pipeline")
+    sample = ("sample", *pipeline, "--num-images", 2, "--lanes", 2)
+    command(*sample, "--attributes", "third", "coa", "--output-dir", tmp_path / "a")
+    np.save(tmp_path / "both.npy", np.array([[0, 1, 0, 1], [np.nan] * 4]))
+    command(*sample, "--conditions", tmp_path / "both.npy", "--output-dir", tmp_path / "b")
+    (tmp_path / "both.jsonl").write_text('["coa", "third"]\n[1, 0, 0, 0]\n')
+    command(*sample, "--conditions", tmp_path / "both.jsonl", "--output-dir", tmp_path / "c")
+    first, second = (
+        [(tmp_path / x / f"images/00000{i}.png").read_bytes() for x in "abc"] for i in (0, 1)
+    )
+    assert len(set(first)) == 1  # the same condition, however it is given
+    assert len(set(second)) == 3
+
+    # Receipts draw each image and the set again, and name other conditions.
+    for x in "abc":
+        command("verify", tmp_path / x, *pipeline)
+    again = ("sample", *pipeline, "--receipt", tmp_path / "b" / "receipt.json")
+    command(*again, "--output-dir", tmp_path / "again")
+    assert (tmp_path / "again/images/000001.png").read_bytes() == second[1]
+    other = refused(capsys, *again, "--attributes", "coa", "--output-dir", tmp_path / "other")
+    assert "other conditions" in other
+    assert "no attribute is named 'coat'" in refused(
+        capsys, *sample, "--attributes", "coat", "--output-dir", tmp_path / "d"
+    )
+
+    # The doctor looks at the new input; an image's likelihood and a variation take a condition.
+    capsys.readouterr()
+    findings = list(examine(priors=[bottom], codes=folder))
+    assert {"vector", "vector helps"} <= {name.split(", ")[-1] for name, _, _ in findings}
+    loaded = VQVAE2Pipeline.from_pretrained(tmp_path / "pipeline")
+    image = str(data / names[0])
+    given = loaded.log_likelihood(image, conditions=[["coa"]])
+    assert not torch.equal(given, loaded.log_likelihood(image))
+    assert loaded.variations(image, num_images=1, conditions=[["coa"]]).codes

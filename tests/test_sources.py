@@ -27,6 +27,7 @@ from vqvae2.common.pictures import save_image
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import BadImage, is_held_out, load_images, load_picture, prepare, to_images
 from vqvae2.data.augmentation import no_change
+from vqvae2.data.open_source import open_source
 from vqvae2.data.work_parts import find_parts
 
 __all__ = ["items_of", "load", "numbered_tars", "spoil"]  # for other tests
@@ -621,3 +622,66 @@ def test_data_of_python_code_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_images(data, GREY)
+
+
+def test_conditions_come_from_every_kind_of_table(sources: dict[str, Path], tmp_path: Path) -> None:
+    files, image = [str(path) for path in pictures_of(sources["folder"])[:3]], PreprocessingConfig()
+    cells = [Path(file).read_bytes() for file in files]
+    for column in ([[0.5, 1], [2, -1.0], [0, 0.0]], [["b", "a"], [], ["b"]], [3.5, 4, 5]):
+        texts = list(map(json.dumps, column))
+        if isinstance(column[0], list) and column[0] == ["b", "a"]:
+            texts[0] = "b; a"
+        rows = [{"path": f, "x": value} for f, value in zip(files, column, strict=True)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with open(tmp_path / "a.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["path", "x"], *zip(files, texts, strict=True)])
+        pq.write_table(pa.table({"image": cells, "x": column}), tmp_path / "a.parquet")
+        for name in ("a.jsonl", "a.csv", "a.parquet"):
+            data = ImagesConfig(path=str(tmp_path / name), condition_column="x")
+            vectors = open_source(data, image).train.vectors
+            if column[0] == ["b", "a"]:
+                assert vectors.names == ("a", "b")
+                assert vectors.values.tolist() == [[1, 1], [0, 0], [0, 1]]
+            else:
+                assert vectors.names == ()
+                assert vectors.values.tolist() == np.reshape(column, (3, -1)).tolist()
+    pixels = np.zeros((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels, x=np.eye(2, dtype=np.int64))
+    data = ImagesConfig(path=str(tmp_path / "a.npz"), condition_column="x")
+    assert open_source(data, image).train.vectors.values.tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        ([[0.5], [1.5, 2]], "but also"),
+        ([["a"], [0.5]], "but also"),
+        ([[0.5], None], "None in row 1"),
+        ([[0.5], [float("nan")]], "not finite in row 1"),
+        ([["a"], [1]], "names and numbers"),
+        ([[], []], "no name in any row"),
+    ],
+)
+def test_conditions_that_cannot_be_right_are_refused(column: list, reason: str) -> None:
+    data = {"images": np.zeros((2, 8, 8), np.uint8), "conditions": column}
+    with pytest.raises(UserError, match=reason):
+        load_images(data, PreprocessingConfig())
+
+
+def test_conditions_that_are_not_there_are_named_and_attributes_keep_their_places(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    image, folder = PreprocessingConfig(), str(sources["folder"])
+    tars = str(numbered_tars(tmp_path / "tars", 1, 2))
+    for path, reason in ((folder, "no condition column 'x'"), (tars, "is a stream")):
+        with pytest.raises(UserError, match=reason):
+            open_source(ImagesConfig(path=path, condition_column="x"), image)
+    files = [str(path) for path in pictures_of(sources["folder"])[:4]]
+    for name, values in {"a": ["a", "c"], "b": ["c", "new"]}.items():
+        rows = zip(files[2 * (name == "b") :], values, strict=False)
+        lines = [json.dumps({"path": file, "x": [value]}) for file, value in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    paths = {"path": str(tmp_path / "a.jsonl"), "validation_path": str(tmp_path / "b.jsonl")}
+    held_out = open_source(ImagesConfig(**paths, condition_column="x"), image).held_out
+    assert held_out.vectors.names == ("a", "c")
+    assert held_out.vectors.values.tolist() == [[0, 1], [0, 0]]

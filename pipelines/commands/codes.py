@@ -22,7 +22,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, save_picture, sheet, to_pil
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids
+from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids, describe_vectors
 from vqvae2.model import VQVAE2
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ def code_info(codes: Path) -> str:
         "written": " ".join(written_by) or "by unknown versions",
         "on disk": f"{on_disk / max(rows, 1):,.1f} bytes per row in {len(shards)} shard(s)",
     }
+    if manifest.vector_size:
+        facts["condition"] = describe_vectors(manifest.vector_size, manifest.vector_names)
     grids = describe_grids(manifest.grids, manifest.codebook_sizes)
     for level, count in enumerate(counts):
         bits, most = math.log2(perplexity(count)) if rows else 0, math.log2(len(count))

@@ -14,7 +14,13 @@ from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
 from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders, prior_bits
-from prior.audit import audit, check_beats_frequencies, check_cache, check_condition_helps
+from prior.audit import (
+    audit,
+    check_beats_frequencies,
+    check_cache,
+    check_condition_helps,
+    check_vector_helps,
+)
 from prior.base import Prior
 from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
 from prior.probes import dataset_rows, nats_per_code, spread
@@ -149,7 +155,7 @@ def examine_prior(
     held_out = datasets["validation"] if len(datasets["validation"]) > 1 else datasets["train"]
     few, rows = (dataset_rows(prior, held_out, number) for number in (2, MOST_ROWS))
     yield check_cache(prior, few)._replace(name="cache on real codes")
-    yield from filter(None, [check_condition_helps(prior, rows)])
+    yield from filter(None, [check_condition_helps(prior, rows), check_vector_helps(prior, rows)])
     alone = held_out.unigram_bits(prior.config.level, datasets["train"])
     found = check_beats_frequencies(nats_per_code(prior, rows) / math.log(2), alone)
     kind = "held-out" if held_out is datasets["validation"] else "training"

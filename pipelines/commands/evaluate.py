@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from pipelines.commands.sample import write_samples
 from pipelines.config import EvaluateConfig, SetConfig
@@ -91,22 +92,26 @@ class Subject:
         number: int,
         *,
         labels: Sequence[int] | None = None,
+        vectors: Tensor | None = None,
         known: Sequence[Known | None] = (),
         **settings: float,
     ) -> ImageSet:
         """Samples in a folder of this name, made where they are missing; of each class, if no
-        labels are given, as many as it has among the training images."""
+        labels are given, as many as it has among the training images, and with their conditions."""
         assert self.pipeline is not None
         names, train = self.splits.class_names, self.splits.train
         numbers = [*(labels or ())]
-        if labels is None and self.same_classes and names:
+        if labels is None:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-            numbers = [train.label(i) or 0 for i in order.tolist()[:number]]
+            rows = order.tolist()[:number]
+            numbers = [train.label(i) or 0 for i in rows] if self.same_classes and names else []
+            vectors = ImageSet.of_dataset("", train).choose(rows).vectors_for(self.pipeline)
         changed = {key: (value,) for key, value in settings.items()}
         chosen = converted(SetConfig, config, num_images=number, labels=(), **changed)
         given: Any = {"labels": [names[i] for i in numbers] or None, "known": known}
+        given["vectors"] = vectors = self.pipeline.as_vectors(vectors)
         receipt = make_receipt(self.pipeline, chosen, **given)
-        how: dict[str, Any] = {"known": known, "codes": name == "samples"}
+        how: dict[str, Any] = {"known": known, "vectors": vectors, "codes": name == "samples"}
         files = write_samples(self.pipeline, self.folder / name, receipt, **how)
         return ImageSet.of_files(name, files, self.pipeline.vqvae.config.image, numbers)
 
@@ -388,6 +393,7 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
     if pipeline.class_names and not (subject.same_classes and other.labels):
         return {}
     labels = list(other.labels or [])[:number] if subject.same_classes else []
+    vectors = other.choose(range(number)).vectors_for(pipeline)
     known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
     found, size = {}, len(pipeline.priors)
     rows = {"all levels sampled": sets["samples"].first(number)}
@@ -395,7 +401,7 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
         given = [*known[:level], *[None] * (size - level)]
         name = f"{level_name(level - 1, size)} real, sampled below"
         folder = f"levels/{level}"
-        made = subject.sample(config, folder, number, known=given, labels=labels)
+        made = subject.sample(config, folder, number, known=given, labels=labels, vectors=vectors)
         rows[name] = subject.see(made)
     rows["all levels real"] = sets["made"].first(number)
     if processes().is_main_process:

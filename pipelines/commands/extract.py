@@ -184,6 +184,7 @@ class _Rows:
         self.ids: list[str] = []
         self.views: list[str] = []
         self.labels: list[int | None] = []
+        self.vectors: list[np.ndarray | None] = []
         self.waiting: list[Tensor] = []
         self.codes: list[list[np.ndarray]] = []  # per level; an empty array says what it would hold
         for (height, width), size in zip(
@@ -196,6 +197,7 @@ class _Rows:
             self.ids.append(row.item.id)
             self.views.append(view)
             self.labels.append(row.item.label)
+            self.vectors.append(row.item.vector)
             self.waiting.append(pixels)
 
     def take(self) -> Tensor:
@@ -232,6 +234,7 @@ def _write_part(
     for split, levels in encode(batches()):
         for chunks, codes in zip(rows[split].codes, levels, strict=True):
             chunks.append(codes.numpy().astype(chunks[0].dtype))
+    size = found.vector_size
     for split, shard in rows.items():
         path = part.path(output_dir, split)
         write_shard(
@@ -240,6 +243,7 @@ def _write_part(
             codes=[np.concatenate(chunks) for chunks in shard.codes],
             codebook_sizes=model.config.codebook_size_per_level,
             labels=np.array(shard.labels, np.int64) if found.labelled else None,
+            vectors=np.array(shard.vectors, np.float32).reshape(-1, size) if size else None,
             class_names=found.class_names or (),
             views=shard.views,
             facts={"skipped": json.dumps(skipped[split])},
@@ -269,6 +273,8 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
         views=config.views,
         source=last_names(found.source),
         versions=versions(),
+        vector_size=found.vector_size,
+        vector_names=found.vector_names,
     )
     if not manifest.num_train:
         raise UserError(f"{found.source}: no training image can be read: check data.path.")

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from PIL.Image import Image
+from torch import Tensor
 
+from pipelines.conditions import CONDITIONS_NAME, as_numbers, read_conditions
 from pipelines.config import SampleConfig, SetConfig
 from pipelines.editing import for_masks, repeat_known
 from pipelines.labels import Labels, hidden_unless_given
@@ -65,13 +67,21 @@ def sample(config: SampleConfig) -> None:
     SamplingConfig.per_level(
         len(pipeline.priors), **{name: getattr(config, name) for name in names}
     )
-    receipt = make_receipt(pipeline, config, labels=labels, known=known)
+    given, beside = config.conditions, Path(file or "receipt").with_name(CONDITIONS_NAME)
+    if wanted is not None and wanted.conditions_hash and not (config.attributes or given):
+        given = str(beside)
+    vectors = pipeline.as_vectors(read_conditions(given, config.attributes))
+    receipt = make_receipt(pipeline, config, labels=labels, vectors=vectors, known=known)
+    if wanted is not None and wanted.conditions_hash != receipt.conditions_hash:
+        what = f"the set of {file} was drawn with other conditions"
+        raise UserError(f"{what}: give those beside it, {beside}, or none if there are none.")
     if wanted is not None:
         wanted.refuse_other(receipt, f"the set of {file}")
         if remark := wanted.elsewhere(receipt):
             logger.warning("The set was %s.", remark)
     folder, new = Path(config.output_dir), SAMPLER_VERSION
     facts = {**pipeline.content_hashes(), "known_hash": receipt.known_hash, "sampler_version": new}
+    facts["conditions_hash"] = receipt.conditions_hash
     run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
     run = with_rejection(config, run) if config.reject else run
     record = folder / run.file_name
@@ -86,13 +96,15 @@ def sample(config: SampleConfig) -> None:
 
     # Sample; with a classifier, first the candidates among which it chooses.
     options: dict[str, Any] = {"known": known, "front": _given(config, pipeline.vqvae.config.image)}
+    options["vectors"] = vectors
     if config.reject is not None:
 
         def draw(candidates: Path, number: int) -> None:
             of_all = replace(receipt, num_images=number)
             write_samples(pipeline, candidates, of_all, **options)
 
-        options["only"] = choose(config, run, pipeline, pipeline.label_numbers(labels), draw)
+        numbers = pipeline.label_numbers(list(receipt.labels) or None)
+        options["only"] = choose(config, run, pipeline, numbers, draw)
     write_samples(pipeline, folder, receipt, npz=config.npz, **options)
 
 
@@ -101,6 +113,7 @@ def write_samples(
     output_dir: str | Path,
     receipt: SetReceipt,
     *,
+    vectors: Tensor | None = None,
     known: Sequence[Known | None] = (),
     front: Mapping[str, Image] | None = None,
     only: Sequence[int] | None = None,
@@ -109,8 +122,9 @@ def write_samples(
 ) -> list[Path]:
     """Write the samples of a receipt (see `make_receipt`) as files in images/, beside it a sheet of
     them and receipt.json, and, if asked for, samples.npz for evaluators and each image's codes in
-    codes/. Files that exist are not made again, and processes share the work. `known` are codes
-    that images start from, row i for image i, or one for all; `front` pictures that the sheet shows
+    codes/. Files that exist are not made again, and processes share the work. `vectors` are the
+    conditions `(N, V)` that images take in turn, and are kept in a file; `known` codes that images
+    start from, row i for image i, or one for all; `front` pictures that the sheet shows
     before them, by name; `only` the indices of a part of the images, instead of all (of which there
     is no receipt.json). Returns the images' files."""
     # The files, and the label of each.
@@ -130,7 +144,7 @@ def write_samples(
     state.wait_for_everyone()
     own = unfinished[state.process_index :: state.num_processes]
     bar = progress_bar(total=sum(map(len, own)), desc="sampling", unit="image")
-    options = {"labels": labels, **call_options(receipt)}
+    options = {"labels": labels, "conditions": vectors, **call_options(receipt)}
     own_cpus = OwnCpus(bind=state.device.type == "cpu")
     for batch in own:
         own_cpus.warn()
@@ -144,7 +158,9 @@ def write_samples(
         for i, image in zip(batch, made.images, strict=True):
             if i in files:
                 label = names[numbers[i % len(numbers)]] if numbers else None
-                own_receipt = converted(ImageReceipt, receipt, index=i, label=label)
+                vector = as_numbers(vectors[i % len(vectors)]) if vectors is not None else None
+                given: Any = {"index": i, "label": label, "vector": vector}
+                own_receipt = converted(ImageReceipt, receipt, **given)
                 note = json.dumps(to_dict(own_receipt))
                 save_image(image, files[i], settings.value_range, note)
         bar.update(len(batch))
@@ -161,6 +177,9 @@ def write_samples(
     rows = [names[numbers[i % period]] for i in shown] if numbers else []
     if only is None:
         write_json(folder / RECEIPT_NAME, to_dict(receipt))
+        if vectors is not None:
+            with whole_file(folder / CONDITIONS_NAME) as aside, open(aside, "wb") as file:
+                np.save(file, vectors.numpy())
     sheet = sample_sheet(pictures, rows, front)
     of_set = json.dumps(to_dict(receipt)) if only is None else None
     save_picture(sheet, folder / "samples.png", of_set)

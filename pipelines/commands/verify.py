@@ -1,5 +1,6 @@
 """`vqvae2 verify`: images of `vqvae2 sample`, drawn again by the receipts that they hold."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ def verify(config: VerifyConfig) -> int:
     for path in find_files(config.files):
         receipt, _ = read_receipt(path)
         receipt.refuse_other(own, str(path))
-        lane = replace(receipt, label=None)
+        lane = replace(receipt, label=None, vector=None)
         seen[lane] += 1
         batch = replace(lane, index=first_of(receipt)), seen[lane]
         batches[batch].append((path, receipt))
@@ -76,12 +77,16 @@ def redraw(
     """A line for each image of a batch that is drawn otherwise: its name, and how it differs."""
     # All lanes, of which those without a file have any label, as nothing depends on them.
     receipt, value_range = batch[0][1], pipeline.vqvae.config.image.value_range
-    labels = [receipt.label] * receipt.lanes
+    labels, vectors = [receipt.label] * receipt.lanes, [receipt.vector] * receipt.lanes
     for _, other in batch:
         labels[other.index % other.lanes] = other.label
+        vectors[other.index % other.lanes] = other.vector
     images = range(first_of(receipt), first_of(receipt) + receipt.lanes)
     options = {**call_options(receipt), "known": repeat_known(known, images)}
     options["labels"] = labels if any(labels) or pipeline.class_names else None
+    if any(vectors):
+        hidden = (math.nan,) * pipeline.vector_size
+        options["conditions"] = [list(vector or hidden) for vector in vectors]
     set_threads(receipt.num_threads)
     try:
         drawn = pipeline(receipt.lanes, first_index=first_of(receipt), **options).images

@@ -131,7 +131,7 @@ def prior_gaps(
     pipeline: VQVAE2Pipeline, training: ImageSet, held_out: ImageSet, *, same_classes: bool
 ) -> dict[str, dict[str, float]]:
     """Level -> bits per code of training and of held-out images. Without their classes the labels
-    are hidden; nothing if they cannot be."""
+    are hidden, and so are conditions; nothing if they cannot be."""
     bits: list[list[float]] = []
     positions = torch.tensor([prior.config.num_positions for prior in pipeline.priors])
     for images in (training.some(MOST_RATED), held_out.some(MOST_RATED)):
@@ -140,11 +140,15 @@ def prior_gaps(
             if pipeline.class_names and not pipeline.can_hide_labels:
                 return {}
             labels = [len(pipeline.class_names)] * images.number if pipeline.class_names else []
+        vectors = images.vectors_for(pipeline)
+        if vectors is None and not pipeline.can_hide_all:
+            return {}
         sums = torch.zeros(len(positions), dtype=torch.float64)
         for first in range(0, images.number, 50):
             part = slice(first, first + 50)
             batch = [grid[part] for grid in codes]
-            sums += log_likelihood(pipeline.priors, batch, labels[part]).sum(dim=0)
+            own = vectors[part] if vectors is not None else None
+            sums += log_likelihood(pipeline.priors, batch, labels[part], own).sum(dim=0)
         bits.append((-sums / images.number / positions / math.log(2)).tolist())
     gaps = {}
     for level, (known, new) in enumerate(zip(*bits, strict=True)):

@@ -17,10 +17,12 @@ from pipelines.commands.sample import load_codes
 from pipelines.evaluation.features import LANES, Extractor, kept_arrays, to_bytes
 from pipelines.evaluation.metrics import Moments
 from pipelines.model_index import part_hash
+from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.messages import progress_bar
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import ImageDataset, load_picture, to_images
+from vqvae2.data.vectors import Vectors
 from vqvae2.model import VQVAE2
 
 CHUNK = 500  # images that are read, seen and kept together
@@ -49,13 +51,17 @@ class ImageSet:
     vqvae_hash: str = ""
     codes: Callable[[Sequence[int]], list[Tensor]] | None = None
     """Rows to the codes `(B, h, w)` of every level that images were made of, if they are kept."""
+    vectors: Vectors | None = None
+    """The images' conditions, if there are any."""
 
     @classmethod
     def of_dataset(cls, name: str, images: ImageDataset) -> Self:
         """All images of a dataset, with its labels."""
         labels = [images.label(i) for i in range(len(images))]
         known = None if None in labels else [label for label in labels if label is not None]
-        return cls(name, len(images), images.pixel_rows, known)
+        vectors = images.source.vectors
+        vectors = vectors and vectors.choose(images.indices)
+        return cls(name, len(images), images.pixel_rows, known, vectors=vectors)
 
     @classmethod
     def of_files(
@@ -81,7 +87,15 @@ class ImageSet:
 
         labels = None if self.labels is None else [self.labels[i] for i in rows]
         changes = {"read": only(self.read), "codes": only(self.codes), "labels": labels}
+        changes["vectors"] = self.vectors and self.vectors.choose(rows)
         return replace(self, number=len(rows), **changes)
+
+    def vectors_for(self, pipeline: VQVAE2Pipeline) -> Tensor | None:
+        """The images' conditions `(N, V)`, if they are what the pipeline's priors read."""
+        known, own = (pipeline.vector_size, pipeline.vector_names), self.vectors
+        if own is None or (own.size, own.names) != known:
+            return None
+        return torch.from_numpy(own.values)
 
     def some(self, most: int) -> "ImageSet":
         """At most so many."""

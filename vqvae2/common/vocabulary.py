@@ -11,7 +11,16 @@ TRAINING_RECORD = "train_config.yaml"
 MIN_HELD_OUT = 20
 """Held-out images or rows, below which it is luck which weights do best on them."""
 
+LONGEST_VECTOR = 1 << 14
+"""Numbers or attributes of an image, on which priors are conditioned."""
+
 
 def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[str]:
     """Every level in words: 8 x 8 of 512."""
     return [f"{h} x {w} of {size}" for (h, w), size in zip(grids, sizes, strict=True)]
+
+
+def describe_vectors(size: int, names: Sequence[str] = ()) -> str:
+    """Condition vectors in words: 3 attributes (glasses, hat, smile)."""
+    first = ", ".join([*names[:12], *["..."] * (len(names) > 12)])
+    return f"{size} attributes ({first})" if names else f"vectors of {size} numbers"

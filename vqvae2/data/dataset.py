@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -53,6 +54,11 @@ class ImageDataset(Dataset):
     def label(self, index: int) -> int | None:
         """A picture's label, if there are labels."""
         return None if self.source.labels is None else self.source.labels[self.indices[index]]
+
+    def vector(self, index: int) -> np.ndarray | None:
+        """A picture's condition vector `(V,)`, if there are any."""
+        vectors = self.source.vectors
+        return None if vectors is None else vectors.values[self.indices[index]]
 
     def changed(self, index: int, choose: Choice) -> Tensor:
         """One picture, changed as chosen for its size: `(C, H, W)`. Raises BadImage: naming the

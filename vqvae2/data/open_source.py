@@ -42,11 +42,12 @@ from vqvae2.data.stream import (
     shard_stem,
 )
 from vqvae2.data.table import ImageTable, ParquetTable, TableColumn, open_parquet
+from vqvae2.data.vectors import read_vectors
 
 logger = logging.getLogger(__name__)
 
 PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]]
-"""{"images", "labels"} of arrays or tensors, or rows of that."""
+"""{"images", "labels", "conditions"} of arrays or tensors, or rows of that."""
 
 KINDS = (
     "a picture, an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar "
@@ -56,6 +57,7 @@ PREPARED, UNFINISHED = "prepared.json", "prepare_config.yaml"  # what vqvae2 pre
 SAVED = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
 FILE_COLUMNS = ("path", "file_name", "file", "image", "filename", "image_file_name")
 LISTS = {".txt", ".csv", ".tsv", ".jsonl"}
+ARRAYS = ("images", "labels", "conditions")
 MAX_STRAY = 10  # pictures beside shards that are a banner; more are a dataset of their own
 MAX_HELD_OUT = 1024  # images of a stream that are held in memory to validate on
 
@@ -80,7 +82,30 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
         raise UserError(f"{what}: give a colour name or #rrggbb.") from None
     if not isinstance(data, ImagesConfig):
         return _open_arrays(data, config.channels, "data")
+    opened = _open_files(data, config)
 
+    # All images have the vectors that are asked for.
+    for source in opened if data.condition_column is not None else ():
+        if source is None:
+            continue
+        what = f"{source.name} is a stream, of which no condition column is read"
+        if isinstance(source, ImageTable):
+            if source.vectors is not None:
+                continue
+            what = f"{source.name} has no condition column {data.condition_column!r}"
+        advice = "give a table or a list with it (metadata.jsonl, Parquet, Arrow, .npz)"
+        raise UserError(f"{what}: {advice}, or leave --data.condition-column out.")
+
+    # Their places mean the same in both parts.
+    train, held_out = opened
+    known = train.vectors if isinstance(train, ImageTable) else None
+    if known is not None and isinstance(held_out, ImageTable) and held_out.vectors is not None:
+        same = held_out.vectors.placed_as(known, held_out.name)
+        return Sources(train, replace(held_out, vectors=same))
+    return opened
+
+
+def _open_files(data: ImagesConfig, config: PreprocessingConfig) -> Sources:
     # An explicit held-out set wins over the source's own, and shares no shard with the training
     # images. (Files of one image each are compared where they are split: a link is no mistake.)
     train, held_out = _open(data.path, data, config.channels)
@@ -147,21 +172,24 @@ def make_table(
     labels: tuple[Sequence[Any], str, Sequence[str] | None] | None = None,
     row_splits: Sequence[str] = (),
     files: Sequence[Path] = (),
+    conditions: Sequence[Any] | None = None,
 ) -> Sources:
     """A table of these rows, split in two where each names its split (train, or held out).
 
     Args:
         labels: the arguments of `number_classes`.
+        conditions: what `read_vectors` takes.
 
     Raises:
-        UserError: a name occurs twice, a row has no class, or no row trains.
+        UserError: a name occurs twice, a row has no class or condition, or no row trains.
     """
     if not ids:
         raise UserError(f"{name} holds no image: check data.path.")
     splits.check_names(ids, name)
     splits.check_names(map(os.path.normpath, ids), name)
     numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
-    table = ImageTable(name, ids, cells, numbers, class_names, files)
+    vectors = read_vectors(conditions, name) if conditions is not None else None
+    table = ImageTable(name, ids, cells, numbers, class_names, files, vectors)
     trains = [splits.split_of(str(split)) == "train" for split in row_splits]
     if all(trains):
         return Sources(table, None)
@@ -217,7 +245,7 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     if suffixes <= LISTS and len(files) == 1:
         return _open_list(files, files[0].parent, data)
     if suffixes <= {".npy", ".npz"} and len(files) == 1:
-        return _open_array_file(files[0], channels)
+        return _open_array_file(files[0], channels, data.condition_column)
     if {suffix.lower() for suffix in suffixes} <= PICTURE_SUFFIXES - {".npy"}:
         folder = os.path.commonpath([file.parent for file in files])
         ids = [file.relative_to(folder).as_posix() for file in files]
@@ -401,7 +429,7 @@ def _open_metadata(
     number = len(ids) - len(names)
     if own is not None and number > 0:
         logger.info("%s: %d pictures are not in it, and not used.", own, number)
-    elif own is None and (number > 0 or not listed.train.labelled):
+    elif own is None and (number > 0 or not (listed.train.labelled or data.condition_column)):
         logger.info("%s: %s is not used: it does not give each picture a class.", root, name)
         return None
     return listed
@@ -414,6 +442,7 @@ def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources
     # Rows.
     ids: list[str] = []
     values: list[Any] = []
+    conditions: list[Any] | None = [] if data.condition_column else None
     row_splits: list[Any] = []
     listings: dict[Path, dict[str, str]] = {}
     files: list[Path] = []
@@ -432,13 +461,16 @@ def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources
             prefix = "" if path.parent == root else f"{path.parent.relative_to(root).as_posix()}/"
             ids.append(prefix + str(row[image]))
             values.append(row[label] if label else None)
+            if conditions is not None:
+                conditions.append(row.get(str(data.condition_column)))
             row_splits.append(row.get("split", "train"))
 
     # A table of them.
     name = str(paths[0] if len(paths) == 1 else root)
     source = f"{name}: the column {label!r}"
     labels = (values, source, None) if any(value is not None for value in values) else None
-    return make_table(name, ids, files, labels=labels, row_splits=row_splits, files=files)
+    options: Any = {"row_splits": row_splits, "files": files, "conditions": conditions}
+    return make_table(name, ids, files, labels=labels, **options)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -550,7 +582,10 @@ def _open_table(
             row_splits = list(table["split"])
             if isinstance(features["split"], datasets.ClassLabel):
                 row_splits = features["split"].int2str(row_splits)
-    return make_table(path, ids, cells, labels=labels, row_splits=row_splits, files=files)
+        column = data.condition_column
+        conditions = list(table[column]) if column else None
+    options: Any = {"row_splits": row_splits, "files": files, "conditions": conditions}
+    return make_table(path, ids, cells, labels=labels, **options)
 
 
 def _hub_folders() -> list[Path]:
@@ -568,15 +603,18 @@ def _numbered(number: int) -> list[str]:
 # Arrays
 
 
-def _open_array_file(path: Path, channels: int) -> Sources:
-    """A stack in a .npy file (mapped from the disk), or `images` (and `labels`) in a .npz file."""
+def _open_array_file(path: Path, channels: int, condition_column: str | None) -> Sources:
+    """A stack in a .npy file (mapped from the disk), or `images` (and `labels`, and a condition
+    column) in a .npz file."""
     with readable(str(path), "read as arrays"):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         is_archive = isinstance(loaded, np.lib.npyio.NpzFile)
         arrays = dict(loaded.items()) if is_archive else {"images": loaded}
+    if condition_column in arrays:
+        arrays["conditions"] = arrays.pop(condition_column)
     number = len(arrays.get("images", ()))
     for name, array in arrays.items():
-        if name not in ("images", "labels") and array.ndim and len(array) == number:
+        if name not in ARRAYS and array.ndim and len(array) == number:
             what = f"{path} holds the arrays {list(arrays)}, of which {name!r} is unknown"
             raise UserError(f"{what}: name them 'images' and 'labels', and leave others out.")
     return _open_arrays(arrays, channels, str(path), [path])
@@ -585,16 +623,17 @@ def _open_array_file(path: Path, channels: int) -> Sources:
 def _open_arrays(
     data: PythonImages, channels: int, name: str, files: Sequence[Path] = ()
 ) -> Sources:
-    """Images (N, H, W), (N, H, W, C) or (N, C, H, W), and numbers or names as labels, or none."""
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W), and perhaps labels (numbers or names) and
+    conditions (an array (N, V), or see `read_vectors`)."""
     # Rows become arrays.
     if not isinstance(data, Mapping):
         rows = list(data)
-        keys = [key for key in ("images", "labels") if any(key in row for row in rows)]
+        keys = [key for key in ARRAYS if any(key in row for row in rows)]
         for i, row in enumerate(rows):
             missing = [key for key in keys if row.get(key) is None]
             if missing:
                 raise UserError(f"{name}: row {i} has no {missing[0]!r}, but others have: add it.")
-        data = {key: [np.asarray(row[key]) for row in rows] for key in keys}
+        data = {key: [row[key] for row in rows] for key in keys}
     if "images" not in data:
         raise UserError(f"{name} has the keys {list(data)}, but 'images' is missing: add it.")
     try:
@@ -616,4 +655,12 @@ def _open_arrays(
             what = f"{name} has {len(images)} images, but labels of shape {values.shape}"
             raise UserError(f"{what}: give one for each image.")
         labels = (values.tolist(), f"{name}: labels", None)
-    return make_table(name, _numbered(len(images)), images, labels=labels, files=files)
+    conditions = data.get("conditions")
+    if conditions is not None:
+        if isinstance(conditions, np.ndarray) and conditions.dtype.kind in "iub":
+            conditions = conditions.astype(float)  # no numbers of attributes
+        if len(conditions) != len(images):
+            what = f"{name} has {len(images)} images, but {len(conditions)} conditions"
+            raise UserError(f"{what}: give one for each image.")
+    options: Any = {"files": files, "conditions": conditions}
+    return make_table(name, _numbered(len(images)), images, labels=labels, **options)

@@ -3,7 +3,7 @@
     prepared.json   train/00000.parquet ...   validation/00000.parquet ...
 
 A row is an image: `id`, `pixels` (a fixed-size list of C*H*W values, uint8, or float32 in [-1, 1])
-and `label` where there are classes.
+`label` where there are classes, and `vector` (fixed-size lists) where images have conditions.
 """
 
 import json
@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.artifact import content_hash
-from vqvae2.common.config import check, from_dict, to_dict
+from vqvae2.common.config import added, check, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, whole_file, write_json
 from vqvae2.common.loading import ordered
@@ -38,6 +39,7 @@ from vqvae2.data.decoding import readable
 from vqvae2.data.open_source import PREPARED, UNFINISHED, Sources
 from vqvae2.data.survey import Survey
 from vqvae2.data.table import ImageTable, PreparedPictures, load_parquet
+from vqvae2.data.vectors import Vectors
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,10 @@ class PreparedManifest:
     """All shards. (Folders of earlier versions do not list them.)"""
     content_hash: str = ""
     """SHA-256 of all the rest. (Earlier versions have none.)"""
+    vector_size: int = added(0)
+    """Length of the condition vectors; 0 without any."""
+    vector_names: tuple[str, ...] = added(())
+    """Of attributes, what the places of a vector stand for."""
 
     def with_hash(self) -> "PreparedManifest":
         """With its `content_hash` as it must be."""
@@ -129,6 +135,7 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
     length = expected = image.channels * image.height_width[0] * image.height_width[1]
     ids: list[str] = []
     labels: list[int] = []
+    values = np.zeros((0, manifest.vector_size), np.float32)
     rows: Any = None
     if number:
         what_to_do = "run vqvae2 prepare again, or set HF_HOME to a place with more room"
@@ -138,15 +145,21 @@ def _open_split(folder: Path, manifest: PreparedManifest, split: str, number: in
             ids, labels = list(table["id"]), list(table["label"])
             rows = table.select_columns(["pixels"]).with_format("arrow")  # numpy's widens to int64
             length = table.features["pixels"].length
+            if manifest.vector_size:
+                values = np.array(table.with_format("numpy")["vector"], np.float32)
 
     # They are what the manifest says.
     classes = set(range(len(manifest.class_names))) if manifest.has_labels else {None}
-    if (len(ids), length) != (number, expected) or not set(labels) <= classes:
+    shapes = (len(ids), length), values.shape
+    wanted = (number, expected), (number if manifest.vector_size else 0, manifest.vector_size)
+    if shapes != wanted or not set(labels) <= classes:
         what = f"{folder / split} does not hold the {number} images that {PREPARED} describes"
         raise UserError(f"{what}: run vqvae2 prepare again.")
     name = str(folder if split == "train" else folder / split)
     given = labels if manifest.has_labels else None
-    return ImageTable(name, ids, PreparedPictures(image, rows), given, manifest.class_names, files)
+    vectors = Vectors(values, manifest.vector_names) if manifest.vector_size else None
+    cells = PreparedPictures(image, rows)
+    return ImageTable(name, ids, cells, given, manifest.class_names, files, vectors)
 
 
 # Writing
@@ -178,7 +191,7 @@ def prepare_command(config: PrepareConfig) -> None:
 
     # Shards, then the manifest.
     began, skip = time.perf_counter(), config.data.on_error == "skip"
-    write = partial(_write_part, output_dir, config.image)
+    write = partial(_write_part, output_dir, config.image, found.vector_size)
     survey = Survey(config.image)
     choices = {split: [survey.choose] for split in SPLITS}
     options: Any = {"description": "preparing", "num_threads": config.num_threads}
@@ -193,6 +206,7 @@ def prepare_command(config: PrepareConfig) -> None:
 def _write_part(
     output_dir: Path,
     image: PreprocessingConfig,
+    vector_size: int,
     part: Part,
     rows: Iterator[ReadItem],
     skipped: Mapping[str, list],
@@ -201,7 +215,10 @@ def _write_part(
     height, width = image.height_width
     kind = pa.uint8() if image.value_range == (0, 255) else pa.float32()
     pixels = pa.list_(kind, image.channels * height * width)
-    schema = pa.schema({"id": pa.string(), "label": pa.int64(), "pixels": pixels})
+    columns = {"id": pa.string(), "label": pa.int64(), "pixels": pixels}
+    if vector_size:
+        columns["vector"] = pa.list_(pa.float32(), vector_size)
+    schema = pa.schema(columns)
     waiting: dict[str, list[ReadItem]] = {split: [] for split in part.splits}
     with ExitStack() as stack:
         # A file per split, beside its place until it is whole.
@@ -228,11 +245,13 @@ def _write_part(
 def _write_rows(writer: pq.ParquetWriter, rows: list[ReadItem]) -> None:
     pixels = torch.stack([row.pixels[0] for row in rows]).numpy()
     values = pa.array(pixels.reshape(-1))
-    columns: Mapping[str, object] = {
+    columns: dict[str, object] = {
         "id": [row.item.id for row in rows],
         "label": [row.item.label for row in rows],
         "pixels": pa.FixedSizeListArray.from_arrays(values, pixels[0].size),
     }
+    if "vector" in writer.schema.names:
+        columns["vector"] = [row.item.vector for row in rows]
     writer.write_table(pa.table(columns, schema=writer.schema))
 
 
@@ -269,6 +288,8 @@ def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: floa
         num_validation=numbers["validation"],
         num_skipped=len(work_parts.skipped_images(paths)),
         shards=tuple(shards),
+        vector_size=found.vector_size,
+        vector_names=found.vector_names,
     )
     write = partial(write_json, output_dir / PREPARED, to_dict(manifest.with_hash()))
     work_parts.finish(found, output_dir, paths, write)

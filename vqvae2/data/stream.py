@@ -164,7 +164,8 @@ def find_columns(
 
     # Pictures.
     columns, own = f"{source} has the columns {few(features)}", data.label_column
-    for option, column in (("image", data.image_column), ("label", own)):
+    named = {"image": data.image_column, "label": own, "condition": data.condition_column}
+    for option, column in named.items():
         if column not in (None, *features) and (option, column) != ("label", NO_LABELS):
             raise UserError(f"{columns}, but no {column!r}: correct --data.{option}-column.")
     known = {name.lower(): name for name in reversed([*features])}
@@ -179,7 +180,8 @@ def find_columns(
     classes += [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     classes += [known[name] for name in LABEL_COLUMNS if name in known]
     label = own or next((name for name in classes if name not in ("split", image)), None)
-    others = [n for n in features if n not in (*pictures, image, "split", "id", "__key__")]
+    used = (*pictures, image, data.condition_column, "split", "id", "__key__")
+    others = [name for name in features if name not in used]
     if label is None and others:
         _say_unused(data.path, tuple(sorted(others, key=lambda n: not LIKE_CLASSES.search(n))))
     return image, None if own == NO_LABELS else label

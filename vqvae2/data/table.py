@@ -20,6 +20,7 @@ from vqvae2.data.decoding import mark_cell, readable
 from vqvae2.data.paths import fault_of
 from vqvae2.data.splits import few
 from vqvae2.data.stream import ImageStream, features_of, row_ids
+from vqvae2.data.vectors import Vectors
 
 logger = logging.getLogger(__name__)
 ROWS_BYTES = 1 << 30  # of a Parquet table that stay in memory
@@ -38,6 +39,7 @@ class ImageTable:
     class_names: tuple[str, ...] = ()
     files: Sequence[Path] = ()
     """The files behind it, where they are known: one for each picture, or shards of many."""
+    vectors: Vectors | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,6 +73,7 @@ class ImageTable:
             cells=Subset(self.cells, rows),
             labels=None if self.labels is None else [self.labels[i] for i in rows],
             files=[self.files[i] for i in rows] if self.is_of_files else self.files,
+            vectors=self.vectors and self.vectors.choose(rows),
         )
 
     def with_classes_of(self, train: "ImageTable | ImageStream") -> "ImageTable":

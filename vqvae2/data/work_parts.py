@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
+import torch
 from accelerate.state import PartialState
 from torch import Tensor
 
+from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, write_json
 from vqvae2.common.loading import ordered
@@ -40,6 +43,8 @@ class Item(NamedTuple):
     label: int | None
     pixels: Callable[[Choice], Tensor]
     """Reads it: `(C, H, W)`, changed as chosen for its size. Raises BadImage."""
+    vector: np.ndarray | None = None
+    """Its condition `(V,)`, if images have any."""
 
 
 class ReadItem(NamedTuple):
@@ -76,6 +81,10 @@ class Parts:
     labelled: bool
     class_names: tuple[str, ...] | None
     """None for a stream, whose classes are the numbers that occur."""
+    vector_size: int = 0
+    """Length of the condition vectors, if there are any."""
+    vector_names: tuple[str, ...] = ()
+    """Of attributes, what the places of a vector stand for."""
 
     def number(self) -> int:
         """How many images there are in all; of a stream, how many parts."""
@@ -119,8 +128,20 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
             what = f"{found.validation.source.name} has no labels for the classes of {train.name}"
             what_to_do = "name the training images alone, or add --data.label-column none"
             raise UserError(f"{what}: {what_to_do}.")
+        other, number = found.validation.source, len(found.validation)
+        if train.vectors is not None and number and other.vectors is None:
+            what = f"{other.name} has no condition vectors, but {train.name} has"
+            raise UserError(f"{what}: prepare both with --data.condition-column.")
         parts = [part for split, images in found.items() for part in _cut(split, images, size)]
-        return Parts(tuple(parts), train.name, found.facts(), train.labelled, train.class_names)
+        facts, vectors = found.facts(), train.vectors
+        options: dict[str, Any] = {}
+        if vectors is not None:
+            tables = [table.vectors for table in opened if isinstance(table, ImageTable)]
+            named = [(str(i), torch.from_numpy(v.values)) for i, v in enumerate(tables) if v]
+            facts["conditions_hash"] = content_hash(list(vectors.names), named)
+            options = {"vector_size": vectors.size, "vector_names": vectors.names}
+        given = tuple(parts), train.name, facts, train.labelled, train.class_names
+        return Parts(*given, **options)
 
     # A stream: without a held-out set, each shard holds images of both splits.
     both = held_out is None and config.validation_fraction > 0
@@ -139,7 +160,8 @@ def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
     def items(rows: range) -> Iterator[Item]:
         for i in rows:
             name = images.source.ids[images.indices[i]]
-            yield Item(split, name, images.label(i), partial(images.changed, i))
+            pixels = partial(images.changed, i)
+            yield Item(split, name, images.label(i), pixels, images.vector(i))
 
     parts = []
     for number, first in enumerate(range(0, len(images), size)):
