@@ -128,16 +128,21 @@ def log_likelihood(
 ) -> Tensor:
     """ln p of each image's codes by level, given the coarser ones: `(B, levels)` float64, in nats.
     `labels` are one for all images or one each; none without classes (else a `UserError`)."""
-    number, levels = len(codes[0]), []
-    if len(labels) not in (0, 1, number):
-        what = f"{len(labels)} labels do not fit the number of images, {number}"
-        raise UserError(f"{what}: give one label, or one per image.")
-    classes = torch.tensor([*labels] * (number if len(labels) == 1 else 1))
+    classes, levels = class_tensor(labels, len(codes[0])), []
     for level, prior in enumerate(priors):
         *condition, own = [grid.to(prior.device) for grid in codes[: level + 1]]
         given = classes.to(prior.device) if prior.config.num_classes else None
         levels.append(-nats_per_row(prior, Rows(own, condition, given)).cpu())
     return torch.stack(levels, dim=1)
+
+
+def class_tensor(labels: Sequence[int], number: int) -> Tensor:
+    """The classes `(number,)` of images of which all have one label, or each its own; without
+    labels zeros, which nothing reads."""
+    if len(labels) not in (0, 1, number):
+        what = f"{len(labels)} labels do not fit the number of images, {number}"
+        raise UserError(f"{what}: give one label, or one per image.")
+    return torch.tensor([*labels] if len(labels) == number else [*(labels or [0])] * number)
 
 
 def _check_range(key: str, codes: Tensor, size: int) -> None:

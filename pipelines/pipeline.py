@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipelines import editing
+from pipelines import editing, scoring
 from pipelines.belonging import refuse_mismatches
 from pipelines.config import LANES
 from pipelines.labels import Labels, hidden_unless_given, label_numbers
@@ -21,6 +21,7 @@ from pipelines.model_index import (
     prior_bits,
     training_record,
 )
+from pipelines.scoring import Scores
 from prior.audit import warn_of_noise
 from prior.base import Prior
 from prior.registry import load_prior
@@ -33,6 +34,7 @@ from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, versions
+from vqvae2.data import as_images
 from vqvae2.data.splits import few
 from vqvae2.model import VQVAE2
 
@@ -250,10 +252,30 @@ class VQVAE2Pipeline:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its
         level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
         label for all images, or one per image; None hides them, where they can be."""
+        numbers = self._hidden_or(labels)
+        return editing.log_likelihood(self.priors, self.encode(images), numbers)
+
+    def _hidden_or(self, labels: Labels) -> list[int]:
+        """The numbers of labels, or of the hidden one if none are given."""
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
             raise UserError("the priors do not do without labels: give one, or one per image.")
-        return editing.log_likelihood(self.priors, self.encode(images), self.label_numbers(labels))
+        return self.label_numbers(labels)
+
+    def score(self, images: Any, labels: Labels = None) -> Scores:
+        """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
+        or "all", for the class that explains each image best."""
+        every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
+        numbers = self.label_numbers(None) if every else self._hidden_or(labels)
+        images = as_images(images, self.vqvae.config.image)
+        tried = [[number] for number in numbers] if every else [numbers]
+        classes = [editing.class_tensor(own, len(images)) for own in tried]
+        error, batches = scoring.typical_error(self.trainings), []
+        for rows in torch.arange(len(images)).split(scoring.BATCH):
+            parts = self.vqvae, self.priors, images[rows]
+            of_each = [scoring.score_batch(*parts, own[rows], error) for own in classes]
+            batches.append(scoring.best_label(of_each) if every else of_each[0])
+        return Scores.join(batches)
 
     def __repr__(self) -> str:
         classes = f"classes: {few(self.class_names)}" if self.class_names else "no classes"
