@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -262,7 +263,8 @@ def _histogram(table: pa.Table) -> Image.Image:
     if len(np.unique(groups)) > 4:
         groups = np.full(len(groups), "all")
     values = table["score"].to_numpy()
-    edges = np.histogram_bin_edges(values, bins=30)
+    bins = max(4, min(30, math.isqrt(len(values))))
+    edges = np.histogram_bin_edges(values, bins)
     curves: dict[str, Sequence[tuple[float, float]]] = {}
     for name in np.unique(groups):
         counts, _ = np.histogram(values[groups == name], edges)
