@@ -95,7 +95,7 @@ def main() -> None:
     values, maps = seen["score"]["normal"]
     half = len(values) // 2
     places = maps.amax(dim=(1, 2))
-    stored = Normal(None, {}, tuple(values[:half].tolist()), tuple(places[:half].tolist()))
+    stored = Normal(None, "", tuple(values[:half].tolist()), tuple(places[:half].tolist()))
     for rate in (0.02, 0.05, 0.1, 0.2):
         limits = stored.thresholds(rate)
         pairs = zip((values, places), limits, strict=True)

@@ -252,10 +252,10 @@ class VQVAE2Pipeline:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its
         level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
         label for all images, or one per image; None hides them, where they can be."""
-        numbers = self._hidden_or(labels)
+        numbers = self.given_or_hidden(labels)
         return editing.log_likelihood(self.priors, self.encode(images), numbers)
 
-    def _hidden_or(self, labels: Labels) -> list[int]:
+    def given_or_hidden(self, labels: Labels) -> list[int]:
         """The numbers of labels, or of the hidden one if none are given."""
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
@@ -266,7 +266,7 @@ class VQVAE2Pipeline:
         """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
         or "all", for the class that explains each image best."""
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
-        numbers = self.label_numbers(None) if every else self._hidden_or(labels)
+        numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)
         images = as_images(images, self.vqvae.config.image)
         tried = [[number] for number in numbers] if every else [numbers]
         classes = [editing.class_tensor(own, len(images)) for own in tried]

@@ -168,12 +168,12 @@ class Normal:
     (conformal prediction)."""
 
     labels: str | None  #: under which they were scored
-    hashes: Mapping[str, str]  #: of the pipeline
+    pipeline_hash: str
     scores: tuple[float, ...]
     places: tuple[float, ...]
 
     @classmethod
-    def load(cls, folder: Path, labels: str | None, hashes: Mapping[str, str]) -> Self:
+    def load(cls, folder: Path, labels: str | None, pipeline_hash: str) -> Self:
         """What was stored in a pipeline's folder, or a `UserError` if there is nothing, or if it
         is of another pipeline or of other labels."""
         path = folder / NORMAL_NAME
@@ -181,7 +181,7 @@ class Normal:
             what = f"{folder} does not know how unusual normal images are"
             raise UserError(f"{what}: run vqvae2 score --calibrate on some that trained nothing.")
         stored = from_dict(cls, read_json(path), str(path))
-        if stored.hashes != hashes or stored.labels != labels:
+        if (stored.pipeline_hash, stored.labels) != (pipeline_hash, labels):
             what = f"{path} is of another pipeline, or of labels = {stored.labels!r}"
             raise UserError(f"{what}: give these labels, or run vqvae2 score --calibrate again.")
         return stored

@@ -87,7 +87,7 @@ def test_thresholds_hold_what_they_promise() -> None:
     """Of 2,000 sets of 99 normal scores and a new one, a tenth marks it at a rate of a tenth."""
     random, marked = np.random.default_rng(0), 0
     for *known, new in random.gumbel(size=(2000, 100)):
-        stored = Normal(None, {}, tuple(known), tuple(known))
+        stored = Normal(None, "", tuple(known), tuple(known))
         at, _ = stored.thresholds(0.1)
         marked += new > at
         assert (new > at) == (stored.p_values(np.array([new]))[0] <= 0.1)

@@ -24,6 +24,7 @@ from pipelines.config import ScoreConfig
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.scoring import ALL, BATCH, HEALED, NORMAL_NAME, Normal, Scores
 from vqvae2.common.accelerate import check_same_images, exact_convolutions, processes
+from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, remove_folder, whole_file, write_json
 from vqvae2.common.lock import writes_output
@@ -63,12 +64,13 @@ def score(config: ScoreConfig) -> None:
     state, folder = processes(), Path(config.output_dir)
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(state.device)
     hashes, home = pipeline.content_hashes(), Path(config.pipeline).expanduser()
-    pipeline.label_numbers(None if config.labels == ALL else config.labels)  # or a UserError
+    if config.labels != ALL or not pipeline.class_names:
+        pipeline.given_or_hidden(config.labels)  # or a UserError
     normal, thresholds, facts = None, (np.inf, HEALED), dict(hashes)
     if config.calibrate and not home.is_dir():
         raise UserError(f"{home} is no folder: download the pipeline before --calibrate.")
     if config.false_alarm_rate is not None:
-        normal = Normal.load(home, config.labels, hashes)
+        normal = Normal.load(home, config.labels, content_hash(hashes, ()))
         thresholds = normal.thresholds(config.false_alarm_rate)
         facts["normal_hash"] = file_hash(home / NORMAL_NAME)
 
@@ -242,8 +244,9 @@ def _finish(job: _Job, rows: Path) -> None:
         pyarrow.csv.write_csv(table, aside)
     values, places = table["score"].to_pylist(), table["worst_place"].to_pylist()
     if job.config.calibrate:
-        hashes, home = job.pipeline.content_hashes(), Path(job.config.pipeline).expanduser()
-        Normal(job.config.labels, hashes, tuple(values), tuple(places)).save(home)
+        pipeline_hash = content_hash(job.pipeline.content_hashes(), ())
+        stored = Normal(job.config.labels, pipeline_hash, tuple(values), tuple(places))
+        stored.save(Path(job.config.pipeline).expanduser())
     with whole_file(folder / TABLE) as aside:
         pq.write_table(table, aside)
     remove_folder(rows)
