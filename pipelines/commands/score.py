@@ -52,7 +52,7 @@ class _Job:
     config: ScoreConfig
     pipeline: VQVAE2Pipeline
     found: Parts
-    names: Mapping[str, str]  #: of the pictures: image -> file without its suffix
+    names: Mapping[tuple[str, str], str]  #: of pictures: split, image -> file without its suffix
     normal: Normal | None
     thresholds: tuple[float, float]  #: of images, and of places in them
 
@@ -91,10 +91,10 @@ def score(config: ScoreConfig) -> None:
     state.wait_for_everyone()
 
     # Each process its parts; then one table of all.
-    names: dict[str, str] = {}
+    names: dict[tuple[str, str], str] = {}
     if config.maps or config.heal:
-        ids = [item.id for part in found.parts for item in part.items()]
-        names = dict(zip(ids, file_names(ids, ""), strict=True))
+        ids = [(item.split, item.id) for part in found.parts for item in part.items()]
+        names = dict(zip(ids, file_names([name for _, name in ids], ""), strict=True))
     job = _Job(config, pipeline, found, names, normal, thresholds)
     rows, choices = folder / "parts", {split: [no_change] for split in SPLITS}
     options: Any = {"description": "scoring", "skip": config.data.on_error == "skip"}
@@ -155,7 +155,7 @@ def _write_part(
             columns["unusual_pixels"] = marked.float().mean(dim=(1, 2)).numpy()
         tables.append(pa.table(columns))
         if job.names:
-            _draw(job, [job.names[name] for name in ids], images, scores)
+            _draw(job, [job.names[split, name] for name in ids], images, scores)
     path = part.path(Path(job.config.output_dir) / "parts", split)
     table = pa.concat_tables(tables) if tables else pa.table({})
     facts = {"skipped": json.dumps(skipped[split])}
