@@ -55,7 +55,7 @@ def main() -> None:
         train = some(str(good), settings, options.num_train)
         for kind in sorted((Path(options.data) / "test").iterdir()):
             masks = Path(options.data) / "ground_truth" / kind.name
-            sets[kind.name] = some(str(kind), settings, number), read_masks(masks, settings)
+            sets[kind.name] = some(str(kind), settings), read_masks(masks, settings)
         normal = sets.pop("good")[0]
     else:
         data = ImagesConfig(path=options.data)
@@ -116,8 +116,8 @@ def pixels_of(images: ImageDataset, number: int) -> Tensor:
     return to_images(images.pixel_rows([i * len(images) // number for i in range(number)]))
 
 
-def some(path: str, settings: PreprocessingConfig, number: int) -> Tensor:
-    """So many of the images at a path, in [-1, 1]."""
+def some(path: str, settings: PreprocessingConfig, number: int = 10**9) -> Tensor:
+    """So many of the images at a path, spread over all, in [-1, 1]."""
     table = load_table(ImagesConfig(path=path), settings)
     return pixels_of(ImageDataset(table, range(len(table)), settings), number)
 

@@ -25,13 +25,13 @@ def pipeline(run: Path) -> VQVAE2Pipeline:
 
 @pytest.fixture
 def few(photos: Path, tmp_path: Path) -> Path:
-    """Six photos, of which one has a hole."""
+    """Six photos, of which one is a negative."""
     folder = tmp_path / "few"
     folder.mkdir()
     for i, path in enumerate(sorted(photos.rglob("*.png"))[::25]):
         pixels = np.array(Image.open(path))
         if i == 3:
-            pixels[8:20, 8:20] = np.random.default_rng(0).integers(0, 255, (12, 12))
+            pixels = 255 - pixels
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
 
@@ -112,12 +112,13 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
     command("score", few, *own, tmp_path / "a", *marks, "--labels", "bag", code=2)
     assert "labels = None" in capsys.readouterr().err
 
-    # The hole is; around what was marked, nothing changes.
+    # The negative is; where nothing is marked, nothing changes.
     command("score", few, *own, tmp_path / "a", *marks)
     table = pq.read_table(tmp_path / "a" / "scores.parquet").to_pylist()
-    hole = max(table, key=lambda row: row["worst_place"])
-    assert hole["image"] == "3.png"
-    assert 0 < hole["unusual_pixels"] < 1
+    negative = max(table, key=lambda row: row["worst_place"])
+    assert negative["image"] == "3.png"
+    assert negative["unusual"]
+    assert negative["unusual_pixels"] > 0
     assert {path.name for path in (tmp_path / "a" / "maps").iterdir()} == {
         f"{i}.png" for i in range(6)
     }
