@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pipelines import VQVAE2Pipeline
 from pipelines.commands.score import heal, heat
 from pipelines.editing import for_masks
-from pipelines.scoring import HEALED, Normal, Scores
+from pipelines.scoring import HEALED, Normal, Scores, around
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, load_picture, load_table, to_images
@@ -203,7 +203,7 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
     def resampled(images: Tensor) -> tuple[Tensor, Tensor]:
         scores = of(images)
         drawn = heal(pipeline, images, scores.unusual_map > HEALED, scores, None)
-        maps = smooth((drawn - images).square().mean(dim=1))
+        maps = around((drawn - images).square().mean(dim=1), 2)
         return maps.mean(dim=(1, 2)), maps
 
     return {
@@ -213,7 +213,7 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
         "bits_per_png_bit": column("bits_per_png_bit"),
         "error": lambda images: (
             of(images).reconstruction_error.mean(dim=(1, 2)),
-            smooth(of(images).reconstruction_error),
+            around(of(images).reconstruction_error, 2),
         ),
         "resampled difference": resampled,
     }
@@ -228,7 +228,7 @@ def baselines(pipeline: VQVAE2Pipeline, train: Tensor) -> dict[str, Method]:
     def pca(images: Tensor) -> tuple[Tensor, Tensor]:
         centred = images.flatten(1) - flat.mean(dim=0)
         rest = (centred - centred @ basis @ basis.T).view_as(images).square().mean(dim=1)
-        return rest.mean(dim=(1, 2)), smooth(rest)
+        return rest.mean(dim=(1, 2)), around(rest, 2)
 
     def features(images: Tensor) -> Tensor:
         batches = [pipeline.vqvae.encode(few)[-1].embeddings for few in images.split(64)]
@@ -242,17 +242,12 @@ def baselines(pipeline: VQVAE2Pipeline, train: Tensor) -> dict[str, Method]:
             distances, rows = torch.cdist(own.flatten(1), known.flatten(1)).topk(5, largest=False)
             maps = (own - known[rows].mean(dim=1)).square().mean(dim=1, keepdim=True)
             large = F.interpolate(maps, images.shape[2:], mode="bilinear")
-            return distances.mean(dim=1), smooth(large[:, 0])
+            return distances.mean(dim=1), around(large[:, 0], 2)
 
         return method
 
     pixels = nearest(lambda images: images)
     return {"PCA": pca, "kNN, pixels": pixels, "kNN, features": nearest(torch.no_grad()(features))}
-
-
-def smooth(maps: Tensor) -> Tensor:
-    """The mean around each pixel, as the maps of `pipeline.score` take it."""
-    return F.avg_pool2d(maps[:, None], 5, 1, 2, count_include_pad=False)[:, 0]
 
 
 def auroc(usual: np.ndarray, found: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 """How likely images are under a trained pipeline, as a whole and place by place.
 
 An image is unusual if its codes take more bits than the priors expected before they saw each (a
-simple image takes few, but few are expected too), or if some place takes many bits or is badly
-reconstructed (what no code shows). benchmarks/anomaly.py chose how these are joined.
+simple image takes few, but few are expected too), and by its worst place: one that takes many bits,
+or is badly reconstructed (what no code shows). benchmarks/anomaly.py chose how these are joined.
 
 Letters: B images, L levels, h w a level's code grid, H W pixels, N classes.
 """
@@ -32,10 +32,7 @@ from vqvae2.model import VQVAE2
 ALL = "all"  # labels: every class in turn
 BATCH = 32  # images scored at once
 TYPICAL_ERROR = 0.02  # where it is not known what held-out images had
-# How far the three parts of a score spread over normal images (here, Fashion-MNIST): excess bits
-# per root of the number of codes, and the logarithms of the largest error and of the most bits.
-SPREADS = 3.8, 0.7, 0.2
-HEALED = 8.0  # where the unusual map is above, without a calibration, codes are drawn anew
+HEALED = 12.0  # where the unusual map is above, without a calibration, codes are drawn anew
 NORMAL_NAME = "normal.json"  # in a pipeline's folder: how unusual normal images are
 
 
@@ -50,7 +47,7 @@ class Scores:
     bits_map: tuple[Tensor, ...]  #: (B, h, w) per level: the bits of each code
     excess_map: tuple[Tensor, ...]  #: (B, h, w) per level: the bits beyond the expected ones
     reconstruction_error: Tensor  #: (B, H, W): squared, in [-1, 1], the mean over channels
-    unusual_map: Tensor  #: (B, H, W): all levels' bits and the error, joined; about 1 to 3 is usual
+    unusual_map: Tensor  #: (B, H, W): all levels' bits and the error, joined, in the same units for all images
     bits_by_label: Tensor | None = None
     """(B, N) float64: all levels' bits under each class, for `labels="all"`; the other fields are
     then those of the class that explains the image best (`argmin`)."""
@@ -116,27 +113,30 @@ def score_batch(
             grids.append(nats.cpu() / math.log(2))
     excess = tuple(own - most for own, most in zip(bits, expected, strict=True))
 
-    # Both brought to pixels: bits per pixel, as a share of what random codes take, and the mean
-    # error around each, as large as a code's cell.
-    size, sizes = images.shape[2:], vqvae.config.codebook_size_per_level
-    share, most = torch.zeros(len(images), *size), 0.0
-    for grid, number in zip(bits, sizes, strict=True):
-        cells = grid[0].numel()
-        large = F.interpolate(grid[:, None], size, mode="bilinear")
-        share += large[:, 0] * cells
-        most += cells * math.log2(number)
-    share /= most
-    window = size[0] // bits[-1].shape[1] // 2 * 2 + 1
-    near = F.avg_pool2d(error[:, None], window, 1, window // 2, count_include_pad=False)[:, 0]
+    # Both brought to pixels: the mean over the levels of bits as a share of what random codes take,
+    # around each place as far as the next cells; and the error, in a cell, by what is usual.
+    size, share = images.shape[2:], torch.zeros(len(images), *images.shape[2:])
+    for grid, number in zip(bits, vqvae.config.codebook_size_per_level, strict=True):
+        large = F.interpolate(grid[:, None], size, mode="bilinear")[:, 0]
+        share += large / math.log2(number) / len(bits)
+    cell = size[0] // bits[-1].shape[1]
+    near = around(error, cell // 2) / (2 * usual_error)
+    unusual = 8 * around(share, cell) + 2 * near.sqrt()
 
-    # The parts of the score.
+    # All of it, and its worst place, in one score; its constants fit how far both spread over
+    # normal images, here of Fashion-MNIST.
     sums = [torch.stack([g.double().sum(dim=(1, 2)) for g in of], dim=1) for of in (bits, expected)]
-    parts = [(sums[0] - sums[1]).sum(dim=1) / sum(grid[0].numel() for grid in bits) ** 0.5]
-    parts += [part.double().amax(dim=(1, 2)).clamp(min=1e-9).log() for part in (near, share)]
-    score = sum(part / spread for part, spread in zip(parts, SPREADS, strict=True))
-    unusual = 4 * share + near / (2 * usual_error)
+    codes_per_image = sum(grid[0].numel() for grid in bits)
+    beyond = (sums[0] - sums[1]).sum(dim=1) / codes_per_image**0.5
+    score = beyond / 4 + 8 * unusual.double().amax(dim=(1, 2)).log()
     png = torch.tensor([png_bits(image) for image in to_pil(images)], dtype=torch.float64)
     return Scores(score, *sums, png, tuple(bits), excess, error, unusual)
+
+
+def around(maps: Tensor, reach: int) -> Tensor:
+    """The mean of maps `(B, H, W)` over the square that reaches so far from each pixel."""
+    mean = F.avg_pool2d(maps[:, None], 2 * reach + 1, 1, reach, count_include_pad=False)
+    return mean[:, 0]
 
 
 def typical_error(trainings: Mapping[str, Any]) -> float:
