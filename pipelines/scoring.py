@@ -47,7 +47,7 @@ class Scores:
     bits_map: tuple[Tensor, ...]  #: (B, h, w) per level: the bits of each code
     excess_map: tuple[Tensor, ...]  #: (B, h, w) per level: the bits beyond the expected ones
     reconstruction_error: Tensor  #: (B, H, W): squared, in [-1, 1], the mean over channels
-    unusual_map: Tensor  #: (B, H, W): all levels' bits and the error, joined, in the same units for all images
+    unusual_map: Tensor  #: (B, H, W): all levels' bits and the error, joined
     bits_by_label: Tensor | None = None
     """(B, N) float64: all levels' bits under each class, for `labels="all"`; the other fields are
     then those of the class that explains the image best (`argmin`)."""
@@ -128,9 +128,9 @@ def score_batch(
     sums = [torch.stack([g.double().sum(dim=(1, 2)) for g in of], dim=1) for of in (bits, expected)]
     codes_per_image = sum(grid[0].numel() for grid in bits)
     beyond = (sums[0] - sums[1]).sum(dim=1) / codes_per_image**0.5
-    score = beyond / 4 + 8 * unusual.double().amax(dim=(1, 2)).log()
+    score = beyond / 4 + 8 * unusual.double().amax(dim=(1, 2)).clamp(min=1e-9).log()
     png = torch.tensor([png_bits(image) for image in to_pil(images)], dtype=torch.float64)
-    return Scores(score, *sums, png, tuple(bits), excess, error, unusual)
+    return Scores(score, sums[0], sums[1], png, tuple(bits), excess, error, unusual)
 
 
 def around(maps: Tensor, reach: int) -> Tensor:
