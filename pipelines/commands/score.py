@@ -135,6 +135,7 @@ def _write_part(
     job: _Job, part: Part, items: Iterator[ReadItem], skipped: Mapping[str, list]
 ) -> None:
     """Score the images of a part, write their pictures, and then their rows."""
+    # The rows of each batch.
     (split,) = part.splits
     tables = []
     while few := list(islice(items, BATCH)):
@@ -156,6 +157,8 @@ def _write_part(
         tables.append(pa.table(columns))
         if job.names:
             _draw(job, [job.names[split, name] for name in ids], images, scores)
+
+    # All of them, whole or not at all.
     path = part.path(Path(job.config.output_dir) / "parts", split)
     table = pa.concat_tables(tables) if tables else pa.table({})
     facts = {"skipped": json.dumps(skipped[split])}
