@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "sample": (configs.SampleConfig, "pipelines.commands.sample:sample"),
     "evaluate": (configs.EvaluateConfig, "pipelines.commands.evaluate:evaluate"),
     "verify": (configs.VerifyConfig, "pipelines.commands.verify:verify"),
+    "score": (configs.ScoreConfig, "pipelines.commands.score:score"),
     "compress": (configs.CompressConfig, "pipelines.commands.compress:compress"),
     "decompress": (configs.DecompressConfig, "pipelines.commands.compress:decompress"),
     "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
@@ -62,7 +63,8 @@ PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` take
 LONGEST_MESSAGE = 900
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
 # The flag that the words in front of all others belong to.
-FIRST = {"verify": "--files", "compress": "--data.path", "decompress": "--files"}
+FIRST = {"verify": "--files", "score": "--data.path", "compress": "--data.path",
+         "decompress": "--files"}  # fmt: skip
 NAMELESS = {  # a file in what people give without a flag -> the flag
     "model_index.json": "--pipeline", "manifest.json": "--codes", "config.json": "--vqvae",
     "": "--data.path"}  # fmt: skip

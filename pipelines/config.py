@@ -280,6 +280,41 @@ class VerifyConfig(EditConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Say how unusual images are: a table with a row for each, a histogram, and the extremes.
+
+    Example: vqvae2 score photos --pipeline runs/x/pipeline --output-dir out
+    """
+
+    pipeline: str = may_change()
+    """A pipeline: a folder, or a Hub id."""
+    data: ImagesConfig
+    """The images. In front of all flags, --data.path may be left out."""
+    output_dir: str = may_change()
+    """The folder to write: scores.parquet, scores.csv and pictures of them."""
+    labels: str | None = None
+    """The class to take all images for, or all: which class explains each best. If not given, it is
+    hidden from the priors."""
+    maps: bool = False
+    """Also draw, for each image, where it is unusual: the bits of each level, the error, both."""
+    heal: bool = False
+    """Also draw unusual places anew, as the priors expect them, and show what that changes."""
+    calibrate: bool = False
+    """The images are normal ones: store in the pipeline's folder how unusual these are. Of those
+    that it was trained on, only the held-out ones are taken."""
+    false_alarm_rate: float | None = None
+    """Mark images, and places in them, that are more unusual than all but this share of normal
+    images, by what --calibrate stored: 0.01."""
+
+    def __post_init__(self) -> None:
+        rate, key = self.false_alarm_rate, "false_alarm_rate"
+        check(rate is None or 0 < rate < 1, key, rate, "above 0 and below 1")
+        alone = not self.calibrate or (rate is None and not self.maps and not self.heal)
+        allowed = "used without --false-alarm-rate, --maps and --heal, which come after it"
+        check(alone, "calibrate", self.calibrate, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompressConfig:
     """Write images as .vq2 files of a few dozen bytes each: their codes, coded with the priors.
 

@@ -134,10 +134,7 @@ def log_likelihood(
     `labels` are one for all images or one each; none without classes (else a `UserError`). So for
     `vectors` `(1, V)` or `(B, V)`; None hides them."""
     number, levels = len(codes[0]), []
-    if len(labels) not in (0, 1, number):
-        what = f"{len(labels)} labels do not fit the number of images, {number}"
-        raise UserError(f"{what}: give one label, or one per image.")
-    classes = torch.tensor([*labels] * (number if len(labels) == 1 else 1))
+    classes = class_tensor(labels, number)
     if vectors is not None:
         fits = len(vectors) in (1, number)
         check(fits, "the number of conditions", len(vectors), f"1, or {number}, one per image")
@@ -148,6 +145,15 @@ def log_likelihood(
         given = classes.to(prior.device) if prior.config.num_classes else None
         levels.append(-nats_per_row(prior, Rows(own, condition, given)).cpu())
     return torch.stack(levels, dim=1)
+
+
+def class_tensor(labels: Sequence[int], number: int) -> Tensor:
+    """The classes `(number,)` of images of which all have one label, or each its own; without
+    labels zeros, which nothing reads."""
+    if len(labels) not in (0, 1, number):
+        what = f"{len(labels)} labels do not fit the number of images, {number}"
+        raise UserError(f"{what}: give one label, or one per image.")
+    return torch.tensor([*labels] if len(labels) == number else [*(labels or [0])] * number)
 
 
 def _check_range(key: str, codes: Tensor, size: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipelines import editing
+from pipelines import editing, scoring
 from pipelines.belonging import refuse_mismatches
 from pipelines.conditions import as_vectors
 from pipelines.config import LANES
@@ -22,6 +22,7 @@ from pipelines.model_index import (
     prior_bits,
     training_record,
 )
+from pipelines.scoring import Scores
 from prior.audit import warn_of_noise
 from prior.base import Prior
 from prior.registry import load_prior
@@ -36,6 +37,7 @@ from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, versions
 from vqvae2.common.vocabulary import describe_vectors
+from vqvae2.data import as_images
 from vqvae2.data.splits import few
 from vqvae2.model import VQVAE2
 
@@ -290,11 +292,31 @@ class VQVAE2Pipeline:
         level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
         label for all images, or one per image; None hides them, where they can be. So for
         conditions."""
+        given = self.given_or_hidden(labels), self.as_vectors(conditions)
+        return editing.log_likelihood(self.priors, self.encode(images), *given)
+
+    def given_or_hidden(self, labels: Labels) -> list[int]:
+        """The numbers of labels, or of the hidden one if none are given."""
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
             raise UserError("the priors do not do without labels: give one, or one per image.")
-        given = self.label_numbers(labels), self.as_vectors(conditions)
-        return editing.log_likelihood(self.priors, self.encode(images), *given)
+        return self.label_numbers(labels)
+
+    def score(self, images: Any, labels: Labels = None) -> Scores:
+        """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
+        or "all", for the class that explains each image best. Conditions are hidden."""
+        self.as_vectors(None)  # or say that they cannot be
+        every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
+        numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)
+        images = as_images(images, self.vqvae.config.image)
+        tried = [[number] for number in numbers] if every else [numbers]
+        classes = [editing.class_tensor(own, len(images)) for own in tried]
+        error, batches = scoring.typical_error(self.trainings), []
+        for rows in torch.arange(len(images)).split(scoring.BATCH):
+            parts = self.vqvae, self.priors, images[rows]
+            of_each = [scoring.score_batch(*parts, own[rows], error) for own in classes]
+            batches.append(scoring.best_label(of_each) if every else of_each[0])
+        return Scores.join(batches)
 
     def __repr__(self) -> str:
         classes = f"classes: {few(self.class_names)}" if self.class_names else "no classes"

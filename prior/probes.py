@@ -133,13 +133,21 @@ def nats_per_code(prior: Prior, rows: Rows) -> float:
     return nats_per_row(prior, rows).sum().item() / rows.codes.numel()
 
 
-@torch.no_grad()
 def nats_per_row(prior: Prior, rows: Rows) -> Tensor:
     """Negative log-likelihood of each row's codes, the sum over its positions: `(B,)` float64."""
-    sums: list[Tensor] = []
+    return nats_per_position(prior, rows)[0].sum(dim=(1, 2), dtype=torch.float64)
+
+
+@torch.no_grad()
+def nats_per_position(prior: Prior, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each code, and what the prior expected of it before it was seen
+    (its entropy), in nats: `(B, h, w)` each."""
+    seen: list[Tensor] = []
+    expected: list[Tensor] = []
     for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
         labels = rows.labels[few] if rows.labels is not None else None
         logits = prior(rows.codes[few], [codes[few] for codes in rows.condition], labels).float()
-        nats = F.cross_entropy(logits, rows.codes[few], reduction="none")  # (few, h, w)
-        sums.append(nats.sum(dim=(1, 2), dtype=torch.float64))
-    return torch.cat(sums)
+        log_p = logits.log_softmax(dim=1)  # (few, K, h, w)
+        seen.append(F.nll_loss(log_p, rows.codes[few], reduction="none"))
+        expected.append(-(log_p.exp() * log_p).sum(dim=1))
+    return torch.cat(seen), torch.cat(expected)

@@ -430,6 +430,8 @@ verify {samples} --pipeline {x}/codes -> model_index.json | does not exist
 verify {empty} --pipeline {x}/pipeline -> {empty} | holds no image
 verify --pipeline {x}/pipeline -> --files must be given
 verify {samples}/samples.png --pipeline {x}/pipeline -> shows a whole set
+score {photos} --pipeline {x}/pipeline --output-dir {out} --labels hat -> label 'hat' | bag
+score {photos} --pipeline {x}/pipeline --output-dir {out} --calibrate --maps -> come after it
 compress {empty} --pipeline {x}/pipeline --output-dir {out} -> {empty} | holds no image
 decompress {samples}/samples.png --pipeline {x}/pipeline --output-dir {out} -> no .vq2 file
 decompress {empty} --pipeline {x}/pipeline --output-dir {out} -> holds no .vq2 file

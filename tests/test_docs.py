@@ -52,7 +52,7 @@ def test_the_file_formats_page_reads_what_the_commands_write(photos: Path) -> No
 
 @pytest.mark.usefixtures("in_run")
 @pytest.mark.parametrize(
-    "page", ["getting-started.md", "sampling.md", "codes.md", "compression.md"]
+    "page", ["getting-started.md", "sampling.md", "codes.md", "compression.md", "scoring.md"]
 )
 def test_the_guides_python_runs(page: str) -> None:
     assert run_python_of(page) >= 1

@@ -1,0 +1,130 @@
+"""How unusual images are: what the priors say, at any number of processes, and where it shows."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import VQVAE2Pipeline
+from pipelines.commands import score
+from pipelines.scoring import Normal
+from tests.conftest import command, two_processes
+from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json, write_json
+from vqvae2.common.pictures import to_pil
+from vqvae2.data import as_images, load_picture, to_images
+
+
+@pytest.fixture(scope="module")
+def pipeline(run: Path) -> VQVAE2Pipeline:
+    return VQVAE2Pipeline.from_pretrained(run / "pipeline")
+
+
+@pytest.fixture
+def few(photos: Path, tmp_path: Path) -> Path:
+    """Six of the photos."""
+    for path in sorted(photos.rglob("*.png"))[::25]:
+        (tmp_path / "few").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "few")
+    return tmp_path / "few"
+
+
+def test_scores_are_what_the_priors_say(pipeline: VQVAE2Pipeline, photos: Path) -> None:
+    paths = sorted(photos.rglob("*.png"))[::4]  # more than one batch
+    scores = pipeline.score(paths)
+    nats = pipeline.log_likelihood(paths)
+    assert torch.allclose(scores.bits, -nats / np.log(2), rtol=1e-5)
+    for level, (bits, excess) in enumerate(zip(scores.bits_map, scores.excess_map, strict=True)):
+        assert torch.allclose(bits.double().sum((1, 2)), scores.bits[:, level])
+        expected = (bits - excess).double().sum((1, 2))
+        assert torch.allclose(expected, scores.expected_bits[:, level], rtol=1e-4)
+    error = as_images(paths, pipeline.vqvae.config.image)
+    error = (error - pipeline.reconstruct(paths, output_type="pt")).square().mean(dim=1)
+    assert torch.allclose(scores.reconstruction_error, error, atol=1e-5)
+
+    # The class that explains an image best is that of the fewest bits.
+    every, names = pipeline.score(paths[:5], "all"), pipeline.class_names
+    each = [pipeline.score(paths[:5], name) for name in names]
+    bits = torch.stack([of.bits.sum(1) for of in each], dim=1)
+    assert every.bits_by_label is not None
+    assert torch.allclose(every.bits_by_label, bits)
+    assert not torch.allclose(bits[:, 0], bits[:, 1])
+    for i, best in enumerate(bits.argmin(dim=1).tolist()):
+        assert every.score[i] == each[best].score[i]
+        assert torch.equal(every.bits_map[1][i], each[best].bits_map[1][i])
+        assert every.columns(names)["best_label"][i] == names[best]
+
+
+def test_two_processes_and_a_killed_one_write_the_same_table(
+    run: Path, few: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ("score", few, "--data.validation-path", photos / "bag")
+    arguments += ("--pipeline", run / "pipeline", "--output-dir")
+    two_processes(*arguments, two)
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        command(*arguments, one, code=130)
+    with monkeypatch.context() as patch:
+        patch.setattr(VQVAE2Pipeline, "score", None)  # nothing is scored again
+        command(*arguments, one)
+    table = pq.read_table(one / "scores.parquet")
+    assert table.equals(pq.read_table(two / "scores.parquet"))
+    assert (one / "scores.csv").read_bytes() == (two / "scores.csv").read_bytes()
+    number = len(list((photos / "bag").iterdir()))
+    assert table["split"].to_pylist() == ["train"] * 6 + ["validation"] * number
+    assert {path.name for path in one.glob("*.png")} == {"histogram.png", "extremes.png"}
+
+
+def test_thresholds_hold_what_they_promise() -> None:
+    """Of 2,000 sets of 99 normal scores and a new one, a tenth marks it at a rate of a tenth."""
+    random, marked = np.random.default_rng(0), 0
+    for *known, new in random.gumbel(size=(2000, 100)):
+        stored = Normal(None, "", tuple(known), tuple(known))
+        at, _ = stored.thresholds(0.1)
+        marked += new > at
+        assert (new > at) == (stored.p_values(np.array([new]))[0] <= 0.1)
+    assert marked / 2000 == pytest.approx(0.1, abs=0.02)
+    with pytest.raises(UserError, match=r"rate of 0.001 takes 999 normal images, but 99"):
+        stored.thresholds(0.001)
+
+
+def test_what_is_unusual_is_marked_drawn_anew_and_shown(
+    run: Path, few: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nothing is marked before it is known what is normal: what the training held out.
+    folder = shutil.copytree(run / "pipeline", tmp_path / "pipeline")
+    own = ("--pipeline", folder, "--output-dir")
+    marks = ("--false-alarm-rate", 0.5, "--maps", "--heal")
+    command("score", few, *own, tmp_path / "a", *marks, code=2)
+    assert "run vqvae2 score --calibrate" in capsys.readouterr().err
+    command("score", photos, *own, tmp_path / "normal", "--calibrate")
+    held_out = pq.read_table(tmp_path / "normal" / "scores.parquet")
+    assert set(held_out["split"].to_pylist()) == {"validation"}
+    assert 0 < len(held_out) < 30
+    command("score", few, *own, tmp_path / "a", *marks, "--labels", "bag", code=2)
+    assert "labels = None" in capsys.readouterr().err
+
+    # Half of them are marked. Where nothing is, nothing changes.
+    pipeline = VQVAE2Pipeline.from_pretrained(folder)
+    scores = pipeline.score(sorted(few.iterdir()))
+    stored = read_json(folder / "normal.json")
+    for name, of in (("scores", scores.score), ("places", scores.unusual_map.amax((1, 2)))):
+        stored[name] = [of.double().sort().values[2:4].mean().item()] * 9
+    write_json(folder / "normal.json", stored)
+    command("score", few, *own, tmp_path / "a", *marks)
+    table = pq.read_table(tmp_path / "a" / "scores.parquet").to_pylist()
+    for column in ("unusual", "unusual_pixels"):
+        assert {bool(row[column]) for row in table} == {False, True}
+    assert {path.name for path in (tmp_path / "a" / "maps").iterdir()} == {
+        path.name for path in few.iterdir()
+    }
+    config = pipeline.vqvae.config.image
+    for row in table:
+        (before,) = to_pil(to_images(load_picture(few / row["image"], config)))
+        after = Image.open(tmp_path / "a" / "healed" / row["image"])
+        assert (after.tobytes() != before.tobytes()) == (row["unusual_pixels"] > 0)
