@@ -129,6 +129,7 @@ BASES = {  # a right command line for each command
     "sample": "sample --pipeline {x}/pipeline --num-images 2 --output-dir {x}/out",
     "evaluate": "evaluate --vqvae {x}/vqvae --data.path {x}/photos --output-dir {x}/out",
     "verify": "verify --files {x}/samples/images/000000.png --pipeline {x}/pipeline",
+    "score": "score --pipeline {x}/pipeline --data.path {x}/photos --output-dir {x}/out",
     "compress": "compress --data.path {x}/photos --pipeline {x}/pipeline --output-dir {x}/out",
     "decompress": "decompress --files {x}/packed/images.vq2 --pipeline {x}/pipeline "
     "--output-dir {x}/out",

@@ -127,7 +127,7 @@ def test_codes_come_back_whatever_the_batches(
 def test_a_file_costs_what_the_priors_say(coder: Codec, codes: tuple[Tensor, ...]) -> None:
     rows = [Rows(own, list(codes[:level]), None) for level, own in enumerate(codes)]
     for level, each in enumerate(rows):
-        rows[level] = each._replace(labels=coder._hidden(level, len(each.codes)))
+        rows[level] = each._replace(labels=coder._given(each.condition, len(each.codes))[1])
     pairs = zip(coder.priors, rows, strict=True)
     entropy = sum(nats_per_row(*pair).sum().item() for pair in pairs) / math.log(2) / 8
     fixed = codec.HEADER.size + 2 * (codec.LENGTH.size + 1 + 5)
@@ -180,7 +180,7 @@ def test_each_refusal_says_what_is_wrong(
     with pytest.raises(UserError, match="this machine computes other probabilities"):
         coder.decompress(data)
     monkeypatch.undo()
-    monkeypatch.setattr(VQVAE2Pipeline, "can_hide_labels", False)
+    monkeypatch.setattr(VQVAE2Pipeline, "can_hide_all", False)
     with pytest.raises(UserError, match=r"without label dropout.*--fast"):
         Codec(coder.pipeline).compress(codes)
     Codec(coder.pipeline).compress(codes, fast=True)
