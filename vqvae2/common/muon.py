@@ -78,12 +78,25 @@ def layer_weights(model: nn.Module) -> set[int]:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices `(N, rows, columns)` to the nearest ones with singular values of about one, by a
     Newton-Schulz iteration; in bf16 where that is fast, as it need not be exact."""
-    x = matrices.bfloat16() if matrices.dtype == torch.float32 and native_bf16() else matrices
+    in_bf16 = matrices.dtype == torch.float32 and native_bf16()
+    x = matrices.bfloat16() if in_bf16 else matrices
     if is_tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     a, b, c = COEFFICIENTS
-    for _ in range(ROUNDS):
-        square = x @ x.mT
-        x = a * x + torch.baddbmm(b * square, square, square, alpha=c) @ x
+
+    # Each round multiplies x from the left by a I + b S + c S^2 of the small square S = x x^T. In
+    # bf16 that must be done as it stands. Else the factors are multiplied first, and S follows
+    # them, so that x, which may be long, is read twice and not in each round.
+    if in_bf16:
+        for _ in range(ROUNDS):
+            square = x @ x.mT
+            x = a * x + torch.baddbmm(b * square, square, square, alpha=c) @ x
+    else:
+        square, one = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        product = one.expand_as(square)
+        for _ in range(ROUNDS):
+            factor = torch.baddbmm(a * one + b * square, square, square, alpha=c)
+            product, square = factor @ product, factor @ square @ factor
+        x = product @ x
     return (x.mT if is_tall else x).to(matrices.dtype)
