@@ -313,8 +313,8 @@ class VQVAE2Pipeline:
         classes = [editing.class_tensor(own, len(images)) for own in tried]
         error, batches = scoring.typical_error(self.trainings), []
         for rows in torch.arange(len(images)).split(scoring.BATCH):
-            parts = self.vqvae, self.priors, images[rows]
-            of_each = [scoring.score_batch(*parts, own[rows], error) for own in classes]
+            own = [labels_of_all[rows] for labels_of_all in classes]
+            of_each = scoring.score_batch(self.vqvae, self.priors, images[rows], own, error)
             batches.append(scoring.best_label(of_each) if every else of_each[0])
         return Scores.join(batches)
 

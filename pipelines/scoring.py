@@ -92,22 +92,40 @@ def score_batch(
     vqvae: VQVAE2,
     priors: Sequence[Prior],
     images: Tensor,
-    labels: Tensor,
+    tried: Sequence[Tensor],
     usual_error: float,
-) -> Scores:
-    """The scores of images `(B, C, H, W)` in [-1, 1] under labels `(B,)`, which priors without
-    classes leave alone, by an autoencoder with this error on held-out images."""
+) -> list[Scores]:
+    """The scores of images `(B, C, H, W)` in [-1, 1] under each of the labels `(B,)` that are tried
+    (priors without classes leave them alone), by an autoencoder with this error on held-out images.
+    """
     # How far the reconstruction is from the image.
     images = images.to(vqvae.device)
     codes = [level.codes for level in vqvae.encode(images)]
     decoded = vqvae.decode_codes(codes).float().clamp(-1, 1)
     error = reduce((decoded - images).square(), "b c h w -> b h w", "mean").cpu()
+    png = torch.tensor([png_bits(image) for image in to_pil(images)], dtype=torch.float64)
 
+    facts = vqvae.config.codebook_size_per_level, error, png, usual_error
+    return [score_codes(priors, codes, labels, *facts) for labels in tried]
+
+
+@torch.no_grad()
+def score_codes(
+    priors: Sequence[Prior],
+    codes: Sequence[Tensor],
+    labels: Tensor,
+    codebook_sizes: Sequence[int],
+    error: Tensor,
+    png: Tensor,
+    usual_error: float,
+) -> Scores:
+    """The scores of codes under labels; the images' errors `(B, H, W)` and bits as PNG files `(B,)`
+    are known."""
     # How surprising each code is.
     bits: list[Tensor] = []
     expected: list[Tensor] = []
     for level, prior in enumerate(priors):
-        condition = with_vectors(prior.config, codes[:level], len(images))
+        condition = with_vectors(prior.config, codes[:level], len(png))
         *condition, own = [grid.to(prior.device) for grid in [*condition, codes[level]]]
         given = labels.to(prior.device) if prior.config.num_classes else None
         both = nats_per_position(prior, Rows(own, condition, given))
@@ -117,8 +135,8 @@ def score_batch(
 
     # Both brought to pixels: the mean over the levels of bits as a share of what random codes take,
     # around each place as far as the next cells; and the error, in a cell, by what is usual.
-    size, share = images.shape[2:], torch.zeros(len(images), *images.shape[2:])
-    for grid, number in zip(bits, vqvae.config.codebook_size_per_level, strict=True):
+    size, share = error.shape[1:], torch.zeros_like(error)
+    for grid, number in zip(bits, codebook_sizes, strict=True):
         large = F.interpolate(grid[:, None], size, mode="bilinear")[:, 0]
         share += large / math.log2(number) / len(bits)
     cell = size[0] // bits[-1].shape[1]
@@ -131,7 +149,6 @@ def score_batch(
     codes_per_image = sum(grid[0].numel() for grid in bits)
     beyond = (sums[0] - sums[1]).sum(dim=1) / codes_per_image**0.5
     score = beyond / 4 + 8 * unusual.double().amax(dim=(1, 2)).clamp(min=1e-9).log()
-    png = torch.tensor([png_bits(image) for image in to_pil(images)], dtype=torch.float64)
     return Scores(score, sums[0], sums[1], png, tuple(bits), excess, error, unusual)
 
 

@@ -5,7 +5,7 @@ Letters: B batch, h w the level's code grid, T = h*w positions in raster order, 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -135,19 +135,29 @@ def nats_per_code(prior: Prior, rows: Rows) -> float:
 
 def nats_per_row(prior: Prior, rows: Rows) -> Tensor:
     """Negative log-likelihood of each row's codes, the sum over its positions: `(B,)` float64."""
-    return nats_per_position(prior, rows)[0].sum(dim=(1, 2), dtype=torch.float64)
+    sums: list[Tensor] = []
+    for codes, logits in _logits(prior, rows):
+        nats = F.cross_entropy(logits, codes, reduction="none")  # (few, h, w)
+        sums.append(nats.sum(dim=(1, 2), dtype=torch.float64))
+    return torch.cat(sums)
 
 
-@torch.no_grad()
 def nats_per_position(prior: Prior, rows: Rows) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each code, and what the prior expected of it before it was seen
     (its entropy), in nats: `(B, h, w)` each."""
     seen: list[Tensor] = []
     expected: list[Tensor] = []
-    for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
-        labels = rows.labels[few] if rows.labels is not None else None
-        logits = prior(rows.codes[few], [codes[few] for codes in rows.condition], labels).float()
+    for codes, logits in _logits(prior, rows):
         log_p = logits.log_softmax(dim=1)  # (few, K, h, w)
-        seen.append(F.nll_loss(log_p, rows.codes[few], reduction="none"))
+        seen.append(F.nll_loss(log_p, codes, reduction="none"))
         expected.append(-(log_p.exp() * log_p).sum(dim=1))
     return torch.cat(seen), torch.cat(expected)
+
+
+@torch.no_grad()
+def _logits(prior: Prior, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes `(few, h, w)` and their logits `(few, K, h, w)`, as many rows at once as fit."""
+    for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
+        labels = rows.labels[few] if rows.labels is not None else None
+        condition = [given[few] for given in rows.condition]
+        yield rows.codes[few], prior(rows.codes[few], condition, labels).float()

@@ -55,7 +55,8 @@ def test_decoding_the_codes_is_the_forward(strides: tuple[int, ...], network: st
         codes = [level.codes for level in model.encode(images)]
         assert [tuple(level.shape[1:]) for level in codes] == list(model.config.grids)
         expected = model(images).reconstruction
-        torch.testing.assert_close(model.decode_codes(codes), expected, atol=1e-5, rtol=0)
+        allowed = 1e-6 if network == "paper" else 1e-5  # resnet has attention, and more layers
+        torch.testing.assert_close(model.decode_codes(codes), expected, atol=allowed, rtol=0)
 
 
 def test_compiling_catches_every_network_in_training_and_in_evaluation() -> None:
