@@ -241,7 +241,8 @@ class SampleConfig(SetConfig, EditConfig):
     drawn; of an edited set, --init-image and --mask must be given again."""
     reject: str | None = None
     """Keep only those of more candidates that this classifier finds best, in each class: a folder
-    that evaluate made, or a TorchScript file. Or repeat the choice of an earlier output folder."""
+    that evaluate made, or a TorchScript or ONNX file. Or repeat the choice of an earlier output
+    folder."""
     keep: float | None = None
     """With --reject: the share of the candidates that is kept; 0.2 if not set."""
     npz: bool = may_change(False)
@@ -404,7 +405,7 @@ class EvaluateConfig(DrawConfig, PartsConfig):
     """How many images to sample; papers take 50,000."""
     features: str = may_change("classifier")
     """What sees the images: classifier (a network that is trained on the real ones), inception
-    (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript file."""
+    (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript or ONNX file."""
     weights_file: str | None = may_change(None)
     """The weights of --features inception or timm:NAME: a local file."""
     statistics_file: str | None = may_change(None)

@@ -15,7 +15,7 @@ from torch import nn
 
 from pipelines.config import SampleConfig
 from pipelines.evaluation.classifier import Classifier
-from pipelines.evaluation.features import load_torchscript
+from pipelines.evaluation.network_files import load_network
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.artifact import WEIGHTS_NAME
@@ -52,7 +52,7 @@ def with_rejection(config: SampleConfig, run: RunRecord) -> RunRecord:
     elif notes:  # a set whose choice is made needs no classifier
         found = own[HASH]
     else:
-        what = f"{path} is no classifier's folder, no TorchScript file and no folder of samples"
+        what = f"{path} is no classifier's folder or file and no folder of samples"
         raise UserError(f"{what}: correct --reject.")
     return dataclasses.replace(run, facts={**run.facts, HASH: found}, notes=notes)
 
@@ -148,16 +148,16 @@ def load_judge(path: str, pipeline: VQVAE2Pipeline) -> tuple[nn.Module, list[int
     class; -1, for the highest one, without a class; "as it is" of transformations.
 
     Args:
-        path: the folder of a `Classifier`; or a TorchScript file, of a network from images `(B, C,
-            H, W)` in [-1, 1] to logits in the order of the pipeline's classes.
+        path: the folder of a `Classifier`; or a TorchScript or ONNX file, of a network from images
+            `(B, C, H, W)` in [-1, 1] to logits in the order of the pipeline's classes.
 
     Raises:
         UserError: it is neither, or its images or classes are not the pipeline's.
     """
-    # TorchScript says nothing of itself.
+    # Files say nothing of their classes.
     names, image = pipeline.class_names, pipeline.vqvae.config.image
     if not Path(path).is_dir():
-        return load_torchscript(path), [*range(len(names)), -1]
+        return load_network(path), [*range(len(names)), -1]
 
     # Ours says what it takes and tells apart.
     network = Classifier.from_pretrained(path)

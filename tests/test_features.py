@@ -144,6 +144,13 @@ def test_a_torchscript_file_gives_features_but_no_classes(tmp_path: Path) -> Non
     assert extractor.probabilities(extractor(pixels(3))) is None
 
 
+def test_an_onnx_file_gives_features_of_bytes() -> None:
+    """tests/data/channel_means.onnx casts bytes to floats, and takes the mean of each channel."""
+    extractor = make_extractor(str(Path(__file__).parent / "data" / "channel_means.onnx"))
+    assert extractor.distance_name == "FD (channel_means.onnx)"
+    torch.testing.assert_close(extractor(pixels(3)), pixels(3).float().mean(dim=(2, 3)))
+
+
 def test_a_model_of_timm_reads_its_weights_from_the_file_and_images_as_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from tests.conftest import command as run_here
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import RunRecord, read_record
 
+DATA = Path(__file__).parent / "data"
 CLASSES = ("dress", "bag", "coat")  # in another order than the pipeline's
 
 
@@ -113,9 +114,20 @@ def test_samples_that_no_classifier_chose_hold_no_choice(tmp_path: Path) -> None
         with_rejection(config, run)
 
 
+def test_an_onnx_file_judges_as_the_same_network_in_torchscript(run: Path, tmp_path: Path) -> None:
+    """tests/data/brightness.onnx is `Brightness`, as a graph of ReduceMean, Neg and Concat."""
+    words = ("sample", "--pipeline", run / "pipeline", "--num-images", 4, "--keep", 0.25)
+    judges = {"onnx": DATA / "brightness.onnx", "script": save_script(tmp_path / "bright.pt")}
+    for name, judge in judges.items():
+        run_here(*words, "--reject", judge, "--output-dir", tmp_path / name)
+    assert kept_of(tmp_path / "onnx") == kept_of(tmp_path / "script")
+
+
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
+        ("onnx", r"judge\.onnx cannot be read as ONNX"),
+        ("onnx of bytes", r"the classifier fails on images of shape \(3, 1, 16, 16\)"),
         ("names", "knows dress, bag, hat, but not coat"),
         ("size", r"the images' shape is \(1, 28, 28\), but must be \(1, 16, 16\)"),
         ("text", "cannot be read as TorchScript"),
@@ -132,6 +144,11 @@ def test_a_classifier_that_does_not_fit_is_one_sentence(
         save_classifier(path, ("dress", "bag", "hat"))
     elif what == "size":
         save_classifier(path, size=(28, 28))
+    elif what == "onnx":
+        path = tmp_path / "judge.onnx"
+        path.write_text("no network")
+    elif what == "onnx of bytes":
+        path = DATA / "channel_means.onnx"
     elif what == "text":
         path.write_text("no network")
     elif what == "script":

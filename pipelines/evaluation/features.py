@@ -19,6 +19,7 @@ from pipelines.evaluation import inception
 from pipelines.evaluation.classifier import ClassifierConfig
 from pipelines.evaluation.efficientnet import EfficientNet, smooth_resize
 from pipelines.evaluation.inception import Inception
+from pipelines.evaluation.network_files import load_network
 from pipelines.model_index import part_hash
 from vqvae2.common.artifact import check_weights, read_weights
 from vqvae2.common.errors import UserError
@@ -28,7 +29,7 @@ from vqvae2.perceptual import as_rgb
 logger = logging.getLogger(__name__)
 VERSION = 1  # of the networks and resizing here: a new number where features change
 LANES = 16  # images that go through a network together, always: the last bits depend on it
-CHOICES = "choose classifier, inception, efficientnet, timm:NAME or the path of a TorchScript file"
+CHOICES = "choose classifier, inception, efficientnet, timm:NAME or a TorchScript or ONNX file"
 
 
 class Extractor:
@@ -123,7 +124,7 @@ def make_extractor(
 
     Args:
         name: `classifier`, `inception`, `efficientnet`, `timm:NAME`, or the path of a TorchScript
-            file, which is called with RGB `(B, 3, H, W)` uint8.
+            or ONNX file, which is called with RGB `(B, 3, H, W)` uint8.
         weights_file: for `inception` and `timm:NAME`.
         classifier: a trained `Classifier`, for `classifier`.
 
@@ -157,7 +158,7 @@ def make_extractor(
         weights_hash, version = file_hash(path), f"{VERSION}, timm {network.version}"
     elif Path(name).expanduser().is_file():
         path = Path(name).expanduser()
-        network, weights_hash, name = _TorchScript(path), file_hash(path), path.name
+        network, weights_hash, name = _NetworkFile(path), file_hash(path), path.name
     else:
         raise UserError(f"there are no features {name!r}: {CHOICES}.")
     example = torch.zeros(1, *shape, dtype=torch.uint8)
@@ -233,27 +234,17 @@ class _Timm(nn.Module):
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
 
 
-def load_torchscript(path: str | Path) -> nn.Module:
-    """A network as `torch.jit.save` writes it, or a `UserError`."""
-    try:
-        return torch.jit.load(path, map_location="cpu").eval()
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        what = f"{path} cannot be read as TorchScript ({reason})"
-        raise UserError(f"{what}: save it with torch.jit.save.") from None
-
-
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
 
 
-class _TorchScript(nn.Module):
-    """A network as `torch.jit.save` writes it."""
+class _NetworkFile(nn.Module):
+    """A network of another program."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.module = load_torchscript(path)
+        self.module = load_network(path)
         try:
             self.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         except RuntimeError as error:
