@@ -5,9 +5,10 @@
     python benchmarks/sampling.py --pipeline runs/demo/pipeline --batch-sizes 1 4 16 --images 100
     pip install -e ".[benchmark]"            # for the row of transformers' generate
 
-With a trained pipeline: by window, the share of the positions that take a call of the network
-(fresh weights have no structure to guess), milliseconds per image, and how many images have other
-codes than one position at a time gives.
+With a trained pipeline: by window, the share of the positions that take a call of the network,
+milliseconds per image, and how many images have other codes than one position at a time gives.
+(Codes of fresh weights hardly depend on each other, and all guesses would be right. They are drawn
+one position at a time.)
 
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
@@ -169,8 +170,9 @@ def plain_seconds(prior: Prior, batch_size: int, condition: list[Tensor]) -> flo
 
 
 def cached_seconds(prior: Prior, batch_size: int, condition: list[Tensor], *, bf16: bool) -> float:
-    """Seconds of sampling a batch through caches."""
-    return seconds(lambda: prior.sample(batch_size, condition, seeds=range(batch_size), bf16=bf16))
+    """Seconds of sampling a batch through caches, one position in a call."""
+    how: Any = {"seeds": range(batch_size), "bf16": bf16, "window": 1}
+    return seconds(lambda: prior.sample(batch_size, condition, **how))
 
 
 def streaming_rate(num_parameters: int, dtype: torch.dtype) -> float:

@@ -196,7 +196,8 @@ class DrawConfig:
     at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
     parallel_positions: int = 0
     """Positions whose codes are guessed and then computed in one call; 0 chooses, 1 is one after
-    the other (as PixelSNAIL always does). The codes are the same, but for ties in the last bit."""
+    the other. A PixelSNAIL takes more than 1 as all, and in bf16 as 1. The codes are the same, but
+    for ties in the last bit."""
 
     def __post_init__(self) -> None:
         check_between(self, 0, MOST_ROWS, "parallel_positions")

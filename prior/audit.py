@@ -121,7 +121,7 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     grid, length = prior.config.grids[-1], prior.config.num_positions
 
     # The logits of the steps, one position at a time and in windows.
-    steps = int(min(length, MOST_STEPS, max(8, STEP_WORK // probes.num_weights(prior))))
+    steps = int(min(length, MOST_STEPS, max(8, STEP_WORK // prior.num_parameters)))
     plain, flat = prior(*rows).flatten(2), rows.codes.flatten(1)
     scale = plain.abs().max().item()
     for window in {1, min(WINDOW, steps)} if prior.has_windows else {1}:
@@ -138,7 +138,8 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     # Drawing from the logits over the codes of `sample` gives the same codes. For causal logits
     # this is the comparison with the plain loop, in one forward instead of T.
     seeds = range(len(flat))
-    codes = prior.sample(len(flat), rows.condition, rows.labels, seeds=seeds, compiled=False)
+    how: Any = {"compiled": False, "window": 0 if prior.has_windows else 1}  # 0 may be `forward`
+    codes = prior.sample(len(flat), rows.condition, rows.labels, seeds=seeds, **how)
     logits = prior(codes, rows.condition, rows.labels).flatten(2).transpose(1, 2).flatten(0, 1)
     numbers = torch.tensor(seeds, device=prior.device)
     places = torch.arange(length, device=prior.device).repeat(len(flat), 1)

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prior.attention import Attention
 from prior.config import PriorConfig
 from prior.cuda_graphs import Stepper, eager_stepper, graphed_stepper
 from prior.noise import Noise
-from prior.predictive import Guesses, choose_window, sample_codes
+from prior.predictive import Guesses, choose_window, grid_pays, sample_codes
 from prior.sampling import Known, SamplingConfig, check_inputs, guide
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.config import check
@@ -42,7 +43,8 @@ class Prior(Artifact, nn.Module, ABC):
     fixed_shapes: ClassVar[bool] = False
     """Whether no shape in `step` depends on the position, so that a CUDA graph can hold it."""
     has_windows: ClassVar[bool] = False
-    """Whether `step` computes windows of positions, of each image its own."""
+    """Whether `step` computes windows of positions, of each image its own. Families without compute
+    one position in a call, by `step`, or all of them, by `forward`."""
 
     @abstractmethod
     def forward(
@@ -119,6 +121,25 @@ class Prior(Artifact, nn.Module, ABC):
 
         return step
 
+    def _grid_stepper(self, condition: Any, labels: Any) -> Stepper:
+        """`forward` as a step, whose window is the whole grid."""
+        grid, highest = self.config.grids[-1], self.config.codebook_sizes[-1] - 1
+
+        def step(_: int, __: Tensor, previous: Tensor) -> Tensor:
+            # Nothing reads the last code. A code that was drawn from NaN is none: see `sample`.
+            codes = F.pad(previous[:, 1:].clamp(max=highest), (0, 1)).unflatten(1, grid)
+            return self.forward(codes, condition, labels).flatten(2).transpose(1, 2)
+
+        return step
+
+    def _width(self, wanted: int, batch_size: int, *, bf16: bool) -> int:
+        """The number of positions of a call, of which so many are wanted; see `sample`."""
+        length, device = self.config.num_positions, self.device.type
+        if self.has_windows:
+            return min(wanted or choose_window(batch_size, length, device), length)
+        whole = wanted > 1 if wanted else grid_pays(batch_size, length, self.num_parameters, device)
+        return length if whole and not bf16 else 1  # `forward` does not sum bf16 products in fp32
+
     @torch.no_grad()
     def sample(
         self,
@@ -144,6 +165,7 @@ class Prior(Artifact, nn.Module, ABC):
                 default on levels of at least `COMPILED_POSITIONS`.
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
+                A family without windows takes more than 1 to be all, and in bf16 1.
             plain: without caches, slowly: the definition, which all else equals but for ties.
 
         Raises:
@@ -167,10 +189,11 @@ class Prior(Artifact, nn.Module, ABC):
         if sampling.guided and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         check(window >= 0, "window", window, "0 or more")
-        width = 1 if plain or not self.has_windows else min(window, config.num_positions)
-        width = width or choose_window(copies * batch_size, config.num_positions, self.device.type)
+        width = 1 if plain else self._width(window, copies * batch_size, bf16=bf16)
         if plain:
             step = self._plain_stepper(copies * batch_size, condition, labels)
+        elif width > 1 and not self.has_windows:
+            step = self._grid_stepper(condition, labels)
         else:
             dtype = torch.bfloat16 if bf16 else torch.float32
             how: Any = {"window": width, "compiled": compiled}

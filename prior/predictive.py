@@ -25,6 +25,10 @@ from prior.sampling import Known, SamplingConfig, draw
 # the images: count SAMPLER_VERSION up.
 ROWS = {"cpu": 64, "cuda": 1024}
 MOST = {"cpu": 32, "cuda": 64}
+# Families without windows compute whole grids on a CPU up to so many weights x images x the root of
+# the positions: the arithmetic of a grid then costs less than the steps that it saves, as the calls
+# grow with that root (6 for 16 positions, 8 to 14 for 64, 21 for 256, of trained PixelSNAILs).
+GRID_WORK = 65_000_000
 
 
 def choose_window(batch_size: int, num_positions: int, device_type: str) -> int:
@@ -34,6 +38,13 @@ def choose_window(batch_size: int, num_positions: int, device_type: str) -> int:
     while 2 * window * batch_size <= rows and 2 * window <= min(most, num_positions):
         window *= 2
     return window
+
+
+def grid_pays(batch_size: int, num_positions: int, num_parameters: int, device_type: str) -> bool:
+    """Whether a family without windows computes whole grids rather than one position after another.
+    It may be decided by nothing else, as above."""
+    work = num_parameters * batch_size * num_positions**0.5
+    return work <= GRID_WORK and device_type == "cpu"
 
 
 class Guesses:

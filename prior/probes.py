@@ -70,7 +70,7 @@ def fresh_copy(prior: Prior, device: torch.device | None = None, *, noise: bool)
     which deep networks do not amplify) keeps weights of zero from hiding what is behind them."""
     # Grids halved, while all sides can be, until a forward of 3 rows is affordable.
     grids = prior.config.grids
-    while 3 * num_weights(prior) * math.prod(grids[-1]) > WORK:
+    while 3 * prior.num_parameters * math.prod(grids[-1]) > WORK:
         if any(side % 2 or side < 4 for grid in grids for side in grid):
             break
         grids = tuple(tuple(side // 2 for side in grid) for grid in grids)
@@ -94,13 +94,8 @@ def fresh_copy(prior: Prior, device: torch.device | None = None, *, noise: bool)
 def affordable_rows(prior: Prior) -> int:
     """Rows that one forward may have, so that all checks take seconds (or a few training steps)."""
     length, size = prior.config.num_positions, prior.config.codebook_sizes[-1]
-    most = min(MOST_ROWS, WORK // (num_weights(prior) * length), MOST_LOGITS // (length * size))
+    most = min(MOST_ROWS, WORK // (prior.num_parameters * length), MOST_LOGITS // (length * size))
     return int(max(3, most))
-
-
-def num_weights(prior: Prior) -> int:
-    """How many numbers the network has."""
-    return sum(weight.numel() for weight in prior.parameters())
 
 
 def spread(length: int, number: int) -> list[int]:

@@ -72,7 +72,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         run.write(output_dir)
     vectors = describe_vectors(network.vector_size, network.vector_names)
     vectors = f"{vectors}; " if network.vector_size else ""
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    millions = model.num_parameters / 1e6
     logger.info(
         f"{len(train)} training rows, {len(validation)} held out, level {network.level} of "
         f"{manifest.num_levels}: {network.num_positions} codes of {network.codebook_sizes[-1]}, "

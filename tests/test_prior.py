@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from prior import (
     Known,
+    PixelSNAIL,
     PixelSNAILConfig,
     PixelSNAILPriorConfig,
     Prior,
@@ -625,8 +626,9 @@ def test_one_compiled_step_serves_all_positions_and_batches(
     torch._dynamo.reset()
     monkeypatch.setattr(prior, "make_stepper", compiled)
     monkeypatch.setattr("prior.attention.grows", lambda places: False)  # as on CUDA
+    window = 4 if prior.has_windows else 1
     for batch, codes in zip(batches, expected, strict=True):
-        assert torch.equal(prior.sample(BATCH, *batch, seeds=SEEDS, window=4), codes)
+        assert torch.equal(prior.sample(BATCH, *batch, seeds=SEEDS, window=window), codes)
     if family == "pixelsnail":  # which also computes something once per row
         assert graphs == [[(1,), (BATCH,)], [(1,), (BATCH, 1)]]
     else:
@@ -688,6 +690,32 @@ def test_an_image_takes_few_calls_and_waits_for_no_other() -> None:
     slow, fast = zip(*calls, strict=True)
     assert fast[:4] == (0, 4, 8, 8)
     assert slow[1] < 4
+
+
+def test_a_pixelsnail_guesses_whole_grids_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call computes all positions, so that few calls do; or one, in bf16 and where it is asked
+    for."""
+    prior = make("pixelsnail", "bottom, classes, ratio 4")
+    _, condition, labels = inputs(prior)
+    forward, calls = PixelSNAIL.forward, []
+
+    def counted(self: PixelSNAIL, codes: Tensor, *given: Any) -> Tensor:
+        calls.append(len(codes))
+        return forward(self, codes, *given)
+
+    monkeypatch.setattr(PixelSNAIL, "forward", counted)
+    sample = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS)
+    codes = sample()
+    assert 2 <= len(calls) < prior.config.num_positions
+    calls.clear()
+    assert torch.equal(sample(window=1), codes)
+    sample(window=5, bf16=True)
+    assert not calls
+    monkeypatch.setattr("prior.predictive.GRID_WORK", BATCH * prior.num_parameters)
+    assert torch.equal(sample(), codes)
+    assert not calls
+    assert torch.equal(sample(window=5), codes)
+    assert calls
 
 
 @each_family

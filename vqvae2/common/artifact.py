@@ -60,10 +60,13 @@ class Artifact(ModelHubMixin):
 
     def __repr__(self) -> str:
         """One line; `torch.nn.Module.__repr__(model)` lists the layers."""
-        model = cast(nn.Module, self)
-        number = sum(weight.numel() for weight in model.parameters())
-        size = f"{number:,} parameters, {self.device}"
+        size = f"{self.num_parameters:,} parameters, {self.device}"
         return f"{type(self).__name__}({self.config.summary()}, {size})"
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the network learns."""
+        return sum(weight.numel() for weight in cast(nn.Module, self).parameters())
 
     @property
     def device(self) -> torch.device:
