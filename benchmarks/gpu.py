@@ -319,7 +319,7 @@ def sampling() -> None:
         for how in (SamplingConfig(), filters):
             draw = partial(prior.sample, 4, top, labels, sampling=how, seeds=range(4))
             plain = draw(plain=True)
-            others = [draw(window=1), draw(), draw(compiled=True), draw(compiled=True)]
+            others = [draw(window=w, compiled=c) for w in (1, 5) for c in (False, True, True)]
             good = all(torch.equal(plain, other) for other in others)
             shares = [f"{(plain == other).float().mean().item():.1%}" for other in others]
             judge(f"codes of {family}, guided {how.guided}", good, f"as plain: {', '.join(shares)}")
@@ -393,6 +393,35 @@ def plan_and_speed() -> None:
                 foreseen = planned * OVERHEAD[kind] + PROCESS
                 judge(f"plan's memory of {name}", used <= foreseen, text)
             del model, optimizer, average
+
+
+@check(40)
+@torch.no_grad()
+def whole_grids() -> None:
+    """How many steps of a PixelSNAIL cost as much as a pass over the grid, which is what a call
+    takes if it guesses (see `prior.predictive`; on a GPU, where it is asked to)."""
+    grid = (4, 4) if TINY else (32, 32)
+    kind: Any = p.PixelSNAILPriorConfig
+    network = SMALL["pixelsnail"] if TINY else p.PixelSNAILConfig()
+    config = kind(level=0, grids=(grid,), codebook_sizes=(512,), network=network)
+    with torch.device(DEVICE):
+        prior = make_prior(config).eval()
+    for rows in (1, 4) if TINY else (1, 16, 64):
+        codes = torch.zeros(rows, *grid, dtype=torch.int64, device=DEVICE)
+        step = prior.make_stepper(rows, [], None, compiled=not TINY)
+        first, before = codes[:, 0, 0] + 1, codes[:, :1, 0]  # not the start of a row
+        works = {"pass": lambda: prior(codes), "step": lambda: step(1, first, before)}  # noqa: B023
+        step(0, first - 1, before)
+        times = {}
+        for name, work in works.items():
+            work()
+            begun = clock()
+            for _ in range(2 if TINY else 20):
+                work()
+            times[name] = (clock() - begun) / (2 if TINY else 20)
+        ratio = times["pass"] / times["step"]
+        text = f"a pass takes {1e3 * times['pass']:.1f} ms, as much as {ratio:.1f} steps"
+        say("INFO", f"PixelSNAIL, {rows} rows of {grid} codes", f"{text} of {math.prod(grid)}")
 
 
 # The share of the positions that take a call, by the window: of an emoji64 model after 15 minutes,
