@@ -57,8 +57,8 @@ class Damaged(Exception):
 
 
 class Codec:
-    """Codes to bytes and back, with the priors of a pipeline. (They hide the label: on the demo it
-    would save less than its own bits cost.)"""
+    """Codes to bytes and back, with the priors of a pipeline. (They hide the label, which
+    images to be coded may lack: on the demo it would save 1 %.)"""
 
     def __init__(self, pipeline: VQVAE2Pipeline) -> None:
         self.pipeline, config = pipeline, pipeline.vqvae.config

@@ -130,7 +130,7 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 def commands_on(page: Path) -> Iterator[list[str]]:
     """The words behind `vqvae2`, `-m pipelines.cli` or `scripts/x.py` of every command line."""
     text = page.read_text().replace("\\\n", " ")
-    begins = r"^ *(?:accelerate launch .*|python )?(vqvae2|-m pipelines\.cli|scripts/\w+\.py) (.+)$"
+    begins = r"^ *(?:accelerate launch .*|\$LAUNCH |python )?(vqvae2|-m pipelines\.cli|scripts/\w+\.py) (.+)$"
     for begin, rest in re.findall(begins, text, re.MULTILINE):
         words = shlex.split(rest, comments=True)
         if begin.startswith("scripts/"):
@@ -168,6 +168,9 @@ def test_the_pages_name_flags_that_exist() -> None:
             # `--image.*` stands for all flags that begin so.
             named = [known for known in every_flag if known.startswith(flag)]
             assert flag in named or (flag.endswith(".") and named), f"{page.name}: {flag}"
+        for flag in re.findall(r"`--([a-z][\w.-]*) (?:True|False)`", text):
+            is_switch = any(known == f"--no-{flag}" for known in every_flag)
+            assert not is_switch, f"{page.name}: --{flag} takes no value"
 
 
 def test_the_pages_are_wrapped_at_100_columns() -> None:

@@ -204,6 +204,17 @@ def test_missing_or_wrong_weights_are_a_sentence(tmp_path: Path) -> None:
 # Both in a training
 
 
+@pytest.mark.parametrize(("start", "warned"), [(2, False), (3, True)])
+def test_a_discriminator_that_never_counts_is_warned_of(
+    start: int, warned: bool, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = train_command(photos, tmp_path / "run")
+    flags = ("--discriminator.weight", 0.8, "--discriminator.num-layers", 1, "--num-steps", 2)
+    command(*words, *flags, "--discriminator.start-step", start)
+    text = capsys.readouterr()
+    assert ("lower --discriminator.start-step" in text.out + text.err) == warned
+
+
 def test_killed_and_continued_with_everything_on(photos: Path, tmp_path: Path) -> None:
     recipe = load_recipe("tiny")
     vgg = {"weight": 0.1, "weights_file": str(thin_vgg(tmp_path / "vgg.pth"))}
