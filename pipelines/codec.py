@@ -73,11 +73,12 @@ class Codec:
         self.refuse_unhidden()
         return [copy.deepcopy(prior).cpu().double() for prior in self.pipeline.priors]
 
-    def refuse_unhidden(self) -> None:
+    def refuse_unhidden(self, doing: str = "code") -> None:
         """Raise a `UserError` for priors that must be told the classes of images."""
         if not self.pipeline.can_hide_all:
-            what = "the priors were trained without label dropout, and cannot code unknown classes"
-            raise UserError(f"{what}: code by frequency (--fast), or retrain them with it.")
+            what = f"the priors were trained without label dropout, and cannot {doing} unknown"
+            instead = "code by frequency (--fast)" if doing == "code" else "leave out --imagine"
+            raise UserError(f"{what} classes: {instead}, or retrain them with it.")
 
     @cached_property
     def hashes(self) -> list[bytes]:
@@ -218,6 +219,7 @@ class Codec:
         model = self.pipeline.vqvae
         codes = [grid.to(model.device) for grid in codes]
         if imagine:
+            self.refuse_unhidden("draw")
             known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
             labels = hidden_unless_given(None, can_hide=self.pipeline.can_hide_labels)
             options: Any = {"labels": labels, "first_index": first, "output_type": "pt"}

@@ -192,6 +192,9 @@ def _scores(
             reason = str(error).strip().splitlines()[-1]
             what = f"the classifier fails on images of shape {tuple(images.shape)} ({reason})"
             raise UserError(f"{what}: give one that takes them.") from None
+        if not isinstance(logits, torch.Tensor):
+            what = f"the classifier's output is a {type(logits).__name__}, not a tensor"
+            raise UserError(f"{what}: give a network that returns its logits alone.")
         shape, names = tuple(logits.shape), pipeline.class_names
         fits = isinstance(network, Classifier) or shape == (len(images), len(names) or shape[-1])
         allowed = f"{(len(images), len(names))}, a logit per class of the pipeline"

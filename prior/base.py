@@ -133,7 +133,7 @@ class Prior(Artifact, nn.Module, ABC):
         return step
 
     def _width(self, wanted: int, batch_size: int, *, bf16: bool) -> int:
-        """The number of positions of a call, of which so many are wanted; see `sample`."""
+        """How many positions a call computes; `wanted` is the caller's window, 0 to choose."""
         length, device = self.config.num_positions, self.device.type
         if self.has_windows:
             return min(wanted or choose_window(batch_size, length, device), length)
@@ -165,7 +165,8 @@ class Prior(Artifact, nn.Module, ABC):
                 default on levels of at least `COMPILED_POSITIONS`.
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
-                A family without windows takes more than 1 to be all, and in bf16 1.
+                A family without windows takes more than 1 to be all, which is not compiled, and in
+                bf16 to be 1.
             plain: without caches, slowly: the definition, which all else equals but for ties.
 
         Raises:

@@ -184,6 +184,8 @@ def test_each_refusal_says_what_is_wrong(
     with pytest.raises(UserError, match=r"without label dropout.*--fast"):
         Codec(coder.pipeline).compress(codes)
     Codec(coder.pipeline).compress(codes, fast=True)
+    with pytest.raises(UserError, match=r"cannot draw unknown classes: leave out --imagine"):
+        Codec(coder.pipeline).decode(codes[:1], imagine=True)
 
 
 def test_compressed_images_come_back_under_their_names(
@@ -213,3 +215,21 @@ def test_compressed_images_come_back_under_their_names(
         facts = [json.loads(picture.text["vqvae2"]) for picture in (coarse, imagined)]
         assert [(fact["levels"], fact["imagined"]) for fact in facts] == [(1, False), (1, True)]
     assert len([*tmp_path.glob("[abcd]/**/*.png")]) == 4 * len([*few.rglob("*.png")])
+
+    # Another archive is other images; one beside separate files has a folder of its own.
+    command("decompress", tmp_path / "each", *own, tmp_path / "a", code=2)
+    files = (tmp_path / "one/images.vq2", tmp_path / "each")
+    command("decompress", *files, *own, tmp_path / "e")
+    folders = {path.relative_to(tmp_path / "e").parts[0] for path in tmp_path.glob("e/**/*.png")}
+    assert folders == {"images", "each"}
+
+
+def test_what_holds_no_image_that_can_be_read_compresses_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("no picture")
+    words = ("--pipeline", run / "pipeline", "--data.on-error", "skip", "--output-dir")
+    command("compress", tmp_path / "bad", *words, tmp_path / "out", code=2)
+    assert "no image can be read" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").rglob("*.*")]

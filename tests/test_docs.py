@@ -130,7 +130,8 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 def commands_on(page: Path) -> Iterator[list[str]]:
     """The words behind `vqvae2`, `-m pipelines.cli` or `scripts/x.py` of every command line."""
     text = page.read_text().replace("\\\n", " ")
-    begins = r"^ *(?:accelerate launch .*|\$LAUNCH |python )?(vqvae2|-m pipelines\.cli|scripts/\w+\.py) (.+)$"
+    launched = r"(?:accelerate launch .*|\$LAUNCH |python )?"
+    begins = rf"^ *{launched}(vqvae2|-m pipelines\.cli|scripts/\w+\.py) (.+)$"
     for begin, rest in re.findall(begins, text, re.MULTILINE):
         words = shlex.split(rest, comments=True)
         if begin.startswith("scripts/"):

@@ -1,10 +1,11 @@
 """Muon: what it does to matrices, and which weights it takes."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prior.config import (
     PixelSNAILConfig,
@@ -16,7 +17,7 @@ from prior.pixelsnail import PixelSNAIL
 from prior.transformer import TransformerPrior
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.fit import make_optimizer
-from vqvae2.common.muon import orthogonalise
+from vqvae2.common.muon import MuonAdamW, orthogonalise
 from vqvae2.config import DiscriminatorConfig, PreprocessingConfig, VQVAE2Config
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
@@ -61,6 +62,27 @@ def test_a_step_is_that_of_torch() -> None:
             optimizer.step()
     moved = (ours.weight - before).norm()
     assert (ours.weight - theirs.weight).norm() < 0.05 * moved  # bf16 is that rough
+
+
+def test_a_copy_and_a_loaded_state_go_on_the_same() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4)
+    groups = [{"params": [layer.weight], "muon": True}, {"params": [layer.bias]}]
+    optimizer, inputs = MuonAdamW(groups, 0.1), torch.randn(8, 6)
+
+    def step() -> list[Tensor]:
+        optimizer.zero_grad()
+        layer(inputs).square().sum().backward()
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in layer.parameters()]
+
+    step()
+    weights, state = copy.deepcopy(layer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = step()
+    layer.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert all(map(torch.equal, step(), expected))
+    assert [group["muon"] for group in copy.deepcopy(optimizer).param_groups] == [True, False]
 
 
 def test_layers_learn_by_muon_and_all_else_by_adamw() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from pipelines import VQVAE2Pipeline
 from pipelines.commands.doctor import examine
+from pipelines.conditions import as_vectors
 from prior import TrainPriorConfig, load_prior
 from prior.manifest import read_manifest
 from prior.registry import make_prior
@@ -187,6 +188,18 @@ VQVAE2Pipeline.from_pretrained(sys.argv[1])
 assert not {"torch._dynamo", "sympy"} & {*sys.modules}
 """
     subprocess.run([sys.executable, "-c", program, run / "pipeline"], check=True)
+
+
+def test_attributes_named_by_numbers_are_names_and_values_are_values() -> None:
+    names = ("3", "5", "7")
+    for row, expected in (
+        ([3, 5, 7], [1, 1, 1]),
+        ([7], [0, 0, 1]),
+        ([1, 0, 1], [1, 0, 1]),
+        ([0.5, 5, 7], [0.5, 5, 7]),
+    ):
+        vectors = as_vectors([row], 3, names, can_hide=True)
+        assert vectors.tolist() == [expected]
 
 
 def test_attributes_travel_from_the_data_to_the_images(

@@ -2,21 +2,28 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipelines import VQVAE2Pipeline
 from pipelines.commands import score
-from pipelines.scoring import Normal
+from pipelines.scoring import ALL, Normal
 from tests.conftest import command, two_processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
+from vqvae2.config import ImagesConfig, PrepareConfig
 from vqvae2.data import as_images, load_picture, to_images
+from vqvae2.data.prepared import prepare_command
+from vqvae2.model import VQVAE2
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +113,9 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
     held_out = pq.read_table(tmp_path / "normal" / "scores.parquet")
     assert set(held_out["split"].to_pylist()) == {"validation"}
     assert 0 < len(held_out) < 30
+    (folder / "normal.json").unlink()  # what was lost comes back from the table
+    command("score", photos, *own, tmp_path / "normal", "--calibrate")
+    assert len(read_json(folder / "normal.json")["scores"]) == len(held_out)
     command("score", few, *own, tmp_path / "a", *marks, "--labels", "bag", code=2)
     assert "labels = None" in capsys.readouterr().err
 
@@ -128,3 +138,43 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
         (before,) = to_pil(to_images(load_picture(few / row["image"], config)))
         after = Image.open(tmp_path / "a" / "healed" / row["image"])
         assert (after.tobytes() != before.tobytes()) == (row["unusual_pixels"] > 0)
+
+
+def test_prepared_images_are_scored_compressed_and_reconstructed(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
+    image = VQVAE2.from_pretrained(run / "vqvae").config.image
+    data, prepared = ImagesConfig(path=str(photos)), tmp_path / "prepared"
+    prepare_command(PrepareConfig(data=data, image=image, output_dir=str(prepared)))
+    own = ("--pipeline", run / "pipeline", "--output-dir")
+    command("score", prepared, *own, tmp_path / "scores")
+    number = len([*photos.rglob("*.png")])
+    assert len(pq.read_table(tmp_path / "scores" / "scores.parquet")) == number
+    command("compress", prepared, *own, tmp_path / "packed", "--fast")
+    reconstruct = ("reconstruct", "--vqvae", run / "vqvae", "--data.path", prepared)
+    command(*reconstruct, "--output-dir", tmp_path / "again")
+    assert len([*(tmp_path / "again" / "images").rglob("*.png")]) == 64  # by default
+
+
+def test_classes_that_are_numbers_are_healed_by_their_names(
+    pipeline: VQVAE2Pipeline, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, given = pipeline.score(sorted(few.iterdir()), ALL), []
+    best = scores.bits_by_label.argmin(dim=1)
+
+    def inpaint(self: VQVAE2Pipeline, images: Tensor, *_: Any, **options: Any) -> Any:
+        given.extend(options["labels"])
+        return SimpleNamespace(images=images)
+
+    monkeypatch.setattr(VQVAE2Pipeline, "class_names", ("2", "3", "1"))
+    monkeypatch.setattr(VQVAE2Pipeline, "inpaint", inpaint)
+    images = torch.zeros(len(best), 1, 16, 16)
+    score.heal(pipeline, images, torch.ones(len(best), 16, 16), scores, ALL)
+    assert given == [("2", "3", "1")[place] for place in best]
+
+
+def test_names_of_classes_that_begin_alike_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.commands.score.draw_panel", lambda _, curves, **__: curves)
+    labels = ["defect_type_a", "defect_type_b", "ok"]
+    curves: Any = score._histogram(pa.table({"label": labels, "score": [1.0, 2.0, 3.0]}))
+    assert len(curves) == 3

@@ -28,6 +28,7 @@ from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import BadImage, is_held_out, load_images, load_picture, prepare, to_images
 from vqvae2.data.augmentation import no_change
 from vqvae2.data.open_source import open_source
+from vqvae2.data.vectors import read_vectors
 from vqvae2.data.work_parts import find_parts
 
 __all__ = ["items_of", "load", "numbered_tars", "spoil"]  # for other tests
@@ -660,12 +661,23 @@ def test_conditions_come_from_every_kind_of_table(sources: dict[str, Path], tmp_
         ([[0.5], [float("nan")]], "not finite in row 1"),
         ([["a"], [1]], "names and numbers"),
         ([[], []], "no name in any row"),
+        ([[1, 0, 1], [0, 1, 1]], r"\[1, 0, 1\] in row 0: as attributes, one is twice"),
     ],
 )
 def test_conditions_that_cannot_be_right_are_refused(column: list, reason: str) -> None:
     data = {"images": np.zeros((2, 8, 8), np.uint8), "conditions": column}
     with pytest.raises(UserError, match=reason):
         load_images(data, PreprocessingConfig())
+
+
+def test_whole_numbers_in_arrays_are_values_and_text_between_semicolons_is_names() -> None:
+    rows, data = [[1, 0, 1], [0, 0, 1]], {"images": np.zeros((2, 8, 8), np.uint8)}
+    for own in (np.array(rows), torch.tensor(rows), [*torch.tensor(rows)], [*np.array(rows)]):
+        vectors = open_source({**data, "conditions": own}, PreprocessingConfig()).train.vectors
+        assert (vectors.names, vectors.values.tolist()) == ((), rows)
+    vectors = read_vectors(["3;5", "3", "true; 7", '["7"]'], "a.csv")
+    assert vectors.names == ("3", "5", "7", "true")
+    assert vectors.values.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
 
 
 def test_conditions_that_are_not_there_are_named_and_attributes_keep_their_places(

@@ -57,8 +57,10 @@ class CodeNoise(nn.Module):
         levels = self.autoencoder.encode(images)
         embeddings = [level.embeddings for level in levels]
         if self.training:
-            noisy = [e + noise for e, noise in zip(embeddings, self._noise(levels), strict=True)]
-            embeddings = self.autoencoder.drop_finer_levels(noisy, self.num_forwards)
+            if self.share:
+                added = zip(embeddings, self._noise(levels), strict=True)
+                embeddings = [embedding + noise for embedding, noise in added]
+            embeddings = self.autoencoder.drop_finer_levels(embeddings, self.num_forwards)
             self.num_forwards += 1
         return VQVAE2Output(self.autoencoder.decode(embeddings), levels)
 

@@ -119,8 +119,10 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if isinstance(trained, AdversarialPair):
         start = (config.discriminator.start_step - 1) * num_parts
         if config.discriminator.start_step > config.num_steps:
-            what = f"the discriminator shapes images from step {config.discriminator.start_step:,} on"
-            logger.warning("%s, after the last one: lower --discriminator.start-step.", what)
+            when = f"from step {config.discriminator.start_step:,} on, after the last one"
+            logger.warning(
+                "the discriminator shapes images %s: lower --discriminator.start-step.", when
+            )
         adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
 
     def validate(net: Trained) -> dict[str, float]:

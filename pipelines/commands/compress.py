@@ -1,7 +1,9 @@
 """`vqvae2 compress` and `vqvae2 decompress`: images as .vq2 files, and back."""
 
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +42,8 @@ def compress(config: CompressConfig) -> None:
     run.check(folder)
     for bad in images.check(skip=config.data.on_error == "skip"):
         logger.warning("left out: %s", bad)
+    if not len(images):
+        raise UserError(f"{source.name}: no image can be read: check data.path.")
     run.write(folder)
 
     # Their codes.
@@ -77,12 +81,17 @@ def decompress(config: DecompressConfig) -> None:
     settings, most = pipeline.vqvae.config.image, pipeline.vqvae.config.num_levels
     names: list[str] = []
     contents = read_files(config.files)
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in contents])
     for path, data in contents.items():
         _, number, inside, _ = codec.read_header(data, str(path))
-        stem = str(path.absolute().with_suffix(""))
+        stem = os.path.relpath(path.with_suffix(""), root)
         own = [f"{stem}-{i}" for i in range(number)] if number > 1 else [stem]
         names += [f"{path.stem}/{name}" if len(contents) > 1 else name for name in inside] or own
-    run = RunRecord("decompress", config, "decompress_config.yaml", facts=pipeline.content_hashes())
+    digest = hashlib.sha256()
+    for data in contents.values():
+        digest.update(hashlib.sha256(data).digest())
+    hashes = {**pipeline.content_hashes(), "files_hash": digest.hexdigest()}
+    run = RunRecord("decompress", config, "decompress_config.yaml", facts=hashes)
     run.check(folder)
 
     # What is not as it was compressed says so, in its name and beside its pixels.

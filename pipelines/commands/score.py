@@ -84,7 +84,10 @@ def score(config: ScoreConfig) -> None:
     finished = (folder / TABLE).exists()
     state.wait_for_everyone()  # all have looked before the first one writes
     if finished:
+        if state.is_main_process and config.calibrate:  # anew, if the pipeline has lost it
+            _store_normal(config, pipeline, pq.read_table(folder / TABLE))
         logger.info("%s: all images are scored already.", folder)
+        state.wait_for_everyone()
         return
     if state.is_main_process:
         run.write(folder)
@@ -198,15 +201,16 @@ def _draw(job: _Job, names: Sequence[str], images: Tensor, scores: Scores) -> No
 def heal(
     pipeline: VQVAE2Pipeline, images: Tensor, marked: Tensor, scores: Scores, labels: str | None
 ) -> Tensor:
-    """Images `(B, C, H, W)` with the cells of all levels that hold a marked pixel `(B, H, W)` drawn
-    anew by the priors; what is in no such cell stays as it is."""
+    """Images `(B, C, H, W)` with all codes that cover a marked pixel `(B, H, W)` drawn
+    anew by the priors; pixels in cells of the finest grid without a marked one stay as they are."""
     rows = marked.flatten(1).any(dim=1).nonzero()[:, 0]
     healed = images.clone()
     if not len(rows):
         return healed
     given: Any = labels
     if scores.bits_by_label is not None:
-        given = scores.bits_by_label.argmin(dim=1)[rows].tolist()
+        best = scores.bits_by_label.argmin(dim=1)[rows].tolist()
+        given = [pipeline.class_names[place] for place in best]
     options: Any = {"labels": given, "output_type": "pt"}
     drawn = pipeline.inpaint(images[rows], marked[rows], len(rows), **options).images
     size, finest = images.shape[2:], pipeline.vqvae.config.grids[-1]
@@ -245,22 +249,28 @@ def _finish(job: _Job, rows: Path) -> None:
     save_picture(_extremes(table, found), folder / "extremes.png")
     with whole_file(folder / "scores.csv") as aside:
         pyarrow.csv.write_csv(table, aside)
-    values, places = table["score"].to_pylist(), table["worst_place"].to_pylist()
     if job.config.calibrate:
-        pipeline_hash = content_hash(job.pipeline.content_hashes(), ())
-        stored = Normal(job.config.labels, pipeline_hash, tuple(values), tuple(places))
-        stored.save(Path(job.config.pipeline).expanduser())
+        _store_normal(job.config, job.pipeline, table)
     with whole_file(folder / TABLE) as aside:
         pq.write_table(table, aside)
     remove_folder(rows)
 
     # In a few words.
     report_skipped(folder)
+    values = table["score"].to_numpy()
     shown = f"{min(values):.2f} to {max(values):.2f}, median {np.median(values):.2f}"
     logger.info(f"{folder / TABLE}: {len(values):,} images, scores from {shown}.")
     if job.normal is not None:
         number = int(np.sum(table["unusual"].to_numpy(zero_copy_only=False)))
         logger.info(f"{number:,} of them are more unusual than normal ones: see extremes.png.")
+
+
+def _store_normal(config: ScoreConfig, pipeline: VQVAE2Pipeline, table: pa.Table) -> None:
+    """Write how unusual the images of a table are beside the pipeline, as what normal ones are."""
+    values, places = (tuple(table[name].to_pylist()) for name in ("score", "worst_place"))
+    pipeline_hash = content_hash(pipeline.content_hashes(), ())
+    stored = Normal(config.labels, pipeline_hash, values, places)
+    stored.save(Path(config.pipeline).expanduser())
 
 
 def _histogram(table: pa.Table) -> Image.Image:
@@ -274,7 +284,8 @@ def _histogram(table: pa.Table) -> Image.Image:
     curves: dict[str, Sequence[tuple[float, float]]] = {}
     for name in np.unique(groups):
         counts, _ = np.histogram(values[groups == name], edges)
-        curves[str(name)[:10]] = [*zip((edges[1:] + edges[:-1]) / 2, counts, strict=True)]
+        short = str(name)[:10] if str(name)[:10] not in curves else str(name)
+        curves[short] = [*zip((edges[1:] + edges[:-1]) / 2, counts, strict=True)]
     return draw_panel("images", curves, x_name="score")
 
 

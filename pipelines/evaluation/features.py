@@ -246,12 +246,12 @@ class _NetworkFile(nn.Module):
         super().__init__()
         self.module = load_network(path)
         try:
-            self.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+            self.features(torch.zeros(LANES, 3, 64, 64, dtype=torch.uint8))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
             raise UserError(
                 f"{path} fails on RGB images (B, 3, H, W) of bytes ({reason}): save a network that "
-                "takes them, of any size."
+                "takes them, of any size and in batches of any."
             ) from None
 
     def features(self, images: Tensor) -> Tensor:

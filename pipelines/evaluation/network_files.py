@@ -49,6 +49,6 @@ class OnnxNetwork(nn.Module):
         first = self.session.get_inputs()[0].name
         try:
             outputs = self.session.run(None, {first: images.cpu().numpy()})
+            return torch.from_numpy(outputs[0]).to(images.device)
         except Exception as error:  # as above
             raise RuntimeError(" ".join(str(error).split())) from None
-        return torch.from_numpy(outputs[0]).to(images.device)

@@ -6,7 +6,8 @@ all about one, so that directions in which gradients are small are learned as fa
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,14 +39,27 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
         """One update."""
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["muon"]]
-        result = super().step(closure)
-        self.param_groups = groups
-        for group in groups:
+        with self._without_muon():
+            result = super().step(closure)
+        for group in self.param_groups:
             if group["muon"]:
                 self._step_matrices(group)
         return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a copy or `load_state_dict` gives; AdamW's part looks at its own groups."""
+        self.__dict__.update(state)
+        with self._without_muon():
+            super().__setstate__({})
+
+    @contextmanager
+    def _without_muon(self) -> Iterator[None]:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            yield
+        finally:
+            self.param_groups = groups
 
     def _step_matrices(self, group: Mapping[str, Any]) -> None:
         # The direction is the averaged gradient, a step ahead (Nesterov), as a matrix.

@@ -161,8 +161,10 @@ def _as_prepared(source: ImageTable, config: PreprocessingConfig) -> PreparedPic
     if not isinstance(source.cells, PreparedPictures):
         return None
     made = source.cells.config
-    resized = replace(made, size=config.size, fit=config.fit)
-    for key, old, new in differences(PreprocessingConfig, to_dict(resized), to_dict(config)):
+    share = config.validation_fraction or made.validation_fraction  # 0: no more than was held out
+    resized = replace(made, size=config.size, fit=config.fit, validation_fraction=share)
+    wanted = replace(config, validation_fraction=share)
+    for key, old, new in differences(PreprocessingConfig, to_dict(resized), to_dict(wanted)):
         what = f"{source.name} was prepared with image.{key} {old!r}, not {new!r}"
         raise UserError(f"{what}: set the same, or prepare the images again.")
     same = (made.height_width, made.fit) == (config.height_width, config.fit)

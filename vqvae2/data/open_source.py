@@ -657,10 +657,18 @@ def _open_arrays(
         labels = (values.tolist(), f"{name}: labels", None)
     conditions = data.get("conditions")
     if conditions is not None:
-        if isinstance(conditions, np.ndarray) and conditions.dtype.kind in "iub":
-            conditions = conditions.astype(float)  # no numbers of attributes
+        conditions = _as_values(conditions)
         if len(conditions) != len(images):
             what = f"{name} has {len(images)} images, but {len(conditions)} conditions"
             raise UserError(f"{what}: give one for each image.")
     options: Any = {"files": files, "conditions": conditions}
     return make_table(name, _numbered(len(images)), images, labels=labels, **options)
+
+
+def _as_values(conditions: Any) -> Any:
+    """Arrays and tensors of whole numbers, and rows of such, as floats: they are no attributes."""
+    if hasattr(conditions, "dtype"):
+        values = np.asarray(conditions)
+        return values.astype(float) if values.dtype.kind in "iub" else values
+    is_list = isinstance(conditions, list | tuple)
+    return [_as_values(row) for row in conditions] if is_list else conditions

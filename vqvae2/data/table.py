@@ -104,7 +104,10 @@ class PreparedPictures:
     uint8 values, or float32 in [-1, 1]."""
 
     config: PreprocessingConfig
-    rows: Any
+    rows: Any  #: None of an empty split
+
+    def __len__(self) -> int:
+        return 0 if self.rows is None else len(self.rows)
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
         """The pixels `(B, C, H, W)` of these rows."""

@@ -64,8 +64,9 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
     # Rows as lists, of which the kind of all elements decides.
     column = f"{source}: the condition column"
     rows: list[list[Any]] = []
+    of_names = any(isinstance(cell, str) and ";" in cell for cell in cells)
     for cell in cells:
-        if (row := _as_list(cell)) is None:
+        if (row := _as_list(cell, of_names=of_names)) is None:
             what = f"{column} is {shorten(cell)} in row {len(rows)}"
             raise UserError(f"{what}: {ONE_KIND}.")
         rows.append(row)
@@ -73,8 +74,9 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
     if kinds & {float, bool}:
         sizes = {len(row) for row in rows}
         if not kinds <= {float, int, bool} or len(sizes) != 1:
-            other = next(row for row in rows if len(row) != len(rows[0]) or str in map(type, row))
-            what = f"{column} holds {shorten(rows[0])}, but also {shorten(other)}"
+            kind = [len(rows[0]), str in map(type, rows[0])]
+            others = (row for row in rows if [len(row), str in map(type, row)] != kind)
+            what = f"{column} holds {shorten(rows[0])}, but also {shorten(next(others, rows[-1]))}"
             raise UserError(f"{what}: {ONE_KIND}.")
         values = np.array(rows, np.float32)
         if not np.isfinite(values).all():
@@ -82,10 +84,14 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
             raise UserError(f"{column} is not finite in row {number}: correct it.")
         names: tuple[str, ...] = ()
     else:
-        # Attributes, sorted; numbers as numbers.
+        # Attributes, sorted; numbers as numbers. None has an attribute twice.
         if len(kinds) > 1 or not kinds:
             found = "names and numbers" if kinds else "no name in any row"
             raise UserError(f"{column} holds {found}: {ONE_KIND}.")
+        for number, row in enumerate(rows):
+            if len(set(row)) < len(row):
+                what = f"{column} holds {shorten(row)} in row {number}: as attributes, one is twice"
+                raise UserError(f"{what}. Write values with a point (1.0), attributes once.")
         known = sorted(set(chain.from_iterable(rows)))
         names = tuple(map(str, known))
         check_names(names, column)
@@ -100,12 +106,14 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
     return Vectors(values, names)
 
 
-def _as_list(cell: Any) -> list[Any] | None:
-    """A cell as a list of numbers or of texts; None if it is neither."""
+def _as_list(cell: Any, *, of_names: bool) -> list[Any] | None:
+    """A cell as a list of numbers or of texts; None if it is neither. In a column `of_names` text
+    that is no JSON list is names."""
     if isinstance(cell, str):
         text, cell = cell, [name.strip() for name in cell.split(";") if name.strip()]
         with suppress(ValueError):
-            cell = json.loads(text)
+            parsed = json.loads(text)
+            cell = cell if of_names and not isinstance(parsed, list) else parsed
     if hasattr(cell, "tolist"):
         cell = cell.tolist()
     cell = [float(cell)] if type(cell) in (int, float) else cell
