@@ -96,7 +96,7 @@ def main() -> None:
     half = len(values) // 2
     places = maps.amax(dim=(1, 2))
     stored = Normal(None, "", tuple(values[:half].tolist()), tuple(places[:half].tolist()))
-    for rate in (0.02, 0.05, 0.1, 0.2):
+    for rate in (rate for rate in (0.02, 0.05, 0.1, 0.2) if rate * (half + 1) >= 1):
         limits = stored.thresholds(rate)
         pairs = zip((values, places), limits, strict=True)
         shares = [float((each[half:] > limit).float().mean()) for each, limit in pairs]
