@@ -1,6 +1,7 @@
 """The same pictures from every kind of source; what cannot be taken as it is, is refused."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import write_images
-from tests.images import GREY, encoded, items_of, load, numbered_tars, png16, rows_of, spoil
+from tests.images import (
+    GREY,
+    encoded,
+    items_of,
+    load,
+    numbered_tars,
+    png16,
+    rows_of,
+    spoil,
+    write_tar,
+)
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import save_image
 from vqvae2.config import ImagesConfig, PreprocessingConfig
@@ -670,6 +681,35 @@ def test_conditions_that_cannot_be_right_are_refused(column: list, reason: str) 
         load_images(data, PreprocessingConfig())
 
 
+def test_streams_have_vectors_of_one_length_from_members_and_columns(tmp_path: Path) -> None:
+    image, vectors = PreprocessingConfig(validation_fraction=0), [[0.5, 1], [2, -1.0], [0, 3.5]]
+    members: dict[str, bytes | str] = {}
+    for i, vector in enumerate(vectors):
+        file = io.BytesIO()
+        np.save(file, np.array(vector))
+        given = (".npy", file.getvalue()), (".json", json.dumps({"x": vector}).encode())
+        members[f"{i}.png"] = encoded()
+        suffix, content = given[i % 2]
+        members[f"{i}.x{suffix}" if suffix == ".npy" else f"{i}{suffix}"] = content
+    write_tar(tmp_path / "tar" / "a.tar", members)
+    pq.write_table(pa.table({"image": [encoded()] * 3, "x": vectors}), tmp_path / "a.parquet")
+    for path, streaming in ((tmp_path / "tar", False), (tmp_path / "a.parquet", True)):
+        data = ImagesConfig(path=str(path), condition_column="x", streaming=streaming)
+        found = find_parts(data, image, 10)
+        items = [item for part in found.parts for item in part.items()]
+        assert (found.vector_size, found.vector_names) == (2, ())
+        assert [item.vector.tolist() for item in items if item.vector is not None] == vectors
+        assert all(isinstance(item.pixels(no_change), torch.Tensor) for item in items)
+
+    # One of another length, and names.
+    for wrong, reason in (([1.5], "1 values, but others have 2"), (["a"], r"\['a'\], but those")):
+        members["1.json"] = json.dumps({"x": wrong}).encode()
+        write_tar(tmp_path / "tar" / "a.tar", members)
+        data = ImagesConfig(path=str(tmp_path / "tar"), condition_column="x")
+        with pytest.raises(UserError, match=reason):
+            [*find_parts(data, image, 10).parts[0].items()]
+
+
 def test_whole_numbers_in_arrays_are_values_and_text_between_semicolons_is_names() -> None:
     rows, data = [[1, 0, 1], [0, 0, 1]], {"images": np.zeros((2, 8, 8), np.uint8)}
     for own in (np.array(rows), torch.tensor(rows), [*torch.tensor(rows)], [*np.array(rows)]):
@@ -685,9 +725,9 @@ def test_conditions_that_are_not_there_are_named_and_attributes_keep_their_place
 ) -> None:
     image, folder = PreprocessingConfig(), str(sources["folder"])
     tars = str(numbered_tars(tmp_path / "tars", 1, 2))
-    for path, reason in ((folder, "no condition column 'x'"), (tars, "is a stream")):
+    for path, reason in ((folder, "no condition column 'x'"), (tars, "000/0000 has no condition")):
         with pytest.raises(UserError, match=reason):
-            open_source(ImagesConfig(path=path, condition_column="x"), image)
+            find_parts(ImagesConfig(path=path, condition_column="x"), image, 10)
     files = [str(path) for path in pictures_of(sources["folder"])[:4]]
     for name, values in {"a": ["a", "c"], "b": ["c", "new"]}.items():
         rows = zip(files[2 * (name == "b") :], values, strict=False)

@@ -225,8 +225,8 @@ class ImagesConfig:
     """The column of classes in a table or list, if it is not named label; none leaves all labels
     alone, those of folders and tar shards too."""
     condition_column: str | None = added(None)
-    """A column of a table or list that priors are conditioned on, beside the classes or without
-    any: a number or a list of floats (as many in each row), or a list of names (attributes)."""
+    """A column that priors are conditioned on, beside the classes or without any: a number or a
+    list of floats (as many in each row), or, but of a stream, a list of names (attributes)."""
 
 
 @dataclass(frozen=True, kw_only=True)

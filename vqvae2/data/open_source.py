@@ -84,17 +84,12 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
         return _open_arrays(data, config.channels, "data")
     opened = _open_files(data, config)
 
-    # All images have the vectors that are asked for.
+    # All images have the vectors that are asked for (those of a stream, when they are read).
     for source in opened if data.condition_column is not None else ():
-        if source is None:
-            continue
-        what = f"{source.name} is a stream, of which no condition column is read"
-        if isinstance(source, ImageTable):
-            if source.vectors is not None:
-                continue
+        if isinstance(source, ImageTable) and source.vectors is None:
             what = f"{source.name} has no condition column {data.condition_column!r}"
-        advice = "give a table or a list with it (metadata.jsonl, Parquet, Arrow, .npz)"
-        raise UserError(f"{what}: {advice}, or leave --data.condition-column out.")
+            advice = "give a table or a list with it (metadata.jsonl, Parquet, Arrow, .npz)"
+            raise UserError(f"{what}: {advice}, or leave --data.condition-column out.")
 
     # Their places mean the same in both parts.
     train, held_out = opened

@@ -1,10 +1,12 @@
 """Tar and Parquet shards, on a disk or behind a URL, read from end to end: data of any size.
 
 Rows of WebDataset tar shards are neighbours of the same name up to the first dot: a picture and
-perhaps a label (.cls, or "label" in .json). Classes of a stream are numbers.
+perhaps a label (.cls, or "label" in .json) and a vector (.NAME.npy, or "NAME" in .json). Classes of
+a stream are numbers.
 """
 
 import gzip
+import io
 import json
 import logging
 import random
@@ -18,6 +20,7 @@ from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +31,7 @@ from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change, random_change
 from vqvae2.data.decoding import PICTURE_SUFFIXES, BadImage, first_line, readable
 from vqvae2.data.splits import few, is_held_out, marked, shorten
+from vqvae2.data.vectors import read_vector
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ class StreamRow(NamedTuple):
     label: Any
     cell: Any
     """The picture (see `decoding.read_cell`)."""
+    vector: Any = None
+    """What it is conditioned on `(V,)`, if a column of it is named."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,24 @@ class ImageStream:
             logger.info(text, self.name, few(sorted(folders)))
         return labelled
 
+    @cached_property
+    def vector_size(self) -> int:
+        """Length of the first row's condition vector; 0 without a condition column."""
+        if self.data.condition_column is None:
+            return 0
+        vectors = (row.vector for row in self.all_rows())
+        return len(next(vectors, ()))
+
     def rows(self, number: int, *, contents: bool = True) -> Iterator[StreamRow]:
         """The rows of one shard, in order; without `contents` their names alone, read faster.
-        Raises UserError: the shard is absent or broken, or its labels are not numbers."""
-        url = self.urls[number]
+        Raises UserError: the shard is absent or broken, its labels are not numbers, or a condition
+        is no vector."""
+        url, column = self.urls[number], self.data.condition_column
         with _opened(url) as file:
             if url.endswith(".parquet"):
                 rows = _parquet_rows(file, url, self.data, contents)
             else:
-                rows = _tar_rows(file, url, contents or "://" in url)
+                rows = _tar_rows(file, url, contents or "://" in url, column)
             for row in rows:
                 label = None if self.data.label_column == NO_LABELS else row.label
                 is_class = isinstance(label, int) and 0 <= label < MAX_CLASSES
@@ -108,7 +123,9 @@ class ImageStream:
                     what = f"{url} has the label {shorten(label)}, but classes of a stream are"
                     what += f" numbers below {MAX_CLASSES:,}"
                     raise UserError(f"{what}: number them, or add --data.label-column none.")
-                yield row._replace(label=int(label) if isinstance(label, bool) else label)
+                vector = read_vector(row.vector, row.id) if contents and column else None
+                label = int(label) if isinstance(label, bool) else label
+                yield row._replace(label=label, vector=vector)
 
     def all_rows(self) -> Iterator[StreamRow]:
         """The rows of all shards, in order."""
@@ -216,6 +233,7 @@ def _parquet_rows(
         image, label = find_columns(features_of(schema), url, data)
         has_ids = "id" in schema.names
         columns = ["id"] * has_ids + ([image] if contents else []) + ([label] if label else [])
+        columns += [data.condition_column] if contents and data.condition_column else []
 
         # Rows, a few at a time; every one needs a name of its own.
         seen: set[str] = set()
@@ -227,7 +245,8 @@ def _parquet_rows(
                     what = f"{url} has the id {shorten(name)} twice, or one that is no name"
                     raise UserError(f"{what}: give each image a name, or rename the column.")
                 seen.add(str(name))
-                yield StreamRow(str(name), cells.get(label), cells.get(image))
+                vector = cells.get(data.condition_column)
+                yield StreamRow(str(name), cells.get(label), cells.get(image), vector)
 
 
 # Tar
@@ -242,7 +261,7 @@ class _Member(NamedTuple):
     content: bytes
 
 
-def _tar_rows(file: BinaryIO, url: str, contents: bool) -> Iterator[StreamRow]:
+def _tar_rows(file: BinaryIO, url: str, contents: bool, column: str | None) -> Iterator[StreamRow]:
     """Rows whose ids begin with the shard's name, since keys may repeat from shard to shard."""
     seen: set[str] = set()
     with readable(url, "read as a tar shard", "restore or remove it"):
@@ -252,7 +271,7 @@ def _tar_rows(file: BinaryIO, url: str, contents: bool) -> Iterator[StreamRow]:
                 what = f"{url}: {members[0].path} comes apart from the row {key!r} it belongs to"
                 raise UserError(f"{what}: write a row's members side by side.")
             seen.add(key)
-            yield _tar_row(f"{shard_stem(url)}/{key}", members)
+            yield _tar_row(f"{shard_stem(url)}/{key}", members, column)
 
 
 def _members(file: BinaryIO, url: str, contents: bool) -> Iterator[_Member]:
@@ -285,16 +304,21 @@ def _members(file: BinaryIO, url: str, contents: bool) -> Iterator[_Member]:
                 raise ValueError("it goes on after the mark of its end, as when joined with cat")
 
 
-def _tar_row(name: str, members: Sequence[_Member]) -> StreamRow:
+def _tar_row(name: str, members: Sequence[_Member], column: str | None) -> StreamRow:
     """A row of members; what is wrong with it is raised when its picture is read."""
+    # Picture, label, and the condition that the column names.
     label: Any = None
+    vector: Any = None
     pictures: list[dict[str, Any]] = []
     faults: list[str] = []
     for member in members:
         kind = member.path.name.partition(".")[2].lower()
         if member.is_link:
             continue
-        if member.path.suffix.lower() in PICTURE_SUFFIXES:
+        if column and kind == f"{column}.npy".lower():
+            with readable(f"{name}.{kind}", "read as a condition"):
+                vector = np.load(io.BytesIO(member.content), allow_pickle=False).astype(np.float32)
+        elif member.path.suffix.lower() in PICTURE_SUFFIXES:
             pictures.append({"bytes": member.content, "path": member.path.name})
         elif kind == "cls":
             text = member.content.decode(errors="replace").strip()
@@ -302,7 +326,8 @@ def _tar_row(name: str, members: Sequence[_Member]) -> StreamRow:
         elif kind == "json":
             try:
                 values = json.loads(member.content or b"{}")
-                label = values.get("label", label) if isinstance(values, dict) else label
+                if isinstance(values, dict):
+                    label, vector = values.get("label", label), values.get(column, vector)
             except (ValueError, RecursionError) as error:
                 file = member.path.name
                 faults.append(f"{file} cannot be read as a label ({first_line(error)}): fix it.")
@@ -314,7 +339,7 @@ def _tar_row(name: str, members: Sequence[_Member]) -> StreamRow:
     elif len(pictures) > 1:
         what = f"it has {len(pictures)} pictures ({names}; what follows the first dot is the kind)"
         faults.append(f"{what}: keep one, or rename the others.")
-    return StreamRow(name, label, UserError(faults[-1]) if faults else pictures[0])
+    return StreamRow(name, label, UserError(faults[-1]) if faults else pictures[0], vector)
 
 
 # Training

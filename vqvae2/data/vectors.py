@@ -106,6 +106,18 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
     return Vectors(values, names)
 
 
+def read_vector(cell: Any, source: str) -> np.ndarray:
+    """The vector `(V,)` float32 of a row of a stream, whose attributes would be known only at its
+    end. Raises a `UserError` for no vector of numbers."""
+    if cell is None:
+        raise UserError(f"{source} has no condition: give it one, or correct data.condition_column.")
+    vectors = read_vectors([cell], source)
+    if vectors.names:
+        what = f"{source} has the condition {shorten(cell)}, but those of a stream are values"
+        raise UserError(f"{what}: write them with a point (1.0), or make a table of the stream.")
+    return vectors.values[0]
+
+
 def _as_list(cell: Any, *, of_names: bool) -> list[Any] | None:
     """A cell as a list of numbers or of texts; None if it is neither. In a column `of_names` text
     that is no JSON list is names."""

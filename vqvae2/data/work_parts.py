@@ -145,15 +145,20 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
 
     # A stream: without a held-out set, each shard holds images of both splits.
     both = held_out is None and config.validation_fraction > 0
-    parts = _shards(train, SPLITS if both else SPLITS[:1], config)
+    parts = _shards(train, SPLITS if both else SPLITS[:1], config, train.vector_size)
     labelled = train.labelled
     if held_out is not None:
         check_labelled(held_out.labelled, labelled, held_out.name)
     if isinstance(held_out, ImageStream):
-        parts += _shards(held_out, SPLITS[1:], config)
+        parts += _shards(held_out, SPLITS[1:], config, train.vector_size)
     elif held_out is not None:
+        known, size_of_all = held_out.vectors, train.vector_size
+        if size_of_all and not (known and known.size == size_of_all and not known.names):
+            what = f"{held_out.name} has no condition vectors of {size_of_all} values"
+            raise UserError(f"{what}, but {train.name} has: give the same column to both.")
         parts += _cut(SPLITS[1], ImageDataset(held_out, range(len(held_out)), config), size)
-    return Parts(tuple(parts), train.name, stream_facts(opened, config), labelled, None)
+    facts = stream_facts(opened, config)
+    return Parts(tuple(parts), train.name, facts, labelled, None, vector_size=train.vector_size)
 
 
 def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
@@ -171,13 +176,16 @@ def _cut(split: str, images: ImageDataset, size: int) -> list[Part]:
 
 
 def _shards(
-    stream: ImageStream, splits: tuple[str, ...], config: PreprocessingConfig
+    stream: ImageStream, splits: tuple[str, ...], config: PreprocessingConfig, vector_size: int
 ) -> list[Part]:
     def items(number: int) -> Iterator[Item]:
         for row in stream.rows(number):
             held_out = len(splits) > 1 and is_held_out(row.id, config.validation_fraction)
             pixels = partial(decode, stream.name, row.id, row.cell, config)
-            yield Item(splits[held_out], row.id, row.label, pixels)
+            if vector_size and len(row.vector) != vector_size:
+                what = f"{row.id} has a condition of {len(row.vector)} values"
+                raise UserError(f"{what}, but others have {vector_size}: correct it.")
+            yield Item(splits[held_out], row.id, row.label, pixels, row.vector)
 
     return [Part(i, splits, partial(items, i), None) for i in range(len(stream))]
 
