@@ -110,7 +110,7 @@ def read_vector(cell: Any, source: str) -> np.ndarray:
     """The vector `(V,)` float32 of a row of a stream, whose attributes would be known only at its
     end. Raises a `UserError` for no vector of numbers."""
     if cell is None:
-        raise UserError(f"{source} has no condition: give it one, or correct data.condition_column.")
+        raise UserError(f"{source} has no condition: add it, or correct data.condition_column.")
     vectors = read_vectors([cell], source)
     if vectors.names:
         what = f"{source} has the condition {shorten(cell)}, but those of a stream are values"
