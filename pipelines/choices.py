@@ -4,6 +4,7 @@
 a recipe, which anybody may edit.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -50,60 +51,84 @@ class Look:
     """Background -> share of pictures of which nothing is seen on it."""
 
 
-def look(data: ImagesConfig, background: str = "white") -> Look:
+@dataclass(frozen=True)
+class Glance:
+    """What is kept of a picture that was looked at."""
+
+    size: tuple[int, int]  #: width and height
+    kind: Any  #: Pillow's mode, or an array's type
+    channels: int
+    small: Image.Image | None  #: if it is transparent somewhere
+
+
+def look(data: ImagesConfig, background: str = "white", channels: int | None = None) -> Look:
     """Open the source and read some of its pictures.
 
+    Args:
+        channels: of arrays, if it is known.
+
     Raises:
-        UserError: no images, a stream, pictures of several kinds, or no such background colour.
+        UserError: no images, a stream, pictures of several kinds, arrays of which nobody can tell
+            where the channels are, or no such background colour.
     """
     # The pixels are what they are if they were prepared already.
-    opened = open_source(data, PreprocessingConfig(background=background))
+    assumed = PreprocessingConfig(background=background, channels=channels or 3)
+    opened = open_source(data, assumed)
     table: ImageTable = refuse_stream(opened.train)
     seen = Look(len(table), opened.held_out is not None, table.class_names)
     if isinstance(table.cells, PreparedPictures):
         return replace(seen, prepared=table.cells.config)
 
     # Some pictures. Those that cannot be read are named when all are checked.
-    pictures: list[Picture] = []
-    for i in range(0, len(table), max(1, len(table) // LOOKED_AT)):
+    glances: list[Glance] = []
+    for i in range(0, len(table), math.ceil(len(table) / LOOKED_AT)):
         with suppress(Exception):  # decoders raise many kinds
-            picture = read_cell(table.cells[i])
-            if isinstance(picture, Image.Image):
-                picture = ImageOps.exif_transpose(picture)
-            pictures.append(picture)
-    if not pictures:
+            glances.append(_glance(read_cell(table.cells[i])))
+    if not glances:
         raise UserError(f"{table.name}: none of the images can be read: check data.path.")
-    ranges = {_range_of(picture, table.name) for picture in pictures}
+    ranges = {_range_of(kind, table.name) for kind in {glance.kind for glance in glances}}
     if len(ranges) > 1:
         raise UserError(f"{table.name} holds 8-bit and other pictures: convert one kind.")
+    first = glances[0]
+    if channels is None and first.channels > max(4, min(first.size)):
+        shape = (*first.size[::-1], first.channels)
+        what = f"{table.name} holds arrays of shape {shape}, of which none is surely the channels"
+        raise UserError(f"{what}: set --image.channels.")
 
     # What they show; of 8-bit pictures on a small copy.
-    sizes = np.array([picture_size(picture) for picture in pictures], float)
-    small = [_small(picture) for picture in pictures]
-    pairs = zip(pictures, small, strict=True)
-    transparent = [image for picture, image in pairs if image and is_transparent(picture)]
+    sizes = np.array([glance.size for glance in glances], float)
+    transparent = [glance.small for glance in glances if glance.small is not None]
     vanished = {}
     for name in BACKGROUNDS:
         on_it = PreprocessingConfig(size=SMALL, background=name)
         gone = [is_flat(prepare(image, on_it)) for image in transparent]
-        vanished[name] = sum(gone) / len(pictures)
+        vanished[name] = sum(gone) / len(glances)
     return replace(
         seen,
         aspects=sizes[:, 0] / sizes[:, 1],
         short_side=float(np.median(sizes.min(axis=1))),
-        channels=max(_channels_of(*pair) for pair in zip(pictures, small, strict=True)),
+        channels=max(glance.channels for glance in glances),
         value_range=ranges.pop(),
-        transparent=len(transparent) / len(pictures),
+        transparent=len(transparent) / len(glances),
         vanished=vanished,
     )
 
 
-def _range_of(picture: Picture, name: str) -> tuple[float, float]:
+def _glance(picture: Picture) -> Glance:
     if isinstance(picture, Image.Image):
-        return 0.0, 65535.0 if picture.mode.startswith("I") else 255.0
-    if picture.dtype.kind == "u":
-        return 0.0, float(np.iinfo(picture.dtype).max)
-    what = f"{name} holds {picture.dtype} values, of which black and white are unknown"
+        picture = ImageOps.exif_transpose(picture)
+    small = _small(picture)
+    kind = picture.dtype if isinstance(picture, np.ndarray) else picture.mode
+    shown = small if small is not None and is_transparent(picture) else None
+    return Glance(picture_size(picture), kind, _channels_of(picture, small), shown)
+
+
+def _range_of(kind: Any, name: str) -> tuple[float, float]:
+    if isinstance(kind, str):
+        return 0.0, 65535.0 if kind.startswith("I") else 255.0
+    if kind.kind == "u":
+        return 0.0, float(np.iinfo(kind).max)
+    what = f"{name} holds {kind} values, of which black and white are unknown"
     raise UserError(f"{what}: train step by step, with --image.value-range.")
 
 

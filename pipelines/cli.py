@@ -158,8 +158,11 @@ def run_script(command: str) -> None:
 
 def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The subcommand, of one word or two ("codes info"), and its arguments, or a `UserError`."""
-    if list(arguments[:2]) == ["plan", "run"]:  # it chooses what to plan, and plans it itself
-        return "run", ["--output-dir", "nowhere", *arguments[2:], "--dry-run"]
+    if arguments[0] == "plan":
+        words, recipe = _take_flag(list(arguments[1:]), "--config")
+        if words[:1] == ["run"]:  # it chooses what to plan, and plans it itself
+            own = ["--config", recipe] if recipe else []
+            return "run", ["--output-dir", "nowhere", *own, *words[1:], "--dry-run"]
     for number in (1, 2):
         if (command := " ".join(arguments[:number])) in COMMANDS:
             return command, arguments[number:]
@@ -237,7 +240,8 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     elif arguments and not arguments[0].startswith("-"):
         meant = [f for file, f in NAMELESS.items() if Path(arguments[0], file).exists()]
         meant += [*NAMELESS.values(), known[0]]
-        flag = next(flag for flag in meant if flag in known and flag not in arguments)
+        unset = (flag for flag in meant if flag in known and flag not in arguments)
+        flag = next(unset, known[0])
         what = f"vqvae2 {command}: {shown(arguments[0])} has no flag in front of it"
         raise UserError(f"{what}; did you mean {flag} {shlex.quote(arguments[0]):.100}?")
 

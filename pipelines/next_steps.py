@@ -104,7 +104,11 @@ def record_of(folder: str) -> dict[str, Any]:
 
 
 def beside(folder: str, name: str, other: str) -> str:
-    """A folder beside one: x/codes beside x/vqvae, x/big_codes beside x/big."""
+    """A folder beside one: x/codes beside x/vqvae, x/big_codes beside x/big; of a model of the Hub,
+    a folder here."""
+    folder = folder.rstrip("/") or folder
+    if not os.path.isdir(os.path.expanduser(folder)) and folder.count("/") == 1:
+        folder = os.path.basename(folder)
     own = os.path.basename(os.path.abspath(folder))
     stem = own.removesuffix(name) if own.endswith(name) else f"{own}_"
     return os.path.normpath(f"{folder}/../{stem}{other}")

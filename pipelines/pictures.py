@@ -44,17 +44,20 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     return draw
 
 
+MOST_NAMES = 20  # that a sheet has rows of
+
+
 def sample_sheet(
     images: Sequence[Image.Image],
     names: Sequence[str] = (),
     front: Mapping[str, Image.Image] | None = None,
 ) -> Image.Image:
     """Samples in whole rows, at most eight wide: those of each name (a class) together, if there
-    are names, of the first 20. `front`: what begins every row, by its name."""
+    are names, of the first `MOST_NAMES`. `front`: what begins every row, by its name."""
     groups: dict[str, list[Image.Image]] = {}
     for image, name in zip(images, names or [""] * len(images), strict=True):
         groups.setdefault(name, []).append(image)
-    groups, front = dict(islice(groups.items(), 20)), front or {}
+    groups, front = dict(islice(groups.items(), MOST_NAMES)), front or {}
     number = min(map(len, groups.values()))
     columns, rows, titles = num_columns(number, len(groups), 8 - len(front)), [], []
     for name, group in groups.items():

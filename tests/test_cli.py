@@ -196,8 +196,14 @@ def test_every_command_ends_with_what_comes_next(
     assert len(names_in(Path("runs/x/samples/images"))) == 20  # as the recipe says
 
 
-def test_what_comes_next_of_what_lies_elsewhere(tmp_path: Path) -> None:
-    """Flags that were not the default, and folders beside the given one, whatever its name."""
+def test_what_comes_next_of_what_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags that were not the default, and folders beside the given one, whatever its name; of a
+    model of the Hub, here."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("big", "x/my_vqvae", "vqvae", "a/vqvae"):
+        Path(folder).mkdir(parents=True)
     for line, expected in (
         (
             "prepare --data.path a --image.size 8 16 --output-dir big/",
@@ -215,6 +221,10 @@ def test_what_comes_next_of_what_lies_elsewhere(tmp_path: Path) -> None:
         (
             "reconstruct --vqvae a/vqvae --data.path b --output-dir out",
             "extract --vqvae a/vqvae --data.path b --output-dir a/codes",
+        ),
+        (
+            "reconstruct --vqvae someone/model --data.path b --output-dir out",
+            "extract --vqvae someone/model --data.path b --output-dir model_codes",
         ),
     ):
         command, words = split_command(line.split())

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import prior.audit
 import prior.probes
 import prior.training
 from pipelines.commands.doctor import check_round_trip, examine, load
+from pipelines.commands.extract import encode_lanes
 from pipelines.config import DoctorConfig
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import KVCache, Slots, attend
@@ -625,12 +627,33 @@ def test_the_images_may_be_named_or_gone(
     parts = ("--vqvae", copy_of_trained / "vqvae", "--codes", copy_of_trained / "codes")
     command("doctor", *parts)
     assert "Not checked: whether images still get the codes" in capsys.readouterr().out
+    (tmp_path / "gone").mkdir()  # there, but empty
+    command("doctor", *parts)
+    assert "Not checked: whether images still get the codes" in capsys.readouterr().out
     command("doctor", *parts, "--data.path", photos)
     assert "pass  extraction" in capsys.readouterr().out
     (tmp_path / "others").mkdir()
     shutil.copy(next(photos.rglob("*.png")), tmp_path / "others" / "unknown.png")
     command("doctor", *parts, "--data.path", tmp_path / "others", code=1)
     assert "FAIL  extraction: none of the" in capsys.readouterr().out
+
+
+def test_codes_are_encoded_again_in_the_precision_that_made_them(
+    copy_of_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, original, seen = copy_of_trained / "codes" / "extract_config.yaml", encode_lanes, []
+
+    def encode(*given: Any, bf16: bool) -> Any:
+        seen.append(bf16)
+        return original(*given)
+
+    monkeypatch.setattr("pipelines.commands.doctor.encode_lanes", encode)
+    examined(copy_of_trained, "vqvae", "codes")
+    settings = yaml.safe_load(record.read_text())
+    settings["mixed_precision"] = "bf16"
+    record.write_text(yaml.safe_dump(settings))
+    examined(copy_of_trained, "vqvae", "codes")
+    assert (False in seen, True in seen) == (True, True)
 
 
 def test_views_are_no_repeats_and_are_encoded_as_they_were(

@@ -152,6 +152,31 @@ def test_levels_of_priors_without_classes(monkeypatch: pytest.MonkeyPatch) -> No
     assert given == [[]]
 
 
+def test_a_rare_class_costs_the_accuracy_score_alone(caplog: pytest.LogCaptureFixture) -> None:
+    labels = torch.zeros(40, dtype=torch.int64)
+    labels[0] = 1
+    sets = {key: mock.MagicMock(labels=labels) for key in ("real", "samples", "held_out")}
+    for each in sets.values():
+        each.images.some.return_value = mock.MagicMock(labels=labels, number=40)
+    sets["made"] = None
+    with mock.patch.object(evaluate, "accuracy_scores", side_effect=UserError("one class")):
+        assert evaluate._accuracy(sets, ("a", "b")) == {}
+    assert "no accuracy score: one class" in caplog.text
+
+
+def test_guidance_is_swept_only_where_all_priors_know_it() -> None:
+    seen: list[dict] = []
+    subject = mock.MagicMock()
+    subject.sample = lambda *_, **settings: seen.append(settings)
+    for classes in (2, 0):
+        configs = [mock.Mock(num_classes=n, vector_size=0, label_dropout=0.1) for n in (2, classes)]
+        subject.pipeline.priors = [mock.Mock(config=config) for config in configs]
+        seen.clear()
+        with mock.patch.object(evaluate.measure, "compare_briefly", return_value={}):
+            evaluate._sweep(subject, mock.MagicMock(num_samples=4), mock.MagicMock())
+        assert len({settings["guidance_scale"] for settings in seen}) == (3 if classes else 1)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

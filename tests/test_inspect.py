@@ -122,3 +122,6 @@ def test_other_images_are_not_called_held_out(
     assert json.loads((tmp_path / "report" / "figures.json").read_text())["split"] == "other"
     command("reconstruct", *flags, tmp_path / "out", "--held-out")
     assert capsys.readouterr().err.count("these are not the images that") == 2
+    one = ("--vqvae", run / "vqvae", "--data.path", next((photos / "bag").iterdir()))
+    command("inspect", *one, "--output-dir", tmp_path / "one", code=2)
+    assert "has 1 images to look at" in capsys.readouterr().err

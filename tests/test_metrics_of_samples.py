@@ -212,6 +212,11 @@ def test_a_file_that_holds_no_statistics_is_refused(tmp_path: Path, arrays: dict
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=r"x\.npz .*mu.*sigma"):
         Moments.from_npz(tmp_path / "x.npz")
+    content = (tmp_path / "x.npz").read_bytes()
+    for part in (content[:0], content[: len(content) // 2]):
+        (tmp_path / "part.npz").write_bytes(part)
+        with pytest.raises(UserError, match=r"part\.npz cannot be read"):
+            Moments.from_npz(tmp_path / "part.npz")
     with pytest.raises(UserError, match=r"missing\.npz cannot be read"):
         Moments.from_npz(tmp_path / "missing.npz")
 

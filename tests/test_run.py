@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines import choices
 from pipelines.choices import choose, look
 from pipelines.commands.run import make_recipe, merged, parse_time, step_seconds
 from pipelines.config import RunConfig
@@ -151,3 +152,46 @@ def test_fewer_threads_compute_where_they_are_faster_now(tmp_path: Path) -> None
     recipe = yaml.safe_load(text)
     stages = ("train", "extract", "prior_0", "prior_1", "sample")
     assert [recipe[name]["num_threads"] for name in stages] == [1] * 5
+
+
+def test_stacks_say_where_their_channels_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((20, 6, 64, 64), np.uint8))
+    data = ImagesConfig(path=str(tmp_path / "a.npy"))
+    with pytest.raises(UserError, match=r"shape \(6, 64, 64\).*set --image.channels"):
+        look(data)
+    assert look(data, channels=6).channels == 6
+    assert look(data, channels=6).short_side == 64
+
+
+def test_few_pictures_are_kept_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than `LOOKED_AT` are read, and what is no picture is passed over."""
+    folder = make_pictures(tmp_path / "a", [(40, 40)] * 19)
+    np.save(folder / "labels.npy", np.zeros(7, np.uint8))
+    monkeypatch.setattr("pipelines.choices.LOOKED_AT", 8)
+    read: list[int] = []
+    original = choices.read_cell
+    monkeypatch.setattr("pipelines.choices.read_cell", lambda c: read.append(1) or original(c))
+    assert look(ImagesConfig(path=str(folder))).short_side == 40
+    assert len(read) <= 8
+
+
+def test_a_recipes_strides_decide_the_size_and_a_dry_run_needs_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_pictures(tmp_path / "a", [(60, 96)] * 30)
+    (tmp_path / "mine.yaml").write_text("train: {model: {strides: [4, 4]}}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipelines.commands.run.step_seconds", lambda _: 0.1)
+    monkeypatch.setattr("pipelines.commands.run.plan", lambda _: None)
+    words = ("--data.path", folder, "--budget", "1m")
+    texts = []
+    for line in (
+        ("plan", "run", "--config", "mine.yaml"),
+        ("plan", "--config", "mine.yaml", "run"),
+    ):
+        command(*line, *words)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    height, width = yaml.safe_load(texts[0])["train"]["model"]["image"]["size"]
+    assert (height % 16, width % 16) == (0, 0)
+    assert not Path("nowhere").exists()

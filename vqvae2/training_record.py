@@ -53,7 +53,8 @@ def are_its_images(
 ) -> bool:
     """Whether images, opened at `path`, are those of a model's training; if not, as far as its
     record tells, a warning says so."""
-    own = not training or training.get("image_names_hash") == facts["image_names_hash"]
+    recorded = training.get("image_names_hash")  # none of imported weights
+    own = recorded is None or recorded == facts["image_names_hash"]
     if not own:
         logger.warning(
             "%s: these are not the images that %s was trained on, or not all of them, so any may "

@@ -25,6 +25,7 @@ def assemble(config: AssembleConfig) -> None:
     run = RunRecord("assemble", config, UNFINISHED, facts=pipeline.content_hashes())
     finished = (folder / INDEX_NAME).exists()
     (dataclasses.replace(run, file_name=INDEX_NAME) if finished else run).check(folder)
+    processes().wait_for_everyone()  # all have looked before the first one writes
 
     # Write what is not whole.
     if processes().is_main_process:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -83,15 +84,22 @@ def load(config: DoctorConfig) -> dict[str, Any]:
 
     # The images that the codes were extracted from.
     images: dict[str, ImageTable] = {}
-    data = config.data if config.data.path or codes is None else recorded_images(codes)
-    if vqvae is not None and codes is not None and data is not None:
-        train, held_out = open_source(data, vqvae.config.image)
-        for split, source in {"train": train, "validation": held_out or train}.items():
-            if isinstance(source, ImageTable):  # a stream is not searched
-                images[split] = source
+    if vqvae is not None and codes is not None and config.data.path:
+        images = images_of(config.data, vqvae)
+    elif vqvae is not None and codes is not None:
+        with suppress(UserError):  # they are not there any more: a line says what is not checked
+            recorded = recorded_images(codes)
+            images = images_of(recorded, vqvae) if recorded is not None else {}
     index = config.pipeline and read_json(local_folder(config.pipeline) / INDEX_NAME)
     loaded = {"vqvae": vqvae, "priors": priors, "codes": codes, "images": images}
     return {**loaded, "index": index}
+
+
+def images_of(data: ImagesConfig, vqvae: VQVAE2) -> dict[str, ImageTable]:
+    """The images of both splits, if they are in tables: streams are not searched."""
+    train, held_out = open_source(data, vqvae.config.image)
+    both = {"train": train, "validation": held_out or train}
+    return {split: table for split, table in both.items() if isinstance(table, ImageTable)}
 
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
@@ -226,6 +234,8 @@ def check_extraction(
     vqvae: VQVAE2, folder: Path, manifest: Manifest, images: Mapping[str, ImageTable]
 ) -> str:
     """Some images, found by their ids and encoded again, get the codes that are stored."""
+    record = folder / RECORD_NAME
+    bf16 = record.exists() and read_record(record).get("mixed_precision") == "bf16"
     levels, missing, changed = range(manifest.num_levels), 0, []
     wrong, total = [0 for _ in levels], [0 for _ in levels]
     for split, source in images.items():
@@ -245,7 +255,7 @@ def check_extraction(
         for i, row in enumerate(rows):
             is_original, change = row["view"] == ORIGINAL, partial(view_change, row["view"], config)
             pixels.append(pictures.pixels(i) if is_original else pictures.changed(i, change))
-        for level, codes in enumerate(encode_lanes(vqvae, torch.stack(pixels))):
+        for level, codes in enumerate(encode_lanes(vqvae, torch.stack(pixels), bf16=bf16)):
             different = codes != torch.tensor([row[column_name(level)] for row in rows])
             wrong[level] += int(different.sum())
             total[level] += different.numel()

@@ -28,7 +28,7 @@ from pipelines.evaluation.figures import FEWEST, MANY, Figures
 from pipelines.evaluation.metrics import Moments, frechet_distance
 from pipelines.evaluation.sets import ImageSet, Seen, see, some
 from pipelines.model_index import part_hash
-from pipelines.pictures import sample_sheet
+from pipelines.pictures import MOST_NAMES, sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.receipts import converted, make_receipt
 from prior.sampling import SAMPLER_VERSION, Known
@@ -131,8 +131,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     statistics = Moments.from_npz(Path(file)) if file is not None else None
     settings = _prepared_as(config.samples) if vqvae is None else vqvae.config.image
     name = config.pipeline or config.vqvae or ""
-    training = read_training(name or os.devnull)
-    if pipeline is not None:
+    training = read_training(config.vqvae or os.devnull)
+    if config.pipeline is not None and pipeline is not None:
         training = pipeline.trainings.get("vqvae", {})
     data = with_recorded_split(config.data, training)
     splits = load_images(data, settings, show_progress=state.is_main_process)
@@ -142,6 +142,10 @@ def _evaluate(config: EvaluateConfig) -> None:
     if pipeline is not None:
         pipeline.warn_of_noise()
         facts |= {**pipeline.content_hashes(), "sampler_version": SAMPLER_VERSION}
+        own = ImageSet.of_dataset("", splits.train).vectors_for(pipeline)
+        if pipeline.vector_size and own is None:
+            text = "%s: the priors read conditions, but these images have none: they are hidden"
+            logger.warning(f"{text}, unless you give --data.condition-column.", data.path)
     run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
     run.check(folder)
     _check_number(splits)
@@ -375,7 +379,11 @@ def _accuracy(sets: Mapping[str, Any], names: Sequence[str]) -> Figures:
     test = pixels.pop("test", None)
     if test is None or "samples" not in pixels:
         return {}
-    scores = accuracy_scores(pixels, test, class_names=names, device=processes().device)
+    try:
+        scores = accuracy_scores(pixels, test, class_names=names, device=processes().device)
+    except UserError as error:  # of few images, of which a class is rare
+        logger.warning("no accuracy score: %s", error)
+        return {}
     return {n: {"top 1": s.top_1, "top 5": s.top_5, **s.per_class} for n, s in scores.items()}
 
 
@@ -412,7 +420,9 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
 def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Figures]:
     """Figures of each combination of settings."""
     assert subject.pipeline is not None
-    guidances = GUIDANCES if subject.pipeline.can_hide_labels else (1.0,)
+    configs = [prior.config for prior in subject.pipeline.priors]
+    guided = [bool(c.num_classes or c.vector_size) and c.label_dropout > 0 for c in configs]
+    guidances = GUIDANCES if all(guided) else (1.0,)
     rows = []
     number = min(config.num_samples, MOST_OF_SETTING)
     for guidance, top_p, temperature in product(guidances, TOP_PS, TEMPERATURES):
@@ -468,6 +478,7 @@ def _sheet(samples: ImageSet, class_names: Sequence[str]) -> Image:
         of_class: list[list[int]] = [[] for _ in class_names]
         for i, label in enumerate(samples.labels):
             of_class[label].append(i)
-        rows = [i for members in of_class for i in members[:8] if len(members) >= 8] or rows
+        shown = [members[:8] for members in of_class if len(members) >= 8][:MOST_NAMES]
+        rows = [i for members in shown for i in members] or rows
         names = [class_names[samples.labels[i]] for i in rows]
     return sample_sheet(to_pil(to_images(samples.pixels(rows))), names)

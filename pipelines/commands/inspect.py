@@ -13,6 +13,7 @@ from pipelines.config import InspectConfig
 from pipelines.pictures import embedded
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
 from vqvae2.common.accelerate import processes
+from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_json, write_text
 from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import save_picture, sheet, to_pil
@@ -34,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 def inspect_command(config: InspectConfig) -> None:
     """Inspect a trained autoencoder as the configuration says; print the figures."""
-    output_dir = Path(config.output_dir or Path(config.vqvae).expanduser() / "report")
+    home = Path(config.vqvae).expanduser()
+    beside = home / "report" if home.is_dir() else Path(f"{home.name}_report")  # of a Hub id
+    output_dir = Path(config.output_dir or beside)
     _inspect(dataclasses.replace(config, output_dir=str(output_dir)), config.output_dir is not None)
 
 
@@ -55,6 +58,9 @@ def _inspect(config: InspectConfig, has_own_folder: bool) -> None:
     if len(images) < 2 and not data.streaming:
         images = load_images(data, settings, show_progress=False).train
         split = "training" if own else "other"
+    if len(images) < 2:
+        what = f"{data.path} has {len(images)} images to look at, and codes are exchanged"
+        raise UserError(f"{what} between two: give more.")
 
     # One process does it all.
     if state.is_main_process:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipelines.choices import MULTIPLE, Choice, Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import ChosenConfig, PlanConfig, RunConfig
 from pipelines.model_index import INDEX_NAME
+from pipelines.next_steps import flags
 from pipelines.plan.command import plan, step_seconds
 from pipelines.plan.stages import Stage, stages_of
 from prior.audit import check_beats_frequencies
@@ -34,6 +36,7 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion, quality, recorded_config
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import fastest_number
+from vqvae2.config import ImagesConfig
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
@@ -47,14 +50,15 @@ img{{max-width:100%}} pre{{white-space:pre-wrap}}</style><h1>{title}</h1>
 """
 
 
-@writes_output
 def run(config: RunConfig) -> None:
     """Choose what was not set, then train, extract, train the priors, assemble, reconstruct and
-    sample. Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
-    if config.dry_run:
-        show_plan(config)
-        return
+    sample; or, of a dry run, show what was chosen. Raises `Stopped` at SIGTERM or Ctrl-C; running
+    it again continues."""
+    (show_plan if config.dry_run else _run)(config)
 
+
+@writes_output
+def _run(config: RunConfig) -> None:
     # The first process chooses for all.
     root, state = Path(config.output_dir), processes()
     record, recipe_file = RunRecord("run", config, "run_config.yaml"), root / RECIPE
@@ -72,7 +76,7 @@ def run(config: RunConfig) -> None:
     # The stages, and what came out.
     run_stages(load_recipe(str(recipe_file)), root, to_dict(config.data))
     if state.is_main_process:
-        text = summary(root, config.data.path)
+        text = summary(root, config.data)
         write_page(root, config.data.path, text)
         logger.info("\n%s\n\n%s shows all of it.", text, root / "index.html")
 
@@ -109,15 +113,19 @@ def choose_for(
 ) -> tuple[Choice, dict[str, Any], Look]:
     """What suits the images, what a recipe of the user's own says, and what was seen of them; see
     `choose` for `multiple`."""
-    seen, asked = look(config.data, config.image.background or "white"), {}
+    image, recipe = config.image, load_recipe(config.recipe) if config.recipe else {}
+    seen, asked = look(config.data, image.background or "white", image.channels), {}
     for field in fields(config.image):
         value = getattr(config.image, field.name)
         if value is not None and value != ():
             asked[field.name] = value
+    strides = ((recipe.get("train") or {}).get("model") or {}).get("strides")
+    with suppress(TypeError):  # of strides that are none, which is said later
+        multiple = max(multiple, math.prod(strides or ()))
     choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
     if config.recipe:
         choice.reasons.append(f"what the recipe {config.recipe} says comes first")
-    return choice, load_recipe(config.recipe) if config.recipe else {}, seen
+    return choice, recipe, seen
 
 
 def threads_for(stage: Stage) -> int:
@@ -266,7 +274,7 @@ def remove_outdated(root: Path, parts: Sequence[str]) -> None:
 # The end
 
 
-def summary(root: Path, images: str) -> str:
+def summary(root: Path, images: ImagesConfig) -> str:
     """How good it is, in words, and what to do next."""
     # The autoencoder, and each prior.
     manifest, stage_1 = read_manifest(root / "codes"), best_validation(root / "vqvae")
@@ -285,14 +293,14 @@ def summary(root: Path, images: str) -> str:
     # How each training ended, and what may come next.
     for name in ("vqvae", *(f"prior_{level}" for level in range(manifest.num_levels))):
         lines.append(f"{name}: {conclusion(root / name, recorded_config(root / name))}.")
-    folder = shlex.quote(str(root))
+    folder, data = shlex.quote(str(root)), shlex.join(flags(images, "data.", ImagesConfig))
     lines += [
         "",
         "Next:",
         f"  vqvae2 sample --pipeline {folder}/pipeline --seed 1 --output-dir {folder}/more",
-        f"  vqvae2 evaluate --pipeline {folder}/pipeline --data.path {shlex.quote(images)} \\",
+        f"  vqvae2 evaluate --pipeline {folder}/pipeline {data} \\",
         f"    --output-dir {folder}/evaluation",
-        f"  vqvae2 inspect --vqvae {folder}/vqvae --data.path {shlex.quote(images)}",
+        f"  vqvae2 inspect --vqvae {folder}/vqvae {data}",
         f"  for better ones, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
         "  --config (with another --output-dir); a longer --budget raises it, to 400 passes",
     ]

@@ -118,7 +118,7 @@ def codes_of(vqvae: VQVAE2, images: ImageSet) -> list[Tensor]:
 
 def hamming(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest share of codes that differ, and where, both `(N, 1)`, of grids `(N, h, w)`."""
-    one, other = (grids.flatten(1).to(torch.int16) for grids in (rows, others))
+    one, other = (grids.flatten(1).to(torch.int32) for grids in (rows, others))
     distances, places = [], []
     for row in one:
         values, place = (other != row).sum(dim=1).min(dim=0)
@@ -141,7 +141,7 @@ def prior_gaps(
                 return {}
             labels = [len(pipeline.class_names)] * images.number if pipeline.class_names else []
         vectors = images.vectors_for(pipeline)
-        if vectors is None and not pipeline.can_hide_all:
+        if pipeline.vector_size and vectors is None and not pipeline.can_hide_all:
             return {}
         sums = torch.zeros(len(positions), dtype=torch.float64)
         for first in range(0, images.number, 50):

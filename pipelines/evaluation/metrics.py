@@ -7,6 +7,7 @@ grow with the square of the number of images.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Moments:
         try:
             with np.load(path) as arrays:
                 moments = cls.from_arrays(arrays)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__  # NumPy's own words advise to run what a file may hold
             raise UserError(
                 f"{path} cannot be read as statistics ({reason}): give an .npz file with mu (D,) "

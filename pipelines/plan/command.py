@@ -7,7 +7,7 @@ from torch.utils.benchmark import Timer
 
 from pipelines.config import PlanConfig
 from pipelines.plan.stages import PRECISIONS, Stage, stages_of, trace
-from vqvae2.common.accelerate import native_bf16, use_cpu
+from vqvae2.common.accelerate import native_bf16, processes, use_cpu
 from vqvae2.common.artifact import machine_memory
 from vqvae2.common.config import check
 from vqvae2.common.fit import make_optimizer
@@ -138,9 +138,15 @@ def time_step(stage: Stage, rows: int, kind: str, precision: str) -> tuple[float
 
 
 def step_seconds(stage: Stage) -> float:
-    """Seconds of a real step of a training, measured here."""
-    kind, precision = "cpu" if use_cpu() else "cuda", "bf16" if native_bf16() else "no"
-    return sum(time_step(stage, stage.config.batch_size, kind, precision))
+    """Seconds of a real step of a training, measured here: of this process's rows, as many at once
+    as the training takes."""
+    kind, precision = "cpu" if use_cpu() else "cuda", str(stage.config.mixed_precision)
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "no"
+    parts = stage.config.gradient_accumulation_steps
+    rows = max(1, stage.config.batch_size // parts // processes().num_processes)
+    passes, update = time_step(stage, rows, kind, precision)
+    return parts * passes + update
 
 
 def matrix_speed(kind: str, precision: str) -> float:

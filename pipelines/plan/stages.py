@@ -164,7 +164,10 @@ def _prior_stage(config: TrainPriorConfig, codes: Manifest, number: int | None) 
     def make_batch(rows: int) -> dict[str, Any]:
         levels = zip(model.codebook_sizes, model.grids, strict=True)
         codes = [torch.randint(size, (rows, *grid)) for size, grid in levels]
-        return {"codes": codes, "labels": torch.zeros(rows, dtype=torch.int64)}
+        batch: dict[str, Any] = {"codes": codes, "labels": torch.zeros(rows, dtype=torch.int64)}
+        if model.vector_size:
+            batch["vectors"] = torch.zeros(rows, model.vector_size)
+        return batch
 
     quicker, make_model = f"a smaller --{config.family}.width", partial(make_prior, model)
     quicker += " or fewer --num-steps"
