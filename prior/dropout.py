@@ -15,7 +15,7 @@ def add_dropped(x: Tensor, branch: Tensor, share: float, *, training: bool) -> T
     """
     if not training or share == 0 or x.device.type != "cpu":
         return x + F.dropout(branch, share, training)
-    dropped = round(256 * share) or 1
+    dropped = min(max(1, round(256 * share)), 255)
     numbers = torch.empty(-(-branch.numel() // BYTES), dtype=torch.int64).random_(*FULL_RANGE)
     random = numbers.view(torch.uint8)[: branch.numel()].view(branch.shape)
     kept = (random >= dropped).to(branch.dtype)

@@ -22,6 +22,7 @@ from pipelines.evaluation.metrics import Moments
 from pipelines.evaluation.sets import ImageSet, Seen, see
 from tests.conftest import ROOT, command, two_processes, write_images
 from tests.worker_two_processes import small_model
+from vqvae2.common.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)

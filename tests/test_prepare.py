@@ -14,9 +14,10 @@ import torch
 from tests.conftest import ROOT, command, kill_when, two_processes, write_images
 from tests.images import items_of, load, numbered_tars, shell, spoil
 from vqvae2.common.errors import UserError
-from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.config import ImagesConfig, PrepareConfig, PreprocessingConfig
 from vqvae2.data import ImageSplits
 from vqvae2.data.augmentation import no_change
+from vqvae2.data.prepared import prepare_command
 
 IMAGE = PreprocessingConfig(size=(24, 32), channels=3, validation_fraction=0.2)
 FLAGS = ["--image.size", "24", "32", "--image.validation-fraction", "0.2", "--shard-size", "16"]
@@ -207,3 +208,12 @@ def test_a_truncated_prepared_folder_is_refused(photos: Path, tmp_path: Path) ->
     manifest.unlink()
     with pytest.raises(UserError, match="unfinished prepared images"):
         load(tmp_path / "x", IMAGE)
+
+
+def test_prepared_pictures_are_padded_like_their_source(photos: Path, tmp_path: Path) -> None:
+    image = PreprocessingConfig(size=(16,), channels=1, background="white")
+    data = ImagesConfig(path=str(photos))
+    prepare_command(PrepareConfig(data=data, image=image, output_dir=str(tmp_path / "x")))
+    wide = replace(image, size=(16, 32), fit="pad")
+    (first, *_) = load(tmp_path / "x", wide).train.pixel_rows(range(1))
+    assert first[0, 0, 0] == 255

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Iterable
@@ -35,10 +36,11 @@ from tests.images import (
 )
 from vqvae2.common.errors import UserError
 from vqvae2.common.pictures import save_image
-from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.config import ImagesConfig, PrepareConfig, PreprocessingConfig
 from vqvae2.data import BadImage, is_held_out, load_images, load_picture, prepare, to_images
 from vqvae2.data.augmentation import no_change
 from vqvae2.data.open_source import open_source
+from vqvae2.data.prepared import prepare_command
 from vqvae2.data.vectors import read_vectors
 from vqvae2.data.work_parts import find_parts
 
@@ -702,12 +704,58 @@ def test_streams_have_vectors_of_one_length_from_members_and_columns(tmp_path: P
         assert all(isinstance(item.pixels(no_change), torch.Tensor) for item in items)
 
     # One of another length, and names.
-    for wrong, reason in (([1.5], "1 values, but others have 2"), (["a"], r"\['a'\], but those")):
+    for wrong, reason in (
+        ([1.5], "1 values, but others have 2"),
+        (["a"], r"\['a'\]: of a stream it must"),
+    ):
         members["1.json"] = json.dumps({"x": wrong}).encode()
         write_tar(tmp_path / "tar" / "a.tar", members)
         data = ImagesConfig(path=str(tmp_path / "tar"), condition_column="x")
-        with pytest.raises(UserError, match=reason):
-            [*find_parts(data, image, 10).parts[0].items()]
+        first, bad, _ = find_parts(data, image, 10).parts[0].items()
+        assert isinstance(first.pixels(no_change), torch.Tensor)
+        with pytest.raises(BadImage, match=reason):  # which may be skipped
+            bad.pixels(no_change)
+
+    # Training reads names alone at times, and no vectors; without the column they are no pictures.
+    for column in ("x", None):
+        data = ImagesConfig(path=str(tmp_path / "tar"), condition_column=column)
+        stream = open_source(data, image).train
+        assert [row.id for row in stream.rows(0, contents=False)] == ["a/0", "a/1", "a/2"]
+        assert not any(isinstance(row.cell, Exception) for row in stream.rows(0))
+
+
+def test_columns_that_name_something_else_are_refused(tmp_path: Path) -> None:
+    image = PreprocessingConfig(size=(8,), channels=1)
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8), np.uint8), conditions=np.eye(2))
+    data = ImagesConfig(path=str(tmp_path / "a.npz"), condition_column="conditions")
+    assert open_source(data, image).train.vectors.size == 2
+    folder = str(tmp_path / "prepared")
+    prepare_command(PrepareConfig(data=data, image=image, output_dir=folder))
+    for path in (data.path, folder):
+        with pytest.raises(UserError, match="typo"):
+            open_source(ImagesConfig(path=path, condition_column="typo"), image)
+
+
+def test_pictures_of_any_name_are_found_and_wrong_columns_of_shards_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write_files(tmp_path / "a", "@ann.png", "$5.png", "bob.png", "@eaDir/thumb.png")
+    assert len(open_source(ImagesConfig(path=str(tmp_path / "a")), GREY).train) == 3
+    table = pa.table({"photo": [encoded()]})
+    pq.write_table(table, tmp_path / "a" / "train-0.parquet")
+    assert len(open_source(ImagesConfig(path=str(tmp_path / "a")), GREY).train) == 3
+    assert "train-0.parquet is not used: " in caplog.text
+    with pytest.raises(UserError, match="no 'foto'"):
+        open_source(ImagesConfig(path=str(tmp_path / "a"), image_column="foto"), GREY)
+
+
+def test_a_bad_image_survives_another_process() -> None:
+    error = BadImage.of("photos", "a.png", ValueError("odd"))
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.name, again.reason) == (str(error), "a.png", "odd")
+    trace = f"Caught BadImage in DataLoader worker process 0.\n  File x\nx.BadImage: {error}\n"
+    assert str(BadImage(trace)) == str(error)
 
 
 def test_whole_numbers_in_arrays_are_values_and_text_between_semicolons_is_names() -> None:

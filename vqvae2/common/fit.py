@@ -205,6 +205,13 @@ def fit(
                 for name, value in held_out.items():
                     once.setdefault(name if name[-1].isdigit() else value, f"{name} {value:.4g}")
                 logger.info("step %d: held out %s", step, ", ".join(once.values()))
+                if (
+                    config.patience
+                    and "loss" not in held_out
+                    and step <= config.validation_interval
+                ):
+                    text = "patience has no effect: the last weights are kept, not the best ones."
+                    logger.warning(text)
                 is_best = held_out.get("loss", -math.inf) < state.best
                 state.best = min(state.best, held_out.get("loss", state.best))
                 if is_best:

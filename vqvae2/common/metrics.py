@@ -80,6 +80,9 @@ class Metrics:
         """
         if self.sums and self.accelerator.num_processes > 1:
             self.sums = self.accelerator.reduce(self.sums, reduction="mean")
+            for name in self.sums:
+                if name.startswith("assignments_"):  # which are counts
+                    self.sums[name] = self.sums[name] * self.accelerator.num_processes
         if self.sums and not math.isfinite(loss := self.sums["loss"].item()):
             raise UserError(
                 f"{self.path.parent}: the loss is {loss} at step {step}; try a lower learning_rate "

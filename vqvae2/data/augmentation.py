@@ -63,11 +63,11 @@ def decode(
         return torch.from_numpy(choose(picture_size(picture)).apply(picture, config))
     except OSError as error:  # Pillow's own have no number
         if error.errno is None or error.errno in FILE_FAULTS:
-            raise BadImage(source, name, error) from None
+            raise BadImage.of(source, name, error) from None
         reason = f"cannot be read now ({first_line(error)})"
         raise UserError(f"{source}: {name} {reason}: check the disk, and run this again.") from None
     except Exception as error:  # decoders raise many kinds
-        raise BadImage(source, name, error) from None
+        raise BadImage.of(source, name, error) from None
 
 
 def random_change(

@@ -162,7 +162,7 @@ def _as_prepared(source: ImageTable, config: PreprocessingConfig) -> PreparedPic
         return None
     made = source.cells.config
     share = config.validation_fraction or made.validation_fraction  # 0: no more than was held out
-    resized = replace(made, size=config.size, fit=config.fit, validation_fraction=share)
+    resized = replace(made, size=config.size, fit=config.fit)
     wanted = replace(config, validation_fraction=share)
     for key, old, new in differences(PreprocessingConfig, to_dict(resized), to_dict(wanted)):
         what = f"{source.name} was prepared with image.{key} {old!r}, not {new!r}"
@@ -394,8 +394,9 @@ def open_training_images(
         held_out = _held_out_of_stream(opened, config)
         skipped = held_out.check(skip=skip, choose=survey.choose)
         survey.report(f"{stream.name}, held out")
-        splits.warn_of_few_held_out(len(held_out), 0, share=None)
         share = config.validation_fraction if opened.held_out is None else 0.0
+        if share or opened.held_out is not None:
+            splits.warn_of_few_held_out(len(held_out), 0, share=None)
         loader = StreamedImages(stream, data, config, batch_size, share, on_skipped, **place)
         summary = f"{len(stream)} shards, {len(held_out)} images held out"
         return TrainingImages(loader, held_out, held_out, facts, len(stream), summary, skipped)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from einops import rearrange
@@ -35,17 +35,27 @@ PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
 
 
 class BadImage(UserError):
-    """An image that cannot be read or prepared: its `name` and the `reason`."""
+    """An image that cannot be read or prepared: its `name` and the `reason`. (It can be made of its
+    sentence alone, as those do that pass it on from another process.)"""
 
-    def __init__(self, source: str, name: str, error: Exception) -> None:
-        self.name, self.reason = name, first_line(error)
-        sentence = self.reason
+    def __init__(self, sentence: str, name: str = "", reason: str = "") -> None:
+        self.name, self.reason = name, reason
+        *_, last = sentence.strip().splitlines() or [""]  # of the trace of a worker
+        super().__init__(last.rpartition("BadImage: ")[2])
+
+    def __reduce__(self) -> Any:
+        return BadImage, (str(self), self.name, self.reason)
+
+    @classmethod
+    def of(cls, source: str, name: str, error: Exception) -> Self:
+        """What an error means for an image of a source."""
+        sentence = reason = first_line(error)
         if not isinstance(error, UserError):
             what_to_do = "repair or remove it, or add --data.on-error skip"
-            if "not available" in self.reason:  # a Pillow that was built without a library
+            if "not available" in reason:  # a Pillow that was built without a library
                 what_to_do = "pip install --upgrade pillow, or convert it"
-            sentence = f"it cannot be read as an image: {self.reason} ({what_to_do})"
-        super().__init__(f"{source}: {name}: {sentence}")
+            sentence = f"it cannot be read as an image: {reason} ({what_to_do})"
+        return cls(f"{source}: {name}: {sentence}", name, reason)
 
 
 def first_line(error: BaseException) -> str:
@@ -90,12 +100,14 @@ def read_picture_file(path: str) -> Picture:
 
 def read_cell(cell: Any) -> Picture:
     """A picture as a table holds it: a path, encoded bytes, {"bytes", "path"} as `datasets` stores
-    them, an array; or an error, to be raised. Raises UserError: it is none of these, or cannot be
-    held without loss. Exception: of many kinds, for what is no picture."""
+    them, an array, a Pillow image; or an error, to be raised. Raises UserError: it is none of
+    these, or cannot be held without loss. Exception: of many kinds, for what is no picture."""
     if isinstance(cell, Exception):
         raise cell
     if isinstance(cell, np.ndarray):
         return np.array(cell)
+    if isinstance(cell, Image.Image):
+        return cell
     path = ""
     if isinstance(cell, dict):
         path = cell.get("path") or ""

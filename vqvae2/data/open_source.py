@@ -106,7 +106,7 @@ def _open_files(data: ImagesConfig, config: PreprocessingConfig) -> Sources:
     train, held_out = _open(data.path, data, config.channels)
     if data.validation_path is not None:
         path = data.validation_path
-        at_once = replace(data, path=path, streaming=data.streaming and "://" in path)
+        at_once = replace(data, path=path, streaming=data.streaming and _can_stream(path))
         held_out, others = _open(path, at_once, config.channels)
         if others is not None and not (isinstance(others, ImageTable) and not len(others)):
             raise UserError(f"{path} is split itself: name its held-out part alone.")
@@ -121,9 +121,16 @@ def _open_files(data: ImagesConfig, config: PreprocessingConfig) -> Sources:
     # Beside a table the held-out images are one too, with their classes numbered alike.
     if isinstance(train, ImageTable) and isinstance(held_out, ImageStream):
         held_out = first_rows(held_out, held_out.all_rows())
+        if len(held_out) == MAX_HELD_OUT:
+            text = "%s: of this stream the first %d images are held out."
+            logger.warning(text, held_out.name, MAX_HELD_OUT)
     elif isinstance(held_out, ImageTable):
         held_out = held_out.with_classes_of(train)
     return Sources(train, held_out)
+
+
+def _can_stream(path: str) -> bool:
+    return "://" in path or path.endswith(".parquet")
 
 
 def _without_labels(table: Any) -> Any:
@@ -215,7 +222,7 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
         if (local / PREPARED).exists():
             from vqvae2.data.prepared import open_prepared
 
-            return open_prepared(local)
+            return open_prepared(local, data.condition_column)
         if any((local / name).exists() for name in SAVED):
             return _open_tables(path, [], data, saved=True)
         if (local / UNFINISHED).exists():
@@ -266,7 +273,8 @@ def _open_stream(path: str, urls: Sequence[str], data: ImagesConfig) -> Sources:
     streams: list[Any] = [None, None]
     for place, split in enumerate(splits.pick_splits(by_split, path)):
         if split is not None:
-            shards = tuple(url for url in urls if Path(url) in by_split[split])
+            own = set(by_split[split])
+            shards = tuple(url for url in urls if Path(url) in own)
             streams[place] = ImageStream(path, shards, data)
     return Sources(*streams)
 
@@ -291,6 +299,7 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
     pictures = islice(files_below(folder), MAX_STRAY + 1) if kinds else ()
     stray = [path for path in pictures if path.name not in METADATA]
     notes: list[Path] = []
+    fault = UserError()
     if stray or len(kinds) > 1:
         tables, kept = kinds.pop(".parquet", []), []
         for table in tables:
@@ -298,9 +307,14 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
             try:
                 find_columns(features, str(table), replace(data, label_column=NO_LABELS))
                 kept.append(table)
-            except UserError:
+            except UserError as error:
                 notes.append(table)
+                fault = error
         kinds = ({".parquet": kept} if kept else {}) | kinds
+    if notes and not kinds:
+        if data.image_column is not None:
+            raise fault
+        logger.info("%s: %s is not used: %s", folder, notes[0].name, fault)
     if not kinds:
         return []
 
@@ -427,6 +441,9 @@ def _open_metadata(
     elif own is None and (number > 0 or not (listed.train.labelled or data.condition_column)):
         logger.info("%s: %s is not used: it does not give each picture a class.", root, name)
         return None
+    if not listed.train.labelled and len({*map(os.path.dirname, names)}) > 1:
+        text = "%s: no classes: %s says nothing of them, so folders are none (add a column label)."
+        logger.info(text, root, name)
     return listed
 
 
@@ -605,13 +622,16 @@ def _open_array_file(path: Path, channels: int, condition_column: str | None) ->
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         is_archive = isinstance(loaded, np.lib.npyio.NpzFile)
         arrays = dict(loaded.items()) if is_archive else {"images": loaded}
-    if condition_column in arrays:
-        arrays["conditions"] = arrays.pop(condition_column)
+    if condition_column is not None:
+        found = arrays.pop(condition_column, None)
+        arrays.pop("conditions", None)
+        arrays |= {} if found is None else {"conditions": found}
     number = len(arrays.get("images", ()))
     for name, array in arrays.items():
         if name not in ARRAYS and array.ndim and len(array) == number:
             what = f"{path} holds the arrays {list(arrays)}, of which {name!r} is unknown"
-            raise UserError(f"{what}: name them 'images' and 'labels', and leave others out.")
+            advice = "name them 'images' and 'labels', say --data.condition-column, or leave it out"
+            raise UserError(f"{what}: {advice}.")
     return _open_arrays(arrays, channels, str(path), [path])
 
 

@@ -90,6 +90,8 @@ class PreparedManifest:
     """Length of the condition vectors; 0 without any."""
     vector_names: tuple[str, ...] = added(())
     """Of attributes, what the places of a vector stand for."""
+    condition_column: str = added("")
+    """Where the vectors were read."""
 
     def with_hash(self) -> "PreparedManifest":
         """With its `content_hash` as it must be."""
@@ -99,12 +101,16 @@ class PreparedManifest:
 # Reading
 
 
-def open_prepared(folder: Path) -> Sources:
+def open_prepared(folder: Path, condition_column: str | None = None) -> Sources:
     """The prepared images of a folder, split as they were when they were prepared.
 
-    Raises UserError: a broken manifest, or missing or broken shards."""
+    Raises UserError: a broken manifest, missing or broken shards, or other conditions."""
     # Every byte is what was written: looking at 1 GiB takes a core a second, and there are many.
     manifest = _read_manifest(folder)
+    made_with = manifest.condition_column or condition_column  # earlier versions do not say it
+    if condition_column is not None and condition_column != made_with:
+        what = f"{folder} was prepared with the condition column {made_with!r}"
+        raise UserError(f"{what}, not {condition_column!r}: leave it out, or prepare it again.")
     sound = ordered(
         lambda shard: shard.is_in(folder), manifest.shards, num_threads=os.cpu_count() or 1
     )
@@ -290,6 +296,7 @@ def _finish(output_dir: Path, config: PrepareConfig, found: Parts, seconds: floa
         shards=tuple(shards),
         vector_size=found.vector_size,
         vector_names=found.vector_names,
+        condition_column=config.data.condition_column or "",
     )
     write = partial(write_json, output_dir / PREPARED, to_dict(manifest.with_hash()))
     work_parts.finish(found, output_dir, paths, write)

@@ -6,7 +6,6 @@ a stream are numbers.
 """
 
 import gzip
-import io
 import json
 import logging
 import random
@@ -20,7 +19,6 @@ from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +41,8 @@ LABEL_COLUMNS = ("label", "cls")
 LIKE_CLASSES = re.compile("class|label|categor|target", re.IGNORECASE)
 JUNK = {  # folders that nobody made
     *("__MACOSX", "__pycache__", "lost+found", "System Volume Information"),
-    *("#recycle", "#snapshot", "RECYCLER", "RECYCLED"),
+    *("#recycle", "#snapshot", "RECYCLER", "RECYCLED", "$RECYCLE.BIN", "$Recycle.Bin"),
+    *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp"),
 }
 
 
@@ -54,8 +53,8 @@ class StreamRow(NamedTuple):
     label: Any
     cell: Any
     """The picture (see `decoding.read_cell`)."""
-    vector: Any = None
-    """What it is conditioned on `(V,)`, if a column of it is named."""
+    condition: Any = None
+    """What `read_vector` takes, of the column that is named."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,20 @@ class ImageStream:
 
     @cached_property
     def vector_size(self) -> int:
-        """Length of the first row's condition vector; 0 without a condition column."""
-        if self.data.condition_column is None:
-            return 0
-        vectors = (row.vector for row in self.all_rows())
-        return len(next(vectors, ()))
+        """Length of the condition vector of the first row that has one; 0 without a column."""
+        fault: UserError | None = None
+        for row in islice(self.all_rows() if self.data.condition_column else (), 64):
+            try:
+                return len(read_vector(row.condition, row.id))
+            except UserError as error:
+                fault = fault or error
+        if fault is not None:
+            raise fault
+        return 0
 
     def rows(self, number: int, *, contents: bool = True) -> Iterator[StreamRow]:
         """The rows of one shard, in order; without `contents` their names alone, read faster.
-        Raises UserError: the shard is absent or broken, its labels are not numbers, or a condition
-        is no vector."""
+        Raises UserError: the shard is absent or broken, or its labels are not numbers."""
         url, column = self.urls[number], self.data.condition_column
         with _opened(url) as file:
             if url.endswith(".parquet"):
@@ -123,9 +126,7 @@ class ImageStream:
                     what = f"{url} has the label {shorten(label)}, but classes of a stream are"
                     what += f" numbers below {MAX_CLASSES:,}"
                     raise UserError(f"{what}: number them, or add --data.label-column none.")
-                vector = read_vector(row.vector, row.id) if contents and column else None
-                label = int(label) if isinstance(label, bool) else label
-                yield row._replace(label=label, vector=vector)
+                yield row._replace(label=int(label) if isinstance(label, bool) else label)
 
     def all_rows(self) -> Iterator[StreamRow]:
         """The rows of all shards, in order."""
@@ -165,7 +166,7 @@ def _opened(url: str) -> Iterator[BinaryIO]:
 
 def is_junk(name: str) -> bool:
     """Whether a file or folder is one that no person made."""
-    return name.startswith((".", "@", "$")) or name in JUNK
+    return name.startswith(".") or name in JUNK
 
 
 def find_columns(
@@ -245,8 +246,8 @@ def _parquet_rows(
                     what = f"{url} has the id {shorten(name)} twice, or one that is no name"
                     raise UserError(f"{what}: give each image a name, or rename the column.")
                 seen.add(str(name))
-                vector = cells.get(data.condition_column)
-                yield StreamRow(str(name), cells.get(label), cells.get(image), vector)
+                condition = cells.get(data.condition_column)
+                yield StreamRow(str(name), cells.get(label), cells.get(image), condition)
 
 
 # Tar
@@ -308,38 +309,41 @@ def _tar_row(name: str, members: Sequence[_Member], column: str | None) -> Strea
     """A row of members; what is wrong with it is raised when its picture is read."""
     # Picture, label, and the condition that the column names.
     label: Any = None
-    vector: Any = None
+    condition: Any = None
     pictures: list[dict[str, Any]] = []
+    arrays: list[dict[str, Any]] = []  # of a name of their own: pictures if there is no other
     faults: list[str] = []
     for member in members:
         kind = member.path.name.partition(".")[2].lower()
         if member.is_link:
             continue
         if column and kind == f"{column}.npy".lower():
-            with readable(f"{name}.{kind}", "read as a condition"):
-                vector = np.load(io.BytesIO(member.content), allow_pickle=False).astype(np.float32)
+            condition = member.content
         elif member.path.suffix.lower() in PICTURE_SUFFIXES:
-            pictures.append({"bytes": member.content, "path": member.path.name})
+            found = arrays if kind.endswith(".npy") else pictures
+            found.append({"bytes": member.content, "path": member.path.name})
         elif kind == "cls":
             text = member.content.decode(errors="replace").strip()
             label = int(text) if text.isdecimal() else text
         elif kind == "json":
             try:
                 values = json.loads(member.content or b"{}")
-                if isinstance(values, dict):
-                    label, vector = values.get("label", label), values.get(column, vector)
+                values = values if isinstance(values, dict) else {}
+                label = label if values.get("label") is None else values["label"]
+                condition = condition if values.get(column) is None else values[column]
             except (ValueError, RecursionError) as error:
                 file = member.path.name
-                faults.append(f"{file} cannot be read as a label ({first_line(error)}): fix it.")
+                faults.append(f"{file} cannot be read ({first_line(error)}): fix it.")
 
     # One picture.
+    pictures = pictures or arrays
     names = ", ".join(f"{m.path.name}{', a link' * m.is_link}" for m in members)
     if not pictures:
         faults.append(f"it has no picture of a known kind (only {names}): convert or remove it.")
     elif len(pictures) > 1:
         what = f"it has {len(pictures)} pictures ({names}; what follows the first dot is the kind)"
         faults.append(f"{what}: keep one, or rename the others.")
-    return StreamRow(name, label, UserError(faults[-1]) if faults else pictures[0], vector)
+    return StreamRow(name, label, UserError(faults[-1]) if faults else pictures[0], condition)
 
 
 # Training

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Subset
 
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import splits
-from vqvae2.data.decoding import mark_cell, readable
+from vqvae2.data.decoding import Picture, mark_cell, readable
 from vqvae2.data.paths import fault_of
 from vqvae2.data.splits import few
 from vqvae2.data.stream import ImageStream, features_of, row_ids
@@ -115,12 +116,15 @@ class PreparedPictures:
         values = column.flatten().to_numpy(zero_copy_only=False)
         return values.reshape(-1, self.config.channels, *self.config.height_width).copy()
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """As an array that can be prepared once more, in another size."""
+    def __getitem__(self, index: int) -> Picture:
+        """As a picture, or as an array, that can be prepared once more, in another size."""
         values = np.moveaxis(self.pixels([index])[0], 0, -1)
         low, high = self.config.value_range
-        is_bytes = values.dtype == np.uint8
-        return values if is_bytes else ((values + 1) / 2 * (high - low) + low).clip(low, high)
+        if values.dtype != np.uint8:
+            return ((values + 1) / 2 * (high - low) + low).clip(low, high)
+        number = values.shape[2]
+        flat = values[..., 0] if number == 1 else values
+        return Image.fromarray(flat) if number in (1, 3, 4) else values
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What images are conditioned on besides a class: a vector each, of numbers or of attributes."""
 
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from vqvae2.common.errors import UserError
 from vqvae2.common.vocabulary import LONGEST_VECTOR
+from vqvae2.data.decoding import readable
 from vqvae2.data.splits import check_names, few, shorten
 
 logger = logging.getLogger(__name__)
@@ -107,15 +109,23 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
 
 
 def read_vector(cell: Any, source: str) -> np.ndarray:
-    """The vector `(V,)` float32 of a row of a stream, whose attributes would be known only at its
-    end. Raises a `UserError` for no vector of numbers."""
+    """The vector `(V,)` float32 of a row of a stream: a number or a list of numbers, or the bytes
+    of a .npy file of them. (A stream has no attributes, for they are known only at its end.)
+    Raises a `UserError` for anything else."""
     if cell is None:
         raise UserError(f"{source} has no condition: add it, or correct data.condition_column.")
-    vectors = read_vectors([cell], source)
-    if vectors.names:
-        what = f"{source} has the condition {shorten(cell)}, but those of a stream are values"
-        raise UserError(f"{what}: write them with a point (1.0), or make a table of the stream.")
-    return vectors.values[0]
+    if isinstance(cell, bytes):
+        with readable(source, "read as a condition"):
+            cell = np.load(io.BytesIO(cell), allow_pickle=False)
+    values = _as_list(cell, of_names=False)
+    if values is None or any(isinstance(value, str) for value in values):
+        what = f"{source} has the condition {shorten(cell)}"
+        raise UserError(f"{what}: of a stream it must be a number or a list of numbers.")
+    vector = np.array(values, np.float32)
+    if not (1 <= len(vector) <= LONGEST_VECTOR and np.isfinite(vector).all()):
+        what = f"{source} has a condition of {len(vector):,} values, or one that is not finite"
+        raise UserError(f"{what}: give between 1 and {LONGEST_VECTOR:,} numbers.")
+    return vector
 
 
 def _as_list(cell: Any, *, of_names: bool) -> list[Any] | None:

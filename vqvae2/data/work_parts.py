@@ -7,7 +7,7 @@ processes, nor on what was done before. A shard is done when a note beside it na
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from vqvae2.data.open_source import PythonImages, open_source
 from vqvae2.data.splits import check_labelled, check_no_class_lost, is_held_out
 from vqvae2.data.stream import ImageStream
 from vqvae2.data.table import ImageTable
+from vqvae2.data.vectors import read_vector
 
 
 class Item(NamedTuple):
@@ -134,14 +135,13 @@ def find_parts(data: ImagesConfig | PythonImages, config: PreprocessingConfig, s
             raise UserError(f"{what}: prepare both with --data.condition-column.")
         parts = [part for split, images in found.items() for part in _cut(split, images, size)]
         facts, vectors = found.facts(), train.vectors
-        options: dict[str, Any] = {}
-        if vectors is not None:
-            tables = [table.vectors for table in opened if isinstance(table, ImageTable)]
-            named = [(str(i), torch.from_numpy(v.values)) for i, v in enumerate(tables) if v]
-            facts["conditions_hash"] = content_hash(list(vectors.names), named)
-            options = {"vector_size": vectors.size, "vector_names": vectors.names}
-        given = tuple(parts), train.name, facts, train.labelled, train.class_names
-        return Parts(*given, **options)
+        all_found = Parts(tuple(parts), train.name, facts, train.labelled, train.class_names)
+        if vectors is None:
+            return all_found
+        tables = [table.vectors for table in opened if isinstance(table, ImageTable)]
+        named = [(str(i), torch.from_numpy(v.values)) for i, v in enumerate(tables) if v]
+        facts["conditions_hash"] = content_hash(list(vectors.names), named)
+        return replace(all_found, vector_size=vectors.size, vector_names=vectors.names)
 
     # A stream: without a held-out set, each shard holds images of both splits.
     both = held_out is None and config.validation_fraction > 0
@@ -181,11 +181,16 @@ def _shards(
     def items(number: int) -> Iterator[Item]:
         for row in stream.rows(number):
             held_out = len(splits) > 1 and is_held_out(row.id, config.validation_fraction)
-            pixels = partial(decode, stream.name, row.id, row.cell, config)
-            if vector_size and len(row.vector) != vector_size:
-                what = f"{row.id} has a condition of {len(row.vector)} values"
-                raise UserError(f"{what}, but others have {vector_size}: correct it.")
-            yield Item(splits[held_out], row.id, row.label, pixels, row.vector)
+            cell, vector = row.cell, None
+            try:
+                vector = read_vector(row.condition, row.id) if vector_size else None
+                if vector is not None and len(vector) != vector_size:
+                    what = f"it has a condition of {len(vector)} values"
+                    raise UserError(f"{what}, but others have {vector_size}: correct it.")
+            except UserError as error:  # which is raised, or skipped, when its picture is read
+                cell = cell if isinstance(cell, UserError) else error
+            pixels = partial(decode, stream.name, row.id, cell, config)
+            yield Item(splits[held_out], row.id, row.label, pixels, vector)
 
     return [Part(i, splits, partial(items, i), None) for i in range(len(stream))]
 
