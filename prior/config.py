@@ -117,8 +117,6 @@ class PriorConfig:
     vector_names: tuple[str, ...] = added(())  #: of attributes, what the V places stand for
 
     def __post_init__(self) -> None:
-        hides = "none" in self.class_names and self.label_dropout > 0
-        check(not hides, "class_names", "none", "another name: it means the hidden label")
         check_between(self, 0, MOST_LEVELS - 1, "level")
         fits = len(self.grids) == len(self.codebook_sizes) == self.level + 1
         fits = fits and all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids)

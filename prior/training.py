@@ -120,8 +120,12 @@ def open_codes(
 
 
 def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
-    """The prior that the configuration asks for, over the codes that the manifest describes."""
+    """The prior that the configuration asks for, over the codes that the manifest describes.
+    Raises a `UserError` for a class of the name that means the hidden label."""
     level = parse_level(config.level, manifest.num_levels)
+    if config.class_conditional and config.label_dropout and "none" in manifest.class_names:
+        what = "a class is named 'none', which in sampling means the hidden label"
+        raise UserError(f"{what}: rename its folder and extract again, or set label_dropout 0.")
     facts: dict[str, Any] = {
         "level": level,
         "grids": manifest.grids[: level + 1],

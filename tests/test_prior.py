@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from prior import (
 )
 from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.audit import audit
-from prior.config import PriorConfig
+from prior.config import PriorConfig, TrainPriorConfig
 from prior.cuda_graphs import graphed_stepper
 from prior.dropout import add_dropped
 from prior.noise import Noise
@@ -36,7 +37,7 @@ from prior.predictive import Guesses, sample_codes
 from prior.probes import fresh_copy
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
-from prior.training import make_loss
+from prior.training import make_loss, prior_config
 from vqvae2.common.errors import UserError
 
 # Name -> facts: one level without and with classes, two and three levels, other vocabularies and
@@ -741,3 +742,15 @@ def test_wrong_inputs_are_refused(family: str) -> None:
         sample(condition, torch.tensor([0, 1, 3]))
     with pytest.raises(UserError, match="trained without label dropout"):
         sample(condition, labels, sampling=SamplingConfig(guidance_scale=2.0))
+
+
+def test_a_class_named_as_the_hidden_label_is_refused() -> None:
+    facts: Any = {"grids": ((2, 2),), "codebook_sizes": (8,), "num_levels": 1}
+    manifest: Any = SimpleNamespace(
+        **facts, class_names=("cat", "none"), encoder_hash="", codes_hash="", vector_size=0
+    )
+    manifest.vector_names = ()
+    config = TrainPriorConfig(codes="x", level="0", output_dir="y")
+    with pytest.raises(UserError, match="a class is named 'none'"):
+        prior_config(config, manifest)
+    assert prior_config(dataclasses.replace(config, label_dropout=0.0), manifest).num_classes == 2
