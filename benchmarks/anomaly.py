@@ -57,13 +57,16 @@ def main() -> None:
             masks = Path(options.data) / "ground_truth" / kind.name
             sets[kind.name] = some(str(kind), settings), read_masks(masks, settings)
         normal = sets.pop("good")[0]
+    elif options.vqvae is None:
+        parser.error("--vqvae is needed, but for a folder with train/good")
     else:
         data = ImagesConfig(path=options.data)
         held_out, _ = find_held_out(options.vqvae, data, settings, show_progress=False)
         table, unseen = load_table(data, settings), set(held_out.ids)
         rows = [i for i, name in enumerate(table.ids) if name not in unseen]
         train = pixels_of(ImageDataset(table, rows, settings), options.num_train)
-        normal, source, donors = pixels_of(held_out, 3 * number).unflatten(0, (3, -1))
+        pixels = pixels_of(held_out, 3 * number)  # which come by class: so every third
+        normal, source, donors = (pixels[first : len(pixels) // 3 * 3 : 3] for first in range(3))
         for kind in KINDS:
             sets[kind] = make_defects(kind, source, donors)
     sets["digits"] = digits(number, normal), None
@@ -91,15 +94,14 @@ def main() -> None:
             mean = np.mean([value for kind, value in values.items() if sets[kind][1] is not None])
             print(f"| {name} |", *[f"{value:.3f} |" for value in values.values()], f"{mean:.3f} |")
 
-    # Marked at a rate, with thresholds from the first half.
+    # Marked at a rate, with thresholds from every other image.
     values, maps = seen["score"]["normal"]
-    half = len(values) // 2
     places = maps.amax(dim=(1, 2))
-    stored = Normal(None, "", tuple(values[:half].tolist()), tuple(places[:half].tolist()))
-    for rate in (rate for rate in (0.02, 0.05, 0.1, 0.2) if rate * (half + 1) >= 1):
+    stored = Normal(None, "", tuple(values[::2].tolist()), tuple(places[::2].tolist()))
+    for rate in (rate for rate in (0.02, 0.05, 0.1, 0.2) if rate * (len(stored.scores) + 1) >= 1):
         limits = stored.thresholds(rate)
         pairs = zip((values, places), limits, strict=True)
-        shares = [float((each[half:] > limit).float().mean()) for each, limit in pairs]
+        shares = [float((each[1::2] > limit).float().mean()) for each, limit in pairs]
         print(f"marked at {rate:.0%}: images {shares[0]:.1%}, places {shares[1]:.1%}")
     if options.picture:
         rows = []

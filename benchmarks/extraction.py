@@ -81,7 +81,6 @@ def main() -> None:
             stages = {
                 "prepare (stream)": [*prepare, "--data.streaming", "--data.path", data],
                 "extract (stream)": [*extract, "--data.streaming", "--data.path", data],
-                "extract (files)": [*extract, "--data.path", data],
                 "extract (prepared)": [*extract, "--data.path", x / "prepare (stream)"],
             }
             for name, arguments in stages.items():

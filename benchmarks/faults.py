@@ -236,7 +236,8 @@ class Faults:
                     running.wait()
                 ended = Running(job.command(self.work, out)).wait()
                 problem = problem_of(ended, 0) or wrong_result(out, expected.files)
-                trials.add(job.name, problem, max(1, hits))
+                if hits or problem:  # else all had ended before they could be killed
+                    trials.add(job.name, problem, hits)
         return trials
 
     def disks(self, number: int) -> Trials:
@@ -280,7 +281,9 @@ class Faults:
                 if not problem and ended.returncode == 0:
                     damaged = str(path.relative_to(copy))  # nothing reads it, if it stays
                     found = contents(out)
-                    unlike = [key for key in found if found[key] != undisturbed[name][key]]
+                    whole = undisturbed[name]
+                    both = found.keys() | whole.keys()
+                    unlike = [key for key in both if found.get(key) != whole.get(key)]
                     unlike = [key for key in unlike if key != damaged]
                     problem = f"another {unlike[0]} without a word" if unlike else ""
                 trials.add(f"{name}/{path.relative_to(copy)} at byte {place}", problem)

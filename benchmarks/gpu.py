@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from pipelines.commands.extract import encode_lanes, extract
 from pipelines.config import ExtractConfig, PlanConfig
 from pipelines.pipeline import VQVAE2Pipeline
-from pipelines.plan.command import OVERHEAD, PROCESS
+from pipelines.plan.command import OVERHEAD
 from pipelines.plan.stages import stages_of, trace
 from prior import Prior, SamplingConfig, load_prior, make_prior
 from prior import config as p
@@ -389,8 +389,8 @@ def plan_and_speed() -> None:
             say("INFO", f"speed of {name}", f"{text}, MFU {share:.1%}, first {seconds[0]:.0f} s")
             if ON_GPU and not compiled:
                 used, kind = peak_memory(), DEVICE.type
-                text = f"peak {used:.2f} GiB, plan {planned:.2f} x {OVERHEAD[kind]} + {PROCESS}"
-                foreseen = planned * OVERHEAD[kind] + PROCESS
+                text = f"peak {used:.2f} GiB, plan {planned:.2f} x {OVERHEAD[kind]}"
+                foreseen = planned * OVERHEAD[kind]
                 judge(f"plan's memory of {name}", used <= foreseen, text)
             del model, optimizer, average
 

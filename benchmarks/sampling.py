@@ -13,7 +13,8 @@ one position at a time.)
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
 cached sampling runs in full. The transformer's floor is what reading all weights once per position
-takes, at the rate at which a packed matrix product reads them here. (The PixelSNAIL has none: it
+takes (those of the network that reads the coarser levels, once per image, left out), at the rate
+at which a packed matrix product reads them here. (The PixelSNAIL has none: it
 computes parts of a row at once.)
 """
 
@@ -262,8 +263,10 @@ def print_sampling(case: Case, batch_sizes: Sequence[int] | None) -> None:
     print(f"\n{case.name}, {size / 1e6:.1f} M parameters")
     floors = {False: 0.0, True: 0.0}
     if isinstance(prior, TransformerPrior):
-        floors[False] = size * 4 / streaming_rate(size, torch.float32)
-        floors[True] = size * 2 / streaming_rate(size, torch.bfloat16)
+        each = prior.blocks, prior.norm, prior.head  # what a position reads
+        read = sum(weight.numel() for part in each for weight in part.parameters())
+        floors[False] = read * 4 / streaming_rate(read, torch.float32)
+        floors[True] = read * 2 / streaming_rate(read, torch.bfloat16)
         rates = f"{1 / floors[False]:.0f} codes/s fp32, {1 / floors[True]:.0f} bf16"
         print(f"floor at batch 1: {rates}")
     for batch_size in batch_sizes or case.batch_sizes:
@@ -299,7 +302,7 @@ def print_windows(folder: str, lanes: int, number: int, windows: Sequence[int]) 
 
     prior.base.sample_codes = counted
     print(f"\n{folder}, {number} images, {lanes} lanes")
-    for window in windows:
+    for window in dict.fromkeys((1, *windows)):  # the first is what the others must equal
         calls.clear()
         started = time.perf_counter()
         codes = pipeline(number, lanes=lanes, parallel_positions=window, output_type="pt").codes

@@ -154,7 +154,7 @@ def test_every_recipe_is_understood(name: str) -> None:
         if section.startswith("prior_"):
             command, needed = "train-prior", [*needed, "--level", section[-1], "--codes", "c"]
         elif section in ("train", "extract"):
-            needed = FLAGS
+            needed = [*FLAGS, *(["--vqvae", "v"] if section == "extract" else [])]
         parse(command, ["--config", name, *needed])
 
 

@@ -129,6 +129,12 @@ def test_the_split_does_not_move_when_images_are_added(tmp_path: Path) -> None:
     few, more = load(write_images(tmp_path / "few", 60)), load(write_images(tmp_path / "more", 120))
     assert set(few.validation.ids) <= set(more.validation.ids)
     assert set(few.train.ids) <= set(more.train.ids)
+    assert [i for i in range(100) if is_held_out(f"{i}.png", 0.05)] == [
+        6,
+        33,
+        40,
+        68,
+    ]  # in all versions
     share = sum(is_held_out(str(i), 0.1) for i in range(10_000)) / 10_000
     assert share == pytest.approx(0.1, abs=0.01)
 

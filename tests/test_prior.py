@@ -191,11 +191,13 @@ def test_changing_a_code_moves_the_logits_after_it_and_no_bit_before(
     ids=str,
 )
 def test_cached_sampling_is_the_plain_loop(family: str, name: str, sampling: dict) -> None:
+    """One position at a time, and as many as is chosen."""
     prior = make(family, name)
     _, condition, labels = inputs(prior)
     sample = partial(prior.sample, sampling=SamplingConfig(**sampling), seeds=SEEDS)
-    cached = sample(BATCH, condition, labels)
+    cached = sample(BATCH, condition, labels, window=1)
     assert torch.equal(cached, sample(BATCH, condition, labels, plain=True))
+    assert torch.equal(cached, sample(BATCH, condition, labels))
     assert tuple(cached.shape[1:]) == prior.config.grids[-1]
 
 
@@ -207,6 +209,7 @@ def test_guided_sampling_is_the_plain_loop_and_not_unguided_sampling(family: str
     guided = partial(sample, sampling=SamplingConfig(guidance_scale=2.5))
     cached, no_label = guided(labels), torch.full_like(labels, 3)
     assert torch.equal(cached, guided(labels, plain=True))
+    assert torch.equal(cached, guided(labels, window=1))
     assert not torch.equal(cached, sample(labels))
     assert not torch.equal(cached, guided(no_label))
 
@@ -222,6 +225,7 @@ def test_given_codes_stay_and_the_drawn_ones_follow_them(family: str, name: str)
     cached = sample(known=known)
     assert torch.equal(cached[known.mask], codes[known.mask])
     assert torch.equal(cached, sample(known=known, plain=True))
+    assert torch.equal(cached, sample(known=known, window=1))
     assert not torch.equal(cached[~known.mask], sample()[~known.mask])
 
 

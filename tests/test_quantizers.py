@@ -1,6 +1,9 @@
 """What quantizers promise: nearest codes, the papers' gradients, codebooks that stay in use."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqvae2.common.metrics import Metrics
 from vqvae2.config import QuantizerConfig
 from vqvae2.nearest import argmax, k_means, nearest, neighbours
 from vqvae2.quantizers import (
@@ -310,3 +314,25 @@ def test_fp32_inside_bf16_outside(kind: type[CodebookQuantizer]) -> None:
     assert torch.isfinite(result.loss)
     for name, tensor in quantizer.state_dict().items():
         assert torch.isfinite(tensor).all(), name
+
+
+def test_counts_of_several_processes_are_sums_however_often_they_are_reduced(
+    tmp_path: Path,
+) -> None:
+    """Saving and validating reduce what the next line of metrics.jsonl will say."""
+    seen: list[float] = []
+
+    def describe(step: int, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+        seen.extend(sums["assignments_0"].tolist())
+        return {"loss": sums["loss"].item() / count}
+
+    accelerator: Any = mock.MagicMock(num_processes=2, is_main_process=True)
+    accelerator.reduce = lambda sums, reduction: sums  # both processes have counted the same
+    metrics = Metrics(tmp_path, accelerator, mock.MagicMock(batch_size=1), describe)
+    metrics._start_clock()
+    with mock.patch("vqvae2.common.metrics.on_main_process", lambda _, work: work()):
+        for step in range(3):
+            metrics.add({"loss": torch.ones(()), "assignments_0": torch.tensor([10, 0])})
+            metrics.check_finite(step)
+        assert metrics.write_means(3, 0.1)["loss"] == 1
+    assert seen == [60, 0]

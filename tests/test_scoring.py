@@ -89,13 +89,15 @@ def test_two_processes_and_a_killed_one_write_the_same_table(
 
 def test_thresholds_hold_what_they_promise() -> None:
     """Of 2,000 sets of 99 normal scores and a new one, a tenth marks it at a rate of a tenth."""
-    random, marked = np.random.default_rng(0), 0
+    random, marked, marked_places = np.random.default_rng(0), 0, 0
     for *known, new in random.gumbel(size=(2000, 100)):
-        stored = Normal(None, "", tuple(known), tuple(known))
-        at, _ = stored.thresholds(0.1)
+        stored = Normal(None, "", tuple(known), tuple(2 * place for place in known))
+        at, at_place = stored.thresholds(0.1)
         marked += new > at
+        marked_places += 2 * new > at_place
         assert (new > at) == (stored.p_values(np.array([new]))[0] <= 0.1)
     assert marked / 2000 == pytest.approx(0.1, abs=0.02)
+    assert marked_places == marked
     with pytest.raises(UserError, match=r"rate of 0.001 takes 999 normal images, but 99"):
         stored.thresholds(0.001)
 

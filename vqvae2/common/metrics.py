@@ -80,9 +80,6 @@ class Metrics:
         """
         if self.sums and self.accelerator.num_processes > 1:
             self.sums = self.accelerator.reduce(self.sums, reduction="mean")
-            for name in self.sums:
-                if name.startswith("assignments_"):  # which are counts
-                    self.sums[name] = self.sums[name] * self.accelerator.num_processes
         if self.sums and not math.isfinite(loss := self.sums["loss"].item()):
             raise UserError(
                 f"{self.path.parent}: the loss is {loss} at step {step}; try a lower learning_rate "
@@ -92,7 +89,10 @@ class Metrics:
     def write_means(self, step: int, rate: float) -> dict[str, float]:
         """Write a line with the means since the last one, and start the next."""
         batch_size, elapsed = self.config.batch_size, time.perf_counter() - self.started
-        sums = {name: total.cpu() for name, total in self.sums.items()}
+        sums = {}
+        for name, total in self.sums.items():  # means of the processes; counts are to be sums
+            is_count = name.startswith("assignments_")
+            sums[name] = total.cpu() * (self.accelerator.num_processes if is_count else 1)
         means = self.describe(step, sums, self.count)
         steps = self.timed / self.config.gradient_accumulation_steps
         means["images_per_second"] = steps * batch_size / elapsed
