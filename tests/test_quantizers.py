@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -328,7 +329,12 @@ def test_counts_of_several_processes_are_sums_however_often_they_are_reduced(
 
     accelerator: Any = mock.MagicMock(num_processes=2, is_main_process=True)
     accelerator.reduce = lambda sums, reduction: sums  # both processes have counted the same
-    metrics = Metrics(tmp_path, accelerator, mock.MagicMock(batch_size=1), describe)
+    metrics = Metrics(
+        tmp_path,
+        accelerator,
+        SimpleNamespace(batch_size=1, gradient_accumulation_steps=1),
+        describe,
+    )
     metrics._start_clock()
     with mock.patch("vqvae2.common.metrics.on_main_process", lambda _, work: work()):
         for step in range(3):
