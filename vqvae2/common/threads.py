@@ -33,7 +33,9 @@ def set_threads(number: int) -> None:
     if number or _default:
         torch.set_num_threads(number or _default.pop())
 
-    # The first large operation starts threads, which cannot be told from others later.
+    # The first large operation starts threads, which cannot be told from others later. (The numbers
+    # of those that have ended may come again.)
+    _others[:] = [thread for thread in _others if (TASKS / str(thread)).exists()]
     before = set(os.listdir(TASKS) if TASKS.exists() else ())
     torch.ones(1 << 20).neg_()
     started = set(os.listdir(TASKS)) - before if before else ()
