@@ -13,9 +13,9 @@ one position at a time.)
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
 cached sampling runs in full. The transformer's floor is what reading all weights once per position
-takes (those of the network that reads the coarser levels, once per image, left out), at the rate
-at which a packed matrix product reads them here. (The PixelSNAIL has none: it
-computes parts of a row at once.)
+takes (without those of the network that reads the coarser levels, which are read once per image),
+at the rate at which a packed matrix product reads them here. (The PixelSNAIL has none: it computes
+parts of a row at once.)
 """
 
 import argparse

@@ -104,7 +104,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     if accelerator.is_main_process:
         record.write(output_dir)
         list_skipped(output_dir, [(error.name, error.reason) for error in data.skipped])
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    millions = model.num_parameters / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
     rows = getattr(data.loader, "dataset", ())  # none, of a stream

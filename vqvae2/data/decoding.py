@@ -128,7 +128,7 @@ def read_cell(cell: Any) -> Picture:
 
 def mark_cell(cell: Any) -> int:
     """Something cheap that tells a picture from another of the same name: a length, or checksum."""
-    if isinstance(cell, np.ndarray):
+    if isinstance(cell, np.ndarray | Image.Image):
         return zlib.crc32(np.ascontiguousarray(cell).tobytes())
     if isinstance(cell, Path):
         return cell.stat().st_size if cell.exists() else -1
