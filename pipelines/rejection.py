@@ -31,11 +31,11 @@ BATCH_SIZE = 64
 KEPT, HASH = "kept", "classifier_hash"  # keys of the record
 
 
-def with_rejection(config: SampleConfig, run: RunRecord) -> RunRecord:
+def with_rejection(config: SampleConfig, run: RunRecord, pipeline: VQVAE2Pipeline) -> RunRecord:
     """The record of a run that rejects: bound to its classifier, and with the choice so far.
 
     Raises:
-        UserError: there is neither a classifier nor a choice.
+        UserError: there is neither a classifier nor a choice, or see `load_judge`.
     """
     path, own = Path(config.reject or ""), _record(Path(config.output_dir), run)
     notes = {KEPT: own[KEPT]} if KEPT in own else {}
@@ -48,6 +48,7 @@ def with_rejection(config: SampleConfig, run: RunRecord) -> RunRecord:
             raise UserError(f"{path} holds no choice: give a classifier.")
         found = hashlib.sha256(other[KEPT].encode()).hexdigest()
     elif weights.is_file():
+        load_judge(str(path), pipeline)  # or an error, before anything is written
         found = file_hash(weights)
     elif notes:  # a set whose choice is made needs no classifier
         found = own[HASH]

@@ -83,7 +83,7 @@ def sample(config: SampleConfig) -> None:
     facts = {**pipeline.content_hashes(), "known_hash": receipt.known_hash, "sampler_version": new}
     facts["conditions_hash"] = receipt.conditions_hash
     run = RunRecord("sample", config, "sample_config.yaml", facts=facts)
-    run = with_rejection(config, run) if config.reject else run
+    run = with_rejection(config, run, pipeline) if config.reject else run
     record = folder / run.file_name
     if (begun := read_record(record).get("sampler_version", 1) if record.exists() else new) != new:
         what = f"{folder} holds a set of version {begun} of the sampler, but this is version {new}"
