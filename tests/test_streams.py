@@ -79,6 +79,17 @@ def test_parquet_and_urls_stream_too(tmp_path: Path) -> None:
         next(stream("memory://bucket/none.tar").start_at(0))
 
 
+def test_a_stream_of_tables_starts_anywhere_with_some_rows_held_out(tmp_path: Path) -> None:
+    for number in range(5):
+        write_table(tmp_path / f"{number}.parquet", number * 6)
+    config = replace(GREY, validation_fraction=0.3)
+    seen = shades(stream(tmp_path, 4, config, shuffle_buffer=12).start_at(0), 15)
+    assert 12 < len(set(seen)) < 28
+    for index in range(1, 15):
+        later = shades(stream(tmp_path, 4, config, shuffle_buffer=12).start_at(index), 1)
+        assert later == seen[index * 4 : index * 4 + 4]
+
+
 def test_a_stream_of_a_hub_id_is_its_parquet_files(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -99,7 +99,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 # Interruptions change nothing.
 
 
-@pytest.mark.parametrize("stage", ["stage 1", "stream", "prior"])
+@pytest.mark.parametrize("stage", ["stage 1", "stream", "prior", "accumulation"])
 def test_a_killed_run_continues_as_if_nothing_had_happened(
     stage: str, photos: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -108,13 +108,15 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
         source, make = numbered_tars(tmp_path / "tars", shards=4, rows=20), stream_command
     if stage == "prior":
         source, make = run, prior_command
-    command(*make(source, tmp_path / "whole"))
+    more = ("--gradient-accumulation-steps", 4) if stage == "accumulation" else ()
+    command(*make(source, tmp_path / "whole", *more))
     killed = tmp_path / "killed"
+    again = make(source, killed, *more)
     for _ in range(2):  # at two random steps
         until = random.randint(1, 18)
-        code = kill_when(lambda until=until: line_count(killed) >= until, *make(source, killed))
+        code = kill_when(lambda until=until: line_count(killed) >= until, *again)
         assert code in (-signal.SIGKILL, 0)
-    command(*make(source, killed))
+    command(*again)
     assert_same_run(tmp_path / "whole", killed)
 
 
