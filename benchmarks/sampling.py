@@ -3,12 +3,14 @@
     python benchmarks/sampling.py            # models of 85-90 M parameters; ten minutes, two cores
     python benchmarks/sampling.py --small    # models as the demo has them; a minute
     python benchmarks/sampling.py --pipeline runs/demo/pipeline --batch-sizes 1 4 16 --images 100
+    python benchmarks/sampling.py --replay runs/demo/pipeline
     pip install -e ".[benchmark]"            # for the row of transformers' generate
 
 With a trained pipeline: by window, the share of the positions that take a call of the network,
 milliseconds per image, and how many images have other codes than one position at a time gives.
 (Codes of fresh weights hardly depend on each other, and all guesses would be right. They are drawn
-one position at a time.)
+one position at a time.) With --replay, fresh transformers of 86 M parameters are timed as if they
+guessed like a trained pipeline's last prior: each call finds as many codes as one of its calls did.
 
 The plain loop has the same weights and reads the condition once; for each code it runs one forward
 pass over the rows up to the current one. It is timed on some rows and interpolated over the others;
@@ -22,8 +24,11 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
 from statistics import median
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -45,6 +50,7 @@ from prior.base import Prior
 from prior.noise import gumbel
 from prior.packed_linear import PackedLinear
 from prior.pixelsnail import PixelSNAIL
+from prior.predictive import Guesses
 from prior.sampling import draw
 from prior.transformer import TransformerPrior
 from vqvae2.common.accelerate import keep_freed_memory
@@ -321,6 +327,55 @@ def print_windows(folder: str, lanes: int, number: int, windows: Sequence[int]) 
     prior.base.sample_codes = original
 
 
+def recorded_advances(folder: str, number: int) -> list[int]:
+    """How many codes each call found, of images that a trained pipeline's last prior sampled one at
+    a time, one image after the other."""
+    pipeline, advances, original = VQVAE2Pipeline.from_pretrained(folder), [], Guesses.settle
+    positions = pipeline.priors[-1].config.num_positions
+
+    def noted(guesses: Guesses, first: Tensor, logits: Tensor) -> None:
+        before = guesses.num_right.clone()
+        original(guesses, first, logits)
+        if guesses.codes.shape[1] == positions:
+            advances.append(int(guesses.num_right - before))
+
+    with patch.object(Guesses, "settle", noted):
+        pipeline(number, lanes=1, parallel_positions=0, output_type="pt")
+    return advances
+
+
+def print_replayed(folder: str, number: int) -> None:
+    """Transformers of 86 M parameters, one image at a time: one position in a call, and windows in
+    which as many codes are right as in those of a trained pipeline."""
+    advances = recorded_advances(folder, number)
+    mean = sum(advances) / len(advances)
+    print(f"\n{folder}: {len(advances)} calls found {mean:.1f} codes each")
+
+    def replayed(step: Any, guesses: Guesses, width: int) -> tuple[Tensor, int]:
+        positions, right = guesses.codes.shape[1], 0
+        for calls, advance in enumerate(cycle(advances if width > 1 else [1])):
+            first, before = guesses.window(width)
+            guesses.settle(first, step(calls, first, before))
+            right += advance
+            guesses.num_right.fill_(right)
+            if right >= positions:
+                return guesses.codes, calls + 1
+        raise AssertionError("a cycle has no end")
+
+    for side in (16, 32):
+        facts: dict[str, Any] = {"level": 0, "grids": ((side, side),), "codebook_sizes": (512,)}
+        prior = make_prior(TransformerPriorConfig(network=TRANSFORMER, **facts)).eval()
+        for bf16 in (False, True):
+            times: dict[int, list[float]] = {1: [], 0: []}
+            with patch("prior.base.sample_codes", replayed):
+                for window in [*times] * 3:  # they take turns
+                    how: Any = {"seeds": [0], "bf16": bf16, "window": window}
+                    times[window].append(seconds(partial(prior.sample, 1, [], **how)))
+            one, several = (median(each) for each in times.values())
+            name = f"transformer of 86 M, {side}x{side}, {'bf16' if bf16 else 'fp32'}"
+            print(f"  {name}: {one:.2f} s, in windows {several:.2f} s ({one / several:.1f}x)")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -331,7 +386,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="instead of each model's own")
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--pipeline", help="a trained pipeline, by window, instead of fresh models")
-    parser.add_argument("--images", type=int, default=32, help="with --pipeline")
+    parser.add_argument("--replay", help="a trained pipeline whose guesses large models take over")
+    parser.add_argument("--images", type=int, default=32, help="with --pipeline or --replay")
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 4, 16, 32, 64, 0])
     options = parser.parse_args()
     keep_freed_memory()
@@ -340,6 +396,9 @@ def main() -> None:
     if options.pipeline:
         for lanes in options.batch_sizes or (1, 16):
             print_windows(options.pipeline, lanes, options.images, options.windows)
+        return
+    if options.replay:
+        print_replayed(options.replay, options.images)
         return
     for case in SMALL if options.small else LARGE:
         if options.only not in case.name:
