@@ -244,11 +244,12 @@ def _choose_image(
     cut = np.mean(loses_much(seen.aspects, PreprocessingConfig(size=(height, width))))
     fit = "pad" if cut > MANY else "crop"
     loses = f"{cut:.0%} of the pictures would lose more than a quarter of their area by cropping"
-    reasons.append(f"fit {fit}: {loses}")
+    if "fit" not in given:
+        reasons.append(f"fit {fit}: {loses}")
 
     # Background: on which everything can be seen.
     background = "white"
-    if seen.transparent:
+    if seen.transparent and "background" not in given:
         background = min(BACKGROUNDS, key=lambda name: seen.vanished[name])
         text = f"{seen.transparent:.0%} have transparent parts"
         gone = ", ".join(f"{seen.vanished[name]:.0%} on {name}" for name in BACKGROUNDS)

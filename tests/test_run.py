@@ -30,13 +30,16 @@ def make_pictures(folder: Path, sizes: list[tuple[int, int]], mode: str = "RGB")
 
 def chosen_image(folder: Path, **given: object) -> dict:
     choice = choose(look(ImagesConfig(path=str(folder))), on_gpu=False, given=given)
-    assert choice.reasons
+    reasons = "\n".join(choice.reasons)
+    assert ("as you asked" in reasons) == bool(given)
+    assert ("\nfit " in reasons) == ("fit" not in given)  # a reason only for what was chosen
     return choice.recipe["train"]["model"]["image"]
 
 
 def test_pictures_of_all_shapes_are_padded_and_equal_shapes_kept(tmp_path: Path) -> None:
     wide_and_tall = make_pictures(tmp_path / "a", [(120, 60), (60, 120), (100, 100)] * 20)
     assert chosen_image(wide_and_tall)["fit"] == "pad"
+    assert "fit" not in chosen_image(wide_and_tall, fit="crop")
     faces = make_pictures(tmp_path / "b", [(96, 128)] * 30)
     assert chosen_image(faces)["size"] == [64, 48]
     assert "fit" not in chosen_image(faces)
