@@ -49,6 +49,7 @@ BATCH, BATCH_TABLES = 256, 2**23  # images and probabilities of a batch, at most
 CHUNK_CODES = 2**18  # of the finest level in a chunk, at most (but one batch)
 MOST_NAMES = 1 << 28  # bytes
 LOWEST = 1 << 32  # state of the coder; below this bit, its first state holds the checksum
+MOST_CODES = 1 << 21  # whose integer probabilities the coder's state can hold
 NUDGES = 256
 
 
@@ -63,6 +64,7 @@ class Codec:
     def __init__(self, pipeline: VQVAE2Pipeline) -> None:
         self.pipeline, config = pipeline, pipeline.vqvae.config
         self.sizes, self.grids = config.codebook_size_per_level, config.grids
+        check(max(self.sizes) <= MOST_CODES, "K", max(self.sizes), f"at most {MOST_CODES:,} here")
         positions = math.prod(self.grids[-1])
         self.batch = max(1, min(BATCH, BATCH_TABLES // (positions * max(self.sizes))))
         self.chunk = self.batch * max(1, CHUNK_CODES // (positions * self.batch))

@@ -136,6 +136,15 @@ def test_reconstruct_reads_images_as_every_command_does(
     run_here(*reconstruct, "--num-images", 3)
     names = [path.relative_to(photos / "bag").as_posix() for path in files]
     assert names_in(tmp_path / "out" / "images") == {*names}
+    run_here(*reconstruct, "--num-images", 4, code=2)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "images").iterdir()}
+    run_here(*reconstruct, "--num-images", 4, "--data.on-error", "skip")
+    assert "broken" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert written == {path: path.stat().st_mtime_ns for path in written}  # only what is missing
+
+    # Other images are not mixed with these.
+    (tmp_path / "list.csv").write_text(f"picture\n{files[1]}\n")
+    run_here(*reconstruct, code=2)
 
 
 def test_reconstruct_keeps_names_and_tells_training_images(

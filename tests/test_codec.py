@@ -13,7 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import VQVAE2Pipeline, codec
-from pipelines.codec import Codec, StreamReader, rounded, safest_nudge, scaled_probabilities
+from pipelines.codec import (
+    HEADER,
+    Codec,
+    StreamReader,
+    rounded,
+    safest_nudge,
+    scaled_probabilities,
+)
 from prior.base import Prior
 from prior.config import (
     PixelSNAILConfig,
@@ -216,12 +223,42 @@ def test_compressed_images_come_back_under_their_names(
         assert [(fact["levels"], fact["imagined"]) for fact in facts] == [(1, False), (1, True)]
     assert len([*tmp_path.glob("[abcd]/**/*.png")]) == 4 * len([*few.rglob("*.png")])
 
-    # Another archive is other images; one beside separate files has a folder of its own.
+    # Another archive is other images; several have a folder each.
     command("decompress", tmp_path / "each", *own, tmp_path / "a", code=2)
-    files = (tmp_path / "one/images.vq2", tmp_path / "each")
+    command("compress", few / "bag", *own, tmp_path / "two")
+    files = (tmp_path / "one/images.vq2", tmp_path / "two", tmp_path / "each")
     command("decompress", *files, *own, tmp_path / "e")
     folders = {path.relative_to(tmp_path / "e").parts[0] for path in tmp_path.glob("e/**/*.png")}
-    assert folders == {"images", "each"}
+    assert folders == {"one", "two", "each"}
+    there, here = few / "bag", tmp_path / "e" / "two" / "images"
+    assert sorted(p.name for p in here.iterdir()) == sorted(p.name for p in there.iterdir())
+
+    # Nor is an archive overwritten by one of other images.
+    command("compress", few / "bag", *own, tmp_path / "one", code=2)
+
+
+def test_of_several_files_one_of_which_is_damaged_none_is_written(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a number of images that is none take for ever, or an absolute path leave home."""
+    own = ("--pipeline", run / "pipeline", "--output-dir")
+    paths = sorted((photos / "bag").iterdir())[:3]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
+    command("compress", tmp_path / "list.txt", *own, tmp_path / "x", "--separate", "--fast")
+    files = sorted((tmp_path / "x").glob("*.vq2"))
+    assert [file.stem for file in files] == [path.stem for path in paths]
+    for place in (HEADER.size - 5, -1):  # the number of images, and codes
+        broken = bytearray(files[2].read_bytes())
+        broken[place] ^= 0xFF
+        (tmp_path / "x" / "z.vq2").write_bytes(broken)
+        command("decompress", tmp_path / "x", *own, tmp_path / "out", code=2)
+        assert "z.vq2 was altered" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").rglob("*.png")]
+    command("compress", tmp_path / "list.txt", *own, tmp_path / "y", "--fast")
+    _, _, names, _ = Codec(VQVAE2Pipeline.from_pretrained(run / "pipeline")).read_header(
+        (tmp_path / "y" / "images.vq2").read_bytes(), ""
+    )
+    assert names == [path.name for path in paths]
 
 
 def test_what_holds_no_image_that_can_be_read_compresses_nothing(

@@ -119,9 +119,11 @@ def test_a_recipe_is_planned_in_seconds_without_its_memory(name: str) -> None:
 
 
 def test_recipes_have_the_grids_and_sizes_that_they_promise() -> None:
-    names = ("emoji64", "cifar10", "ffhq256", "imagenet256", "imagenet256_paper", "ffhq1024_paper")
+    names = ("emoji64", "cifar10", "photos256", "ffhq256", "imagenet256")
+    names += ("imagenet256_paper", "ffhq1024_paper")
     grids = {name: sections(name)[0].model.grids for name in names}
     assert grids["emoji64"] == grids["cifar10"] == ((8, 8), (16, 16))
+    assert grids["photos256"] == ((16, 16), (32, 32))
     assert grids["ffhq256"] == grids["imagenet256"] == ((32, 32), (64, 64))
     assert grids["imagenet256_paper"] == ((32, 32), (64, 64))
     assert grids["ffhq1024_paper"] == ((32, 32), (64, 64), (128, 128))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.codec import CODER_VERSION, Codec
-from pipelines.commands.reconstruct import file_names
+from pipelines.commands.reconstruct import below_their_folder, file_names
 from pipelines.config import CompressConfig, DecompressConfig
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
@@ -21,6 +21,7 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import file_suffix, save_image
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.data import ImageDataset, load_table
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,15 @@ def compress(config: CompressConfig) -> None:
     settings, folder = pipeline.vqvae.config.image, Path(config.output_dir)
     source = load_table(config.data, settings)
     images = ImageDataset(source, range(len(source)), settings)
-    run = RunRecord("compress", config, "compress_config.yaml", facts=pipeline.content_hashes())
+    facts = {**pipeline.content_hashes(), **source.facts()}
+    run = RunRecord("compress", config, "compress_config.yaml", facts=facts)
     run.check(folder)
-    for bad in images.check(skip=config.data.on_error == "skip"):
-        logger.warning("left out: %s", bad)
+    skipped = images.check(skip=config.data.on_error == "skip")
     if not len(images):
         raise UserError(f"{source.name}: no image can be read: check data.path.")
     run.write(folder)
+    list_skipped(folder, [(bad.name, bad.reason) for bad in skipped])
+    report_skipped(folder)
 
     # Their codes.
     batches: list[list[Tensor]] = []
@@ -56,7 +59,7 @@ def compress(config: CompressConfig) -> None:
     codes = [torch.cat(level) for level in zip(*batches, strict=True)]
 
     # Their files.
-    names, size = images.ids, 0
+    names, size = below_their_folder(images.ids), 0
     files = {folder / f"images{SUFFIX}": range(len(images))}
     if config.separate:
         files = {folder / name: range(i, i + 1) for i, name in enumerate(file_names(names, SUFFIX))}
@@ -75,41 +78,42 @@ def compress(config: CompressConfig) -> None:
 @writes_output
 def decompress(config: DecompressConfig) -> None:
     """Write the images that are in files of `compress`, under their own names."""
-    # What is in the files, before anything is written.
+    # The files.
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(processes().device)
     folder, codec = Path(config.output_dir), Codec(pipeline)
     settings, most = pipeline.vqvae.config.image, pipeline.vqvae.config.num_levels
-    names: list[str] = []
-    contents = read_files(config.files)
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in contents])
-    for path, data in contents.items():
-        _, number, inside, _ = codec.read_header(data, str(path))
-        stem = os.path.relpath(path.with_suffix(""), root)
-        own = [f"{stem}-{i}" for i in range(number)] if number > 1 else [stem]
-        names += [f"{path.stem}/{name}" if len(contents) > 1 else name for name in inside] or own
-    digest = hashlib.sha256()
+    contents, digest = read_files(config.files), hashlib.sha256()
     for data in contents.values():
         digest.update(hashlib.sha256(data).digest())
     hashes = {**pipeline.content_hashes(), "files_hash": digest.hexdigest()}
     run = RunRecord("decompress", config, "decompress_config.yaml", facts=hashes)
     run.check(folder)
 
+    # What is in them, before anything is written.
+    levels, alone = config.levels or most, len(contents) == 1
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in contents])
+    names: list[str] = []
+    codes: list[list[Tensor]] = []
+    for path, data in progress_bar(contents.items(), desc="decoding", disable=alone):
+        where, stem = str(path), os.path.relpath(path.with_suffix(""), root)
+        codes.append(codec.decompress(data, levels=levels, where=where, show_progress=alone))
+        _, number, inside, _ = codec.read_header(data, where)
+        numbered = [f"{stem}-{i}" for i in range(number)] if number > 1 else [stem]
+        names += [name if alone else f"{stem}/{name}" for name in inside] or numbered
+
     # What is not as it was compressed says so, in its name and beside its pixels.
-    levels = config.levels or most
     imagined = config.imagine and levels < most
     mark = ".imagined" if imagined else ".coarse" if levels < most else ""
     suffix = mark + file_suffix(settings.channels, settings.value_range)
     facts = {"decompressed_by": codec.hashes[0].hex(), "coder_version": CODER_VERSION}
     note = json.dumps({**facts, "levels": levels, "of_levels": most, "imagined": imagined})
 
-    # Decode one file after the other.
+    # Their images.
+    run.write(folder)
     files = iter(file_names(names, suffix))
-    for path, data in contents.items():
-        alone = len(contents) == 1
-        codes = codec.decompress(data, levels=levels, where=str(path), show_progress=alone)
-        run.write(folder)
-        for first in range(0, len(codes[0]), BATCH):
-            few = [grid[first : first + BATCH] for grid in codes]
+    for grids in progress_bar(codes, desc="writing", disable=alone):
+        for first in range(0, len(grids[0]), BATCH):
+            few = [grid[first : first + BATCH] for grid in grids]
             for image in codec.decode(few, imagine=imagined, first=first):
                 save_image(image, folder / next(files), settings.value_range, note)
     logger.info(f"{folder}: {len(names):,} images of {len(contents):,} files.")

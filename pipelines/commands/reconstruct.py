@@ -9,12 +9,14 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from pipelines.config import ReconstructConfig
+from pipelines.model_index import part_hash
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.data import ImageDataset, load_table, to_images
 from vqvae2.data.decoding import PICTURE_SUFFIXES
 from vqvae2.inspection import reconstruction_sheet
@@ -30,14 +32,19 @@ def reconstruct(config: ReconstructConfig) -> None:
     state, output_dir = processes(), Path(config.output_dir)
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
     warn_if_unfinished(Path(config.vqvae).expanduser())
-    facts = {"encoder_hash": model.content_hash()}
+    images = _find_images(config, model)
+    facts = {"vqvae_hash": part_hash(model), **images.source.facts()}
     run = RunRecord("reconstruct", config, "reconstruct_config.yaml", facts=facts)
     run.check(output_dir)
-    images = _find_images(config, model)
-    images.check(show_progress=state.is_main_process)
+    skip, show = config.data.on_error == "skip", state.is_main_process
+    skipped = images.check(skip=skip, show_progress=show)
+    if not len(images):
+        raise UserError(f"{config.data.path}: no image can be read: check data.path.")
     state.wait_for_everyone()
     if state.is_main_process:
         run.write(output_dir)
+        list_skipped(output_dir, [(bad.name, bad.reason) for bad in skipped])
+        report_skipped(output_dir)
     write_reconstructions(model, images, output_dir)
     if not config.held_out:  # training images look better than others
         known = trained_on(config.vqvae, images, config.data.path)
@@ -64,28 +71,38 @@ def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
 
 @torch.no_grad()
 def write_reconstructions(vqvae: VQVAE2, images: ImageDataset, output_dir: str | Path) -> None:
-    """Write the reconstruction of each image as a file in images/, under its own name, and beside
-    it a sheet of some of them below their originals. Processes share the work."""
+    """Write the reconstruction of each image as a file in images/, under its own name, if it is not
+    there yet, and beside it a sheet of some of them below their originals. Processes share the
+    work."""
     state, folder, settings = processes(), Path(output_dir), vqvae.config.image
     names = file_names(images.ids, file_suffix(settings.channels, settings.value_range))
     for i in range(state.process_index, len(images), state.num_processes):
+        path = folder / "images" / names[i]
+        if path.exists():
+            continue
         batch = to_images(images.__getitems__([i])["images"].to(state.device))
         (image,) = vqvae(batch).reconstruction
-        save_image(image, folder / "images" / names[i], settings.value_range)
+        save_image(image, path, settings.value_range)
     shown = folder / "reconstructions.png"
     if state.is_main_process:
         save_picture(reconstruction_sheet(vqvae, images, state.device, num_images=32), shown)
     logger.info(f"{folder / 'images'}: {len(images)} reconstructions; {shown} compares some.")
 
 
+def below_their_folder(names: Sequence[str]) -> list[str]:
+    """Names as they are; absolute paths from the folder that holds all of them on."""
+    if not all(map(os.path.isabs, names)):
+        return [*names]
+    root = os.path.commonpath(map(os.path.dirname, names))
+    return [os.path.relpath(name, root) for name in names]
+
+
 def file_names(names: Sequence[str], suffix: str) -> list[str]:
     """A file for each image, below one folder: cat/1.png for cat/1.jpg; where another image has
     that one, or has it but for capitals, cat/1.jpg.png or cat/1.jpg-2.png."""
     files: dict[str, str] = {}
-    absolute = all(map(os.path.isabs, names))
-    root = os.path.commonpath(map(os.path.dirname, names)) if absolute else ""
-    for name in names:
-        parts = Path(os.path.relpath(name, root) if absolute else name).parts
+    for name in below_their_folder(names):
+        parts = Path(name).parts
         path = PurePosixPath(*(part for part in parts if part not in ("/", "..", "~")))
         stem = path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path
         tried = chain((stem, path), (f"{path}-{number}" for number in count(2)))

@@ -319,7 +319,12 @@ def held_out_images(
         images, facts = found.validation, found.facts()
     else:
         images, facts = _held_out_of_stream(opened, config), stream_facts(opened, config)
-    images.check(skip=data.on_error == "skip", show_progress=show_progress)
+    skipped = images.check(skip=data.on_error == "skip", show_progress=show_progress)
+    if skipped:
+        names = splits.few([bad.name for bad in skipped])
+        logger.warning(
+            "%d held-out images cannot be read and are left out: %s", len(skipped), names
+        )
     return images, facts
 
 

@@ -66,6 +66,10 @@ class ImageTable:
             return [zlib.crc32(self.cells.pixels([i]).tobytes()) for i in splits.marked(len(self))]
         return [mark_cell(self.cells[i]) for i in splits.marked(len(self))]
 
+    def facts(self) -> dict[str, str]:
+        """What a run on all of its images is bound to."""
+        return splits.image_facts([f"{name}\n" for name in self.ids], self.marks())
+
     def choose(self, rows: Sequence[int]) -> "ImageTable":
         """These rows alone."""
         return replace(
