@@ -3,7 +3,8 @@
 Letters: B batch, n heads, T queries, S keys, d features per head.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -69,13 +70,24 @@ def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.cat(blocks, dim=2)[:, :, :length]
 
 
-@lru_cache(maxsize=16)
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep the masks that are made; code that is compiled makes its own, as a part of it."""
+    keep = lru_cache(maxsize=16)(make)
+
+    @wraps(make)
+    def kept(*facts: object) -> Tensor:
+        return make(*facts) if torch.compiler.is_compiling() else keep(*facts)
+
+    return kept
+
+
+@_kept
 def _future(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`(T, T)`: -inf where a key lies after the query, else 0."""
     return torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
 
 
-@lru_cache(maxsize=16)
+@_kept
 def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`(window, 2 window)`: 0 where query i sees key j of (block before, own block), that is where
     i <= j <= i + window, else -inf; the first block has none before it."""

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -395,6 +396,16 @@ def test_attention_in_a_window_is_attention_under_a_mask(length: int, window: in
     seen = torch.ones(length, length, dtype=torch.bool).tril().triu(-window)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window), expected)
+
+
+def test_compiling_attention_needs_no_warning() -> None:
+    q, k, v = torch.randn(3, 2, 2, 12, 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)
+        for window in (0, 4):
+            compiled = torch.compile(attend, backend="eager", fullgraph=True)
+            expected = attend(q, k, v, causal=True, window=window)
+            torch.testing.assert_close(compiled(q, k, v, causal=True, window=window), expected)
 
 
 @each_family
