@@ -118,6 +118,12 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
     (folder / "normal.json").unlink()  # what was lost comes back from the table
     command("score", photos, *own, tmp_path / "normal", "--calibrate")
     assert len(read_json(folder / "normal.json")["scores"]) == len(held_out)
+    command("score", few, *own, tmp_path / "newer", "--calibrate")
+    newer = read_json(folder / "normal.json")
+    capsys.readouterr()
+    command("score", photos, *own, tmp_path / "normal", "--calibrate")  # says so, and leaves it
+    assert read_json(folder / "normal.json") == newer
+    assert "is of other images, and is kept" in capsys.readouterr().err
     command("score", few, *own, tmp_path / "a", *marks, "--labels", "bag", code=2)
     assert "labels = None" in capsys.readouterr().err
 

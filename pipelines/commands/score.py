@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -63,14 +64,14 @@ def score(config: ScoreConfig) -> None:
     # By what: the pipeline, the labels, and what is known of normal images.
     state, folder = processes(), Path(config.output_dir)
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(state.device)
-    hashes, home = pipeline.content_hashes(), Path(config.pipeline).expanduser()
+    home = Path(config.pipeline).expanduser()
     if config.labels != ALL or not pipeline.class_names:
         pipeline.given_or_hidden(config.labels)  # or a UserError
-    normal, thresholds, facts = None, (np.inf, HEALED), dict(hashes)
+    normal, thresholds, facts = None, (np.inf, HEALED), pipeline.content_hashes()
     if config.calibrate and not home.is_dir():
         raise UserError(f"{home} is no folder: download the pipeline before --calibrate.")
     if config.false_alarm_rate is not None:
-        normal = Normal.load(home, config.labels, content_hash(hashes, ()))
+        normal = Normal.load(home, config.labels, _hash_of(pipeline))
         thresholds = normal.thresholds(config.false_alarm_rate)
         facts["normal_hash"] = file_hash(home / NORMAL_NAME)
 
@@ -85,7 +86,7 @@ def score(config: ScoreConfig) -> None:
     state.wait_for_everyone()  # all have looked before the first one writes
     if finished:
         if state.is_main_process and config.calibrate:  # anew, if the pipeline has lost it
-            _store_normal(config, pipeline, pq.read_table(folder / TABLE))
+            _store_normal(config, pipeline, pq.read_table(folder / TABLE), anew=False)
         logger.info("%s: all images are scored already.", folder)
         state.wait_for_everyone()
         return
@@ -265,12 +266,25 @@ def _finish(job: _Job, rows: Path) -> None:
         logger.info(f"{number:,} of them are more unusual than normal ones: see extremes.png.")
 
 
-def _store_normal(config: ScoreConfig, pipeline: VQVAE2Pipeline, table: pa.Table) -> None:
-    """Write how unusual the images of a table are beside the pipeline, as what normal ones are."""
+def _store_normal(
+    config: ScoreConfig, pipeline: VQVAE2Pipeline, table: pa.Table, *, anew: bool = True
+) -> None:
+    """Write how unusual the images of a table are beside the pipeline, as what normal ones are; not
+    `anew`, only if the pipeline knows nothing of the kind."""
     values, places = (tuple(table[name].to_pylist()) for name in ("score", "worst_place"))
-    pipeline_hash = content_hash(pipeline.content_hashes(), ())
-    stored = Normal(config.labels, pipeline_hash, values, places)
-    stored.save(Path(config.pipeline).expanduser())
+    home, pipeline_hash = Path(config.pipeline).expanduser(), _hash_of(pipeline)
+    normal = Normal(config.labels, pipeline_hash, values, places)
+    with suppress(UserError):
+        if not anew:
+            if Normal.load(home, config.labels, pipeline_hash) != normal:
+                text = "%s is of other images, and is kept: remove it to have these again."
+                logger.warning(text, home / NORMAL_NAME)
+            return
+    normal.save(home)
+
+
+def _hash_of(pipeline: VQVAE2Pipeline) -> str:
+    return content_hash(pipeline.content_hashes(), ())
 
 
 def _histogram(table: pa.Table) -> Image.Image:
