@@ -236,7 +236,11 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
             where = f"vqvae2 {planned or command} --help"
             raise UserError(f"unknown flag {flag:.100}; {near} (see {where}).")
     if arguments and not arguments[0].startswith("-") and command in FIRST:
-        arguments.insert(0, FIRST[command])
+        first = FIRST[command]
+        if any(argument.split("=")[0] == first for argument in arguments):
+            what = f"vqvae2 {command}: {shown(arguments[0])} has no flag in front of it"
+            raise UserError(f"{what}, but {first} is given too: give all of them there.")
+        arguments.insert(0, first)
     elif arguments and not arguments[0].startswith("-"):
         meant = [f for file, f in NAMELESS.items() if Path(arguments[0], file).exists()]
         meant += [*NAMELESS.values(), known[0]]

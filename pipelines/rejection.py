@@ -87,7 +87,8 @@ def choose(
         draw(folder / "candidates", number)
 
         def rank() -> list[int]:
-            files = sorted((folder / "candidates" / "images").glob(6 * "[0-9]" + "*"))[:number]
+            made = (folder / "candidates" / "images").glob(6 * "[0-9]" + "*")
+            files = sorted(made, key=lambda file: int(file.stem))[:number]
             wanted = [columns[turn[i % len(turn)]] for i in range(number)]
             scores = _scores(network.to(state.device), wanted, files, pipeline, state.device)
             return best(scores, turn, config.num_images, keep)

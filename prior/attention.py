@@ -4,7 +4,7 @@ Letters: B batch, n heads, T queries, S keys, d features per head.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int = 0) ->
     if causal and 0 < window < q.shape[-2] - 1:
         return attend_in_window(q, k, v, window)
     if q.device.type == "cpu" and k.shape[-2] <= SHORT:
-        mask = _future(q.shape[-2], q.dtype, q.device) if causal else None
+        mask = _mask(_future, q.shape[-2], q.dtype, q.device) if causal else None
         return attend_written_out(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
@@ -61,7 +61,7 @@ def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     blocks = []
     for start, queries in enumerate(q.split(window, dim=2)):
-        mask = _window(window, start == 0, q.dtype, q.device)
+        mask = _mask(_window, window, start == 0, q.dtype, q.device)
         keys, values = (x[:, :, start * window : (start + 2) * window] for x in (k, v))
         if q.device.type == "cpu" and 2 * window <= SHORT:
             blocks.append(attend_written_out(queries, keys, values, mask))
@@ -70,24 +70,22 @@ def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.cat(blocks, dim=2)[:, :, :length]
 
 
-def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the masks that are made; code that is compiled makes its own, as a part of it."""
-    keep = lru_cache(maxsize=16)(make)
-
-    @wraps(make)
-    def kept(*facts: object) -> Tensor:
-        return make(*facts) if torch.compiler.is_compiling() else keep(*facts)
-
-    return kept
+@lru_cache(maxsize=32)
+def kept_mask(make: Callable[..., Tensor], *facts: object) -> Tensor:
+    """A mask that is made once."""
+    return make(*facts)
 
 
-@_kept
+def _mask(make: Callable[..., Tensor], *facts: object) -> Tensor:
+    """A mask that is kept; code that is compiled makes its own, as a part of it."""
+    return make(*facts) if torch.compiler.is_compiling() else kept_mask(make, *facts)
+
+
 def _future(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`(T, T)`: -inf where a key lies after the query, else 0."""
     return torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
 
 
-@_kept
 def _window(window: int, first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`(window, 2 window)`: 0 where query i sees key j of (block before, own block), that is where
     i <= j <= i + window, else -inf; the first block has none before it."""

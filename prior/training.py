@@ -20,9 +20,9 @@ from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
 from prior.registry import make_prior
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
-from vqvae2.common.artifact import check_memory, load_weights, local_folder
+from vqvae2.common.artifact import check_memory
 from vqvae2.common.errors import UserError
-from vqvae2.common.fit import Draw, LossFunction, fit, is_finished
+from vqvae2.common.fit import Draw, LossFunction, fit, is_finished, load_first_weights
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion
@@ -59,8 +59,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     check_memory(lambda: make_prior(network))
     set_seed(config.seed)
     model = make_prior(network)
-    if config.init_from is not None:
-        load_weights(model, local_folder(config.init_from))
+    load_first_weights(model, config, output_dir)
     stop_if_unsound(model, accelerator.device)
 
     # Open the codes: what is wrong with them leaves no run folder behind.

@@ -141,7 +141,7 @@ def real_peak(stage: Stage, rows: int, precision: str) -> tuple[torch.nn.Module,
     stage.loss(
         model, stage.make_batch(rows), precision
     ).backward()  # leaves its gradients, as the plan assumes
-    attention._future.cache_clear()  # but not its masks, which the plan counts
+    attention.kept_mask.cache_clear()  # but not its masks, which the plan counts
     with torch.profiler.profile(profile_memory=True) as profile:
         stage.loss(model, stage.make_batch(rows), precision).backward()
     assert profile.profiler is not None

@@ -17,13 +17,15 @@ from torch import Tensor
 from vqvae2.code_noise import CodeNoise
 from vqvae2.codebook_stats import CodebookWatch, perplexity, usage, warn_of_few
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
-from vqvae2.common.artifact import check_memory, load_weights, local_folder
+from vqvae2.common.artifact import check_memory
+from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.fit import fit, is_finished
+from vqvae2.common.files import file_hash
+from vqvae2.common.fit import fit, is_finished, load_first_weights
 from vqvae2.common.loading import ordered
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion, quality
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.vocabulary import MIN_HELD_OUT, TRAINING_RECORD
 from vqvae2.config import TrainVQVAEConfig, VQVAE2Config
@@ -70,11 +72,13 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     check_memory(lambda: VQVAE2(config.model))
     set_seed(config.seed)
     model = VQVAE2(config.model)
-    if config.init_from is not None:
-        load_weights(model, local_folder(config.init_from))
+    load_first_weights(model, config, output_dir)
     perceptual, perceptual_weight = None, config.perceptual.weight
+    of_perceptual: dict[str, str] = {}
     if perceptual_weight:
         perceptual = load_perceptual(config.perceptual).to(accelerator.device)
+        file = Path(config.perceptual.weights_file or "").expanduser()
+        of_perceptual["perceptual_sha256"] = file_hash(file)
 
     # The images, and a record of what this run is made of.
     source = Path(config.data.path).expanduser()
@@ -85,7 +89,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
 
     def check_facts(facts: Mapping[str, str | None], number: int) -> None:
         check_same_images(facts, number)
-        replace(record, facts=facts).check(output_dir)
+        replace(record, facts={**facts, **of_perceptual}).check(output_dir)
 
     data = open_training_images(
         config.data,
@@ -99,7 +103,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         process_index=accelerator.process_index,
     )
     check_facts(data.facts, data.number)
-    record = replace(record, facts=data.facts)
+    record = replace(record, facts={**data.facts, **of_perceptual})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record.write(output_dir)
@@ -186,7 +190,11 @@ def with_finetuned_model(config: TrainVQVAEConfig) -> TrainVQVAEConfig:
     """
     if config.finetune != "decoder" or config.init_from is None:
         return config
-    model = VQVAE2.from_pretrained(config.init_from).config
+    record = Path(config.output_dir) / TRAINING_RECORD
+    if record.exists():  # a run goes on without the model that it began with
+        model = from_dict(VQVAE2Config, read_record(record).get("model", {}), str(record))
+    else:
+        model = VQVAE2.from_pretrained(config.init_from).config
     if config.model not in (model, VQVAE2Config()):
         problem = f"the settings of the model differ from those of {config.init_from}"
         raise UserError(f"{problem}, whose decoder is fine-tuned: leave out --model and --image.")

@@ -1,5 +1,6 @@
 """What a model's folder says of its training: on which images, and which of them it held out."""
 
+import glob
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from vqvae2.common.vocabulary import TRAINING_RECORD
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, held_out_images, open_source
 from vqvae2.data.dataset import split_table
+from vqvae2.data.paths import expand_ranges
 from vqvae2.data.splits import not_held_out
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def find_held_out(
     vqvae: str, data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool
 ) -> tuple[ImageDataset, bool]:
     """What a model's training held out of these images, and whether they are its images at all. If
-    not, as far as a record tells, a warning says that any of them may have trained it."""
+    not, or if no record tells, a warning says that any of them may have trained it."""
     training = read_training(vqvae)
     data = with_recorded_split(data, training)
     images, facts = held_out_images(data, config, show_progress=show_progress)
@@ -51,10 +53,14 @@ def with_recorded_split(data: ImagesConfig, training: Mapping[str, Any]) -> Imag
 def are_its_images(
     name: str, training: Mapping[str, Any], facts: Mapping[str, str], path: str
 ) -> bool:
-    """Whether images, opened at `path`, are those of a model's training; if not, as far as its
-    record tells, a warning says so."""
-    recorded = training.get("image_names_hash")  # none of imported weights
-    own = recorded is None or recorded == facts["image_names_hash"]
+    """Whether images, opened at `path`, are those of a model's training; if not, or if there is no
+    record of it, a warning says so."""
+    recorded = training.get("image_names_hash")
+    if recorded is None:  # of imported weights, or from the Hub
+        text = "%s has no record of its training, so any image of %s may have been part of it."
+        logger.warning(text, name, path)
+        return False
+    own = recorded == facts["image_names_hash"]
     if not own:
         logger.warning(
             "%s: these are not the images that %s was trained on, or not all of them, so any may "
@@ -69,7 +75,8 @@ def trained_on(vqvae: str, images: ImageDataset, path: str) -> int | None:
     """How many of these images, opened at `path`, a model was trained on: by their files or, in
     other sources, their names. None where the training's own images are not at hand."""
     data, config = read_training(vqvae).get("data", {}), images.config
-    if not os.path.exists(data.get("path", "")):
+    path_then = os.path.expanduser(data.get("path", ""))
+    if not any(glob.glob(one) or os.path.exists(one) for one in expand_ranges(path_then)):
         return None
     try:
         own = split_table(open_source(from_dict(DataConfig, data, vqvae), config), config).train

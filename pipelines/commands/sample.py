@@ -41,6 +41,7 @@ from vqvae2.common.threads import OwnCpus, set_threads
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import load_picture, read_picture_file, to_images
 
+NPZ_NAME = "samples.npz"
 logger = logging.getLogger(__name__)
 
 
@@ -90,6 +91,8 @@ def sample(config: SampleConfig) -> None:
         advice = "which draws other images of the same seed: choose another --output-dir"
         raise UserError(f"{what}, {advice}.")
     run.check(folder)
+    if config.reject is None:
+        _refuse_fewer(folder, config.num_images)
     processes().wait_for_everyone()
     if processes().is_main_process:
         run.write(folder)
@@ -106,6 +109,14 @@ def sample(config: SampleConfig) -> None:
         numbers = pipeline.label_numbers(list(receipt.labels) or None)
         options["only"] = choose(config, run, pipeline, numbers, draw)
     write_samples(pipeline, folder, receipt, npz=config.npz, **options)
+
+
+def _refuse_fewer(folder: Path, number: int) -> None:
+    """Raise a `UserError` where a set of more images would be left half described."""
+    there = [int(file.stem) for file in (folder / "images").glob(6 * "[0-9]" + "*")]
+    if max(there, default=-1) >= number:
+        what = f"{folder} holds {len(there)} samples, more than --num-images {number}"
+        raise UserError(f"{what}: ask for as many or more, or choose another --output-dir.")
 
 
 def write_samples(
@@ -183,8 +194,8 @@ def write_samples(
     sheet = sample_sheet(pictures, rows, front)
     of_set = json.dumps(to_dict(receipt)) if only is None else None
     save_picture(sheet, folder / "samples.png", of_set)
-    if npz:
-        _write_npz(files, numbers, folder / "samples.npz")
+    if npz or (folder / NPZ_NAME).exists():
+        _write_npz(files, numbers, folder / NPZ_NAME)
     logger.info(f"{folder / 'images'}: {len(files)} samples; {folder / 'samples.png'} shows some.")
     return [*files.values()]
 

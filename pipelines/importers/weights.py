@@ -41,6 +41,8 @@ def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
         model = VQVAE2(importer.read_config(theirs, size))
     except KeyError as error:
         raise UserError(f"{checkpoint} lacks {error}: {ADVICE}.") from None
+    except UserError:  # of settings that are given, such as the size
+        raise
     except (IndexError, ValueError):
         fault = f"{checkpoint} has layers of other shapes than such a file"
         raise UserError(f"{fault}: {ADVICE}.") from None

@@ -224,8 +224,7 @@ def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, 
         activations = meter.alive - constant
         if loss.requires_grad:
             loss.backward()
-    for cached in (attention._future, attention._window):
-        cached.cache_clear()  # masks without memory must not meet real tensors
+    attention.kept_mask.cache_clear()  # masks without memory must not meet real tensors
     averaged, gradients = weights * (stage.config.weight_ema_decay > 0), constant - weights
     sizes = {"weights": weights, "averaged weights": averaged, "gradients": gradients}
     sizes["optimizer"] = bytes_of_moments(model, stage.config) if gradients else 0
