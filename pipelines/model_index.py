@@ -5,13 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vqvae2.common.artifact import content_hash, local_folder
+from vqvae2.common.artifact import CONFIG_NAME, content_hash, local_folder
 from vqvae2.common.config import check
+from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import last_names, read_record
+from vqvae2.common.vocabulary import INDEX_NAME
 
-INDEX_NAME = "model_index.json"
 RESTORE = "restore its files, or run vqvae2 assemble again"
 RECORD_NAMES = ("train_config.yaml", "import_config.yaml")
 
@@ -23,6 +24,9 @@ def part_folders(
     if pipeline is None:
         return vqvae, list(priors)
     folder = local_folder(pipeline).resolve()
+    if (folder / CONFIG_NAME).exists() and not (folder / INDEX_NAME).exists():
+        what = f"{pipeline} is a model, but a pipeline was expected"
+        raise UserError(f"{what}: give the folder that vqvae2 assemble made of all models.")
     path, index = folder / INDEX_NAME, read_json(folder / INDEX_NAME)
     names = [index.get("vqvae"), *_as_list(index.get("priors"))]
     for key, name in zip(["vqvae", *["priors"] * (len(names) - 1)], names, strict=True):

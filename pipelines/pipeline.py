@@ -14,7 +14,6 @@ from pipelines.conditions import as_vectors
 from pipelines.config import LANES
 from pipelines.labels import Labels, hidden_unless_given, label_numbers
 from pipelines.model_index import (
-    INDEX_NAME,
     RESTORE,
     changed_parts,
     part_folders,
@@ -36,7 +35,7 @@ from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.pictures import to_pil
 from vqvae2.common.runs import command_line, last_names, versions
-from vqvae2.common.vocabulary import describe_vectors
+from vqvae2.common.vocabulary import INDEX_NAME, describe_vectors
 from vqvae2.data import as_images
 from vqvae2.data.splits import few
 from vqvae2.model import VQVAE2

@@ -253,6 +253,9 @@ def test_a_word_without_its_flag_is_told_the_flag(line: str, flag: str) -> None:
         parse(command, words)
     with pytest.raises(UserError, match="no flag takes b"):
         parse("extract", ["--vqvae", "x", "--data.path", "a", "b", "--output-dir", "c"])
+    for second in (["--files", "b"], ["--files=b"]):  # of which one would not be looked at
+        with pytest.raises(UserError, match=r"no flag in front .* --files is given too"):
+            parse("verify", ["a", "--pipeline", "x", *second])
 
 
 def test_a_pipeline_survives_a_round_trip(run: Path, tmp_path: Path) -> None:
@@ -279,6 +282,16 @@ def test_parts_that_do_not_belong_together_are_refused(
     assert result.returncode == 2
     assert ours in result.stderr
     assert not (tmp_path / "p").exists()
+
+
+def test_a_pipeline_is_told_from_its_parts(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data.path", photos, "--output-dir", tmp_path / "x")
+    run_here("reconstruct", "--vqvae", run / "pipeline", *words, code=2)
+    assert "is a pipeline, but a model was expected: give a part" in capsys.readouterr().err
+    run_here("score", "--pipeline", run / "pipeline" / "vqvae", *words, code=2)
+    assert "is a model, but a pipeline was expected" in capsys.readouterr().err
 
 
 def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,9 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x.pt").write_bytes(text)
         with pytest.raises(UserError, match=r"cannot be read .* save the weights alone"):
             import_weights(tmp_path / "x.pt", (64, 32))
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"image.size"):
+        import_weights(tmp_path / "x.pt", (30,))
     with pytest.raises(UserError, match="does not exist"):
         import_weights(tmp_path / "none.pt", (64, 32))
 

@@ -1,6 +1,7 @@
 """What `vqvae2 inspect` reports is measured, and names what is wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,14 @@ def test_other_images_are_not_called_held_out(
     assert json.loads((tmp_path / "report" / "figures.json").read_text())["split"] == "other"
     command("reconstruct", *flags, tmp_path / "out", "--held-out")
     assert capsys.readouterr().err.count("these are not the images that") == 2
+
+    # So it is where nothing is known of the training, as of weights from elsewhere.
+    shutil.copytree(run / "vqvae", tmp_path / "imported")
+    (tmp_path / "imported" / "train_config.yaml").unlink()
+    flags = ("--vqvae", tmp_path / "imported", "--data.path", photos, "--output-dir")
+    command("inspect", *flags, tmp_path / "unknown")
+    assert json.loads((tmp_path / "unknown" / "figures.json").read_text())["split"] == "other"
+    assert "imported has no record of its training" in capsys.readouterr().err
     one = ("--vqvae", run / "vqvae", "--data.path", next((photos / "bag").iterdir()))
     command("inspect", *one, "--output-dir", tmp_path / "one", code=2)
     assert "has 1 images to look at" in capsys.readouterr().err

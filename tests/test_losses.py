@@ -232,6 +232,11 @@ def test_killed_and_continued_with_everything_on(photos: Path, tmp_path: Path) -
     vqvae2(*words(killed))
     assert_same_run(whole, killed)
 
+    # Another network under the same name is noticed.
+    thin_vgg(tmp_path / "vgg.pth", judged=True)
+    command(*words(killed), "--num-steps", STEPS + 1, code=2)
+    thin_vgg(tmp_path / "vgg.pth")
+
     # All terms are reported, and the last weights are kept.
     names = {name for line in metrics(killed) for name in line}
     assert {"perceptual", "generator", "discriminator", "adaptive_weight"} <= names

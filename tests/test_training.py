@@ -10,6 +10,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -27,11 +28,14 @@ from tests.test_sources import numbered_tars
 from tests.worker_two_processes import Images, small_model
 from vqvae2.common.accelerate import make_accelerator, native_bf16
 from vqvae2.common.config import TrainingConfig
+from vqvae2.common.errors import UserError
 from vqvae2.common.fit import fit, is_finished, learning_rate, update_average
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.metrics import PANEL, best_validation, conclusion, save_curves
+from vqvae2.config import DataConfig, DiscriminatorConfig, TrainVQVAEConfig
 from vqvae2.data import is_held_out
 from vqvae2.losses import make_loss
+from vqvae2.model import VQVAE2
 
 STEPS = 60
 TIMES = {"images_per_second", "data_wait_share"}
@@ -351,7 +355,24 @@ def test_the_decoder_alone_is_fine_tuned_and_old_priors_remain_valid(
     assert next_step[:4] == ["vqvae2", "assemble", "--vqvae", str(x)]
     command(*next_step[1:])
 
-    # Another model, or none.
+    # It can be prolonged without the model that it began with.
+    begun = shutil.copytree(run / "vqvae", tmp_path / "begun")
+    gone = ["--init-from", begun, *start[2:5], tmp_path / "y"]
+    command("train", *gone, *words((options,)))
+    shutil.rmtree(begun)
+    command("train", *gone, *words((options, "--num-steps 8")))
+    assert metrics(tmp_path / "y")[-1]["step"] == 8
+
+    # Another model, or none. (How deep a discriminator may be, --init-from's size says.)
+    large = TrainVQVAEConfig(
+        data=DataConfig(path="photos"),
+        output_dir="x",
+        finetune="decoder",
+        init_from="y",
+        discriminator=DiscriminatorConfig(weight=0.8, num_layers=5),
+    )
+    with pytest.raises(UserError, match="5 halvings of 16 pixels"):
+        replace(large, model=VQVAE2.from_pretrained(run / "vqvae").config)
     command("train", *start, *words((options, moving, "--model.hidden-channels 64")), code=2)
     assert "leave out --model" in capsys.readouterr().err
     command("train", *start[2:], *words((options,)), code=2)

@@ -366,6 +366,7 @@ class TrainVQVAEConfig(TrainingConfig):
         fits = self.finetune == "all" or self.init_from is not None
         check(fits, "finetune", self.finetune, "used with --init-from, the model to fine-tune")
         side, layers = min(self.model.image.height_width), self.discriminator.num_layers
-        fits = side >= 3 * 2**layers or not self.discriminator.weight or self.finetune == "decoder"
+        unknown = self.finetune == "decoder" and self.model == VQVAE2Config()  # --init-from's
+        fits = side >= 3 * 2**layers or not self.discriminator.weight or unknown
         allowed = f"so small that {layers} halvings of {side} pixels leave 3 or more"
         check(fits, "discriminator.num_layers", layers, allowed)

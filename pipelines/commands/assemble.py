@@ -5,12 +5,12 @@ import logging
 from pathlib import Path
 
 from pipelines.config import AssembleConfig
-from pipelines.model_index import INDEX_NAME
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.vocabulary import INDEX_NAME
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "assemble_config.yaml"  # of what was begun; the index is the record of what is whole

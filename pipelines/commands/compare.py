@@ -28,7 +28,6 @@ from pipelines.commands.run import (
 from pipelines.config import CompareConfig
 from pipelines.evaluation import report
 from pipelines.evaluation.figures import Figures
-from pipelines.model_index import INDEX_NAME
 from pipelines.pictures import embedded
 from pipelines.plan.command import step_seconds
 from prior.manifest import read_manifest
@@ -41,7 +40,7 @@ from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import best_validation, quality, training_seconds
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.common.runs import RunRecord
-from vqvae2.common.vocabulary import describe_grids
+from vqvae2.common.vocabulary import INDEX_NAME, describe_grids
 from vqvae2.config import VQVAE2Config
 from vqvae2.data import load_images, to_images
 from vqvae2.model import VQVAE2

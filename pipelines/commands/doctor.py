@@ -14,7 +14,7 @@ from pipelines.belonging import ADVICE, mismatches
 from pipelines.commands.codes import problems
 from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
 from pipelines.config import DoctorConfig
-from pipelines.model_index import INDEX_NAME, RESTORE, changed_parts, part_folders, prior_bits
+from pipelines.model_index import RESTORE, changed_parts, part_folders, prior_bits
 from prior.audit import (
     audit,
     check_beats_frequencies,
@@ -35,7 +35,7 @@ from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids
+from vqvae2.common.vocabulary import INDEX_NAME, ORIGINAL, SPLITS, describe_grids
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageTable, open_source
 from vqvae2.data.augmentation import view_change

@@ -20,7 +20,6 @@ import yaml
 from pipelines.choices import MULTIPLE, Choice, Look, choose, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import ChosenConfig, PlanConfig, RunConfig
-from pipelines.model_index import INDEX_NAME
 from pipelines.next_steps import flags
 from pipelines.plan.command import plan, step_seconds
 from pipelines.plan.stages import Stage, stages_of
@@ -36,6 +35,7 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion, quality, recorded_config
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.threads import fastest_number
+from vqvae2.common.vocabulary import INDEX_NAME
 from vqvae2.config import ImagesConfig
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path, read_json, whole_file, write_json
-from vqvae2.common.vocabulary import TRAINING_RECORD
+from vqvae2.common.vocabulary import INDEX_NAME, TRAINING_RECORD
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -92,6 +92,10 @@ class Artifact(ModelHubMixin):
             UserError: a missing, broken or wrong configuration; or see `load_weights`.
         """
         folder = local_folder(name, revision=revision)
+        if (folder / INDEX_NAME).exists() and not (folder / CONFIG_NAME).exists():
+            parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+            what = f"{name} is a pipeline, but a model was expected"
+            raise UserError(f"{what}: give a part of it ({', '.join(parts)}).")
         data = read_json(folder / CONFIG_NAME)
         config_hash = content_hash(data, ())
         kind = data.pop("architecture", None)

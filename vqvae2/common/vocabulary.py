@@ -8,6 +8,8 @@ ORIGINAL = "original"
 """The view of an image that is the image unchanged."""
 TRAINING_RECORD = "train_config.yaml"
 """The file in a training's folder that says what was trained, on what, and how."""
+INDEX_NAME = "model_index.json"
+"""The file in a pipeline's folder that names its models, which are folders in it."""
 MIN_HELD_OUT = 20
 """Held-out images or rows, below which it is luck which weights do best on them."""
 
