@@ -1,4 +1,4 @@
-"""Settings for a user's own images: chosen by what the images are and by the time there is.
+"""Settings for a user's own images, chosen to suit the images and the available time.
 
 `look` reads some of the pictures, `choose` decides and says why; `vqvae2 run` writes the result as
 a recipe, which anybody may edit.
@@ -68,8 +68,8 @@ def look(data: ImagesConfig, background: str = "white", channels: int | None = N
         channels: of arrays, if it is known.
 
     Raises:
-        UserError: no images, a stream, pictures of several kinds, arrays of which nobody can tell
-            where the channels are, or no such background colour.
+        UserError: no images, a stream, pictures of several kinds, arrays whose channel axis cannot
+            be told, or no such background colour.
     """
     # The pixels are what they are if they were prepared already.
     assumed = PreprocessingConfig(background=background, channels=channels or 3)
@@ -88,11 +88,11 @@ def look(data: ImagesConfig, background: str = "white", channels: int | None = N
         raise UserError(f"{table.name}: none of the images can be read: check data.path.")
     ranges = {_range_of(kind, table.name) for kind in {glance.kind for glance in glances}}
     if len(ranges) > 1:
-        raise UserError(f"{table.name} holds 8-bit and other pictures: convert one kind.")
+        raise UserError(f"{table.name} holds 8-bit and other pictures: convert them to one kind.")
     first = glances[0]
     if channels is None and first.channels > max(4, min(first.size)):
         shape = (*first.size[::-1], first.channels)
-        what = f"{table.name} holds arrays of shape {shape}, of which none is surely the channels"
+        what = f"{table.name} holds arrays of shape {shape}, no axis of which is surely channels"
         raise UserError(f"{what}: set --image.channels.")
 
     # What they show; of 8-bit pictures on a small copy.
@@ -128,7 +128,7 @@ def _range_of(kind: Any, name: str) -> tuple[float, float]:
         return 0.0, 65535.0 if kind.startswith("I") else 255.0
     if kind.kind == "u":
         return 0.0, float(np.iinfo(kind).max)
-    what = f"{name} holds {kind} values, of which black and white are unknown"
+    what = f"{name} holds {kind} values, whose black and white are unknown"
     raise UserError(f"{what}: train step by step, with --image.value-range.")
 
 
@@ -171,7 +171,7 @@ def choose(
 
     Args:
         given: preprocessing that the user has set.
-        multiple: of which sides in pixels are chosen.
+        multiple: sides in pixels are chosen as multiples of it.
         flips: yes, no or auto: whether mirrored images are further ones.
     """
     reasons: list[str] = []

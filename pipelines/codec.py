@@ -8,7 +8,7 @@ Encoder and decoder must see the same integers, though one reads all codes at on
 after the other, perhaps on another machine. In float64 their probabilities agree to some 13 digits;
 what must not happen is that the last digits decide how one is rounded. The encoder sees all of them
 and chooses, for each batch, the nudge (what is added before rounding) that keeps them farthest from
-where rounding turns.
+a rounding boundary.
 
 Letters: B images of a batch, h w a level's code grid, T = h*w positions in raster order, K codes.
 """
@@ -197,7 +197,7 @@ class Codec:
         _, version, fast, identity, number, length = HEADER.unpack_from(data)
         if version != CODER_VERSION:
             what = f"{where} was written by version {version} of the coder, but this is version"
-            raise UserError(f"{what} {CODER_VERSION}: use the vqvae2 of that time.")
+            raise UserError(f"{what} {CODER_VERSION}: use the vqvae2 that wrote it.")
         if identity != self.hashes[fast]:
             both = f"the pipeline {identity.hex()}, but this one is {self.hashes[fast].hex()}"
             raise UserError(f"{where} was compressed by {both}: give the one that compressed it.")
@@ -213,8 +213,8 @@ class Codec:
 
     def decode(self, codes: Sequence[Tensor], *, imagine: bool = False, first: int = 0) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] of codes `(B, h, w)` of all levels or the coarsest. The
-        others are drawn by the priors, if they shall `imagine` them (by seed 0 and the index of the
-        `first`), or left out, if the decoder was trained with level dropout (a `UserError`)."""
+        others are drawn by the priors, if they are to `imagine` them (by seed 0 and the index of
+        the `first`), or left out, if the decoder was trained with level dropout (a `UserError`)."""
         number, missing = len(codes[0]), len(self.sizes) - len(codes)
         if not missing:
             return self.pipeline.decode(codes, output_type="pt")
@@ -238,7 +238,7 @@ class Codec:
         self, number: int, levels: int, doing: str, show_progress: bool
     ) -> Iterator[tuple[int, range, Tensor]]:
         """Level by level: the level, the images of a chunk, and how often each of the level's codes
-        has come, to be counted on, from 1, as none is impossible."""
+        has come so far: counts to be updated, from 1, as none is impossible."""
         options: Any = {} if show_progress else {"disable": True}
         bar = progress_bar(total=levels * number, desc=doing, unit="grid", **options)
         for level in range(levels):
@@ -302,7 +302,7 @@ def rounded(scaled: Tensor, nudge: int) -> Tensor:
 
 def safest_nudge(scaled: Tensor) -> int:
     """The nudge with which the last digits of scaled probabilities matter least in `rounded`: that
-    with the largest distance, relative to the probability, to where rounding turns."""
+    with the largest distance, relative to the probability, from a rounding boundary."""
     turning = (1 - scaled.frac()).mul_(NUDGES).sub_(0.5)  # the nudge that makes it an integer
     nearest = turning.round()
     distance = (turning - nearest).abs_().div_(scaled)

@@ -31,7 +31,7 @@ class ModelToFolderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(ModelToFolderConfig):
-    """Turn images into a code dataset. The same command again continues a killed extraction.
+    """Turn images into a code dataset. Repeat the command to continue a killed extraction.
 
     Example: vqvae2 extract --vqvae runs/x/vqvae --data.path photos --output-dir runs/x/codes
     """
@@ -39,7 +39,7 @@ class ExtractConfig(ModelToFolderConfig):
     data: ImagesConfig
     """Where the images are: those that the autoencoder was trained on."""
     shard_size: int = 8192
-    """Images per Parquet shard (of a stream, each shard becomes one)."""
+    """Images per Parquet shard (streaming: each input shard becomes one)."""
     views: tuple[str, ...] = ("original",)
     """Rows per training image: original, flip, top_left, top_right, bottom_left, bottom_right
     (crops of nine tenths), flip_top_left, ... Held-out images are never changed."""
@@ -47,7 +47,7 @@ class ExtractConfig(ModelToFolderConfig):
     """bf16 is faster where the hardware supports it, and changes a few codes: how many is shown."""
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Up to 128 x 128 pixels each encodes
-    images of its own; above, they share them, and 1 may be fastest on a busy machine."""
+    its own images; above, all work on the same, and 1 may be fastest on a busy machine."""
     deterministic: bool = may_change(False)
     """On a GPU, sum in a fixed order: the same command gives the same codes again, but slower."""
 
@@ -177,7 +177,7 @@ class DrawConfig:
     top_k: tuple[int, ...] = ()
     """Only the k likeliest codes. One value, or one per level."""
     top_p: tuple[float, ...] = ()
-    """Only the smallest set of codes with this probability. One value, or one per level."""
+    """Only the fewest codes that together reach this probability. One value, or one per level."""
     min_p: tuple[float, ...] = ()
     """Only codes at least this likely, relative to the likeliest. One value, or one per level."""
     guidance_scale: tuple[float, ...] = (1.0,)
@@ -187,7 +187,7 @@ class DrawConfig:
     lanes: int = LANES
     """Images computed side by side: more is faster on a GPU, and changes the images' last bits."""
     bf16: bool = False
-    """Multiply in bfloat16 in the priors: faster, and other images."""
+    """Multiply in bfloat16 in the priors: faster, but gives other images."""
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Images depend on it in their last bits;
     1 may be fastest on a busy machine."""
@@ -195,9 +195,9 @@ class DrawConfig:
     """On CUDA, compile the priors' steps: slow to start, then ten times as fast. auto: on grids of
     at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
     parallel_positions: int = 0
-    """Positions whose codes are guessed and then computed in one call; 0 chooses, 1 is one after
-    the other. A PixelSNAIL takes more than 1 as all, and in bf16 as 1. The codes are the same, but
-    for ties in the last bit."""
+    """Positions whose codes are guessed and then computed in one call; 0: chosen for you; 1: one
+    at a time. For a PixelSNAIL, more than 1 means all, or in bf16 still 1. The codes are the same,
+    except for ties in the last bit."""
 
     def __post_init__(self) -> None:
         check_between(self, 0, MOST_ROWS, "parallel_positions")
@@ -238,12 +238,12 @@ class SampleConfig(SetConfig, EditConfig):
     attributes: tuple[str, ...] = may_change(())
     """Attributes that all images have, for priors that were trained with some."""
     receipt: str | None = may_change(None)
-    """Make the set of this receipt.json again. It says how many images, and all about how they are
-    drawn; of an edited set, --init-image and --mask must be given again."""
+    """Make the set of this receipt.json again. It says how many images there are and how they are
+    drawn; for an edited set, give --init-image and --mask again."""
     reject: str | None = None
-    """Keep only those of more candidates that this classifier finds best, in each class: a folder
-    that evaluate made, or a TorchScript or ONNX file. Or repeat the choice of an earlier output
-    folder."""
+    """Draw more candidates, and keep those that this classifier rates best in each class: a folder
+    that evaluate made, or a TorchScript or ONNX file. Or an earlier output folder, to repeat its
+    choice."""
     keep: float | None = None
     """With --reject: the share of the candidates that is kept; 0.2 if not set."""
     npz: bool = may_change(False)
@@ -267,14 +267,14 @@ class SampleConfig(SetConfig, EditConfig):
 class VerifyConfig(EditConfig):
     """Draw images of `vqvae2 sample` again, each by the receipt that it holds, and compare.
 
-    Exit code 0: all are equal; 1: some differ, and how much is shown; 2: it cannot be said, as one
-    holds no receipt, or is another pipeline's. Edited images need --init-image and --mask again.
+    Exit code 0: all are equal; 1: some differ (it shows how much); 2: it cannot tell, as one
+    holds no receipt or is another pipeline's. Edited images need --init-image and --mask again.
 
     Example: vqvae2 verify out/images/000000.png --pipeline runs/x/pipeline
     """
 
     files: tuple[str, ...] = may_change()
-    """Images, or folders that hold some. In front of all flags, --files may be left out."""
+    """Images, or folders that hold some. Given before all flags, they need no --files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -291,22 +291,22 @@ class ScoreConfig:
     pipeline: str = may_change()
     """A pipeline: a folder, or a Hub id."""
     data: ImagesConfig
-    """The images. In front of all flags, --data.path may be left out."""
+    """The images. Given before all flags, the path needs no --data.path."""
     output_dir: str = may_change()
     """The folder to write: scores.parquet, scores.csv and pictures of them."""
     labels: str | None = None
-    """The class to take all images for, or all: which class explains each best. If not given, it is
-    hidden from the priors."""
+    """The class to assume for all images; or all, to find the class that explains each best. If not
+    given, the class is hidden from the priors."""
     maps: bool = False
     """Also draw, for each image, where it is unusual: the bits of each level, the error, both."""
     heal: bool = False
     """Also draw unusual places anew, as the priors expect them, and show what that changes."""
     calibrate: bool = False
-    """The images are normal ones: store in the pipeline's folder how unusual these are. Of those
-    that it was trained on, only the held-out ones are taken."""
+    """The images are normal ones: store in the pipeline's folder how unusual these are. Of the
+    images of its own training, only the held-out ones are used."""
     false_alarm_rate: float | None = None
-    """Mark images, and places in them, that are more unusual than all but this share of normal
-    images, by what --calibrate stored: 0.01."""
+    """Mark images, and places in them, that are more unusual than all but this share of the
+    normal images that --calibrate recorded, such as 0.01."""
 
     def __post_init__(self) -> None:
         rate, key = self.false_alarm_rate, "false_alarm_rate"
@@ -320,8 +320,8 @@ class ScoreConfig:
 class CompressConfig:
     """Write images as .vq2 files of a few dozen bytes each: their codes, coded with the priors.
 
-    Lossy: an image becomes what the autoencoder makes of it (see reconstruct), and only for images
-    like those it was trained on it beats JPEG and its kin. The pipeline is needed to decompress.
+    Lossy: an image becomes what the autoencoder makes of it (see reconstruct). It beats JPEG and
+    its kin only on images like those it was trained on. The pipeline is needed to decompress.
 
     Example: vqvae2 compress photos --pipeline runs/x/pipeline --output-dir out
     """
@@ -329,7 +329,7 @@ class CompressConfig:
     pipeline: str = may_change()
     """A pipeline: a folder, or a Hub id."""
     data: ImagesConfig
-    """The images. In front of all flags, --data.path may be left out."""
+    """The images. Given before all flags, the path needs no --data.path."""
     output_dir: str = may_change()
     """The folder to write: images.vq2, an archive of all images."""
     separate: bool = False
@@ -353,7 +353,7 @@ class DecompressConfig:
     pipeline: str = may_change()
     """The pipeline that compressed them: a folder, or a Hub id."""
     files: tuple[str, ...] = may_change()
-    """.vq2 files, or folders that hold some. In front of all flags, --files may be left out."""
+    """.vq2 files, or folders that hold some. Given before all flags, they need no --files."""
     output_dir: str = may_change()
     """The folder to write."""
     levels: int | None = None
@@ -379,10 +379,10 @@ class ExtractedImagesConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedImagesConfig(ImagesConfig):
-    """The images that the model was trained on; what its training held out is found again."""
+    """The images that the model was trained on; those that its training held out are recognised."""
 
     path: str = may_change("")
-    """Where they are, as the training was told (see `vqvae2 train --help`)."""
+    """Where they are, as given to the training (see `vqvae2 train --help`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,14 +390,14 @@ class EvaluateConfig(DrawConfig, PartsConfig):
     """Say how good it is: reconstructions, samples, what was learned by heart, what to do next.
 
     Give a pipeline, or --vqvae alone to look at stage 1. --samples evaluates images of any model
-    instead. The same command again continues; more samples are added to those that are there.
+    instead. Repeat the command to continue; a larger --num-samples adds samples.
 
     Example: vqvae2 evaluate --pipeline runs/x/pipeline --data.path photos --output-dir evaluation
     """
 
     samples: str | None = None
     """Images of any model, instead of sampling; with --vqvae or --pipeline they and the real ones
-    are prepared as it wants them, else to the size of the first one."""
+    are prepared as for that model, else resized to the first sample's size."""
     data: EvaluatedImagesConfig = field(default_factory=EvaluatedImagesConfig)
     """The real images."""
     output_dir: str = may_change("")
@@ -405,8 +405,8 @@ class EvaluateConfig(DrawConfig, PartsConfig):
     num_samples: int = may_change(1000)
     """How many images to sample; papers take 50,000."""
     features: str = may_change("classifier")
-    """What sees the images: classifier (a network that is trained on the real ones), inception
-    (FID), efficientnet (of the extra evaluate), timm:NAME, or a TorchScript or ONNX file."""
+    """The network whose features are compared: classifier (trained here on the real images),
+    inception (FID), efficientnet (pip extra evaluate), timm:NAME, or a TorchScript or ONNX file."""
     weights_file: str | None = may_change(None)
     """The weights of --features inception or timm:NAME: a local file."""
     statistics_file: str | None = may_change(None)
@@ -435,11 +435,11 @@ class EvaluateConfig(DrawConfig, PartsConfig):
 class DoctorConfig(PartsConfig):
     """Find silent errors of trained parts, in seconds: a line per check, exit code 1 if any fails.
 
-    Give a pipeline, or any of autoencoder, codes and priors; the more, the more is checked. Every
+    Give a pipeline, or any of autoencoder, codes and priors: more parts allow more checks. Every
     prior: no logit sees its own code or a later one, cached sampling equals the plain loop,
-    condition, labels and gradients arrive. With codes: the condition lowers the held-out loss,
+    condition and labels matter, gradients flow. With codes: the condition lowers the held-out loss,
     which is below that of frequencies alone. The autoencoder: every code survives a round trip.
-    The codes: all rows are there, and images encoded again get theirs. All: they belong together.
+    The codes: all rows are there, and re-encoded images match them. All: they belong together.
 
     Example: vqvae2 doctor --pipeline runs/photos/pipeline --codes runs/photos/codes
     """
@@ -556,7 +556,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenImageConfig:
-    """How a file becomes an image, where it is not to be chosen (see `vqvae2 train --help`)."""
+    """How a file becomes an image; what is not given is chosen (see `vqvae2 train --help`)."""
 
     size: tuple[int, ...] = ()
     """Height and width in pixels, or one number for both."""
@@ -573,7 +573,7 @@ class ChosenConfig:
     """All stages on a user's own images, with settings that are chosen."""
 
     recipe: str = field(default="", metadata={"recipe_only": True})
-    """Settings that win over the chosen ones: a recipe's name, or a YAML file (--config)."""
+    """Settings that override the chosen ones: a recipe's name, or a YAML file (--config)."""
     data: ImagesConfig
     """Where the images are."""
     output_dir: str = may_change()
@@ -581,15 +581,15 @@ class ChosenConfig:
     image: ChosenImageConfig = field(default_factory=ChosenImageConfig)
     """How files become images."""
     flips: Literal["auto", "yes", "no"] = "auto"
-    """Whether mirrored images are further training images: auto for less than 20,000 images."""
+    """Whether to train on mirrored images too; auto: if there are fewer than 20,000 images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(ChosenConfig):
     """Everything, from images to samples: train, extract, train the priors, assemble, sample.
 
-    What is not set is chosen by what the images are and by the time there is; OUTPUT/recipe.yaml
-    says what and why, and --config RECIPE wins over it. The same command again continues.
+    What is not set is chosen to suit the images and the budget; OUTPUT/recipe.yaml says what and
+    why, and --config RECIPE overrides it. Repeat the command to continue.
 
     Example: vqvae2 run --data.path photos --output-dir runs/photos --budget 30m
     """
@@ -604,9 +604,9 @@ class RunConfig(ChosenConfig):
 class CompareConfig(ChosenConfig):
     """Does hierarchy help your images? Train one, two and three levels alike, and compare them.
 
-    Each spends as many bits on an image, and as many minutes on its autoencoder and small priors;
+    Each spends equally many bits on an image, and equal time on its autoencoder and small priors;
     all else is chosen as by `vqvae2 run`. OUTPUT/index.html answers in words, and shows errors,
-    bits, distances and pictures side by side. The same command again continues.
+    bits, distances and pictures side by side. Repeat the command to continue.
 
     Example: vqvae2 compare --data.path photos --minutes 20 --output-dir runs/compare
     """
@@ -622,8 +622,8 @@ class CompareConfig(ChosenConfig):
 class DemoConfig:
     """Train everything on the Fashion-MNIST images that come with the package, and sample.
 
-    Takes eleven minutes on two CPU cores, less where they compute in bfloat16. Run again, it skips
-    what is finished; killed, it continues.
+    Takes eleven minutes on two CPU cores, less where they compute in bfloat16. Run it again to
+    continue after a kill; finished stages are skipped.
     """
 
     output_dir: str = may_change("runs/demo")

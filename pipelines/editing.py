@@ -131,8 +131,8 @@ def log_likelihood(
     vectors: Tensor | None = None,
 ) -> Tensor:
     """ln p of each image's codes by level, given the coarser ones: `(B, levels)` float64, in nats.
-    `labels` are one for all images or one each; none without classes (else a `UserError`). So for
-    `vectors` `(1, V)` or `(B, V)`; None hides them."""
+    `labels` are one for all images or one each; none without classes (else a `UserError`).
+    Likewise `vectors` `(1, V)` or `(B, V)`; None hides them."""
     number, levels = len(codes[0]), []
     classes = class_tensor(labels, number)
     if vectors is not None:

@@ -120,7 +120,7 @@ class VQVAE2Pipeline:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes that labels number; empty if no prior has classes."""
+        """The classes that label numbers stand for; empty if no prior has classes."""
         return max((prior.config.class_names for prior in self.priors), key=len)
 
     @property
@@ -182,7 +182,7 @@ class VQVAE2Pipeline:
                 `compiled` and `bf16`.
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
-            bf16: multiply in bfloat16 in the priors: faster, and other images.
+            bf16: multiply in bfloat16 in the priors: faster, but gives other images.
             compiled: on CUDA, whether the priors' steps are compiled first; see `Prior.sample`.
             parallel_positions: codes of a level that are guessed and then computed in one call; 0
                 chooses; see `prior.predictive`.
@@ -288,8 +288,8 @@ class VQVAE2Pipeline:
 
     def log_likelihood(self, images: Any, labels: Labels = None, conditions: Any = None) -> Tensor:
         """ln p of the codes of images, `(B, levels)` float64 in nats: what each prior gives to its
-        level, of which the sum is the joint one. (Codes do not hold all of an image's pixels.) One
-        label for all images, or one per image; None hides them, where they can be. So for
+        level; their sum is the joint one. (Codes do not hold all of an image's pixels.) One
+        label for all images, or one per image; None hides them, where they can be. Likewise for
         conditions."""
         given = self.given_or_hidden(labels), self.as_vectors(conditions)
         return editing.log_likelihood(self.priors, self.encode(images), *given)

@@ -50,7 +50,7 @@ class Origin:
         given, here = (str(origin.known_hash)[:12] for origin in (self, own))
         if self.sampler_version != own.sampler_version:
             how = f"drawn by version {self.sampler_version} of the sampler, but this is version "
-            how += f"{own.sampler_version}, which draws other images: use the vqvae2 of that time"
+            how += f"{own.sampler_version}, which draws other images: use the vqvae2 that drew it"
         elif self.pipeline_hash != own.pipeline_hash:
             how = f"drawn by the pipeline {self.pipeline_hash[:12]}, but this pipeline is "
             how += f"{own.pipeline_hash[:12]}: give the one that drew it"

@@ -132,9 +132,9 @@ def _choice_of(other: Mapping[str, Any], config: SampleConfig, run: RunRecord) -
 
 
 def best(scores: Sequence[float], turn: Sequence[int], number: int, keep: float) -> list[int]:
-    """The indices of the best candidates: of each label as many as among `number` images that take
-    the labels in turn, so many that they are the share `keep` of its first candidates. Of equal
-    ones, the first. They come with their labels in turn, too."""
+    """The indices of the best candidates: of each label as many as `number` images have that take
+    the labels in turn, chosen from so many of its first candidates that they are the share `keep`
+    of them. Of equal ones, the first. They come with their labels in turn, too."""
     groups: dict[int, list[int]] = {}
     for i in range(len(scores)):
         groups.setdefault(turn[i % len(turn)], []).append(i)

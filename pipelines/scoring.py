@@ -182,7 +182,7 @@ def best_label(tried: Sequence[Scores]) -> Scores:
 
 @dataclass(frozen=True)
 class Normal:
-    """How unusual normal images are that trained nothing, and how unusual their most unusual place:
+    """How unusual unseen normal images are, and how unusual their most unusual place:
     of a new normal image, either is among the highest k of n + 1 with probability k / (n + 1)
     (conformal prediction)."""
 
@@ -198,7 +198,7 @@ class Normal:
         path = folder / NORMAL_NAME
         if not path.exists():
             what = f"{folder} does not know how unusual normal images are"
-            raise UserError(f"{what}: run vqvae2 score --calibrate on some that trained nothing.")
+            raise UserError(f"{what}: run vqvae2 score --calibrate on some it was not trained on.")
         stored = from_dict(cls, read_json(path), str(path))
         if (stored.pipeline_hash, stored.labels) != (pipeline_hash, labels):
             what = f"{path} is of another pipeline, or of labels = {stored.labels!r}"

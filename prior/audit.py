@@ -315,7 +315,7 @@ def check_condition_helps(prior: Prior, rows: Rows) -> str | None:
 
 @check("vector helps", "Train it longer; or the condition column says nothing about the images.")
 def check_vector_helps(prior: Prior, rows: Rows) -> str | None:
-    """So for vectors: shuffling them costs likelihood."""
+    """Likewise for vectors: shuffling them costs likelihood."""
     return _others_cost(prior, rows, "vectors", range(prior.config.level, len(rows.condition)))
 
 

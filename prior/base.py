@@ -43,8 +43,8 @@ class Prior(Artifact, nn.Module, ABC):
     fixed_shapes: ClassVar[bool] = False
     """Whether no shape in `step` depends on the position, so that a CUDA graph can hold it."""
     has_windows: ClassVar[bool] = False
-    """Whether `step` computes windows of positions, of each image its own. Families without compute
-    one position in a call, by `step`, or all of them, by `forward`."""
+    """Whether `step` computes windows of positions, each image its own. Other families compute
+    one position per call, by `step`, or all of them, by `forward`."""
 
     @abstractmethod
     def forward(
@@ -165,8 +165,8 @@ class Prior(Artifact, nn.Module, ABC):
                 default on levels of at least `COMPILED_POSITIONS`.
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
-                A family without windows takes more than 1 to be all, which is not compiled, and in
-                bf16 to be 1.
+                For a family without windows more than 1 means all, which is not compiled, or in
+                bf16 still 1.
             plain: without caches, slowly: the definition, which all else equals but for ties.
 
         Raises:

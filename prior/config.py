@@ -30,7 +30,7 @@ class TransformerConfig:
     num_layers: int = 8
     """Causal blocks."""
     num_heads: int = 4
-    """Attention heads; 4 times their number divides the width."""
+    """Attention heads; the width must be a multiple of 4 times their number."""
     num_condition_layers: int = 2
     """Blocks of the network that reads the coarser levels' codes; they see all positions."""
     dropout: float = 0.1
@@ -181,16 +181,16 @@ class TrainPriorConfig(TrainingConfig):
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
     """The network of the family pixelsnail."""
     codes_cache: str | None = may_change(None)
-    """Fast local disk for decoded codes of more than 2 GiB; by default the dataset's own folder."""
+    """Folder on a fast local disk for decoded codes above 2 GiB; by default the dataset's own."""
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them. (Condition vectors are used in
-    any case: without labels, instead of them.)"""
+    any case, with labels or without.)"""
     label_dropout: float = 0.1
-    """Share of rows whose label is hidden in training, which classifier-free guidance needs; so for
-    condition vectors, with the label or alone."""
+    """Share of rows whose label is hidden in training, which classifier-free guidance needs;
+    likewise for condition vectors, together with the label or alone."""
     token_corruption: float = 0.0
-    """Share of codes replaced by random ones where they are read, not where they are predicted:
-    sampling then survives its own mistakes."""
+    """Share of codes replaced by random ones in what the prior reads, not in what it predicts:
+    sampling then tolerates its own mistakes."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     weight_decay: float = 0.05

@@ -2,7 +2,7 @@
 
 A CUDA graph replays the same kernels on the same addresses. So positions are tensors, no shape
 depends on them, and the sampling state of the first batch is refilled for the batches after it,
-with the copies of weights in it: what moved in the meantime is sampled from as it is now.
+with its copies of weights: if they changed meanwhile, sampling uses them as they are now.
 """
 
 import logging
@@ -92,7 +92,7 @@ def _record(prior: Any, state: Any, shape: tuple[int, int], record: Callable) ->
         return position + 1  # a graph without a result is a special case, which nobody tests
 
     # Compilers work, and fail, at the first call.
-    logger.info("compiling the steps of level %d, which takes up to some minutes", level)
+    logger.info("compiling the steps of level %d, which may take some minutes", level)
     torch._dynamo.config.recompile_limit = 64  # all levels, and sizes of batches, share one count
     step, start_row = record(step), record(start_row)
     try:

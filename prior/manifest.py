@@ -219,8 +219,8 @@ class CodeDataset(Dataset):
         return counts
 
     def unigram_bits(self, level: int, train: "CodeDataset") -> float:
-        """What a code of a level costs here by frequency alone, in bits: by how often the training
-        rows (200,000 are enough) have it, counted once more so that none is impossible."""
+        """What a code of a level costs here by frequency alone, in bits: by its count in the
+        training rows (200,000 are enough), plus one so that none is impossible."""
         step = 1 + len(train) // 200_000
         counts, known = self.counts(level), train.counts(level, step=step) + 1
         return float(np.average(-np.log2(known / known.sum()), weights=counts))

@@ -22,7 +22,7 @@ from prior.sampling import Known, SamplingConfig, draw
 
 # Positions of all images together that a call computes at not much more than the cost of one: it
 # reads all weights anyway (see benchmarks/sampling.py). Other numbers here mean other last bits of
-# the images: count SAMPLER_VERSION up.
+# the images: increment SAMPLER_VERSION.
 ROWS = {"cpu": 64, "cuda": 1024}
 MOST = {"cpu": 32, "cuda": 64}
 # Families without windows compute whole grids on a CPU up to so many weights x images x the root of

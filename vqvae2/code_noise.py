@@ -1,4 +1,4 @@
-"""A decoder that forgives: while it learns, some codes are replaced before it reads them.
+"""A decoder that tolerates wrong codes: in training, some are replaced before it reads them.
 
 Letters: B batch, D code dimension, h w code grid, K codebook size, n neighbours.
 """

@@ -67,13 +67,13 @@ class QuantizerConfig:
 
     kind: Literal["ema", "gradient", "cosine", "fsq"] = "ema"
     """ema: each code is a running average of its features. gradient: codes learn by gradient
-    descent. cosine: as ema, with features and codes of length 1 (suits small code_dims, 8 to 32).
+    descent. cosine: like ema, with unit-length features and codes (suits small code_dims, 8 to 32).
     fsq: no codebook to learn, each dimension is rounded to a few values."""
     estimator: Literal["straight_through", "rotation"] = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated and scaled as the
     features would be to become the code."""
     beta: float = recipe_only(0.25)
-    """Weight of the commitment loss, which the encoder pays: ||z - sg(e)||^2."""
+    """Weight of the commitment loss, which trains the encoder: ||z - sg(e)||^2."""
     decay: float = 0.99
     """Decay of the running averages: of the codes (ema, cosine) and of how often each is used."""
     start_from_data: bool = True
@@ -111,19 +111,19 @@ class VQVAE2Config:
     """D, the dimension of a code: one number for all levels, or one per level (not for fsq)."""
     network: Literal["paper", "resnet"] = added("paper")
     """paper: that of the VQ-VAE-2 paper. resnet: that of VQGAN and LlamaGen, with group norm, and
-    attention on the coarsest grid: fewer errors, for several times the computation."""
+    attention on the coarsest grid: a lower error, for several times the computation."""
     hidden_channels: int = 128
     """E, the width of encoders and decoders, and of the features that they exchange."""
     width_multipliers: tuple[float, ...] = added((), recipe_only=True)
     """resnet: the width at each resolution as a multiple of hidden_channels, from the top's grid to
-    the image. Without them, 1 on the code grids, then 1/2, then 1/4."""
+    the image. If empty: 1 on the code grids, then 1/2, then 1/4."""
     residual_channels: int = recipe_only(32)
-    """Width inside a residual block (the paper: 64); resnet has none."""
+    """Width inside a residual block (64 in the paper); not for resnet."""
     num_residual_blocks: int = recipe_only(2)
     """Residual blocks per encoder and decoder; resnet: per resolution, one more in a decoder."""
     level_dropout: float = 0.1
-    """Share of the training images decoded without the finer levels, from the top down to a random
-    level. Without it the bottom does everything, and the coarser levels carry next to nothing."""
+    """Share of the training images decoded without the finer levels, only from the top to a random
+    one. Without it the bottom does everything, and the coarser levels carry next to nothing."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """How features become codes."""
 
@@ -151,7 +151,7 @@ class VQVAE2Config:
         if self.width_multipliers:
             is_resnet, number = self.network == "resnet", 1 + int(math.log2(stride))
             fits = is_resnet and len(self.width_multipliers) == number
-            allowed = f"{number} numbers (here are so many resolutions) with the network resnet"
+            allowed = f"{number} numbers (one per resolution), with the network resnet"
             check(fits, "width_multipliers", self.width_multipliers, allowed)
             check_between(self, 1e-3, 1e3, "width_multipliers")
         allowed = f"divisible by {stride}, the product of the strides {self.strides}"
@@ -222,11 +222,11 @@ class ImagesConfig:
     image_column: str | None = None
     """The column of images in a table or list, if it cannot be guessed."""
     label_column: str | None = None
-    """The column of classes in a table or list, if it is not named label; none leaves all labels
-    alone, those of folders and tar shards too."""
+    """The column of classes in a table or list, if it is not named label; none ignores all
+    labels, those of folders and tar shards too."""
     condition_column: str | None = added(None)
-    """A column that priors are conditioned on, beside the classes or without any: a number or a
-    list of floats (as many in each row), or, but of a stream, a list of names (attributes)."""
+    """A column that priors are conditioned on, with or without classes: a number, a list of floats
+    (equally many in each row) or, except in a stream, a list of names (attributes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +234,10 @@ class AugmentationConfig:
     """Random changes of the training images, a function of (seed, epoch, image) alone."""
 
     horizontal_flip: bool = False
-    """Mirror every other image."""
+    """Mirror half of the images, at random."""
     crop: Literal["off", "random", "random_resized"] = "off"
-    """off: as image.fit says. random: the largest area of the right proportions, at a random place.
-    random_resized: an area of random size, proportions and place."""
+    """off: as image.fit says. random: the largest area of the right aspect ratio, placed at random.
+    random_resized: an area of random size, aspect ratio and position."""
     crop_area: tuple[float, float] = recipe_only((0.35, 1.0))
     """random_resized: smallest and largest share of the picture's area."""
 
@@ -251,11 +251,11 @@ class DataConfig(ImagesConfig):
     """Where the images are, and how they are loaded for training."""
 
     num_workers: int = may_change(0)
-    """Processes (streaming: threads) that load batches beside each training process."""
+    """Processes (streaming: threads) that load batches for each training process."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Random changes of the training images."""
     shuffle_buffer: int = recipe_only(1000)
-    """Streaming: rows in memory, of which the next is taken at random. Shards are shuffled too."""
+    """Streaming: rows in memory; the next is drawn from them at random. Shards are shuffled too."""
 
     def __post_init__(self) -> None:
         check_between(self, 0, MOST_WORKERS, "num_workers")
@@ -266,7 +266,7 @@ class DataConfig(ImagesConfig):
 class PrepareConfig:
     """Decode and resize images once, into Parquet shards that are read at the speed of memory.
 
-    Train with --data.path PREPARED. For random crops, make the images larger here than there.
+    Train with --data.path PREPARED. For random crops, prepare larger images than you train on.
 
     Example: vqvae2 prepare --data.path photos --image.size 128 --output-dir prepared
     """
@@ -276,9 +276,9 @@ class PrepareConfig:
     image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     """How files become images: as in the training to come."""
     output_dir: str = may_change()
-    """Folder of the prepared images. The same command again continues a killed preparation."""
+    """Folder of the prepared images. Repeat the command to continue a killed preparation."""
     shard_size: int = 4096
-    """Images per Parquet shard (of a stream, each shard becomes one)."""
+    """Images per Parquet shard (streaming: each input shard becomes one)."""
     num_threads: int = may_change(0)
     """Threads that decode, for each process; 0 for one per core."""
 
@@ -289,10 +289,10 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualConfig:
-    """A loss that compares images as a VGG that was trained on photographs sees them."""
+    """A loss that compares images by the features of a VGG trained on photographs."""
 
     weight: float = 0.0
-    """Its weight beside the reconstruction loss; 0 is off, 0.1 to 1 usual."""
+    """Its weight relative to the reconstruction loss; 0 is off, 0.1 to 1 is usual."""
     weights_file: str | None = may_change(None)
     """torchvision's VGG weights (.pth or .safetensors); LPIPS if its lin0 to lin4 are there too."""
 
@@ -309,15 +309,15 @@ class DiscriminatorConfig:
     """
 
     weight: float = 0.0
-    """Weight of fooling it, relative to the reconstruction's pull; 0 is off, 0.8 VQGAN's."""
+    """Weight of fooling it, relative to the reconstruction's gradient; 0 is off, 0.8 is VQGAN's."""
     start_step: int = 5000
-    """Step from which the autoencoder tries to fool it: when the reconstruction is good already."""
+    """Step from which the autoencoder tries to fool it; reconstructions should be good by then."""
     learning_rate_factor: float = recipe_only(0.1)
     """Its learning rate, as a multiple of the autoencoder's."""
     adam_betas: tuple[float, float] = recipe_only((0.5, 0.9))
     """Its AdamW decay rates."""
     hidden_channels: int = recipe_only(64)
-    """Width of its first layer; it doubles with each further one, up to eight times."""
+    """Width of its first layer; it doubles with each further one, to at most 8 times this."""
     num_layers: int = 3
     """Halvings of the image before a patch is judged: 3 for patches of 70 pixels, 2 of 34."""
 
@@ -340,7 +340,7 @@ class TrainVQVAEConfig(TrainingConfig):
     """
 
     output_dir: str = may_change()
-    """Folder of the run. The same command again continues it."""
+    """Folder of the run. Repeat the command to continue it."""
     data: DataConfig
     """Where the images are."""
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
@@ -355,10 +355,10 @@ class TrainVQVAEConfig(TrainingConfig):
     """An optional patch discriminator."""
     code_noise: float = 0.0
     """Share of the training images in which codes are replaced by near neighbours before the image
-    decoder reads them: it learns to forgive the errors of priors. The last weights are kept."""
+    decoder reads them: it learns to tolerate errors of priors. The last weights are kept."""
     finetune: Literal["all", "decoder"] = "all"
-    """What learns after --init-from. decoder: the image decoder alone; the rest of that model, its
-    settings too, stays as it is, so that codes and priors that were made with it remain valid."""
+    """What is trained after --init-from. decoder: the image decoder alone; the rest of that model
+    and its settings stay as they are, so that codes and priors made with it remain valid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

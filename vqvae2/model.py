@@ -170,7 +170,7 @@ class VQVAE2(Artifact, nn.Module):
         """Compile the networks in place, but not the quantizers, which synchronise processes.
 
         Each for its own shapes, in training and evaluation. As all have the same `forward`, Dynamo
-        counts their graphs together, and at its limit, 8, would leave the others as they are.
+        counts their graphs together, and at its limit, 8, would leave the rest uncompiled.
         """
         torch._dynamo.config.recompile_limit = 64
         kwargs = {"dynamic": False, **kwargs}

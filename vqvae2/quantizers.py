@@ -153,7 +153,7 @@ class CodebookQuantizer(Quantizer):
         if self._started is None:
             self._started = bool(self.num_updates > 0)
         if not self._started and self.config.start_from_data:
-            # On a GPU sums are rounded in any order: each process's centres would be others.
+            # On a GPU sums are rounded in any order: each process's centres would differ.
             centres = k_means(gather_rows(vectors), self.codebook_size)
             self.codebook.copy_(from_main_process(self.normalize(centres)))
         self._started = True

@@ -27,8 +27,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, h, w)` to the same shape.
 
-        On a CPU the threads share the pixels of a batch. Where one's share ended inside an image,
-        its sums would depend on its place: then each image is computed on its own.
+        On a CPU the threads share the pixels of a batch. If a thread's share ended inside an
+        image, its sums would depend on its place: then each image is computed on its own.
         """
         if torch.is_grad_enabled() or features.is_cuda or torch.compiler.is_compiling():
             return super().forward(features)
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """A convolution of stride 2, padded at the right and below alone."""
+    """A convolution of stride 2, padded only on the right and at the bottom."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, stride=2)
@@ -103,8 +103,8 @@ class Upsample(nn.Conv2d):
 def make_encoder(in_channels: int, level: int, config: VQVAE2Config) -> Network:
     """`(B, in_channels, s*h, s*w)` to `(B, E, h, w)`, s the level's stride.
 
-    Residual blocks on the finest grid are for images alone: on others the features that are read
-    come out of such blocks.
+    Only the encoder that reads images has residual blocks on its finest grid: what the others
+    read comes out of such blocks already.
     """
     widths = _widths(level, config)[::-1]  # fine to coarse
     channels, layers = widths[0], [conv3x3(in_channels, widths[0])]

@@ -66,7 +66,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         logger.info("%s: %s.", output_dir, conclusion(output_dir, config))
         return
     if config.discriminator.weight and accelerator.mixed_precision == "fp16":
-        raise UserError("gradients of a discriminator vanish in fp16: use bf16 or no with one.")
+        raise UserError("with a discriminator, gradients vanish in fp16: use bf16 or no.")
 
     # The networks.
     check_memory(lambda: VQVAE2(config.model))
@@ -183,7 +183,7 @@ def autoencoder_of(net: Trained) -> VQVAE2:
 
 
 def with_finetuned_model(config: TrainVQVAEConfig) -> TrainVQVAEConfig:
-    """The configuration with the model of which the decoder is to be fine-tuned, if it is.
+    """The configuration with the model whose decoder is to be fine-tuned, if one is.
 
     Raises:
         UserError: another model is asked for, or there is none in the folder.

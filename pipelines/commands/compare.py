@@ -69,11 +69,11 @@ ROUNDS = 3  # in which steps are timed
 SHOWN = 12  # held-out images
 REPORT = Path("evaluation", "report", "figures.json")
 MEANINGS = {
-    "codes": "the grids, and of how many codes each",
-    "bits per image": "what an image becomes; alike, to be fair",
+    "codes": "the grids, and the codebook size of each",
+    "bits per image": "what an image takes; equal, to be fair",
     "codes in use": "those that occur in held-out images",
-    "MSE, PSNR": "how exactly held-out images come back: a low error, many decibels",
-    "with the priors": "what is left to say to somebody who knows what is usual",
+    "MSE, PSNR": "how exactly held-out images come back: low error, high decibels",
+    "with the priors": "what an image still takes if one knows what is usual",
     "distance": "how far images as a set are from real ones, 0 at best: reconstructions show what "
     "the autoencoder loses, samples also what the priors lose, real images what chance does",
 }
@@ -189,7 +189,7 @@ def equal_sizes(model: VQVAE2Config) -> dict[str, tuple[int, ...]]:
 
 
 def bits_of(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> float:
-    """Bits of an image whose codes are all alike likely."""
+    """Bits of an image whose codes are all equally likely."""
     return sum(math.prod(grid) * math.log2(size) for grid, size in zip(grids, sizes, strict=True))
 
 

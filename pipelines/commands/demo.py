@@ -38,7 +38,7 @@ Made in {root}/:
 Held out: reconstruction MSE {mse:.4f} (pixels in [-1, 1])
 {levels}
 
-Beside held-out images. FD: how far they are, 0 at best; precision: the share that looks real;
+Against held-out images. FD: how far they are, 0 at best; precision: the share that looks real;
 recall: the share of real images that look like one of these
 {figures}
 
@@ -92,7 +92,7 @@ def find_threads(root: Path, config: DemoConfig) -> int:
     first = stages_of(PlanConfig(recipe="", planned=config))[0]
     threads = 0 if not use_cpu() else fastest_number(lambda: step_seconds(first))
     if threads:
-        logger.info("One thread: more are slower now, beside other programs.")
+        logger.info("One thread: with other programs running, more are slower now.")
     return threads
 
 

@@ -77,7 +77,7 @@ def load(config: DoctorConfig) -> dict[str, Any]:
     folder, prior_folders = part_folders(config.pipeline, config.vqvae, config.priors)
     if folder is None and not prior_folders and config.codes is None:
         some = "--pipeline DIR, or any of --vqvae DIR, --codes DIR and --priors DIR DIR"
-        raise UserError(f"nothing to check: give {some}; the more, the more is checked.")
+        raise UserError(f"nothing to check: give {some}; the more you give, the more is checked.")
     device, codes = processes().device, Path(config.codes) if config.codes is not None else None
     vqvae = VQVAE2.from_pretrained(folder).to(device) if folder is not None else None
     priors = [load_prior(prior_folder).to(device) for prior_folder in prior_folders]

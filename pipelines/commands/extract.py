@@ -286,7 +286,7 @@ def _finish(output_dir: Path, config: ExtractConfig, model: VQVAE2, found: Parts
 
 
 def _report_changes(model: VQVAE2, part: Part) -> None:
-    """Say how many codes of some images are others in bf16."""
+    """Log how many codes of some images differ in bf16."""
     items = islice(part.items(), 4 * LANES)
     choices = {split: [no_change] for split in SPLITS}
     pixels = [

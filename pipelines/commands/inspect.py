@@ -59,8 +59,8 @@ def _inspect(config: InspectConfig, has_own_folder: bool) -> None:
         images = load_images(data, settings, show_progress=False).train
         split = "training" if own else "other"
     if len(images) < 2:
-        what = f"{data.path} has {len(images)} images to look at, and codes are exchanged"
-        raise UserError(f"{what} between two: give more.")
+        what = f"{data.path} has {len(images)} images to look at, and codes are swapped"
+        raise UserError(f"{what} between images: give two or more.")
 
     # One process does it all.
     if state.is_main_process:

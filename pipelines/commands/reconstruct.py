@@ -90,7 +90,7 @@ def write_reconstructions(vqvae: VQVAE2, images: ImageDataset, output_dir: str |
 
 
 def below_their_folder(names: Sequence[str]) -> list[str]:
-    """Names as they are; absolute paths from the folder that holds all of them on."""
+    """Names as they are; absolute paths relative to the folder that holds all of them."""
     if not all(map(os.path.isabs, names)):
         return [*names]
     root = os.path.commonpath(map(os.path.dirname, names))

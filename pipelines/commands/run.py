@@ -150,7 +150,7 @@ def finished(
         names = ("train", "extract", *(stage.name for stage in stages[1:]), "sample", "evaluate")
         for name in names:
             recipe[name] = {"num_threads": threads, **(recipe.get(name) or {})}
-        reasons.append("one thread: more are slower now, beside other programs")
+        reasons.append("one thread: with other programs running, more are slower now")
 
     # Steps: as many as the budget allows at this machine's speed; finer priors need more.
     weights = [2**level for level in range(len(stages) - 1)]
@@ -278,7 +278,7 @@ def summary(root: Path, images: ImagesConfig) -> str:
     """How good it is, in words, and what to do next."""
     # The autoencoder, and each prior.
     manifest, stage_1 = read_manifest(root / "codes"), best_validation(root / "vqvae")
-    lines = ["No image was held out, as there are too few: how good it is, only you can see."]
+    lines = ["No image was held out, as there are too few: only you can see how good it is."]
     if stage_1:
         lines = [f"Reconstructions of held-out images: {quality(stage_1['mse'])}."]
     for level, size in enumerate(manifest.codebook_sizes):
@@ -301,7 +301,7 @@ def summary(root: Path, images: ImagesConfig) -> str:
         f"  vqvae2 evaluate --pipeline {folder}/pipeline {data} \\",
         f"    --output-dir {folder}/evaluation",
         f"  vqvae2 inspect --vqvae {folder}/vqvae {data}",
-        f"  for better ones, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
+        f"  for better images, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
         "  --config (with another --output-dir); a longer --budget raises it, to 400 passes",
     ]
     return "\n".join(lines)

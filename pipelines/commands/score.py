@@ -124,8 +124,8 @@ def _find(config: ScoreConfig, pipeline: VQVAE2Pipeline) -> Parts:
                     held_out.append(replace(part, splits=SPLITS[1:], items=items))
             return replace(found, parts=tuple(held_out))
         logger.warning(
-            "%s: these are not the images that trained the pipeline. Any that did look less "
-            "unusual than new ones, so leave them out.",
+            "%s: these are not the pipeline's training images. Any that it was trained on look "
+            "less unusual than new ones, so leave them out.",
             config.data.path,
         )
     return work_parts.find_parts(config.data, replace(settings, validation_fraction=0), PART_SIZE)
@@ -269,8 +269,8 @@ def _finish(job: _Job, rows: Path) -> None:
 def _store_normal(
     config: ScoreConfig, pipeline: VQVAE2Pipeline, table: pa.Table, *, anew: bool = True
 ) -> None:
-    """Write how unusual the images of a table are beside the pipeline, as what normal ones are; not
-    `anew`, only if the pipeline knows nothing of the kind."""
+    """Store in the pipeline's folder how unusual a table's images are, as normal ones; without
+    `anew`, only if nothing of the kind is stored there."""
     values, places = (tuple(table[name].to_pylist()) for name in ("score", "worst_place"))
     home, pipeline_hash = Path(config.pipeline).expanduser(), _hash_of(pipeline)
     normal = Normal(config.labels, pipeline_hash, values, places)

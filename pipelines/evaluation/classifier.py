@@ -66,8 +66,8 @@ class ClassifierConfig:
 
 
 class Classifier(Artifact, nn.Module):
-    """Convolutions whose means over all positions, at every scale, are the features: what is fine
-    (noise, blur) shows in the first ones, what is seen in the last."""
+    """Convolutions whose means over all positions, at every scale, are the features: fine detail
+    (noise, blur) shows in the first ones, what is depicted in the last."""
 
     config_class = ClassifierConfig
 
@@ -259,7 +259,7 @@ def transform(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Images `(B, C, H, W)` under a Gaussian of this many pixels."""
+    """Images `(B, C, H, W)` blurred by a Gaussian of this many pixels."""
     radius, channels = math.ceil(2 * sigma), images.shape[1]
     window = torch.exp(-torch.arange(-radius, radius + 1.0).square() / (2 * sigma**2))
     window = (window / window.sum()).expand(channels, 1, -1)
@@ -303,8 +303,8 @@ def accuracy_scores(
     """Classification accuracy scores (the paper's section 4.3): how well a classifier that has seen
     nothing but one of several sets recognizes real images that are held out.
 
-    All are trained alike, on the same number of images: that of the smallest set, of each other one
-    as many, at random. For `seed`, `share` and `device` see `train_classifier`.
+    All are trained alike, on the same number of images: that of the smallest set, drawn at random
+    from each larger one. For `seed`, `share` and `device` see `train_classifier`.
 
     Args:
         training: images and their class numbers by name: real ones, reconstructions, samples.

@@ -65,12 +65,12 @@ class Extractor:
 
     @property
     def distance_name(self) -> str:
-        """Of the Frechet distance: "FID" only where it can be compared with that of papers."""
+        """Name of the Frechet distance: "FID" only where it can be compared with that of papers."""
         return "FID" if self.is_published else f"FD ({self.name})"
 
     @property
     def kernel_distance_name(self) -> str:
-        """Of the kernel distance, likewise."""
+        """Name of the kernel distance, likewise."""
         return "KID" if self.is_published else f"KD ({self.name})"
 
     @property
@@ -264,7 +264,7 @@ def kept_arrays(
     images_hash: str,
     compute: Callable[[], dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """What was worked out of a set of images with an extractor, from `folder` or, once, anew.
+    """What was computed from a set of images with an extractor: from `folder`, else computed now.
 
     Args:
         images_hash: of the images' content: what it is kept by, with the extractor's identity.

@@ -77,7 +77,7 @@ def memorised(
 ) -> tuple[dict[str, Any], dict[str, Image.Image]]:
     """How close samples are to training images, by space (features, pixels, codes of a level); and
     the closest pairs, by space. `made` are the held-out images as they are reconstructed."""
-    # What is blurred is close to much, so samples are compared with what is blurred alike.
+    # Blurred images are close to many, so samples are compared with equally blurred ones.
     new, training = made or held_out, train.images
     known = new.features if new else None
     found = {"features": closeness(train.features, known, samples.features)}

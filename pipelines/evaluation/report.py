@@ -38,7 +38,7 @@ MEANINGS = {
     "precision": "the share of images that look like real ones: low means that many are wrong",
     "recall": "the share of real images that look like one of these: low means little variety",
     "density, coverage": "the same two questions, less moved by a few odd images",
-    "score": "higher when images are clearly of one class and of many classes, ± its standard "
+    "score": "higher when each image is clearly of one class, and together of many, ± its standard "
     "error",
     "in brackets": "95 % intervals",
 }
@@ -448,7 +448,7 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
 
 
 def refuse_other_eyes(found: Mapping[str, Figures]) -> None:
-    """Raise a `UserError` for figures, by name, that were not seen by the same eyes."""
+    """Raise a `UserError` for figures, by name, that were not measured in the same way."""
     (first, one), *others = found.items()
     kinds = {
         "extractor": "seen by another network",

@@ -30,7 +30,7 @@ MOST_KEPT = 50_000  # images of a set, chosen at random, whose features stay in 
 
 
 def some(number: int, most: int) -> list[int]:
-    """At most so many of the rows of a set, in order: at random, for rows may go round classes."""
+    """At most so many rows of a set, in order, but a random choice: rows may go round classes."""
     if number <= most:
         return list(range(number))
     order = torch.randperm(number, generator=torch.Generator().manual_seed(0))

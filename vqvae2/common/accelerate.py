@@ -84,8 +84,8 @@ def use_cpu() -> bool:
 
 
 def on_main_process(state: Any, action: Callable[[], T]) -> T:
-    """What an action gives on the main process, for every process; so is what it raises, for the
-    others must not wait for one that ended. `state` is an Accelerator or a PartialState."""
+    """Return on every process what an action returns on the main one; likewise what it raises, as
+    the others must not wait for one that ended. `state` is an Accelerator or a PartialState."""
     if state.num_processes == 1:
         return action()
     outcome: list[Any] = [None, None]

@@ -117,7 +117,7 @@ class Artifact(ModelHubMixin):
 
 
 def state_bytes(make_model: Callable[[], nn.Module]) -> int:
-    """How many bytes of weights a model has, of which none is made."""
+    """How many bytes of weights a model would have; none are made."""
     with torch.device("meta"):
         return sum(tensor.nbytes for tensor in make_model().state_dict().values())
 
@@ -161,7 +161,7 @@ def _check_hash(path: Path, place: int, found: str) -> None:
 
 
 def _saved_hashes(weights: Path) -> list[str]:
-    """Those of the configuration and of the weights; none where the file does not say."""
+    """The hashes of configuration and weights; none where the file does not say."""
     try:
         with safe_open(weights, "pt") as file:
             return (file.metadata() or {}).get(HASHES, "").split()

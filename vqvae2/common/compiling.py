@@ -27,7 +27,7 @@ class CompileTrial:
 
     Args:
         choice: whether to compile, or "auto": try it.
-        on_main: does what only one process does, and gives all what it gave.
+        on_main: runs an action on one process only, and gives its result to all.
     """
 
     def __init__(

@@ -45,8 +45,8 @@ def recipe_only(default: Any) -> Any:
 
 
 def added(default: Any, *, recipe_only: bool = False) -> Any:
-    """A field of a model that came later: at its default, which is what earlier models are, it is
-    not written, so that their hashes stay."""
+    """A model's field that was added later: at its default, which describes earlier models, it is
+    not written, so that their hashes stay the same."""
     return field(default=default, metadata={"added": True, "recipe_only": recipe_only})
 
 
@@ -61,8 +61,8 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     """Compute each batch in this many pieces, one after the other, to save memory."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: weights of linear layers and convolutions learn as matrices, by Muon, and all else by
-    AdamW: it learns more in each step. adamw: all by AdamW, as a PixelSNAIL does anyway."""
+    """muon: Muon for weights of linear layers and convolutions, which it treats as matrices, and
+    AdamW for all else: learns more per step. adamw: AdamW for all, as for any PixelSNAIL."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 100
@@ -77,8 +77,8 @@ class TrainingConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it, else fp32. fp16 needs CUDA."""
     compile: Literal["auto", True, False] = may_change("auto")
-    """Compile the model (torch.compile), which takes a minute or two. auto: a training of more than
-    20 minutes tries it on its first steps, and goes on so if it is faster."""
+    """Compile the model (torch.compile), which takes a minute or two. auto: a run of more than 20
+    minutes tries it on its first steps, and keeps it if it is faster."""
     num_threads: int = 0
     """Threads that compute on a CPU; 0: as PyTorch chooses. Results depend on it in the last bits.
     While other programs keep the CPUs busy, 1 may be fastest."""
@@ -90,7 +90,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     init_from: str | None = None
-    """Fine-tune: start from the weights of this model folder. (A run continues by itself.)"""
+    """Fine-tune: start from the weights of this model folder. (Not needed to continue a run.)"""
     validate_every: int | None = may_change(None)
     """Steps between validations on held-out data. The output folder holds the best weights. By
     default a fifth of the run, and at most 500."""

@@ -329,7 +329,7 @@ class _Agreement:
         self.steps, self.started = 0, time.perf_counter()
 
     def stop(self, wish: bool, *, ask: bool) -> bool:
-        """Whether one process wishes to stop; called after every step. `ask`: by all means now."""
+        """Whether one process wishes to stop; called after every step. `ask`: now in any case."""
         if self.num_processes == 1:
             return wish
         self.steps += 1

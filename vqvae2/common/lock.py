@@ -42,8 +42,8 @@ def writes_output(function: Callable[Concatenate[Any, P], R]) -> Callable[Concat
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock: of all processes of a launch the first one, for all of them. At the
-    end, what killed commands left in the folder is removed.
+    """Hold a folder's lock: the first process of a launch holds it for all of them. At the end,
+    what killed commands left in the folder is removed.
 
     Raises:
         UserError: another command holds it; on every process of this launch.

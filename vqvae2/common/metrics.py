@@ -157,8 +157,8 @@ def validations(run: Path) -> list[dict[str, float]]:
 
 
 def best_validation(run: Path) -> dict[str, float]:
-    """Those of the weights that are kept: with the lowest loss, without any loss the last; empty if
-    there are none."""
+    """The figures of the weights that are kept: those of the lowest loss, or without any loss the
+    last; empty if there are none."""
     found = validations(run)
     with_loss = [line for line in found if "loss" in line]
     return min(with_loss or found[-1:], key=lambda line: line.get("loss", 0.0), default={})

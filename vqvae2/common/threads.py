@@ -1,8 +1,8 @@
-"""A CPU of its own for each thread that computes, and a word when other programs take them.
+"""A CPU of its own for each thread that computes, and a warning when other programs use them.
 
-The threads of an operation wait for one another at its end by turning in circles. While another
-program keeps a CPU busy, the scheduler may leave two of them to one CPU: then one turns for a whole
-time slice while the one that it waits for cannot run, and so at every operation. A step of 65 ms on
+The threads of an operation wait for one another at its end by spinning. While another program
+keeps a CPU busy, the scheduler may put two of them on one CPU: then one spins for a whole time
+slice while the one that it waits for cannot run, and this at every operation. A step of 65 ms on
 2 CPUs took 270 to 2,250 ms beside one or two busy programs; with each thread bound to its own CPU,
 140 to 480 ms.
 """
