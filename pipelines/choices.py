@@ -183,7 +183,7 @@ def choose(
     mirrored = flips == "yes" or (flips == "auto" and number < 20_000)
     rows = number * (1 + mirrored)
 
-    # Codebooks and networks that so many images can fill without learning them by heart.
+    # Codebooks and networks that so many images can fill without memorising them.
     sizes = ((40, 16), (100, 32), (300, 64), (1000, 128), (5000, 256), (10**12, 512))
     codes = next(size for most, size in sizes if number < most)
     hidden = 128 if on_gpu or number >= 1000 else 64
@@ -213,7 +213,7 @@ def choose(
     }
     transformer = {"width": width, "num_layers": layers, "num_heads": heads, "dropout": dropout}
     prior = {"transformer": transformer, "batch_size": batch, "learning_rate": 0.004}
-    prior["patience"] = 5  # of ten validations: one that learns its few rows by heart stops
+    prior["patience"] = 5  # of ten validations: one that memorises its few rows stops
     recipe: dict[str, Any] = {"train": train, "prior_0": prior, "prior_1": dict(prior)}
     if mirrored:
         train["data"] = {"augmentation": {"horizontal_flip": True}}

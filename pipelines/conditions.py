@@ -51,7 +51,7 @@ def as_vectors(conditions: Any, size: int, names: Sequence[str], *, can_hide: bo
     # Whether there may be any, and must be.
     if conditions is None:
         if size and not can_hide:
-            raise UserError("the priors do not do without conditions: give one, or several.")
+            raise UserError("the priors cannot do without conditions: give one, or several.")
         return None
     if not size:
         raise UserError("conditions are given, but the priors were trained without: omit them.")

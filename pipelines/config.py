@@ -387,7 +387,7 @@ class EvaluatedImagesConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DrawConfig, PartsConfig):
-    """Say how good it is: reconstructions, samples, what was learned by heart, what to do next.
+    """Say how good it is: reconstructions, samples, what was memorised, what to do next.
 
     Give a pipeline, or --vqvae alone to look at stage 1. --samples evaluates images of any model
     instead. Repeat the command to continue; a larger --num-samples adds samples.

@@ -298,7 +298,7 @@ class VQVAE2Pipeline:
         """The numbers of labels, or of the hidden one if none are given."""
         labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
         if labels is None and self.class_names:
-            raise UserError("the priors do not do without labels: give one, or one per image.")
+            raise UserError("the priors cannot do without labels: give one, or one per image.")
         return self.label_numbers(labels)
 
     def score(self, images: Any, labels: Labels = None) -> Scores:

@@ -350,5 +350,5 @@ def check_range(path: Path, manifest: Manifest, column: str, numbers: pa.Chunked
     values, (size, what) = flat_values(numbers), sizes[column]
     low, high = int(values.min()), int(values.max())
     if not 0 <= low <= high < size:
-        reach = f"{column} reaches from {low} to {high}, but there are {size} {what}"
+        reach = f"{column} ranges from {low} to {high}, but there are {size} {what}"
         raise UserError(f"{path}: {reach}: {REMAKE}.")

@@ -86,7 +86,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     batch_size = min(128, rows // number)
     evaluated = None
     if len(validation) < MIN_HELD_OUT:
-        text = "%d held-out rows are too few to see whether a prior learns by heart what it reads."
+        text = "%d held-out rows are too few to see whether a prior memorises what it reads."
         logger.warning(text, len(validation))
     if len(validation):
         alone = validation.unigram_bits(network.level, train)

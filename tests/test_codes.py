@@ -377,9 +377,9 @@ COLUMNS = r"00000.parquet is broken .it has the columns .*, not "
 OTHER_MEANINGS = [
     ({"grids": ((3, 3), (4, 6))}, COLUMNS),
     ({"codebook_sizes": (17, 200)}, COLUMNS),
-    ({"codebook_sizes": (17, 257)}, r"codes_1 reaches from 0 to 29\d, but there are 257 codes"),
+    ({"codebook_sizes": (17, 257)}, r"codes_1 ranges from 0 to 29\d, but there are 257 codes"),
     ({"class_names": ()}, COLUMNS),
-    ({"class_names": ("a", "b")}, r"label reaches from 0 to 2, but there are 2 classes"),
+    ({"class_names": ("a", "b")}, r"label ranges from 0 to 2, but there are 2 classes"),
 ]
 
 

@@ -598,7 +598,7 @@ def test_the_condition_must_help(copy_of_trained: Path) -> None:
     [
         (
             lambda c: c["codes_0"][3].__setitem__(0, 16),
-            r"codes_0 reaches from \d+ to 16, but there are 16 codes",
+            r"codes_0 ranges from \d+ to 16, but there are 16 codes",
         ),
         (
             lambda c: c["id"].__setitem__(5, c["id"][4]),

@@ -329,7 +329,7 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]), "too many are wrong"),
         (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
         (lambda f: f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
-         "expected": 0.05}}), "Learned by heart: 50% of the samples are as close"),
+         "expected": 0.05}}), "Memorised: 50% of the samples are as close"),
         (lambda f: f.update(sweep=[
             {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0, "distance": 12.3, "count": 9},
             {"temperature": 0.9, "top_p": 1.0, "guidance_scale": 2.0, "distance": 10, "count": 9}]),

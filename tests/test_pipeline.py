@@ -325,7 +325,7 @@ def test_labels_that_the_priors_need_are_asked_for(pipeline: VQVAE2Pipeline, pho
     path = sorted(photos.rglob("*.png"))[0]
     with mock.patch.object(VQVAE2Pipeline, "can_hide_labels", False):
         assert pipeline.log_likelihood(path, "bag").shape == (1, 2)
-        with pytest.raises(UserError, match="do not do without labels"):
+        with pytest.raises(UserError, match="cannot do without labels"):
             pipeline.log_likelihood(path)
 
 

@@ -149,8 +149,8 @@ def test_what_is_wrong_with_a_dataset_is_listed(
     assert (empty, last) == ("", "5 problem(s).")
     expected = [
         f"{codes / 'train' / '00001.parquet'} is not in the manifest",
-        f"{shard}: codes_0 reaches from ",
-        f"{shard}: label reaches from 0 to 3, but there are 3 classes",
+        f"{shard}: codes_0 ranges from ",
+        f"{shard}: label ranges from 0 to 3, but there are 3 classes",
         f"{shard}: 2 rows, the first of them row 4, have an id and view that another row",
         f"{held_out} was changed: its SHA-256 is ",
     ]

@@ -481,7 +481,7 @@ def test_a_model_that_is_not_there_yet_or_not_finished_is_told(
     assert "its training is not finished (step 12 of 1,200)" in capsys.readouterr().err
     (vqvae / "model.safetensors").unlink()
     command(*extract, "--vqvae", vqvae, "--output-dir", tmp_path / "none", code=2)
-    assert "holds a training that has no model yet" in capsys.readouterr().err
+    assert "holds a training run that has no model yet" in capsys.readouterr().err
 
 
 def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ def verdict(name: str, counts: Tensor, num_features: int | None = None) -> tuple
 def warn_of_few(number: int, sizes: Sequence[int]) -> None:
     """Say that a codebook has more codes than there are training images, if one has."""
     if number < max(sizes):
-        text = (
-            "only %d training images for %d codes, which may learn them by heart: use more images"
-        )
+        text = "only %d training images for %d codes, which may memorise them: use more images"
         logger.warning(f"{text}, or smaller codebook_sizes.", number, max(sizes))
 
 

@@ -35,7 +35,7 @@ def find_held_out(
     vqvae: str, data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool
 ) -> tuple[ImageDataset, bool]:
     """What a model's training held out of these images, and whether they are its images at all. If
-    not, or if no record tells, a warning says that any of them may have trained it."""
+    not, or if no record tells, a warning says that it may have been trained on any of them."""
     training = read_training(vqvae)
     data = with_recorded_split(data, training)
     images, facts = held_out_images(data, config, show_progress=show_progress)
@@ -63,8 +63,8 @@ def are_its_images(
     own = recorded == facts["image_names_hash"]
     if not own:
         logger.warning(
-            "%s: these are not the images that %s was trained on, or not all of them, so any may "
-            "have trained it: give its --data.path and --data.validation-path.",
+            "%s: these are not the images that %s was trained on, or not all of them, so it may "
+            "have seen any: give its --data.path and --data.validation-path.",
             path,
             name,
         )

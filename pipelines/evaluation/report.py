@@ -47,7 +47,7 @@ TITLES = {
     "file": "Against the statistics of a file",
     "reconstructions": "Reconstructions beside their own originals",
     "levels": "Which level loses",
-    "memorised": "Learned by heart?",
+    "memorised": "Memorised?",
     "prior gaps": "Bits per code of the priors",
     "accuracy": "Classification accuracy score",
 }
@@ -57,7 +57,7 @@ INTRODUCTIONS = {
     "levels": "Real codes down to a level, and sampled ones below it, beside real ones.",
     "memorised": "Share of samples that are as close to a training image as only the closest 5 % "
     "of held-out images are (closer), beside the share of held-out images that are (expected).",
-    "prior gaps": "A prior that knows training images much better has learned them by heart.",
+    "prior gaps": "A prior that knows training images much better has memorised them.",
     "accuracy": "Accuracy on held-out images of a classifier that was trained on each.",
     "sweep": "Each combination of settings, with equally many samples.",
     "rejection": "Of more and more candidates, those that the classifier finds likeliest to be of "
@@ -87,7 +87,7 @@ def summary(found: Figures) -> list[str]:
     if found["decides"] != "held-out images":
         lines.append(
             "Fewer than 500 images are held out, so these distances are to training images, by "
-            "which a model that has learned them by heart looks good: hold out more for a stricter "
+            "which a model that has memorised them looks good: hold out more for a stricter "
             "judgement."
         )
     return lines
@@ -219,7 +219,7 @@ def _of_memory(found: Figures) -> list[str]:
     if guilty:
         worst = judged[max(guilty, key=lambda name: judged[name]["closer"])]
         lines.append(
-            f"Learned by heart: {worst['closer']:.0%} of the samples are as close to a training "
+            f"Memorised: {worst['closer']:.0%} of the samples are as close to a training "
             f"image as only {worst['expected']:.0%} of held-out images are (by "
             f"{', '.join(guilty)}): look at the closest pairs below; more images, more dropout or "
             "fewer steps help."
@@ -227,11 +227,11 @@ def _of_memory(found: Figures) -> list[str]:
     elif judged:
         worst = max(judged.values(), key=lambda each: each["closer"])
         lines.append(
-            f"No sign of learning by heart: {worst['closer']:.0%} of the samples are that close, "
+            f"No sign of memorisation: {worst['closer']:.0%} of the samples are that close, "
             f"{worst['expected']:.0%} of held-out images are."
         )
     elif spaces:
-        lines.append("Whether images were learned by heart cannot be said: hold out 20 or more.")
+        lines.append("Whether images were memorised cannot be said: hold out 20 or more.")
 
     # Priors that know training images better than others.
     for name, each in found.get("prior gaps", {}).items():

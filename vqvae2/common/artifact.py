@@ -35,7 +35,7 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     path, wanted = Path(name).expanduser(), ["*.json", "*.safetensors"]
     if path.is_dir():
         if (path / TRAINING_RECORD).exists() and not (path / WEIGHTS_NAME).exists():
-            seen = f"{name} holds a training that has no model yet"
+            seen = f"{name} holds a training run that has no model yet"
             raise UserError(f"{seen}: let it run to its first validation (its end, without one).")
         return path
     if looks_like_path(str(name)):
