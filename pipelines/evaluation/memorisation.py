@@ -1,4 +1,4 @@
-"""Has it memorised its training images? Whether samples are closer to training images than others are."""
+"""Has it memorised? Whether samples are closer to training images than others are."""
 
 import math
 from collections.abc import Callable
