@@ -117,7 +117,7 @@ def test_usage_in_numbers_and_words() -> None:
 def test_other_images_are_not_called_held_out(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A part of the images, or they under other names: what is held out here may have trained."""
+    """A part of the images, or they under other names: it may have seen what is held out here."""
     flags = ("--vqvae", run / "vqvae", "--data.path", photos / "bag", "--output-dir")
     command("inspect", *flags, tmp_path / "report")
     assert json.loads((tmp_path / "report" / "figures.json").read_text())["split"] == "other"

@@ -99,8 +99,8 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
         if training and training.get("image_names_hash") != found.facts["image_names_hash"]:
             logger.warning(
                 "%s was trained on other images than these, or on the same under other names. "
-                "Images of the same name are held out alike; any other that is held out here may "
-                "have trained it, and make the priors look better than they are.",
+                "Images of the same name are held out alike; it may have been trained on any other "
+                "one that is held out here, which makes the priors look better than they are.",
                 config.vqvae,
             )
     state.wait_for_everyone()  # the notes are there
