@@ -64,7 +64,8 @@ class Codec:
     def __init__(self, pipeline: VQVAE2Pipeline) -> None:
         self.pipeline, config = pipeline, pipeline.vqvae.config
         self.sizes, self.grids = config.codebook_size_per_level, config.grids
-        check(max(self.sizes) <= MOST_CODES, "K", max(self.sizes), f"at most {MOST_CODES:,} here")
+        allowed = f"at most {MOST_CODES:,} to be compressed"
+        check(max(self.sizes) <= MOST_CODES, "a codebook's size", max(self.sizes), allowed)
         positions = math.prod(self.grids[-1])
         self.batch = max(1, min(BATCH, BATCH_TABLES // (positions * max(self.sizes))))
         self.chunk = self.batch * max(1, CHUNK_CODES // (positions * self.batch))

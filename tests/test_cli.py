@@ -171,6 +171,16 @@ def test_reconstruct_keeps_names_and_tells_training_images(
     assert f"{bags[0].name}.png" in names_in(tmp_path / "out" / "mine" / "images" / "a")
 
 
+def test_a_training_on_a_pattern_of_files_is_found_again(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data.path", f"{photos}/b*/*.png")
+    model = tmp_path / "model"
+    run_here("train", "--config", "tiny", *data, "--num-steps", 1, "--output-dir", model)
+    run_here("reconstruct", "--vqvae", model, *data, "--output-dir", tmp_path / "out")
+    assert "It is not known" not in capsys.readouterr().out
+
+
 def test_no_two_images_are_reconstructed_to_one_file() -> None:
     names = ["cat/1.jpg", "cat/1.png", "CAT/1.JPG", "/etc/x", "../x", "v1.5/000001", "cat/1.jpg"]
     files = ["cat/1.png", "cat/1.png.png", "CAT/1.JPG.png", "etc/x.png", "x.png"]

@@ -5,6 +5,7 @@ import math
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,6 +83,14 @@ def test_one_pass_and_single_steps_give_the_same_integers(family: str) -> None:
     in_fp32 = [by_steps(prior.float(), rows), prior(*rows).flatten(2).permute(2, 0, 1)]
     tables = [rounded(scaled_probabilities(logits.double()), 0) for logits in in_fp32]
     assert not torch.equal(*tables)
+
+
+def test_codebooks_that_the_coder_cannot_hold_are_refused() -> None:
+    most = codec.MOST_CODES
+    assert 2 ** codec.precision(most) <= codec.LOWEST < 2 ** codec.precision(most + 1)
+    config = mock.Mock(codebook_size_per_level=(4, most + 1), grids=((1, 1), (2, 2)))
+    with pytest.raises(UserError, match="at most 2,097,152 to be compressed"):
+        Codec(mock.Mock(**{"vqvae.config": config}))
 
 
 def test_the_nudge_keeps_rounding_from_hanging_on_last_digits() -> None:

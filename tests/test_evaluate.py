@@ -128,7 +128,10 @@ def test_images_of_another_model(
 
 
 def test_images_of_another_model_in_class_folders(
-    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """They have classes, by the names of the folders, so that a classifier learns from them."""
     monkeypatch.setattr(classifier, "FEWEST_STEPS", 10)
@@ -136,6 +139,7 @@ def test_images_of_another_model_in_class_folders(
     others = write_images(tmp_path / "others", 24)
     command("evaluate", "--samples", others, *flags[2:], "--output-dir", tmp_path / "out")
     assert figures_of(tmp_path / "out")["accuracy"].keys() == {"real", "samples"}
+    assert "no record of its training" not in capsys.readouterr().err  # no model is asked about
 
 
 def test_levels_of_priors_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,15 @@ def test_other_images_are_not_called_held_out(
     command("inspect", *flags, tmp_path / "unknown")
     assert json.loads((tmp_path / "unknown" / "figures.json").read_text())["split"] == "other"
     assert "imported has no record of its training" in capsys.readouterr().err
+
+    # Of held-out images, those that cannot be read are named.
+    broken = shutil.copytree(photos / "bag", tmp_path / "broken")
+    (broken / "0.png").write_text("no image")
+    held_out = ("--data.validation-path", broken, "--data.on-error", "skip")
+    command("inspect", *flags, tmp_path / "skipped", *held_out)
+    assert (
+        "left out of the held-out images, as they cannot be read: 0.png" in capsys.readouterr().err
+    )
     one = ("--vqvae", run / "vqvae", "--data.path", next((photos / "bag").iterdir()))
     command("inspect", *one, "--output-dir", tmp_path / "one", code=2)
     assert "has 1 images to look at" in capsys.readouterr().err

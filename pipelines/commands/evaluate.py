@@ -150,7 +150,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     run.check(folder)
     _check_number(splits)
     samples = _given_samples(config, settings, splits)
-    are_its_images(name, training, facts, data.path)
+    if name:  # a model, not images of another one
+        are_its_images(name, training, facts, data.path)
     train = ImageSet.of_dataset("training images", splits.train)
     extractor, classifier = _extractor(config, train, splits.class_names)
     if statistics is not None and len(statistics.mean) != extractor.dim:

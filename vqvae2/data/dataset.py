@@ -322,9 +322,7 @@ def held_out_images(
     skipped = images.check(skip=data.on_error == "skip", show_progress=show_progress)
     if skipped:
         names = splits.few([bad.name for bad in skipped])
-        logger.warning(
-            "%d held-out images cannot be read and are left out: %s", len(skipped), names
-        )
+        logger.warning("left out of the held-out images, as they cannot be read: %s", names)
     return images, facts
 
 
