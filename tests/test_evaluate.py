@@ -110,6 +110,9 @@ def test_evaluations_are_compared_if_the_same_eyes_saw_them(
     page = tmp_path / "page"
     command("evaluate", "--compare", evaluated, better, "--output-dir", page)
     assert "better has the lowest FD (classifier)." in capsys.readouterr().out
+    alike = [shutil.copytree(evaluated, tmp_path / run / "evaluation") for run in ("x", "y")]
+    command("evaluate", "--compare", *alike)
+    assert f"{alike[0]} has the lowest" in capsys.readouterr().out  # not "evaluation"
     assert "better" in (page / "index.html").read_text()
     found["extractor"]["name"] = "inception"
     write(json.dumps(found))

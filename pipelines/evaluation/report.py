@@ -413,10 +413,9 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
     """
     # The figures of each.
     found: dict[str, Figures] = {}
+    alike = len({folder.name for folder in folders}) < len(folders)  # as runs/x/evaluation are
     for folder in folders:
-        found[folder.name if folder.name not in found else str(folder)] = read_json(
-            folder / "report" / "figures.json"
-        )
+        found[str(folder) if alike else folder.name] = read_json(folder / "report" / "figures.json")
     refuse_other_eyes(found)
     one = next(iter(found.values()))
 
