@@ -46,6 +46,12 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def sums_of(folder: Path) -> list[int]:
+    """How bright each image is, to the last bit."""
+    images = [Image.open(path) for path in sorted((folder / "images").iterdir())]
+    return [sum(image.tobytes()) for image in images]
+
+
 def kept_of(folder: Path) -> list[int]:
     return [*map(int, read_record(folder / "sample_config.yaml")["kept"].split())]
 
@@ -78,8 +84,7 @@ def test_the_best_are_kept_and_drawn_again_without_the_classifier(
     sample = ("sample", "--pipeline", run / "pipeline", "--labels", "bag", "--lanes", 4)
     reject = (*sample, "--reject", script, "--keep", 0.25, "--output-dir")
     run_here(*reject, out, "--num-images", 3)
-    images = [Image.open(path) for path in sorted((out / "candidates" / "images").iterdir())]
-    sums = [sum(image.tobytes()) for image in images]
+    sums = sums_of(out / "candidates")
     brightest = sorted(sorted(range(12), key=lambda i: -sums[i])[:3])
     assert (len(sums), kept_of(out)) == (12, brightest)
 
@@ -121,7 +126,8 @@ def test_an_onnx_file_judges_as_the_same_network_in_torchscript(run: Path, tmp_p
     judges = {"onnx": DATA / "brightness.onnx", "script": save_script(tmp_path / "bright.pt")}
     for name, judge in judges.items():
         run_here(*words, "--reject", judge, "--output-dir", tmp_path / name)
-    assert kept_of(tmp_path / "onnx") == kept_of(tmp_path / "script")
+    sums = [sums_of(tmp_path / name) for name in judges]
+    assert sorted(sums[0]) == sorted(sums[1])  # of two that are equally bright, either may be kept
 
 
 @pytest.mark.parametrize(

@@ -235,8 +235,9 @@ def test_a_run_stops_when_its_held_out_loss_has_not_fallen_for_a_while(tmp_path:
 
 
 def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_path: Path) -> None:
-    """With a codebook that learns by gradient alone; averages move between the parts of a batch."""
-    settings = "--mixed-precision no --num-steps 12 --model.level-dropout 0"
+    """With a codebook that learns by gradient alone, as averages move between the parts of a batch;
+    and without Muon, whose products in bf16 make rounding errors large."""
+    settings = "--mixed-precision no --optimizer adamw --num-steps 12 --model.level-dropout 0"
     quantizer = "--model.quantizer.kind gradient --model.quantizer.revival-threshold 0"
     options = (settings, quantizer)
     others = ("--data.num-workers 1", "--deterministic")
@@ -250,7 +251,7 @@ def test_accumulation_and_workers_do_not_change_the_result(photos: Path, tmp_pat
     weights = [load_file(last_checkpoint(run) / "model.safetensors") for run in (one, four)]
     for name, tensor in weights[0].items():
         if not name.endswith(("num_forwards", ".num_updates", ".counts")):
-            torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
+            torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=0)
 
 
 def test_compiled_training_is_the_same_training(photos: Path, tmp_path: Path) -> None:
