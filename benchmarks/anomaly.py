@@ -12,6 +12,7 @@ with thresholds from others. `--picture` shows some defects and where they are s
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 from pipelines import VQVAE2Pipeline
 from pipelines.commands.score import heal, heat
 from pipelines.editing import for_masks
-from pipelines.scoring import HEALED, Normal, Scores, around
+from pipelines.scoring import HEALED, Normal, Scores, around, typical_error
+from vqvae2.common.loading import some_rows
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import ImageDataset, load_picture, load_table, to_images
@@ -65,7 +67,7 @@ def main() -> None:
         table, unseen = load_table(data, settings), set(held_out.ids)
         rows = [i for i, name in enumerate(table.ids) if name not in unseen]
         train = pixels_of(ImageDataset(table, rows, settings), options.num_train)
-        pixels = pixels_of(held_out, 3 * number)  # which come by class: so every third
+        pixels = pixels_of(held_out, 3 * number)  # which may come by class: so every third
         normal, source, donors = (pixels[first : len(pixels) // 3 * 3 : 3] for first in range(3))
         for kind in KINDS:
             sets[kind] = make_defects(kind, source, donors)
@@ -113,13 +115,12 @@ def main() -> None:
 
 
 def pixels_of(images: ImageDataset, number: int) -> Tensor:
-    """So many of the images, spread over all, in [-1, 1]."""
-    number = min(number, len(images))
-    return to_images(images.pixel_rows([i * len(images) // number for i in range(number)]))
+    """So many of the images in [-1, 1], drawn at random."""
+    return to_images(images.pixel_rows(some_rows(len(images), number)))
 
 
 def some(path: str, settings: PreprocessingConfig, number: int = 10**9) -> Tensor:
-    """So many of the images at a path, spread over all, in [-1, 1]."""
+    """So many of the images at a path in [-1, 1], drawn at random, or all in order."""
     table = load_table(ImagesConfig(path=path), settings)
     return pixels_of(ImageDataset(table, range(len(table)), settings), number)
 
@@ -184,12 +185,10 @@ Method = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
     """What `vqvae2 score` says, and its parts."""
-    known: dict[int, Scores] = {}
 
+    @cache
     def of(images: Tensor) -> Scores:
-        if id(images) not in known:
-            known[id(images)] = pipeline.score(images)
-        return known[id(images)]
+        return pipeline.score(images)
 
     def bits(images: Tensor) -> tuple[Tensor, Tensor]:
         scores = of(images)
@@ -202,11 +201,23 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
     def column(name: str) -> Method:
         return lambda images: (torch.from_numpy(of(images).columns(())[name]), None)
 
-    def resampled(images: Tensor) -> tuple[Tensor, Tensor]:
+    usual_error = typical_error(pipeline.trainings)
+
+    # What changes where codes that are unusual, or somewhat unusual, are drawn anew.
+    @cache
+    def redrawn(images: Tensor, limit: float) -> Tensor:
         scores = of(images)
-        drawn = heal(pipeline, images, scores.unusual_map > HEALED, scores, None)
-        maps = around((drawn - images).square().mean(dim=1), 2)
+        drawn = heal(pipeline, images, scores.unusual_map > limit, scores, None)
+        return (drawn - images).square().mean(dim=1)
+
+    def resampled(images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = around(redrawn(images, HEALED), 2)
         return maps.mean(dim=(1, 2)), maps
+
+    def joined(images: Tensor) -> tuple[Tensor, Tensor]:
+        scores, near = of(images), around(redrawn(images, 0.75 * HEALED), 1)
+        maps = scores.unusual_map + (near / (2 * usual_error)).sqrt()
+        return maps.amax(dim=(1, 2)), maps
 
     return {
         "score": lambda images: (of(images).score, of(images).unusual_map),
@@ -218,6 +229,7 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
             around(of(images).reconstruction_error, 2),
         ),
         "resampled difference": resampled,
+        "map and resampled difference": joined,
     }
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pipelines import VQVAE2Pipeline
 from pipelines.codec import LENGTH, Codec
+from vqvae2.common.loading import some_rows
 from vqvae2.common.metrics import draw_panel
 from vqvae2.common.pictures import to_pil
 from vqvae2.config import ImagesConfig
@@ -72,12 +73,10 @@ def main() -> None:
         table = load_table(ImagesConfig(path=options.others), settings)
         sets["other images"] = ImageDataset(table, range(len(table)), settings)
     for name, images in sets.items():
-        number = min(options.num_images, len(images))
-        rows = [i * len(images) // number for i in range(number)]
-        pixels = images.pixel_rows(rows)
+        pixels = images.pixel_rows(some_rows(len(images), options.num_images))
         ours = our_points(pipeline, pixels, per_file=options.per_file)
         curves = {kind: curve(kind, pixels, mosaic=not options.per_file) for kind in OTHERS}
-        report(f"{number} {name}", ours, curves)
+        report(f"{len(pixels)} {name}", ours, curves)
         if options.picture and images is held_out:
             draw(ours, curves, options.picture)
 

@@ -18,6 +18,7 @@ from prior.probes import rows_of
 from prior.sampling import image_seeds
 from vqvae2.common.accelerate import processes
 from vqvae2.common.fit import Draw
+from vqvae2.common.loading import some_rows
 from vqvae2.common.pictures import in_rows, num_columns, sheet, to_pil
 from vqvae2.model import VQVAE2
 
@@ -31,8 +32,8 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     refuse_mismatches(model, (), manifest)
     level = parse_level(config.level, manifest.num_levels)
     rows = CodeDataset(folder, manifest, "validation" if manifest.num_validation else "train")
+    real = rows.__getitems__(some_rows(len(rows), 32))
     number = min(32, len(rows))
-    real = rows.__getitems__([i * len(rows) // number for i in range(number)])
 
     def draw(prior: Prior) -> Image.Image:
         batch = send_to_device(real, prior.device)

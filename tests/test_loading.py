@@ -4,7 +4,7 @@ from itertools import chain, islice
 
 from torch.utils.data import Dataset
 
-from vqvae2.common.loading import ShuffledLoader, ordered
+from vqvae2.common.loading import ShuffledLoader, ordered, some_rows
 
 
 class Rows(Dataset):
@@ -46,6 +46,14 @@ def test_two_processes_share_each_batch_of_one() -> None:
 
 def test_seeds_differ() -> None:
     assert take(0, 3, seed=1) != take(0, 3)
+
+
+def test_some_rows_are_of_all_classes_where_these_take_turns() -> None:
+    rows = some_rows(2000, 100)
+    assert rows == sorted(set(rows)) == some_rows(2000, 100)
+    assert len(rows) == 100
+    assert {row % 10 for row in rows} == set(range(10))
+    assert some_rows(7, 100) == some_rows(7, 7) == list(range(7))
 
 
 def test_a_dataset_may_be_smaller_than_a_batch() -> None:

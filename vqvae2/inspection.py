@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqvae2.common.loading import some_rows
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, sheet, to_pil
 from vqvae2.data import ImageDataset, to_images
@@ -117,11 +118,10 @@ def decode_level(
 def reconstruction_sheet(
     model: VQVAE2, images: ImageDataset, device: torch.device, *, num_images: int
 ) -> Image.Image:
-    """Originals above their reconstructions, evenly spread over the set, in whole rows."""
+    """Originals above their reconstructions, some of the set, in whole rows."""
     columns = num_columns(min(num_images, len(images)), 2)
     number = min(num_images, len(images)) // columns * columns
-    indices = [i * len(images) // number for i in range(number)]
-    originals = _load(images, indices, device)
+    originals = _load(images, some_rows(len(images), number), device)
     above, below = to_pil(originals), to_pil(model(originals).reconstruction)
     rows: list[Sequence[Image.Image]] = []
     for pair in zip(in_rows(above, columns), in_rows(below, columns), strict=True):

@@ -35,6 +35,7 @@ from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import check, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json, write_text
+from vqvae2.common.loading import some_rows
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import best_validation, quality, training_seconds
@@ -327,9 +328,8 @@ def reconstructions(config: CompareConfig) -> Image.Image:
     for name in STRIDES:
         model = VQVAE2.from_pretrained(folder_of(Path(config.output_dir), name) / "vqvae")
         images = load_images(config.data, model.config.image, show_progress=False).validation
-        number = min(SHOWN, len(images))
-        places = [i * len(images) // number for i in range(number)]
-        originals = to_images(images.__getitems__(places)["images"])
+        shown = some_rows(len(images), SHOWN)
+        originals = to_images(images.__getitems__(shown)["images"])
         rows.setdefault("original", to_pil(originals))
         rows[name] = to_pil(model.eval()(originals).reconstruction)
     return sheet([*rows.values()], [*rows])

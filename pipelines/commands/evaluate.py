@@ -26,7 +26,7 @@ from pipelines.evaluation.classifier import (
 from pipelines.evaluation.features import Extractor, make_extractor
 from pipelines.evaluation.figures import FEWEST, MANY, Figures
 from pipelines.evaluation.metrics import Moments, frechet_distance
-from pipelines.evaluation.sets import ImageSet, Seen, see, some
+from pipelines.evaluation.sets import ImageSet, Seen, see
 from pipelines.model_index import part_hash
 from pipelines.pictures import MOST_NAMES, sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
@@ -36,6 +36,7 @@ from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
+from vqvae2.common.loading import some_rows
 from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import MODES, to_pil
 from vqvae2.common.runs import RunRecord
@@ -348,7 +349,7 @@ def _compare_sets(subject: Subject, samples: ImageSet | None) -> tuple[Figures, 
     rows = {"reconstructions": sets["made"], "real": sets["real"]}
     rows = {name: seen for name, seen in rows.items() if seen is not None}
     if sets["samples"]:  # as many of them, of all classes
-        places = some(len(sets["samples"].features), number)
+        places = some_rows(len(sets["samples"].features), number)
         rows = {"samples": sets["samples"].choose(torch.tensor(places)), **rows}
     references = {"held-out images": sets["held_out"], "training images": sets["rest"]}
     found: Figures = {"against": {}, "decides": list(references)[not decides]}
@@ -444,7 +445,7 @@ def _stage_1(subject: Subject, distance: Any) -> tuple[Figures, Image]:
     vqvae, held_out, device = subject.vqvae, subject.splits.validation, processes().device
     assert vqvae is not None
     images = held_out if len(held_out) >= FEWEST else subject.splits.train
-    rows = [images.indices[i] for i in some(len(images), MOST_INSPECTED)]
+    rows = [images.indices[i] for i in some_rows(len(images), MOST_INSPECTED)]
     chosen = ImageDataset(images.source, rows, images.config)
     lpips = None if distance is None else _lpips(distance.to(device), vqvae, chosen)
     found = measure.stage_1(vqvae, inspect(vqvae, chosen, device), lpips)

@@ -15,6 +15,7 @@ from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdi
 from vqvae2.common.accelerate import processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_json, write_text
+from vqvae2.common.loading import some_rows
 from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.runs import RunRecord
@@ -128,8 +129,7 @@ def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
 @torch.no_grad()
 def draw_levels(model: VQVAE2, images: ImageDataset, found: Inspection, names: list[str]) -> Image:
     """Each level alone, all of them together, and the original (the paper's figure 3)."""
-    number = min(SHOWN_IMAGES, len(images))
-    indices = [i * len(images) // number for i in range(number)]
+    indices = some_rows(len(images), SHOWN_IMAGES)
     codes = [level[indices].to(model.last_layer.device) for level in found.codes]
     decoded = [decode_level(model, codes, found.neutral_codes, i) for i in range(len(names))]
     decoded += [model.decode_codes(codes), to_images(images.__getitems__(indices)["images"])]

@@ -16,8 +16,9 @@ from pipelines.evaluation.metrics import (
     kernel_distance,
     neighbours,
 )
-from pipelines.evaluation.sets import Seen, some
+from pipelines.evaluation.sets import Seen
 from vqvae2.codebook_stats import level_name, perplexity
+from vqvae2.common.loading import some_rows
 from vqvae2.inspection import Inspection
 from vqvae2.model import VQVAE2
 
@@ -33,7 +34,7 @@ def compare(real: Seen, fake: Seen) -> Figures:
     (kernel, score) or the fit's (at infinity), or value and the ends of its 95 % interval."""
     # Distances of the distributions.
     number = len(fake.features)
-    half = fake.choose(torch.tensor(some(number, number // 2))).moments
+    half = fake.choose(torch.tensor(some_rows(number, number // 2))).moments
     limit, limit_error = at_infinity(real.moments, fake.features)
     figures: Figures = {
         "count": fake.moments.count,
@@ -65,7 +66,7 @@ def compare_briefly(real: Seen, fake: Seen) -> Figures:
 
 
 def _some(features: Tensor) -> Tensor:
-    return features[some(len(features), MOST_NEIGHBOURS)]
+    return features[some_rows(len(features), MOST_NEIGHBOURS)]
 
 
 def by_class(

@@ -19,6 +19,7 @@ from pipelines.evaluation.metrics import Moments
 from pipelines.model_index import part_hash
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
+from vqvae2.common.loading import some_rows
 from vqvae2.common.messages import progress_bar
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import ImageDataset, load_picture, to_images
@@ -27,14 +28,6 @@ from vqvae2.model import VQVAE2
 
 CHUNK = 500  # images that are read, seen and kept together
 MOST_KEPT = 50_000  # images of a set, chosen at random, whose features stay in memory
-
-
-def some(number: int, most: int) -> list[int]:
-    """At most so many rows of a set, in order, but a random choice: rows may go round classes."""
-    if number <= most:
-        return list(range(number))
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
-    return order[:most].sort().values.tolist()
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class ImageSet:
 
     def some(self, most: int) -> "ImageSet":
         """At most so many."""
-        return self.choose(some(self.number, most))
+        return self.choose(some_rows(self.number, most))
 
     def reconstructed(self, vqvae: VQVAE2) -> "ImageSet":
         """What an autoencoder makes of them."""
@@ -192,7 +185,7 @@ def see(images: ImageSet, extractor: Extractor, folder: Path) -> Seen:
         hashes = gather_object(hashes)
 
     # All of them, in order.
-    rows, moments = some(number, MOST_KEPT), None
+    rows, moments = some_rows(number, MOST_KEPT), None
     features, probabilities = [], []
     for i, content_hash in sorted(hashes):
         again = lambda i=i: look(images.read(chunks[i]))  # noqa: E731
