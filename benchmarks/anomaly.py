@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--others", help="images of another kind")
     parser.add_argument("--num-images", type=int, default=200)
-    parser.add_argument("--num-train", type=int, default=2000, help="images of the baselines")
+    parser.add_argument("--num-train", type=int, default=10_000, help="images of the baselines")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     pipeline = VQVAE2Pipeline.from_pretrained(options.pipeline)
@@ -237,6 +237,7 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
 def baselines(pipeline: VQVAE2Pipeline, train: Tensor) -> dict[str, Method]:
     """What a user would try first: PCA, and the 5 nearest neighbours by pixels or by features."""
     flat = train.flatten(1)
+    torch.manual_seed(0)
     _, _, basis = torch.pca_lowrank(flat, q=64, niter=2)
 
     def pca(images: Tensor) -> tuple[Tensor, Tensor]:

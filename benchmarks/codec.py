@@ -135,14 +135,10 @@ def quality(pixels: Tensor, images: Tensor) -> tuple[float, float]:
 def curve(kind: str, pixels: Tensor, *, mosaic: bool) -> Curve:
     """Bits per image, PSNR and SSIM at several qualities."""
     number, channels = pixels.shape[:2]
-    across = math.isqrt(number - 1) + 1 if mosaic else 1
-    size = (across * across if mosaic else number) - number
-    filled = torch.cat([pixels, pixels[:1].expand(size, -1, -1, -1)])
-    sheets = to_pil(to_images(filled))
-    if mosaic:
-        grid = rearrange(filled, "(y x) c h w -> 1 c (y h) (x w)", x=across)
-        sheets = to_pil(to_images(grid))
-    points = []
+    across = widest_divisor(number) if mosaic else 1
+    down = number // across if mosaic else 1
+    grid = rearrange(pixels, "(n y x) c h w -> n c (y h) (x w)", y=down, x=across)
+    sheets, points = to_pil(to_images(grid)), []
     for level in QUALITIES:
         size, decoded = 0, []
         for sheet in sheets:
@@ -153,11 +149,15 @@ def curve(kind: str, pixels: Tensor, *, mosaic: bool) -> Curve:
             shown = np.asarray(Image.open(file).convert(sheet.mode))
             decoded.append(torch.from_numpy(shown.copy()).view(*shown.shape[:2], channels))
         images = rearrange(
-            torch.stack(decoded), "n (y h) (x w) c -> (n y x) c h w", y=across, x=across
+            torch.stack(decoded), "n (y h) (x w) c -> (n y x) c h w", y=down, x=across
         )
-        bits = 8 * size / (across * across if mosaic else number)
-        points.append((bits, *quality(pixels, to_images(images[:number]))))
+        points.append((8 * size / number, *quality(pixels, to_images(images))))
     return points
+
+
+def widest_divisor(number: int) -> int:
+    """The largest divisor up to the square root: a mosaic without holes, as square as can be."""
+    return next(across for across in range(math.isqrt(number), 0, -1) if number % across == 0)
 
 
 def report(title: str, ours: dict[str, tuple[float, float, float]], curves: dict[str, Curve]):

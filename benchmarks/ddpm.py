@@ -87,7 +87,8 @@ def train(dataset: ImageDataset, num_classes: int, options: argparse.Namespace) 
             step += 1
             if step == probe:
                 num_steps = int(limit / (computed_seconds(options) - started) * probe)
-                schedule = get_cosine_schedule_with_warmup(optimizer, 500, num_steps, 0.5)
+                warmup = min(500, num_steps // 10)
+                schedule = get_cosine_schedule_with_warmup(optimizer, warmup, num_steps, 0.5)
                 bar.total = num_steps
             if schedule is not None:
                 schedule.step()
@@ -105,8 +106,10 @@ def train(dataset: ImageDataset, num_classes: int, options: argparse.Namespace) 
 
 
 @torch.no_grad()
-def sample(network: UNet2DModel, names: list[str], options: argparse.Namespace) -> None:
-    """PNG files, one class after another in turn, in a folder per class."""
+def sample(
+    network: UNet2DModel, names: list[str], classes: Tensor, options: argparse.Namespace
+) -> None:
+    """PNG files in a folder per class, as often of each as these class numbers are."""
     generator = torch.Generator().manual_seed(options.seed)
     sampler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     sampler.set_timesteps(options.sampling_steps)
@@ -115,8 +118,10 @@ def sample(network: UNet2DModel, names: list[str], options: argparse.Namespace) 
         folder.mkdir(parents=True, exist_ok=True)
     started = computed_seconds(options)
     numbers = torch.arange(options.num_samples)
+    places = torch.randint(len(classes), (len(numbers),), generator=generator)
+    classes = classes[places]
     for chosen in tqdm(numbers.split(50), desc="sampling", unit="batch"):
-        labels = chosen % len(names) if names else None
+        labels = classes[chosen] if names else None
         shape = (len(chosen), options.channels, options.size, options.size)
         images = torch.randn(shape, generator=generator)
         for moment in sampler.timesteps:
@@ -124,7 +129,7 @@ def sample(network: UNet2DModel, names: list[str], options: argparse.Namespace) 
             images = sampler.step(predicted, moment, images, eta=0.0).prev_sample
         for number, pixels in zip(chosen.tolist(), to_bytes(images), strict=True):
             picture = Image.fromarray(pixels.squeeze(-1).numpy())
-            picture.save(folders[number % len(folders)] / f"{number:06}.png")
+            picture.save(folders[classes[number]] / f"{number:06}.png")
     per_image = (computed_seconds(options) - started) / options.num_samples
     print(f"sampling: {1e3 * per_image:.0f} ms per image", flush=True)
 
@@ -170,7 +175,9 @@ def main() -> None:
     network = train(splits.train, len(names), options)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(options.output_dir / "network")
-    sample(network, names, options)
+    images = splits.train
+    classes = torch.tensor([images.label(row) or 0 for row in range(len(images))])
+    sample(network, names, classes, options)
 
 
 if __name__ == "__main__":

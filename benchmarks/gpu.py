@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -382,10 +383,12 @@ def plan_and_speed() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
                 seconds.append(clock() - begun)
-            fast, planned = min(seconds), sum(sizes.values())
-            share = flops / fast / OPTIONS.peak_tflops / 1e12
+            typical, planned = median(seconds[1:]), sum(sizes.values())
+            share = flops / typical / OPTIONS.peak_tflops / 1e12
             name = stage.name + compiled * ", compiled"
-            text = f"{rows} rows, {fast * 1e3:.1f} ms a step, {rows / fast:.0f} images/s"
+            text = (
+                f"{rows} rows, median {typical * 1e3:.1f} ms a step, {rows / typical:.0f} images/s"
+            )
             say("INFO", f"speed of {name}", f"{text}, MFU {share:.1%}, first {seconds[0]:.0f} s")
             if ON_GPU and not compiled:
                 used, kind = peak_memory(), DEVICE.type

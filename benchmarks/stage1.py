@@ -47,11 +47,12 @@ def precision(bf16: bool) -> torch.autocast:
 
 
 def our_step(shape: tuple[int, ...], *, bf16: bool) -> Work:
-    """A training step as `fit` makes it, but for clipping and the average of the weights."""
+    """A training step as `fit` makes it, but for clipping and the average of the weights, and with
+    AdamW, as the textbook's."""
     torch.manual_seed(0)
     model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=shape[2:]))).train()
     loss_fn = make_loss("mse", model.config.codebook_size_per_level)
-    optimizer = make_optimizer(model, TrainingConfig())
+    optimizer = make_optimizer(model, TrainingConfig(optimizer="adamw"))
     images = torch.rand(shape) * 2 - 1
 
     def step() -> None:

@@ -5,6 +5,7 @@ import os
 # Set before torch loads, here and in subprocesses: two workers share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what they promise to the bit, they promise of CPUs
 
 import dataclasses
 import io

@@ -12,12 +12,15 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from subprocess import CompletedProcess
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.forked", "datasets", "pipelines.commands.sample"])
-LIMIT = 60  # seconds after which a command hangs
+LIMIT = 300  # seconds after which a command hangs
+PORTS = cycle(range(15_000, 16_000))
 HANGS = -1000  # its exit code then
 
 
@@ -71,15 +74,23 @@ class Running:
 
 def start_two(words: Sequence[object], **options: object) -> list[Running]:
     """The same command as two processes of one launch, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
+    port, ranks = str(_free_port()), []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         ranks.append(Running(words, environment=place, **options))  # type: ignore[arg-type]
     return ranks
+
+
+def _free_port() -> int:
+    """One that no other worker tries, and that no connection is given by the system."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in PORTS:
+        port = number + 1000 * (worker % 10)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def _run(

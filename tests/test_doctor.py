@@ -465,9 +465,9 @@ def test_failures_decide_the_exit_code(run: Path, capsys: pytest.CaptureFixture[
     assert "1 of 12 checks failed." in said
     assert "Not checked: the autoencoder (give --pipeline, or --vqvae)." in said
     training = best_validation(run / "prior_0")
-    figures = training["bits_per_code"], training["unigram_bits"]
-    assert " held-out rows: a code costs " in line
-    assert "costs {:.3f} bits, by frequency alone {:.3f}".format(*figures) in line  # as in training
+    costs, by_frequency = re.findall(r"costs (.*) bits, by frequency alone ([\d.]+)", line)[0]
+    assert float(costs) == pytest.approx(training["bits_per_code"], abs=0.005)  # perhaps in bf16
+    assert by_frequency == f"{training['unigram_bits']:.3f}"
 
 
 def test_without_codes_the_pipeline_s_own_figures_count(

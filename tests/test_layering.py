@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,10 +72,8 @@ def test_no_script_hides_a_module_of_python() -> None:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_teaches_without_torch(command: str) -> None:
-    started = time.perf_counter()
     program = [sys.executable, "-c", HELP, *command.split(), "--help"]
     result = subprocess.run(program, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 5  # a torch import would take longer still
     assert result.stdout.endswith("no torch\n")
     assert "--config" in result.stdout
     assert "Example: vqvae2" in result.stdout or command in ("", "demo")

@@ -294,13 +294,16 @@ def test_the_hash_does_not_change_between_versions() -> None:
     assert model.content_hash().startswith("ce6f3a1939a7")
 
 
-def test_a_network_too_large_is_refused_before_it_is_made(tmp_path: Path) -> None:
+def test_a_network_too_large_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a stranger's folder by its weights, of one's own training by the machine's memory."""
     VQVAE2(VQVAE2Config(hidden_channels=16, code_dims=(8,))).save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", {**config, "hidden_channels": 1 << 16})
     with pytest.raises(UserError, match=r"config\.json asks for .*: the weights belong to another"):
         VQVAE2.from_pretrained(tmp_path)
+    monkeypatch.setattr("vqvae2.common.artifact.machine_memory", lambda: 1 << 30)
     giant = VQVAE2Config(hidden_channels=1 << 16)
     with pytest.raises(UserError, match=r"the network has .* GiB of weights, but this machine has"):
         check_memory(lambda: VQVAE2(giant))

@@ -71,7 +71,8 @@ def test_preparation_is_the_same_when_killed_and_on_two_processes(
     done = [pq.read_metadata(path).num_rows for path in shards.parent.glob("*/[0-9]*.parquet")]
     first, other = two_processes(ROOT / "scripts" / "prepare.py", *arguments[1:])
     left = 150 - sum(done)  # which both of them have seen, and one counts
-    assert f"{left} of {left} pictures are grey: --image.channels 1" in first.stderr
+    if left:  # the first process may have been faster than its killer
+        assert f"{left} of {left} pictures are grey: --image.channels 1" in first.stderr
     assert "grey" not in other.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "x")
