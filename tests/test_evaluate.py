@@ -304,7 +304,12 @@ FOUND: dict[str, Any] = {
     "decides": "held-out images",
     "against": {
         "held-out images": {
-            "samples": {"distance": 12.3, "precision": [0.7, 0, 1], "recall": [0.75, 0, 1]},
+            "samples": {
+                "distance": 12.3,
+                "count": 1000,
+                "precision": [0.7, 0, 1],
+                "recall": [0.75, 0, 1],
+            },
             "reconstructions": {"distance": 4.5, "precision": [0.8, 0, 1], "recall": [0.8, 0, 1]},
             "real": {"distance": 1.1, "precision": [0.9, 0, 1], "recall": [0.9, 0, 1]},
         }
@@ -332,7 +337,9 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda f: f.pop("levels"), "The priors lose most: train them longer"),
         (lambda f: f.update(few={"bag": 3}), "Too few samples to judge: bag (3)."),
         (lambda f: f.update(memorised={"pixels": {}}), "cannot be said: hold out 20 or more"),
-        (lambda f: set_of(f, "samples").update(distance=1.2), "can hardly be told from real"),
+        (lambda f: set_of(f, "samples").update(distance=1.2), "real images by this measure."),
+        (lambda f: set_of(f, "samples").update(distance=1.2, count=100),
+         "can hardly be told from real images by this measure, which is coarse for 100 images."),
         (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]), "too many are wrong"),
         (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
         (lambda f: f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,

@@ -42,6 +42,7 @@ MEANINGS = {
     "error",
     "in brackets": "95 % intervals",
 }
+ENOUGH = 1000  # images: the distance of fewer is mostly chance, which real ones have as well
 MAIN = ("distance", "kernel distance", "precision", "recall", "density", "coverage", "score")
 TITLES = {
     "file": "Against the statistics of a file",
@@ -130,7 +131,9 @@ def _of_samples(found: Figures) -> list[str]:
     if made is not None and not found["given"]:
         by_priors, by_autoencoder = distances["samples"] - made, max(made - real, 0.0)
         if distances["samples"] < 1.2 * real:
-            lines.append("They can hardly be told from real images by this measure.")
+            number = rows["samples"]["count"]
+            coarse = f", which is coarse for {number} images" if number < ENOUGH else ""
+            lines.append(f"They can hardly be told from real images by this measure{coarse}.")
         elif by_priors > by_autoencoder:
             it, blame = "them", "The priors lose most"
             if worst:
