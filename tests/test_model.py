@@ -95,7 +95,7 @@ def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer
 
 
 def test_layers_are_those_of_the_widely_used_implementation() -> None:
-    """The default network on RGB images: weights of each convolution, from the table of layers."""
+    """With codes of its dimension, on RGB images: weights of each convolution, from the table."""
 
     def conv(inputs: int, outputs: int, kernel: int) -> int:
         return inputs * outputs * kernel * kernel + outputs
@@ -110,7 +110,8 @@ def test_layers_are_those_of_the_widely_used_implementation() -> None:
     image_decoder = conv(2 * d, e, 3) + blocks + conv(e, e // 2, 4) + conv(e // 2, 3, 4)
     encoding = bottom_encoder + top_encoder + projections + top_decoder
     expected = encoding + upsampler + image_decoder
-    assert sum(p.numel() for p in VQVAE2(VQVAE2Config()).parameters()) == expected == 1_388_867
+    model = VQVAE2(VQVAE2Config(code_dims=(d,)))
+    assert sum(p.numel() for p in model.parameters()) == expected == 1_388_867
 
 
 def test_wrong_images_are_refused_with_both_numbers() -> None:
