@@ -107,9 +107,9 @@ class VQVAE2Config:
     image). Powers of two. Two levels are a VQ-VAE-2, three the paper's for 1024 pixels."""
     codebook_sizes: tuple[int, ...] = (512,)
     """K, the number of codes: one number for all levels, or one per level (not for fsq)."""
-    code_dims: tuple[int, ...] = (8,)
-    """D, the dimension of a code: one number for all levels, or one per level (not for fsq). The
-    paper's 64 gives higher errors."""
+    code_dims: tuple[int, ...] = (64,)
+    """D, the dimension of a code: one number for all levels, or one per level (not for fsq). With 8
+    the error is lower, but codes are harder to predict."""
     network: Literal["paper", "resnet"] = added("paper")
     """paper: that of the VQ-VAE-2 paper. resnet: that of VQGAN and LlamaGen, with group norm, and
     attention on the coarsest grid: a lower error, for several times the computation."""
@@ -346,7 +346,7 @@ class TrainVQVAEConfig(TrainingConfig):
     """Where the images are."""
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
     """The autoencoder."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     """What is minimised between image and reconstruction, in [-1, 1]."""
