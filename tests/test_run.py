@@ -148,6 +148,19 @@ def test_real_steps_are_timed_unless_their_number_is_given(tmp_path: Path) -> No
     assert 0 < step_seconds(timed[0]) < 60
 
 
+def test_a_recipe_guides_by_classes_only_if_there_are_any(tmp_path: Path) -> None:
+    """The demo's does; else all would be trained, and then sampling refuse."""
+    plain = make_pictures(tmp_path / "plain", [(32, 32)] * 30)
+    sorted_ = write_images(tmp_path / "sorted", 30)
+    for folder, is_guided in ((plain, False), (sorted_, True)):
+        config = RunConfig(
+            data=ImagesConfig(path=str(folder)), recipe="demo", output_dir=str(tmp_path / "x")
+        )
+        text, _ = make_recipe(config)
+        assert ("guidance_scale" in yaml.safe_load(text)["sample"]) == is_guided
+        assert ("no guidance: the images have no classes" in text) != is_guided
+
+
 def test_fewer_threads_compute_where_they_are_faster_now(tmp_path: Path) -> None:
     data = ImagesConfig(path=str(write_images(tmp_path / "photos", 150)))
     with mock.patch("pipelines.commands.run.fastest_number", return_value=1):

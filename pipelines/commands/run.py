@@ -103,6 +103,9 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
     parse_time(config.budget)  # before anything is read
     choice, given, seen = choose_for(config)
     recipe, stages = with_given(choice.recipe, given, seen)
+    nothing_to_guide = not seen.class_names and config.data.condition_column is None
+    if nothing_to_guide and (recipe.get("sample") or {}).pop("guidance_scale", None):
+        choice.reasons.append("no guidance: the images have no classes")
     threads = threads_for(stages[0])
     spend = partial(finished, budget=config.budget, threads=threads, num_images=seen.number)
     return spend(recipe, stages, choice.reasons, timed=step_seconds), seen
