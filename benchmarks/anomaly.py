@@ -32,6 +32,7 @@ from vqvae2.data import ImageDataset, load_picture, load_table, to_images
 from vqvae2.training_record import find_held_out
 
 KINDS = ("patch", "noise", "hole", "swapped", "scratch")
+OTHER_KINDS = ("digits", "others")  # images of other kinds, not defects
 Labelled = dict[str, tuple[Tensor, Tensor | None]]  # images (B, C, H, W), and defects (B, H, W)
 
 
@@ -80,7 +81,8 @@ def main() -> None:
     for name, method in methods:
         seen[name] = {kind: method(images) for kind, (images, _) in sets.items()}
         seen[name]["normal"] = method(normal)
-    for what in (0, 1):
+    has_masks = any(masks is not None for _, masks in sets.values())
+    for what in (0, 1)[: 1 + has_masks]:
         print("\nAUROC per", ("image", "pixel")[what])
         shown = [kind for kind, (_, masks) in sets.items() if masks is not None or not what]
         print("| |", *[f"{kind} |" for kind in shown], "mean of defects |")
@@ -93,7 +95,7 @@ def main() -> None:
                 if what:
                     usual, found = torch.cat([found[~masks], usual.flatten()]), found[masks]
                 values[kind] = auroc(usual.numpy(), found.numpy())
-            mean = np.mean([value for kind, value in values.items() if sets[kind][1] is not None])
+            mean = np.mean([value for kind, value in values.items() if kind not in OTHER_KINDS])
             print(f"| {name} |", *[f"{value:.3f} |" for value in values.values()], f"{mean:.3f} |")
 
     # Marked at a rate, with thresholds from every other image.
