@@ -106,10 +106,14 @@ def check_inputs(
         if low < 0 or high > highest:
             raise UserError(f"labels range from {low} to {high}, but must be from 0 to {highest}.")
 
-    # Guidance needs logits without labels and vectors.
-    conditional = classes or config.vector_size
+    check_guidance(config, sampling)
+
+
+def check_guidance(config: PriorConfig, sampling: SamplingConfig) -> None:
+    """Raise a `UserError` for guidance of a prior that knows no logits without label and vector."""
+    conditional = config.num_classes or config.vector_size
     if sampling.guided and not (conditional and config.label_dropout):
-        lacking = f"the prior of level {level} was trained without "
+        lacking = f"the prior of level {config.level} was trained without "
         lacking += "label dropout" if conditional else "classes"
         advice = "leave it at 1, or retrain with --label-dropout 0.1"
         raise UserError(f"guidance_scale is {sampling.guidance_scale}, but {lacking}: {advice}.")

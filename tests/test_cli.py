@@ -1,5 +1,6 @@
 """The commands as users type them: the README's own, and every mistake answered by one sentence."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from pipelines.cli import COMMANDS, RECIPES, flag_names, main, parse, split_comm
 from pipelines.commands.completion import completion_script
 from pipelines.commands.reconstruct import file_names
 from pipelines.next_steps import next_steps
+from prior import load_prior
 from tests.conftest import ROOT, edit_manifest, vqvae2, write_images
 from tests.conftest import command as run_here
 from tests.test_rejection import save_classifier
@@ -543,3 +545,16 @@ def test_mistakes_get_one_sentence_and_exit_code_2(
 def test_a_flag_is_suggested_by_its_meaning(given: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"unknown flag {given}; did you mean {meant}"):
         parse("train", [given, "3"])
+
+
+def test_guidance_that_a_prior_cannot_give_is_refused_before_anything_is_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bottom = load_prior(run / "prior_1")
+    bottom.config = dataclasses.replace(bottom.config, label_dropout=0.0)
+    bottom.save_pretrained(tmp_path / "bottom")
+    priors = (run / "prior_0", tmp_path / "bottom")
+    words = ("--vqvae", run / "vqvae", "--priors", *priors, "--output-dir", tmp_path / "out")
+    run_here("sample", *words, "--guidance-scale", 2, code=2)
+    assert "the prior of level 1 was trained without label dropout" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

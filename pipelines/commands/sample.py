@@ -28,7 +28,7 @@ from pipelines.receipts import (
     make_receipt,
 )
 from pipelines.rejection import choose, with_rejection
-from prior.sampling import SAMPLER_VERSION, Known, SamplingConfig, in_lanes
+from prior.sampling import SAMPLER_VERSION, Known, SamplingConfig, check_guidance, in_lanes
 from vqvae2.common.accelerate import processes
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -65,9 +65,11 @@ def sample(config: SampleConfig) -> None:
 
     # Refuse wrong settings, and another run's folder, before anything is written.
     names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
-    SamplingConfig.per_level(
+    samplings = SamplingConfig.per_level(
         len(pipeline.priors), **{name: getattr(config, name) for name in names}
     )
+    for prior, sampling in zip(pipeline.priors, samplings, strict=True):
+        check_guidance(prior.config, sampling)
     given, beside = config.conditions, Path(file or "receipt").with_name(CONDITIONS_NAME)
     if wanted is not None and wanted.conditions_hash and not (config.attributes or given):
         given = str(beside)
