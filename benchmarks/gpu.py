@@ -375,19 +375,22 @@ def plan_and_speed() -> None:
             optimizer = make_optimizer(model, stage.config)
             if compiled:
                 model.compile()
-            seconds = []
+            seconds, updates = [], []
             for _ in range(3 if TINY else 8):
                 begun = clock()
                 stage.loss(model, batch, "bf16").backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                learned = clock()
                 optimizer.step()
                 optimizer.zero_grad()
                 seconds.append(clock() - begun)
+                updates.append(begun + seconds[-1] - learned)
             typical, planned = median(seconds[1:]), sum(sizes.values())
             share = flops / typical / OPTIONS.peak_tflops / 1e12
             name = stage.name + compiled * ", compiled"
             text = (
                 f"{rows} rows, median {typical * 1e3:.1f} ms a step, {rows / typical:.0f} images/s"
+                f", {median(updates[1:]) * 1e3:.1f} ms of it the optimizer"
             )
             say("INFO", f"speed of {name}", f"{text}, MFU {share:.1%}, first {seconds[0]:.0f} s")
             if ON_GPU and not compiled:
