@@ -17,7 +17,7 @@ from prior.pixelsnail import PixelSNAIL
 from prior.transformer import TransformerPrior
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.fit import make_optimizer
-from vqvae2.common.muon import MuonAdamW, orthogonalise
+from vqvae2.common.muon import MuonAdamW, orthogonalise, orthogonalise_each
 from vqvae2.config import DiscriminatorConfig, PreprocessingConfig, VQVAE2Config
 from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
@@ -36,6 +36,15 @@ def test_singular_values_become_about_one_and_directions_stay(rows: int, columns
     nearest = old_left @ old_right  # the polar factor
     assert torch.allclose(left @ right, nearest, atol=1e-6)
     assert torch.equal(orthogonalise(torch.zeros(1, 4, 6)), torch.zeros(1, 4, 6))
+
+
+def test_matrices_of_any_shapes_are_computed_together_as_each_alone() -> None:
+    """As on a GPU the small ones are: lying, and with zeros around them."""
+    torch.manual_seed(0)
+    shapes = [(12, 40), (40, 12), (3, 5), (16, 16), (1, 7)]
+    matrices = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    for matrix, together in zip(matrices, orthogonalise_each(matrices), strict=True):
+        assert torch.allclose(orthogonalise(matrix[None])[0], together, atol=1e-12)
 
 
 def test_a_step_is_that_of_torch() -> None:

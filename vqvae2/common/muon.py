@@ -8,7 +8,7 @@ all about one, so that directions in which gradients are small are learned as fa
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ MOMENTUM = 0.95
 COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 # Steps as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, section 2.2).
 SIZE = 0.2
+# Matrices of up to so many rows and columns, or the other way round, take a GPU less time than to
+# be told of them one by one.
+SMALL = 256, 4096
 
 
 def moment_names(group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -62,31 +65,64 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
     def _step_matrices(self, group: Mapping[str, Any]) -> None:
-        # The direction is the averaged gradient, a step ahead (Nesterov), as a matrix.
-        directions: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
+        # The direction is the averaged gradient, a step ahead (Nesterov).
+        learned = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not learned:
+            return
+        gradients = [cast(Tensor, parameter.grad) for parameter in learned]
+        momenta = []
+        for parameter, gradient in zip(learned, gradients, strict=True):
             state = self.state[parameter]
             if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(parameter.grad)
-            state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-            ahead = parameter.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
-            directions[ahead.shape].append((parameter, ahead))
+                state["momentum"] = torch.zeros_like(gradient)
+            momenta.append(state["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)
 
-        # Those of one shape together.
-        for shape, items in directions.items():
-            steps = orthogonalise(torch.stack([direction for _, direction in items]))
-            size = SIZE * max(shape) ** 0.5 * group["lr"]
-            for (parameter, _), step in zip(items, steps, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(step.view_as(parameter), alpha=size)
+        # Matrices are made orthogonal together.
+        rate = group["lr"]
+        torch._foreach_mul_(learned, 1 - rate * group["weight_decay"])
+        batches: dict[Any, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for parameter, direction in zip(learned, directions, strict=True):
+            matrix = direction.flatten(1)
+            batches[_batch_of(matrix)].append((parameter, matrix))
+        for items in batches.values():
+            steps = orthogonalise_each([matrix for _, matrix in items])
+            for (parameter, matrix), step in zip(items, steps, strict=True):
+                size = SIZE * max(matrix.shape) ** 0.5 * rate
+                parameter.sub_(step.reshape(parameter.shape), alpha=size)
 
 
 def layer_weights(model: nn.Module) -> set[int]:
     """The ids of the weights of linear layers and convolutions."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+
+
+def _batch_of(matrix: Tensor) -> Any:
+    """What those have in common that are computed together: on a CPU the shape; elsewhere, where
+    each operation takes its time however small it is, all small ones belong together."""
+    is_small = min(matrix.shape) <= SMALL[0] and max(matrix.shape) <= SMALL[1]
+    return "small" if is_small and matrix.device.type != "cpu" else matrix.shape
+
+
+def orthogonalise_each(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of matrices of any shapes, in one go: lying on their side where they are
+    tall, and with zeros around them, which change nothing."""
+    if len({matrix.shape for matrix in matrices}) == 1:
+        return list(orthogonalise(torch.stack(matrices)))
+    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))
+    padded = wide[0].new_zeros(len(wide), rows, columns)
+    places = [x[: len(matrix), : matrix.shape[1]] for x, matrix in zip(padded, wide, strict=True)]
+    for place, matrix in zip(places, wide, strict=True):
+        place.copy_(matrix)
+    done = orthogonalise(padded)
+    result = []
+    for x, matrix in zip(done, matrices, strict=True):
+        rows, columns = matrix.shape
+        result.append(x[:columns, :rows].mT if rows > columns else x[:rows, :columns])
+    return result
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -105,7 +141,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     if in_bf16:
         for _ in range(ROUNDS):
             square = x @ x.mT
-            x = a * x + torch.baddbmm(b * square, square, square, alpha=c) @ x
+            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            x = torch.baddbmm(x, factor, x, beta=a)
     else:
         square, one = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         product = one.expand_as(square)
