@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from prior.base import Prior
 from prior.probes import Rows, nats_per_position
 from prior.vector import with_vectors
+from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
@@ -88,6 +89,7 @@ def _by_field(parts: Sequence[Scores], join: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
+@exact_convolutions()
 def score_batch(
     vqvae: VQVAE2,
     priors: Sequence[Prior],

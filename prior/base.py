@@ -19,6 +19,7 @@ from prior.cuda_graphs import Stepper, eager_stepper, graphed_stepper
 from prior.noise import Noise
 from prior.predictive import Guesses, choose_window, grid_pays, sample_codes
 from prior.sampling import Known, SamplingConfig, check_inputs, guide
+from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
@@ -141,6 +142,7 @@ class Prior(Artifact, nn.Module, ABC):
         return length if whole and not bf16 else 1  # `forward` does not sum bf16 products in fp32
 
     @torch.no_grad()
+    @exact_convolutions()
     def sample(
         self,
         batch_size: int,

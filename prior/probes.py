@@ -17,6 +17,7 @@ from prior.base import Prior
 from prior.config import PriorConfig
 from prior.manifest import CodeDataset
 from prior.vector import with_vectors
+from vqvae2.common.accelerate import exact_convolutions
 
 MOST_ROWS = 64  # in one forward; grids of at most this many codes are checked code by code
 MOST_LOGITS = 2**26  # in one forward
@@ -128,6 +129,7 @@ def nats_per_code(prior: Prior, rows: Rows) -> float:
     return nats_per_row(prior, rows).sum().item() / rows.codes.numel()
 
 
+@exact_convolutions()
 def nats_per_row(prior: Prior, rows: Rows) -> Tensor:
     """Negative log-likelihood of each row's codes, the sum over its positions: `(B,)` float64."""
     sums: list[Tensor] = []
@@ -137,6 +139,7 @@ def nats_per_row(prior: Prior, rows: Rows) -> Tensor:
     return torch.cat(sums)
 
 
+@exact_convolutions()
 def nats_per_position(prior: Prior, rows: Rows) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each code, and what the prior expected of it before it was seen
     (its entropy), in nats: `(B, h, w)` each."""

@@ -48,6 +48,36 @@ def pipeline(run: Path) -> VQVAE2Pipeline:
     return VQVAE2Pipeline.from_pretrained(run / "pipeline")
 
 
+def test_from_python_too_convolutions_are_in_fp32_proper(
+    pipeline: VQVAE2Pipeline, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has called `processes()`: on a GPU they would be in TF32, and codes would change."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    top, bottom = pipeline.priors
+    own = ("grids", "codebook_sizes", "level", "class_names", "label_dropout", "codes_hash")
+    facts = {name: getattr(bottom.config, name) for name in (*own, "encoder_hash")}
+    network = PixelSNAILConfig(width=8, residual_channels=8, num_blocks=1, num_heads=1)
+    snail = make_prior(PixelSNAILPriorConfig(network=network, **facts))
+    whole = VQVAE2Pipeline(pipeline.vqvae, [top, snail])
+    seen: list[bool] = []
+    for module in [*whole.vqvae.modules(), *whole.priors[1].modules()]:
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            module.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    images = sorted(photos.rglob("*.png"))[:2]
+    works = (
+        lambda: whole(2, parallel_positions=2),
+        lambda: whole.reconstruct(images),
+        lambda: whole.variations(images[0]),
+        lambda: whole.log_likelihood(images),
+        lambda: whole.score(images),
+    )
+    for work in works:
+        seen.clear()
+        work()
+        assert seen
+        assert not any(seen)
+
+
 def test_an_image_is_a_function_of_seed_index_and_label(pipeline: VQVAE2Pipeline) -> None:
     """The same bits whatever is asked for with it: alone, in threes, in eights, from the middle of
     a batch, across batches."""

@@ -24,7 +24,7 @@ from pipelines.commands.reconstruct import file_names
 from pipelines.config import ScoreConfig
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.scoring import ALL, BATCH, HEALED, NORMAL_NAME, Normal, Scores
-from vqvae2.common.accelerate import check_same_images, exact_convolutions, processes
+from vqvae2.common.accelerate import check_same_images, processes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, remove_folder, whole_file, write_json
@@ -102,8 +102,7 @@ def score(config: ScoreConfig) -> None:
     job = _Job(config, pipeline, found, names, normal, thresholds)
     rows, choices = folder / "parts", {split: [no_change] for split in SPLITS}
     options: Any = {"description": "scoring", "skip": config.data.on_error == "skip"}
-    with exact_convolutions():
-        work_parts.write_parts(found, rows, partial(_write_part, job), choices, state, **options)
+    work_parts.write_parts(found, rows, partial(_write_part, job), choices, state, **options)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(job, rows)
