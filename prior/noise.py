@@ -40,7 +40,9 @@ def gumbel(seeds: Tensor, level: int, places: Tensor, codebook_size: int) -> Ten
     hangs, belongs to a small u, of which fp32 has enough: it goes on to 22.9, where a code is as
     rare as 1e-10. (The lower tail, where fp32 is coarse, ends at -2.8.)
     """
-    quarter = torch.arange(-(-codebook_size // 4), device=places.device)  # of the codes
+    # A quarter of the codes. (The mask changes nothing, but keeps a compiler from multiplying the
+    # range out in 32 bits, which Triton refuses.)
+    quarter = torch.arange(-(-codebook_size // 4), device=places.device) & WORD
     zero = torch.zeros_like(quarter)
     counter = quarter, places[..., None], zero + level, zero
     key = (seeds & WORD)[:, None, None], ((seeds >> 32) & WORD)[:, None, None]
