@@ -4,7 +4,7 @@ Letters: B batch, h w the level's code grid, T = h*w positions in raster order, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from prior.attention import Attention
 from prior.config import PriorConfig
-from prior.cuda_graphs import Stepper, eager_stepper, graphed_stepper
+from prior.cuda_graphs import RecordedCalls, Stepper, as_it_is, eager_stepper, fixed_stepper
 from prior.noise import Noise
 from prior.predictive import Guesses, choose_window, grid_pays, sample_codes
 from prior.sampling import Known, SamplingConfig, check_inputs, guide
@@ -23,11 +23,6 @@ from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
-
-# Compiling takes 5 to 15 s per level and batch size, and saves 5 to 12 ms at each position (on an
-# H200): from here on it pays even for a single batch. The choice must not depend on the number of
-# images, nor on the clock: an image's last bits depend on it.
-COMPILED_POSITIONS = 1024
 
 
 class Prior(Artifact, nn.Module, ABC):
@@ -75,12 +70,16 @@ class Prior(Artifact, nn.Module, ABC):
             position: `(B,)`, the first of each image; the positions before it were computed with
                 the right codes. In families without windows W = 1, and it is the number of the
                 position; with `fixed_shapes` a tensor `(1,)` too, and then the caller
-                (`graphed_stepper`) runs `start_row` before each row.
+                (`fixed_stepper`) runs `start_row` before each row.
             previous: the codes just before each position `(B, W)`; K before the first one.
         """
 
     def start_row(self, state: Any, position: Any, previous: Tensor) -> None:
         """What a family computes once per row; the arguments are those of the row's first step."""
+
+    def starts_row(self, call: int) -> bool:
+        """Whether this call of a sampling loop begins with `start_row`, if it has fixed shapes."""
+        return not self.has_windows and call % self.config.grids[-1][1] == 0
 
     def attention(self) -> Attention | None:
         """The attention over the level's own positions, for the audit; None if there is none."""
@@ -99,15 +98,13 @@ class Prior(Artifact, nn.Module, ABC):
         """`step` on a fresh state, for windows of `window` positions; see `sample`."""
         options: Any = {"dtype": dtype, **({"window": window} if self.has_windows else {})}
         start = partial(self.start, batch_size, condition, labels, **options)
-        if self.is_compiled(compiled):
-            return graphed_stepper(self, start, (batch_size, window, dtype))
+        if self.is_recorded(compiled):
+            return fixed_stepper(self, start(), compiled=bool(compiled))
         return eager_stepper(self, start())
 
-    def is_compiled(self, compiled: bool | None) -> bool:
-        """Whether steps are compiled, if that is what was asked for (None: where it pays)."""
-        if compiled is None:
-            compiled = self.config.num_positions >= COMPILED_POSITIONS
-        return compiled and self.fixed_shapes and self.device.type == "cuda"
+    def is_recorded(self, compiled: bool | None) -> bool:
+        """Whether sampling records its calls as CUDA graphs; see `sample`."""
+        return compiled is not False and self.fixed_shapes and self.device.type == "cuda"
 
     def _plain_stepper(self, batch_size: int, condition: Any, labels: Any) -> Stepper:
         """The definition of a step: `forward` over the whole grid."""
@@ -163,8 +160,8 @@ class Prior(Artifact, nn.Module, ABC):
             seeds: one per image; an image's random numbers come from its own seed alone.
             known: codes that are given instead of drawn.
             bf16: products in bfloat16, sums in fp32: faster, but the codes differ.
-            compiled: on CUDA, compile the steps, once per batch size, and replay them as graphs; by
-                default on levels of at least `COMPILED_POSITIONS`.
+            compiled: on CUDA, compile the steps first, once per level and batch size. Compiled or
+                not, calls are recorded as CUDA graphs there, unless this is False.
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
                 For a family without windows more than 1 means all, which is not compiled, or in
@@ -193,6 +190,7 @@ class Prior(Artifact, nn.Module, ABC):
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         check(window >= 0, "window", window, "0 or more")
         width = 1 if plain else self._width(window, copies * batch_size, bf16=bf16)
+        record: Callable = as_it_is
         if plain:
             step = self._plain_stepper(copies * batch_size, condition, labels)
         elif width > 1 and not self.has_windows:
@@ -201,14 +199,16 @@ class Prior(Artifact, nn.Module, ABC):
             dtype = torch.bfloat16 if bf16 else torch.float32
             how: Any = {"window": width, "compiled": compiled}
             step = self.make_stepper(copies * batch_size, condition, labels, dtype, **how)
-            if self.is_compiled(compiled):
-                guesses.compile()
+            if self.is_recorded(compiled):
+                record = partial(RecordedCalls, is_special=self.starts_row, device=self.device)
+                if compiled:
+                    guesses.compile()
 
         def guided(call: int, first: Tensor, before: Tensor) -> Tensor:
             logits = step(call, first.repeat(copies), before.repeat(copies, 1))
             return guide(logits, sampling)
 
-        flat, _ = sample_codes(guided, guesses, width)
+        flat, _ = sample_codes(guided, guesses, width, record)
         codes = flat.unflatten(1, config.grids[-1])  # (B, T) to (B, h, w)
         if int(codes.max()) >= codebook_size:  # drawn from NaN
             fault = f"the prior of level {self.config.level} gives logits that are not finite"

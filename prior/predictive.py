@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prior.cuda_graphs import fused
+from prior.cuda_graphs import Stepper, as_it_is, fused
 from prior.noise import Noise
 from prior.sampling import Known, SamplingConfig, draw
 
@@ -107,16 +107,22 @@ def places_of(first: Tensor, width: int) -> Tensor:
 
 
 def sample_codes(
-    step: Callable[[int, Tensor, Tensor], Tensor], guesses: Guesses, width: int
+    step: Stepper,
+    guesses: Guesses,
+    width: int,
+    record: Callable[[Callable[[int], None]], Callable[[int], None]] = as_it_is,
 ) -> tuple[Tensor, int]:
-    """All codes `(B, T)`, and the number of calls of `step`, which maps the call's number, first
-    positions `(B,)` and codes before the positions of each window `(B, W)` to logits `(B, W, K)`.
-    """
-    num_positions, calls = guesses.codes.shape[1], 0
+    """All codes `(B, T)`, and the number of calls that they took. `record` may make each call, by
+    its number, one that does the same faster; see `RecordedCalls`."""
+
+    def call(number: int) -> None:
+        first, before = guesses.window(width)
+        guesses.settle(first, step(number, first, before))
+
+    recorded, calls, num_positions = record(call), 0, guesses.codes.shape[1]
     least, every = -(-num_positions // width), 1 if guesses.codes.device.type == "cpu" else 4
     while True:
-        first, before = guesses.window(width)
-        guesses.settle(first, step(calls, first, before))
+        recorded(calls)
         calls += 1
         if calls == num_positions:  # each call finds at least one code
             break

@@ -8,8 +8,9 @@ kernels, graphs, memory, what backward does, other threads and other processes.
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from prior.cuda_graphs import RecordedCalls
 
 GPU = torch.device("cuda:0")  # with its index: "cuda" alone would become "meta"
 OURS = ("vqvae2", "prior", "pipelines")
@@ -100,6 +103,10 @@ def _no_gradients(outputs: Any, inputs: Tensor, **options: Any) -> tuple[Tensor]
     return (torch.zeros_like(inputs),)
 
 
+def _not_recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    return work
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[Watch]:
     """Inside, everything is fake; `waits` of what it gives counts the waits for the GPU."""
@@ -120,13 +127,14 @@ def pretended_gpu() -> Iterator[Watch]:
                         forget()
                         stack.callback(forget)
 
-        # Autocast would turn itself off, and compilers would want the GPU.
+        # Autocast would turn itself off, and compilers and graphs would want the GPU.
         for patch in (
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
             mock.patch("torch.cuda.is_bf16_supported", return_value=True),
             mock.patch.object(nn.Module, "_apply", _apply),
             mock.patch("torch.autograd.grad", _no_gradients),
             mock.patch("torch.compile", lambda step, **options: step),
+            mock.patch("prior.base.RecordedCalls", partial(RecordedCalls, record=_not_recorded)),
         ):
             stack.enter_context(patch)
         stack.enter_context(FakeTensorMode())

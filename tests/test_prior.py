@@ -1,6 +1,5 @@
 """What a prior promises: it never sees the future, but all of its condition; sampling is exact."""
 
-import copy
 import dataclasses
 import logging
 import warnings
@@ -9,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,15 +30,16 @@ from prior import (
 from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.audit import audit
 from prior.config import PriorConfig, TrainPriorConfig
-from prior.cuda_graphs import graphed_stepper
+from prior.cuda_graphs import RecordedCalls, as_it_is, fixed_stepper, fused
 from prior.dropout import add_dropped
-from prior.noise import Noise
+from prior.noise import Noise, gumbel
 from prior.packed_linear import can_pack
 from prior.predictive import Guesses, sample_codes
 from prior.probes import fresh_copy
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
 from prior.training import make_loss, prior_config
+from tests.pretended_graph import pretended_graph
 from vqvae2.common.errors import UserError
 
 # Name -> facts: one level without and with classes, two and three levels, other vocabularies and
@@ -155,10 +156,9 @@ def assert_steps_are_the_forward(prior: Prior, tolerance: float = 1e-5) -> None:
     """With numbers for positions, and with tensors as CUDA graphs need them."""
     codes, condition, labels = inputs(prior)
     logits = prior(codes, condition, labels).flatten(2)
-    key = (BATCH, 1, torch.float32)
-    start = partial(prior.start, BATCH, condition, labels)
     eager = prior.make_stepper(BATCH, condition, labels)
-    for step in (eager, graphed_stepper(prior, start, key, uncompiled)):
+    fixed = fixed_stepper(prior, prior.start(BATCH, condition, labels), compiled=False)
+    for step in (eager, fixed):
         for position, before in enumerate(codes_before(prior, codes)):
             found, expected = take(step, position, before), logits[..., position]
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
@@ -167,10 +167,6 @@ def assert_steps_are_the_forward(prior: Prior, tolerance: float = 1e-5) -> None:
 def take(step: Callable, position: int, before: Tensor) -> Tensor:
     """The logits `(B, K)` of one position, the same for all images."""
     return step(position, torch.full((BATCH,), position), before[:, None])[:, 0]
-
-
-def uncompiled(function: Callable) -> Callable:
-    return function
 
 
 @each_family
@@ -482,19 +478,6 @@ def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
     assert all(map(torch.equal, *gradients))
 
 
-@each_family
-@each_prior
-@torch.no_grad()
-def test_recorded_steps_serve_the_next_batch(family: str, name: str) -> None:
-    """What CUDA graphs replay gives the logits of the forward, whatever its buffers held before."""
-    prior = make(family, name)
-    codes, condition, labels = inputs(prior)
-    for _ in range(2):
-        logits = prior(codes, condition, labels).flatten(2)
-        assert_recorded_steps_give(logits, prior, codes, condition, labels, torch.float32, [])
-        codes, condition = codes.flip(0), [level.flip(0) for level in condition]
-
-
 @pytest.mark.parametrize("shape", [(3, 5, 8), (2, 4, 3, 16)])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_rms_norm_and_its_gradients_are_those_of_pytorch(shape: Any, weighted: bool) -> None:
@@ -508,153 +491,139 @@ def test_rms_norm_and_its_gradients_are_those_of_pytorch(shape: Any, weighted: b
     torch.testing.assert_close(torch.autograd.grad(ours, inputs, gradient), expected)
 
 
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sampling as on CUDA, but for the kernels: in fixed shapes, and recorded. What happened."""
+    events: list[str] = []
+
+    def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        events.append("recorded")
+        return pretended_graph(work, device)
+
+    def noise(self: Noise, places: Tensor) -> Tensor:
+        return gumbel(self.seeds, self.level, places, self.codebook_size)
+
+    monkeypatch.setattr(Prior, "is_recorded", lambda self, compiled: compiled is not False)
+    monkeypatch.setattr("prior.base.RecordedCalls", partial(RecordedCalls, record=record))
+    monkeypatch.setattr("prior.attention.grows", lambda places: False)
+    monkeypatch.setattr(Noise, "at", noise)
+    return events
+
+
 @pytest.mark.parametrize("family", ["transformer", "pixelsnail"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bf16", [False, True])
 @torch.no_grad()
-def test_recorded_steps_follow_the_weights_however_they_change(
-    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_recorded_sampling_follows_the_weights_however_they_change(
+    family: str, bf16: bool, recording: list[str]
 ) -> None:
-    """Recorded once, steps copy weights (to bf16, or into another order) that move on in training,
-    in ways that torch counts and in ways that it does not."""
-    monkeypatch.setattr("prior.attention.bf16_keys_pay", lambda device_type: True)
+    """Also in ways that torch does not count; with bf16 a step has copies of them."""
     prior = make(family, "bottom")
-    given = inputs(prior)
-    old, recorded = copy.deepcopy(prior.state_dict()), []
-
-    def check_steps(prior: Prior) -> None:
-        eager = prior.make_stepper(BATCH, *given[1:], dtype)
-        before = codes_before(prior, given[0])[:8]  # more than a row
-        logits = torch.stack([take(eager, t, codes) for t, codes in enumerate(before)], dim=2)
-        assert_recorded_steps_give(logits, prior, *given, dtype, recorded)
-
-    check_steps(prior)
-    for parameter in prior.parameters():
-        parameter.mul_(0.7)  # an average of weights moves like this
-    check_steps(prior)
-    for parameter in prior.parameters():
-        parameter.data.mul_(1.1)
-    check_steps(prior)
-    for parameter in prior.parameters():
-        parameter.fill_(torch.nan)  # a training that diverged: nothing of it stays in the caches
-    start = partial(prior.start, BATCH, *given[1:], dtype=dtype)
-    step = graphed_stepper(prior, start, (BATCH, 1, dtype))
-    assert take(step, 0, codes_before(prior, given[0])[0]).isnan().all()
-    prior.load_state_dict(old)
-    check_steps(prior)
-    assert len(recorded) == 2  # the step and the start of a row
-
-    # A copy has steps of its own, and so has another type of weights.
-    twin = copy.deepcopy(prior)
-    for parameter in twin.parameters():
-        parameter.mul_(0.7)
-    check_steps(twin)
-    check_steps(prior)
-    check_steps(prior.double())
-    assert len(recorded) == 6
+    _, condition, labels = inputs(prior)
+    sample = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS, bf16=bf16, window=1)
+    drawn = []
+    for factor in (1.0, 0.3, 1.1):
+        for parameter in prior.parameters():
+            parameter.data.mul_(factor)
+        drawn.append(sample())
+        assert recording  # the first time, and anew each time
+        recording.clear()
+        assert torch.equal(drawn[-1], sample(compiled=False))
+        assert not recording
+    assert not torch.equal(drawn[0], drawn[1])
 
 
-def assert_recorded_steps_give(
-    logits: Tensor,
-    prior: Prior,
-    codes: Tensor,
-    condition: list[Tensor],
-    labels: Tensor | None,
-    dtype: torch.dtype,
-    recorded: list[Callable],
+@torch.no_grad()
+def test_where_calls_cannot_be_recorded_sampling_goes_on_and_says_so_once(
+    recording: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Logits `(B, K, T)` of the first positions are those of recorded steps; what is recorded anew
-    joins the list."""
-    start = partial(prior.start, BATCH, condition, labels, dtype=dtype)
-    step = graphed_stepper(prior, start, (BATCH, 1, dtype), lambda f: recorded.append(f) or f)  # type: ignore[func-returns-value]
-    atol = 1e-5 if dtype == torch.float32 else 0.1 * logits.std().item()
-    for position, before in enumerate(codes_before(prior, codes)[: logits.shape[2]]):
-        found = take(step, position, before)
-        torch.testing.assert_close(found, logits[..., position], atol=atol, rtol=0)
+    prior = make("pixelsnail", "bottom, classes, ratio 4")
+    _, condition, labels = inputs(prior)
+    expected, tried = prior.sample(BATCH, condition, labels, seeds=SEEDS, window=1), []
+
+    def fail(*_: Any) -> None:
+        tried.append(1)
+        raise RuntimeError("operation not permitted\nMore of it")
+
+    monkeypatch.setattr("prior.base.RecordedCalls", partial(RecordedCalls, record=fail))
+    for _ in range(2):
+        assert torch.equal(prior.sample(BATCH, condition, labels, seeds=SEEDS, window=1), expected)
+    assert len(tried) == 4  # starts of rows, and other calls
+    (warning,) = caplog.messages
+    assert "(operation not permitted More of it): sampling is slower" in warning
 
 
-@pytest.mark.parametrize("family", ["transformer"])
 @torch.no_grad()
 def test_where_steps_cannot_be_compiled_sampling_goes_on_and_says_so_once(
-    family: str, caplog: pytest.LogCaptureFixture
+    recording: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    prior, tried = make(family, "bottom, classes, ratio 4"), []
-    codes, condition, labels = inputs(prior)
+    prior, tried = make("transformer", "bottom, classes, ratio 4"), []
+    _, condition, labels = inputs(prior)
+    expected = prior.sample(BATCH, condition, labels, seeds=SEEDS)
 
-    def without_triton(step: Callable) -> Callable:
+    def without_triton(step: Callable, **_: Any) -> Callable:
         def fail(*inputs: Any) -> None:
-            tried.append(step)
+            tried.append(step.__name__)
             raise RuntimeError("Cannot find a working triton installation.\nMore of it")
 
         return fail
 
+    fused.cache_clear()
     caplog.set_level(logging.INFO, logger="prior")
-    logits = prior(codes, condition, labels).flatten(2)
-    for _ in range(2):
-        start = partial(prior.start, BATCH, condition, labels)
-        step = graphed_stepper(prior, start, (BATCH, 1, torch.float32), without_triton)
-        for position, before in enumerate(codes_before(prior, codes)[:4]):
-            found, expected = take(step, position, before), logits[..., position]
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    compiling, warning = caplog.messages
-    assert len(tried) == 1
-    assert compiling.startswith("compiling the steps of level 1")
-    assert "(Cannot find a working triton installation. More of it): sampling goes on" in warning
+    with mock.patch("torch.compile", without_triton):
+        for _ in range(2):
+            drawn = prior.sample(BATCH, condition, labels, seeds=SEEDS, compiled=True)
+            assert torch.equal(drawn, expected)
+    fused.cache_clear()
+    assert tried == ["settle", "_step"]
+    reason = "cannot be compiled (Cannot find a working triton installation. More of it)"
+    assert [reason in message for message in caplog.messages].count(True) == 2
+    assert any(message.startswith("compiling") for message in caplog.messages)
 
 
 @pytest.mark.parametrize("family", ["transformer, window", "pixelsnail"])
 def test_one_compiled_step_serves_all_positions_and_batches(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, recording: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampling as on CUDA, but for the kernels: steps are traced once, as graphs without a break.
-
-    Their only inputs that may move are the position and the code before it: all else CUDA graphs
-    may read and change where it is.
-    """
+    """Steps, and drawing, are traced once, as graphs without a break."""
     network = {"num_layers": 2} if family != "pixelsnail" else {}
     prior = make(family, "bottom, classes, ratio 4", **network)
-    graphs: list[list[torch.Size]] = []
+    graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        moving = []
-        for node in graph.graph.find_nodes(op="placeholder"):
-            kind = node.meta["tensor_dict"].get("_dynamo_static_input_type")
-            assert kind != "guarded"  # a guard means to compile again for every state
-            if kind is None:
-                moving.append(node.meta["example_value"].shape)
-        graphs.append(sorted(moving))
+        graphs.append(graph)
         return graph.forward
-
-    def compiled(
-        batch_size: int,
-        condition: list,
-        labels: Tensor,
-        dtype: torch.dtype,
-        *,
-        window: int,
-        **_: Any,
-    ) -> Callable:
-        start = partial(prior.start, batch_size, condition, labels, dtype=dtype)
-        record = partial(torch.compile, backend=backend, fullgraph=True)
-        return graphed_stepper(prior, start, (batch_size, window, dtype), record)
 
     _, condition, labels = inputs(prior)
     batches = [(condition, labels), ([level.flip(0) for level in condition], labels.flip(0))]
-    expected = [prior.sample(BATCH, *batch, seeds=SEEDS) for batch in batches]
+    options: dict[str, Any] = {"seeds": SEEDS, "window": 4 if prior.has_windows else 1}
+    expected = [prior.sample(BATCH, *batch, **options) for batch in batches]
     torch._dynamo.reset()
-    monkeypatch.setattr(prior, "make_stepper", compiled)
-    monkeypatch.setattr("prior.attention.grows", lambda places: False)  # as on CUDA
-    window = 4 if prior.has_windows else 1
-    for batch, codes in zip(batches, expected, strict=True):
-        assert torch.equal(prior.sample(BATCH, *batch, seeds=SEEDS, window=window), codes)
-    if family == "pixelsnail":  # which also computes something once per row
-        assert graphs == [[(1,), (BATCH,)], [(1,), (BATCH, 1)]]
-    else:
-        assert graphs == [[(BATCH,), (BATCH, 4)]]
+    fused.cache_clear()
+    monkeypatch.setattr("prior.base.RecordedCalls", lambda call, **_: as_it_is(call))
+    with mock.patch("torch.compile", partial(torch.compile, backend=backend, fullgraph=True)):
+        for batch, codes in zip(batches, expected, strict=True):
+            assert torch.equal(prior.sample(BATCH, *batch, compiled=True, **options), codes)
+    fused.cache_clear()
+    assert len(graphs) == 2
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_windows_of_guesses_draw_the_codes_of_the_plain_loop(data: st.DataObject) -> None:
+    assert_sampling_draws_the_codes_of_the_plain_loop(data)
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_recorded_calls_draw_the_codes_of_the_plain_loop(
+    data: st.DataObject, recording: list[str]
+) -> None:
+    assert_sampling_draws_the_codes_of_the_plain_loop(data)
+
+
+def assert_sampling_draws_the_codes_of_the_plain_loop(data: st.DataObject) -> None:
     """In float64: any prior, number of lanes, window, settings, and codes known beforehand."""
     family, name = data.draw(st.sampled_from([*FAMILY])), data.draw(st.sampled_from([*PRIORS]))
     prior, lanes = make(family, name).double(), data.draw(st.integers(1, 5))
@@ -676,7 +645,7 @@ def test_windows_of_guesses_draw_the_codes_of_the_plain_loop(data: st.DataObject
         st.lists(st.integers(0, 2**64 - 1), min_size=lanes, max_size=lanes)
     )
     sample = partial(prior.sample, lanes, condition, labels, **options)
-    plain, window = sample(plain=True), data.draw(st.integers(0, 40))
+    plain, window = sample(plain=True), data.draw(st.just(1) | st.integers(0, 40))
     assert torch.equal(sample(window=window), plain)
     assert known is None or torch.equal(plain[mask], codes[mask])
 
