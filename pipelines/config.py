@@ -192,8 +192,9 @@ class DrawConfig:
     """Threads that compute on a CPU; 0: as PyTorch chooses. Images depend on it in their last bits;
     1 may be fastest on a busy machine."""
     compile: Literal["auto", True, False] = "auto"
-    """On CUDA, compile the priors' steps: slow to start, then ten times as fast. auto: on grids of
-    at least 32 x 32. Needs Triton and a C compiler, and may change the images' last bits."""
+    """On CUDA. auto: calls of the priors are recorded once per batch and replayed; True: they are
+    compiled first, which takes a minute per level, pays for thousands of images, and needs Triton
+    and a C compiler; False: neither. The images' last bits may depend on it."""
     parallel_positions: int = 0
     """Positions whose codes are guessed and then computed in one call; 0: chosen for you; 1: one
     at a time. For a PixelSNAIL, more than 1 means all, or in bf16 still 1. The codes are the same,

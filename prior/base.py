@@ -160,8 +160,8 @@ class Prior(Artifact, nn.Module, ABC):
             seeds: one per image; an image's random numbers come from its own seed alone.
             known: codes that are given instead of drawn.
             bf16: products in bfloat16, sums in fp32: faster, but the codes differ.
-            compiled: on CUDA, compile the steps first, once per level and batch size. Compiled or
-                not, calls are recorded as CUDA graphs there, unless this is False.
+            compiled: on CUDA, calls are recorded as CUDA graphs (None) and compiled first, once
+                per level and batch size (True), or neither (False).
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
                 For a family without windows more than 1 means all, which is not compiled, or in

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -31,7 +32,7 @@ from vqvae2.common.config import expand_paths, may_change
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, whole_file, write_text
 from vqvae2.common.lock import LOCK_NAME, only_writer
-from vqvae2.common.runs import RunRecord, command_line, last_names, read_record
+from vqvae2.common.runs import RunRecord, command_line, last_names, read_record, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,19 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "thesis.tex").touch()
     with pytest.raises(UserError, match="is not empty and holds no run of 'train'"):
         record().check(tmp_path / "thesis")
+
+
+def test_a_checkout_that_was_never_installed_has_versions_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        if name == "vqvae2":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr("vqvae2.common.runs.version", version)
+    found = versions()
+    assert (found["vqvae2"], found["torch"]) == ("not installed", "1.2")
 
 
 def test_the_command_line_is_quoted_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:

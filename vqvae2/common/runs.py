@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ ABSOLUTE = re.compile(r"(file://)?((?:\$RUN/|/|~).*)")
 
 def versions() -> dict[str, str]:
     """What computes here: package -> version."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout on the path: PYTHONPATH=vqvae2 python -m ...
+            found[name] = "not installed"
+    return found
 
 
 def command_line() -> str:
