@@ -104,7 +104,9 @@ class Prior(Artifact, nn.Module, ABC):
 
     def is_recorded(self, compiled: bool | None) -> bool:
         """Whether sampling records its calls as CUDA graphs; see `sample`."""
-        return compiled is not False and self.fixed_shapes and self.device.type == "cuda"
+        if compiled is False or torch.are_deterministic_algorithms_enabled():
+            return False  # deterministic operations may look at values, which graphs cannot
+        return self.fixed_shapes and self.device.type == "cuda"
 
     def _plain_stepper(self, batch_size: int, condition: Any, labels: Any) -> Stepper:
         """The definition of a step: `forward` over the whole grid."""
@@ -160,8 +162,8 @@ class Prior(Artifact, nn.Module, ABC):
             seeds: one per image; an image's random numbers come from its own seed alone.
             known: codes that are given instead of drawn.
             bf16: products in bfloat16, sums in fp32: faster, but the codes differ.
-            compiled: on CUDA, calls are recorded as CUDA graphs (None) and compiled first, once
-                per level and batch size (True), or neither (False).
+            compiled: on CUDA. None: calls are recorded as CUDA graphs. True: steps and drawing are
+                compiled first, for each level, size of a batch and setting. False: neither.
             window: positions computed in one call, whose codes are guessed first, see
                 `prior.predictive`; 0 chooses. The codes are the same, but for ties in the last bit.
                 For a family without windows more than 1 means all, which is not compiled, or in

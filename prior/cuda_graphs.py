@@ -7,6 +7,7 @@ moved since, can be in them.
 """
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,10 @@ from torch import Tensor
 # the positions in order, so that the number of the call is the position.
 Stepper = Callable[[int, Tensor, Tensor], Tensor]
 logger = logging.getLogger(__name__)
+# Where recording has failed, this process records nothing more: parts of CUDA are left as they were
+# then. The graph is kept, for even to free it may fail.
+broken: list[object] = []
+_one_at_a_time = threading.Lock()  # as CUDA records
 
 
 def eager_stepper(prior: Any, state: Any) -> Stepper:
@@ -48,12 +53,29 @@ def _step(prior: Any, state: Any, position: Tensor, previous: Tensor) -> Tensor:
 
 
 def cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What does the same work again, as it was recorded; recording does not do it."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    # Other threads, which copy batches to the GPU, may go on meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        work()
+    """Record the work, without doing it; what is returned does it again."""
+    graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
+    try:
+        # Other threads, which copy batches to the GPU, may go on meanwhile. The outer context
+        # returns to the stream from before even where the inner one fails to end.
+        options: Any = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
+            work()
+    except Exception:
+        broken.append(graph)
+        raise
     return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that everything is recorded on, which has cuBLAS's workspace already: else each
+    graph would keep one of its own."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        one = torch.ones(1, 1, device=device)
+        one @ one
+    return stream
 
 
 def as_it_is(call: Callable[[int], None]) -> Callable[[int], None]:
@@ -62,9 +84,8 @@ def as_it_is(call: Callable[[int], None]) -> Callable[[int], None]:
 
 
 class RecordedCalls:
-    """Calls of a loop, by their number, of which two kinds are told apart: each kind runs twice as
-    it is, is recorded, and then replayed. Where recording fails, a warning says so once, and calls
-    stay as they are."""
+    """Calls of a loop, by their number, of two kinds: each kind runs twice as it is, is recorded,
+    and then replayed. Where recording fails, a warning says so once, and calls stay as they are."""
 
     def __init__(
         self,
@@ -90,18 +111,19 @@ class RecordedCalls:
             replay()
 
     def _try_to_record(self, number: int) -> Callable[[], None] | None:
-        try:
-            return self.record(lambda: self.call(number), self.device)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            _warn(" ".join(str(error).split())[:200] or type(error).__name__)
-            return None
-
-
-@cache
-def _warn(reason: str) -> None:
-    logger.warning("a CUDA graph could not be recorded (%s): sampling is slower.", reason)
+        with _one_at_a_time:
+            if broken:
+                return None
+            try:
+                return self.record(lambda: self.call(number), self.device)
+            except Exception as error:
+                cause = error.__context__ or error  # which made the recording fail to end
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+                reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+                logger.warning("no CUDA graph can be recorded (%s): sampling is slower.", reason)
+                broken.append(reason)
+                return None
 
 
 def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:
@@ -115,15 +137,16 @@ def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:
 def fused(function: Callable) -> Callable:
     """A function that is compiled at its first call; where that fails, a warning says so, and it is
     called as it is."""
-    torch._dynamo.config.recompile_limit = 64  # all levels, and sizes of batches, share one count
     compiled: list[Callable] = [torch.compile(function, dynamic=False)]
-    logger.info("compiling, for every level and size of a batch, which may take some minutes")
+    logger.info("compiling for each level, which may take some minutes")
 
     def call(*inputs: Any) -> Any:
         if compiled[0] is function:
             return function(*inputs)
         try:
-            with torch._dynamo.config.patch(suppress_errors=False):  # a training may have set it
+            # All levels, sizes of batches and settings share one count; and a training may have
+            # set the other.
+            with torch._dynamo.config.patch(recompile_limit=64, suppress_errors=False):
                 return compiled[0](*inputs)
         except torch.OutOfMemoryError:
             raise

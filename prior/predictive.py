@@ -77,7 +77,9 @@ class Guesses:
     def settle(self, first: Tensor, logits: Tensor) -> None:
         """Draw the codes of the windows from their logits `(B, W, K)`; find out which are right."""
         tensors = first, logits, self.codes, self.num_right, self.given
-        self.settle_window(*tensors, self.noise, self.sampling)
+        drawn, number = self.settle_window(*tensors, self.noise, self.sampling)
+        self.codes.scatter_(1, places_of(first, logits.shape[1]), drawn)
+        self.num_right.copy_(first + number)
 
 
 def settle(
@@ -88,8 +90,8 @@ def settle(
     given: Tensor | None,
     noise: Noise,
     sampling: SamplingConfig,
-) -> None:
-    """See `Guesses.settle`; `codes` `(B, T)` and `num_right` `(B,)` are brought up to date."""
+) -> tuple[Tensor, Tensor]:
+    """The codes of the windows `(B, W)`, and how many of them are right `(B,)`; changes nothing."""
     places = places_of(first, logits.shape[1])
     drawn, guessed = draw(logits, noise.at(places), sampling), codes.gather(1, places)
     is_settled = places < num_right[:, None]
@@ -97,8 +99,7 @@ def settle(
         is_settled = is_settled | given.gather(1, places)
     drawn = torch.where(is_settled, guessed, drawn)
     in_a_row = (drawn == guessed)[:, :-1].long().cumprod(dim=1).sum(dim=1)
-    codes.scatter_(1, places, drawn)
-    num_right.copy_(first + 1 + in_a_row)
+    return drawn, 1 + in_a_row
 
 
 def places_of(first: Tensor, width: int) -> Tensor:

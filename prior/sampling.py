@@ -17,7 +17,8 @@ from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 
 # Of what the same seed gives. 1 inverted the cumulative distribution; since 3 some PixelSNAILs draw
-# whole grids, and their logits have other last bits, as those of recorded calls on a GPU since 4.
+# whole grids, and their logits have other last bits, as have those of grids of 32 x 32 and more on
+# a GPU since 4, where they were compiled before.
 SAMPLER_VERSION = 4
 
 

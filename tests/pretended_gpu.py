@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prior.cuda_graphs import RecordedCalls
@@ -103,7 +104,20 @@ def _no_gradients(outputs: Any, inputs: Tensor, **options: Any) -> tuple[Tensor]
     return (torch.zeros_like(inputs),)
 
 
-def _not_recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+class _GPUAlone(TorchDispatchMode):
+    """Refuses tensors of the CPU, which a graph cannot record; but for numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in pytree.tree_leaves((args, kwargs, result)):
+            if isinstance(each, Tensor) and each.dim() and each.device.type == "cpu":
+                raise RuntimeError(f"{func} of a tensor of the CPU while a graph is recorded")
+        return result
+
+
+def _recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    with _GPUAlone():
+        work()
     return work
 
 
@@ -134,8 +148,11 @@ def pretended_gpu() -> Iterator[Watch]:
             mock.patch.object(nn.Module, "_apply", _apply),
             mock.patch("torch.autograd.grad", _no_gradients),
             mock.patch("torch.compile", lambda step, **options: step),
-            mock.patch("prior.base.RecordedCalls", partial(RecordedCalls, record=_not_recorded)),
+            mock.patch("prior.base.RecordedCalls", partial(RecordedCalls, record=_recorded)),
         ):
             stack.enter_context(patch)
+        broken: list[object] = []
+        stack.enter_context(mock.patch("prior.cuda_graphs.broken", broken))
         stack.enter_context(FakeTensorMode())
         yield stack.enter_context(Watch())
+        assert not broken

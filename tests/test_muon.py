@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +46,26 @@ def test_matrices_of_any_shapes_are_computed_together_as_each_alone() -> None:
     matrices = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
     for matrix, together in zip(matrices, orthogonalise_each(matrices), strict=True):
         assert torch.allclose(orthogonalise(matrix[None])[0], together, atol=1e-12)
+
+
+def test_a_step_on_small_matrices_together_is_that_on_each_alone() -> None:
+    """Tall, wide and square ones, one of them with its channels last."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 20), nn.Linear(20, 6), nn.Conv2d(5, 8, 3), nn.Linear(7, 7)]
+    layers[2].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours = nn.ModuleList(layers)
+    twin = copy.deepcopy(ours)
+    for model, together in ((ours, False), (twin, True)):
+        torch.manual_seed(1)
+        optimizer = MuonAdamW([{"params": [x.weight for x in model], "muon": True}], 0.1)
+        for _ in range(2):
+            for layer in model:
+                layer.weight.grad = torch.randn_like(layer.weight)
+            key = {"return_value": "small"} if together else {"side_effect": lambda m: m.shape}
+            with mock.patch("vqvae2.common.muon._batch_of", **key):
+                optimizer.step()
+    for one, other in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)  # products may be in bf16
 
 
 def test_a_step_is_that_of_torch() -> None:

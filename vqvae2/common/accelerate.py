@@ -1,6 +1,7 @@
 """What this machine can do, and the Accelerate object that a training runs on."""
 
 import ctypes
+import inspect
 import os
 import sys
 import warnings
@@ -56,9 +57,10 @@ def exact_convolutions() -> Any:
     """A context, or a decorator: on a GPU, convolutions of the same numbers give the same bits
     again (transposed ones would add up in any order), in fp32 proper. (A training that did so would
     be a third slower.)"""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
+    how: Any = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+    if "fp32_precision" in inspect.signature(torch.backends.cudnn.flags).parameters:
+        how["fp32_precision"] = "ieee"  # else this setting, newer than the last, would win
+    return torch.backends.cudnn.flags(**how)
 
 
 def use_deterministic_algorithms(wanted: bool) -> None:

@@ -103,7 +103,8 @@ def _batch_of(matrix: Tensor) -> Any:
     """What those have in common that are computed together: on a CPU the shape; elsewhere, where
     each operation takes its time however small it is, all small ones belong together."""
     is_small = min(matrix.shape) <= SMALL[0] and max(matrix.shape) <= SMALL[1]
-    return "small" if is_small and matrix.device.type != "cpu" else matrix.shape
+    shape = "small" if is_small and matrix.device.type != "cpu" else matrix.shape
+    return shape, matrix.dtype, matrix.device
 
 
 def orthogonalise_each(matrices: list[Tensor]) -> list[Tensor]:
