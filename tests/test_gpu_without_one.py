@@ -1,6 +1,8 @@
 """The CUDA paths on a machine without CUDA: everything on one device, and no waits in hot loops."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -107,6 +109,20 @@ def test_fp32_is_not_tf32_and_sums_can_be_repeated(monkeypatch: pytest.MonkeyPat
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_exact_convolutions_are_so_with_the_newer_setting_too() -> None:
+    """In a process of its own: torch forbids to use both settings, the older and the newer."""
+    program = """
+import torch
+from vqvae2.common.accelerate import exact_convolutions
+if hasattr(torch.backends, "fp32_precision"):
+    torch.backends.fp32_precision = "tf32"
+    with exact_convolutions():
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 class _Images:
