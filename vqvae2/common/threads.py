@@ -81,6 +81,7 @@ class OwnCpus:
         alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
         is_main = threading.current_thread() is threading.main_thread()
         self.threads: list[int] = []
+        self.bind = bind
         if bind and alone and is_main and torch.get_num_threads() == len(self.cpus) > 1:
             others = [thread for thread in _others if (TASKS / str(thread)).exists()]
             threads = [threading.get_native_id(), *others]
@@ -110,7 +111,7 @@ class OwnCpus:
         logger.warning(
             "Other processes keep the CPUs busy: %.0f %% of the time this one stood waiting.%s",
             100 * waited / seconds,
-            advice if number > 1 else "",
+            advice if number > 1 and self.bind else "",
         )
 
 
