@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from prior import (
 from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.audit import audit
 from prior.config import PriorConfig, TrainPriorConfig
-from prior.cuda_graphs import RecordedCalls, as_it_is, fixed_stepper, fused
+from prior.cuda_graphs import RecordedCalls, as_it_is, cuda_graph, fixed_stepper, fused
 from prior.dropout import add_dropped
 from prior.noise import Noise, gumbel
 from prior.packed_linear import can_pack
@@ -555,6 +556,37 @@ def test_where_calls_cannot_be_recorded_sampling_goes_on_and_says_so_once(
     assert len(tried) == 1
     (warning,) = caplog.messages
     assert "(operation not permitted More of it): sampling is slower" in warning
+
+
+def test_a_recording_that_fails_returns_to_the_stream_from_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's own context does not, when it cannot end; and freeing the graph may fail as well."""
+    broken: list[object] = []
+    monkeypatch.setattr("prior.cuda_graphs.broken", broken)
+    monkeypatch.setattr("prior.cuda_graphs._recording_stream", lambda device: "recording")
+    streams, left_open = ["default"], mock.MagicMock()
+    left_open.__enter__.side_effect = lambda: streams.append("inner")
+    left_open.__exit__.side_effect = RuntimeError("capture failed")
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        before = streams[:]
+        streams.append(name)
+        try:
+            yield
+        finally:
+            streams[:] = before
+
+    with (
+        mock.patch("torch.cuda.CUDAGraph"),
+        mock.patch("torch.cuda.graph", return_value=left_open),
+        mock.patch("torch.cuda.stream", stream),
+        pytest.raises(RuntimeError, match="capture failed"),
+    ):
+        cuda_graph(lambda: None, torch.device("cuda:0"))
+    assert streams == ["default"]
+    assert len(broken) == 1
 
 
 @torch.no_grad()
