@@ -183,8 +183,8 @@ class VQVAE2Pipeline:
             first_index: index of the first image; 1000 continues a set of 1000 of the same seed.
             lanes: images computed side by side; see `in_lanes`.
             bf16: multiply in bfloat16 in the priors: faster, but gives other images.
-            compiled: on CUDA, whether the priors' calls are recorded (None) and compiled first
-                (True), or neither (False); see `Prior.sample`.
+            compiled: on CUDA. None: the priors' calls are recorded. True: they are compiled first.
+                False: neither. See `Prior.sample`.
             parallel_positions: codes of a level that are guessed and then computed in one call; 0
                 chooses; see `prior.predictive`.
             known: per level, codes that are given rather than sampled, for all `num_images`
