@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from prior.config import TransformerConfig, TransformerOptions
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.decoding import Picture, picture_size, read_cell
@@ -187,14 +188,12 @@ def choose(
     sizes = ((40, 16), (100, 32), (300, 64), (1000, 128), (5000, 256), (10**12, 512))
     codes = next(size for most, size in sizes if number < most)
     hidden = 128 if on_gpu or number >= 1000 else 64
-    networks = (  # rows, width, layers, heads, dropout
-        (4000, 128, 3, 2, 0.2),
-        (40_000, 192, 4, 3, 0.1),
-        (200_000 if on_gpu else 10**12, 256, 6, 4, 0.1),
-        (10**12, 512, 12, 8, 0.1),
+    network = TransformerOptions().for_rows(rows)
+    if on_gpu and rows >= 200_000:
+        network = TransformerConfig(width=512, num_layers=12, num_heads=8)
+    reasons.append(
+        f"codebooks of {codes}, priors of width {network.width}: {number:,} training images"
     )
-    _, width, layers, heads, dropout = next(net for net in networks if rows < net[0])
-    reasons.append(f"codebooks of {codes}, priors of width {width}: {number:,} training images")
     if mirrored and flips == "auto":
         reasons.append(
             "mirrored images as further ones, because there are few (--flips no: where left and"
@@ -211,7 +210,8 @@ def choose(
         },
         "batch_size": batch,
     }
-    transformer = {"width": width, "num_layers": layers, "num_heads": heads, "dropout": dropout}
+    shown = ("width", "num_layers", "num_heads", "dropout")
+    transformer = {name: getattr(network, name) for name in shown}
     prior = {"transformer": transformer, "batch_size": batch, "learning_rate": 0.004}
     prior["patience"] = 5  # of ten validations: one that memorises its few rows stops
     recipe: dict[str, Any] = {"train": train, "prior_0": prior, "prior_1": dict(prior)}

@@ -1,10 +1,11 @@
 """Configuration of stage 2. Torch-free."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vqvae2.common.config import (
+    MOST,
     MOST_CODES,
     MOST_LAYERS,
     MOST_WIDTH,
@@ -21,33 +22,78 @@ LONGEST_SIDE = 4096  # rows or columns of codes
 MOST_LEVELS = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The network of a transformer prior."""
+# The transformer that learns so many training rows without memorising them: rows below which it is
+# chosen, width, layers and dropout. See "How large a prior for how many images" in docs/results.md.
+SIZES = ((4000, 128, 3, 0.2), (40_000, 192, 4, 0.1), (math.inf, 256, 6, 0.1))
+HEAD_WIDTH = 64  # features per head, if the number of heads is not given
 
-    width: int = 256
-    """Features per position."""
-    num_layers: int = 8
-    """Causal blocks."""
-    num_heads: int = 4
-    """Attention heads; the width must be a multiple of 4 times their number."""
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerOptions:
+    """The network of a transformer prior, whose size is chosen by the number of training rows where
+    it is not given."""
+
+    width: int | None = None
+    """Features per position. By default 128 below 4,000 training rows, 192 below 40,000, else 256.
+    """
+    num_layers: int | None = None
+    """Causal blocks. By default 3, 4 or 6, likewise."""
+    num_heads: int | None = None
+    """Attention heads; the width must be a multiple of 4 times their number. By default one for
+    every 64 features."""
     num_condition_layers: int = 2
     """Blocks of the network that reads the coarser levels' codes; they see all positions."""
-    dropout: float = 0.1
-    """Dropout after attention and MLP."""
+    dropout: float | None = None
+    """Dropout after attention and MLP. By default 0.2 below 4,000 training rows, else 0.1."""
     attention_rows: int = 0
     """Attend to this many rows above only, to save memory and time on large grids; 0 for all."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: a third slower, much less memory."""
 
     def __post_init__(self) -> None:
-        fits = self.num_heads >= 1 and self.width >= 1 and self.width % (4 * self.num_heads) == 0
-        check(fits, "width", self.width, f"divisible by 4 x num_heads = {4 * self.num_heads}")
-        check_between(self, 1, MOST_WIDTH, "width")
-        check_between(self, 1, MOST_LAYERS, "num_layers")
+        for name, most in (("width", MOST_WIDTH), ("num_layers", MOST_LAYERS), ("num_heads", MOST)):
+            if getattr(self, name) is not None:
+                check_between(self, 1, most, name)
+        factor = 4 * (self.num_heads or 1)
+        fits = self.width is None or self.width % factor == 0
+        check(fits, "width", self.width, f"divisible by 4 x num_heads = {factor}")
         check_between(self, 0, MOST_LAYERS, "num_condition_layers")
         check_between(self, 0, LONGEST_SIDE, "attention_rows")
-        check_share(self, "dropout")
+        if self.dropout is not None:
+            check_share(self, "dropout")
+
+    def like(self, other: "TransformerOptions") -> "TransformerOptions":
+        """With the sizes of another network where none are given."""
+        names = ("width", "num_layers", "num_heads", "dropout")
+        missing = [name for name in names if getattr(self, name) is None]
+        return replace(self, **{name: getattr(other, name) for name in missing})
+
+    def for_rows(self, number: int) -> "TransformerConfig":
+        """The network for this many training rows. Raises a `UserError` for a number of heads that
+        does not suit the width."""
+        _, width, num_layers, dropout = next(size for size in SIZES if number < size[0])
+        width = self.width or width
+        most = max(1, width // HEAD_WIDTH)
+        heads = max((n for n in range(1, most + 1) if width % (4 * n) == 0), default=1)
+        return TransformerConfig(
+            width=width,
+            num_layers=self.num_layers or num_layers,
+            num_heads=self.num_heads or heads,
+            num_condition_layers=self.num_condition_layers,
+            dropout=dropout if self.dropout is None else self.dropout,
+            attention_rows=self.attention_rows,
+            checkpoint_activations=self.checkpoint_activations,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerOptions):
+    """The network of a transformer prior."""
+
+    width: int = 256
+    num_layers: int = 8
+    num_heads: int = 4
+    dropout: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +222,7 @@ class TrainPriorConfig(TrainingConfig):
     """Folder of this run: model, metrics, pictures, checkpoints. Repeat the command to resume."""
     family: Literal["transformer", "pixelsnail"] = "transformer"
     """transformer: attention over all codes. pixelsnail: the paper's convolutions and attention."""
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    transformer: TransformerOptions = field(default_factory=TransformerOptions)
     """The network of the family transformer."""
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
     """The network of the family pixelsnail."""

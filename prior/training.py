@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 from prior import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
 from prior.audit import stop_if_unsound, warn_of_noise
 from prior.base import Prior
+from prior.config import TransformerOptions
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
-from prior.registry import make_prior
+from prior.registry import load_prior, make_prior
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
 from vqvae2.common.artifact import check_memory
 from vqvae2.common.errors import UserError
@@ -118,9 +120,12 @@ def open_codes(
     return opened
 
 
-def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
-    """The prior that the configuration asks for, over the codes that the manifest describes.
-    Raises a `UserError` for a class of the name that means the hidden label."""
+def prior_config(
+    config: TrainPriorConfig, manifest: Manifest, *, num_rows: int | None = None
+) -> PriorConfig:
+    """The prior that the configuration asks for, over the codes that the manifest describes, and
+    for this many training rows (by default those that it counts). Raises a `UserError` for a class
+    of the name that means the hidden label."""
     level = parse_level(config.level, manifest.num_levels)
     if config.class_conditional and config.label_dropout and "none" in manifest.class_names:
         what = "a class is named 'none', which in sampling means the hidden label"
@@ -138,7 +143,18 @@ def prior_config(config: TrainPriorConfig, manifest: Manifest) -> PriorConfig:
     }
     if config.family == "pixelsnail":
         return PixelSNAILPriorConfig(network=config.pixelsnail, **facts)
-    return TransformerPriorConfig(network=config.transformer, **facts)
+    rows = manifest.num_train if num_rows is None else num_rows
+    return TransformerPriorConfig(network=_transformer(config).for_rows(rows), **facts)
+
+
+def _transformer(config: TrainPriorConfig) -> TransformerOptions:
+    """What is asked for; in a fine-tuning, with the sizes of the prior that it starts from."""
+    if config.init_from is not None:
+        with suppress(UserError):  # of a folder without a prior, which loading its weights explains
+            start = load_prior(config.init_from).config
+            if isinstance(start, TransformerPriorConfig):
+                return config.transformer.like(start.network)
+    return config.transformer
 
 
 def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:

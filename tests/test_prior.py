@@ -30,9 +30,10 @@ from prior import (
 )
 from prior.attention import KVCache, attend, bf16_keys_pay
 from prior.audit import audit
-from prior.config import PriorConfig, TrainPriorConfig
+from prior.config import PriorConfig, TrainPriorConfig, TransformerOptions
 from prior.cuda_graphs import RecordedCalls, as_it_is, cuda_graph, fixed_stepper, fused
 from prior.dropout import add_dropped
+from prior.manifest import Manifest
 from prior.noise import Noise, gumbel
 from prior.packed_linear import can_pack
 from prior.predictive import Guesses, sample_codes
@@ -776,8 +777,45 @@ def test_a_class_named_as_the_hidden_label_is_refused() -> None:
     manifest: Any = SimpleNamespace(
         **facts, class_names=("cat", "none"), encoder_hash="", codes_hash="", vector_size=0
     )
-    manifest.vector_names = ()
+    manifest.vector_names, manifest.num_train = (), 100
     config = TrainPriorConfig(codes="x", level="0", output_dir="y")
     with pytest.raises(UserError, match="a class is named 'none'"):
         prior_config(config, manifest)
     assert prior_config(dataclasses.replace(config, label_dropout=0.0), manifest).num_classes == 2
+
+
+@given(
+    rows=st.integers(0, 10**9),
+    width=st.none() | st.integers(1, 500).map(lambda number: 4 * number),
+    layers=st.none() | st.integers(1, 20),
+    dropout=st.none() | st.floats(0, 0.9),
+)
+def test_sizes_that_are_not_given_suit_the_number_of_rows(
+    rows: int, width: int | None, layers: int | None, dropout: float | None
+) -> None:
+    asked = TransformerOptions(width=width, num_layers=layers, dropout=dropout, attention_rows=3)
+    chosen, more = asked.for_rows(rows), asked.for_rows(10 * rows + 1)
+    assert (width or chosen.width, layers or chosen.num_layers) == (chosen.width, chosen.num_layers)
+    assert chosen.dropout == (chosen.dropout if dropout is None else dropout)
+    assert chosen.attention_rows == 3
+    assert chosen.width <= more.width
+    assert chosen.num_layers <= more.num_layers
+    assert chosen.dropout >= more.dropout
+    assert asked.like(chosen).for_rows(0) == chosen
+
+
+def test_a_fine_tuned_prior_has_the_sizes_of_its_first_weights(tmp_path: Path) -> None:
+    manifest = Manifest(
+        grids=((4, 4),), codebook_sizes=(16,), class_names=(), encoder_hash="", rows_hash="",
+        preprocessing=None,
+    )  # fmt: skip
+    config = TrainPriorConfig(codes="x", level="0", output_dir="y")
+    few, many = (prior_config(config, manifest, num_rows=rows) for rows in (10, 10**6))
+    assert (few.network.width, many.network.width) == (128, 256)
+    make_prior(few).save_pretrained(tmp_path / "few")
+    asked = TransformerOptions(num_layers=2)
+    config = dataclasses.replace(config, init_from=str(tmp_path / "few"), transformer=asked)
+    expected = dataclasses.replace(few.network, num_layers=2)
+    assert prior_config(config, manifest, num_rows=10**6).network == expected
+    gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
+    assert prior_config(gone, manifest, num_rows=10**6).network.width == 256

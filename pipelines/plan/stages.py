@@ -36,6 +36,7 @@ from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 from vqvae2.training import autoencoder_of, make_trained, with_finetuned_model
 
+LARGEST = 10**9  # rows of an unknown number of images: the largest network that may be chosen
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -158,7 +159,8 @@ def _extraction_stage(
 
 
 def _prior_stage(config: TrainPriorConfig, codes: Manifest, number: int | None) -> Stage:
-    model = prior.training.prior_config(config, codes)
+    rows = LARGEST if number is None else number
+    model = prior.training.prior_config(config, codes, num_rows=rows)
     loss_fn = prior.training.make_loss(model, token_corruption=config.token_corruption)
 
     def make_batch(rows: int) -> dict[str, Any]:
