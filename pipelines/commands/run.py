@@ -305,7 +305,8 @@ def summary(root: Path, images: ImagesConfig) -> str:
         f"    --output-dir {folder}/evaluation",
         f"  vqvae2 inspect --vqvae {folder}/vqvae {data}",
         f"  for better images, raise num_steps in a copy of {folder}/{RECIPE}, and give it as",
-        "  --config (with another --output-dir); a longer --budget raises it, to 400 passes",
+        "  --config (with another --output-dir); where your recipe does not set it, a longer",
+        f"  --budget raises it, to {MOST_EPOCHS} passes at most",
     ]
     return "\n".join(lines)
 
