@@ -300,6 +300,7 @@ def test_rejection_keeps_the_likeliest_of_each_class_and_always_as_many() -> Non
 
 FOUND: dict[str, Any] = {
     "given": False,
+    "guided": True,
     "extractor": {"distance_name": "FD (x)"},
     "decides": "held-out images",
     "against": {
@@ -340,7 +341,10 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda f: set_of(f, "samples").update(distance=1.2), "real images by this measure."),
         (lambda f: set_of(f, "samples").update(distance=1.2, count=100),
          "can hardly be told from real images by this measure, which is coarse for 100 images."),
-        (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]), "too many are wrong"),
+        (lambda f: set_of(f, "samples").update(precision=[0.3, 0, 1]),
+         "too many are wrong. A lower --temperature, or a --guidance-scale above 1, may help;"),
+        (lambda f: (set_of(f, "samples").update(precision=[0.3, 0, 1]), f.update(guided=False)),
+         "too many are wrong. A lower --temperature may help;"),
         (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
         (lambda f: f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
          "expected": 0.05}}), "Memorised: 50% of the samples are as close"),

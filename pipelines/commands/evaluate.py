@@ -171,6 +171,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     found, sets = _compare_sets(subject, samples)
     found |= {
         "given": config.samples is not None,
+        "guided": _can_be_guided(subject),
         "data": Path(data.path).name,
         **facts,
         "image": to_dict(settings),
@@ -419,12 +420,17 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
     return found
 
 
+def _can_be_guided(subject: Subject) -> bool:
+    """Whether its priors know classes or conditions, and can do without."""
+    configs = [prior.config for prior in subject.pipeline.priors] if subject.pipeline else []
+    guided = [bool(c.num_classes or c.vector_size) and c.label_dropout > 0 for c in configs]
+    return bool(guided) and all(guided)
+
+
 def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Figures]:
     """Figures of each combination of settings."""
     assert subject.pipeline is not None
-    configs = [prior.config for prior in subject.pipeline.priors]
-    guided = [bool(c.num_classes or c.vector_size) and c.label_dropout > 0 for c in configs]
-    guidances = GUIDANCES if all(guided) else (1.0,)
+    guidances = GUIDANCES if _can_be_guided(subject) else (1.0,)
     rows = []
     number = min(config.num_samples, MOST_OF_SETTING)
     for guidance, top_p, temperature in product(guidances, TOP_PS, TEMPERATURES):

@@ -165,10 +165,12 @@ def _of_samples(found: Figures) -> list[str]:
         verdict = f"quality and variety are about as good {reach}."
     elif ratios["precision"] < ratios["recall"] - 0.1:
         verdict = "too many are wrong."
-        advice = "A lower --temperature, or a --guidance-scale above 1, may help"
+        guidance = ", or a --guidance-scale above 1," if found["guided"] else ""
+        advice = f"A lower --temperature{guidance} may help"
     elif ratios["recall"] < ratios["precision"] - 0.1:
         verdict = "variety is missing."
-        advice = "Temperatures and guidance scales near 1 have most of it"
+        guidance = " and guidance scales" if found["guided"] else ""
+        advice = f"Temperatures{guidance} near 1 have most of it"
     else:
         verdict = "quality and variety are missing alike."
     if advice and not found["given"]:
