@@ -6,10 +6,12 @@ calls, so each batch has graphs of its own: nothing of an earlier batch, nor of 
 moved since, can be in them.
 """
 
+import gc
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -53,18 +55,53 @@ def _step(prior: Any, state: Any, position: Tensor, previous: Tensor) -> Tensor:
 
 
 def cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Record the work, without doing it; what is returned does it again."""
-    graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
+    """Record the work, without doing it; what is returned does it again. Raises what the work
+    raises, rather than that its recording cannot be ended then."""
+    graph, stream, failures = torch.cuda.CUDAGraph(), _recording_stream(device), []
+
+    def watched() -> None:
+        try:
+            work()
+        except Exception as error:
+            failures.append(error)
+            raise
+
     try:
         # Other threads, which copy batches to the GPU, may go on meanwhile. The outer context
         # returns to the stream from before even where the inner one fails to end.
         options: Any = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
-            work()
-    except Exception:
-        broken.append(graph)
+        recording = torch.cuda.graph(graph, **options)
+        with _no_garbage_collection(), torch.cuda.stream(stream), recording:
+            watched()
+    except torch.OutOfMemoryError:  # which ends a recording in order
+        graph.reset()
         raise
+    except Exception as error:
+        broken.append(graph)
+        _release_generator(device)
+        raise (failures.pop() if failures else error) from None
     return graph.replay
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What Python would free meanwhile (compiled kernels, older graphs) may call CUDA, which spoils
+    a recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _release_generator(device: torch.device) -> None:
+    """Some versions of torch leave the GPU's random numbers waiting for the end of a recording that
+    failed to end: a copy of the generator's state does not wait."""
+    with suppress(Exception):
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @cache
@@ -116,14 +153,13 @@ class RecordedCalls:
                 return None
             try:
                 return self.record(lambda: self.call(number), self.device)
+            except torch.OutOfMemoryError:
+                logger.warning("no memory is left to record CUDA graphs: sampling is slower.")
             except Exception as error:
-                cause = error.__context__ or error  # which made the recording fail to end
-                if isinstance(cause, torch.OutOfMemoryError):
-                    raise cause from None
-                reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
                 logger.warning("no CUDA graph can be recorded (%s): sampling is slower.", reason)
                 broken.append(reason)
-                return None
+            return None
 
 
 def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:

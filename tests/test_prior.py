@@ -1,6 +1,7 @@
 """What a prior promises: it never sees the future, but all of its condition; sampling is exact."""
 
 import dataclasses
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -544,12 +545,8 @@ def test_where_calls_cannot_be_recorded_sampling_goes_on_and_says_so_once(
     expected, tried = prior.sample(BATCH, condition, labels, seeds=SEEDS, window=1), []
 
     def fail(work: Callable[[], None], device: torch.device) -> None:
-        """As torch does it, whose context says only that it cannot end."""
         tried.append(1)
-        try:
-            raise RuntimeError("operation not permitted\nMore of it")
-        finally:
-            raise RuntimeError("capture failed")
+        raise RuntimeError("operation not permitted\nMore of it")
 
     monkeypatch.setattr("prior.base.RecordedCalls", partial(RecordedCalls, record=fail))
     for _ in range(2):
@@ -559,16 +556,30 @@ def test_where_calls_cannot_be_recorded_sampling_goes_on_and_says_so_once(
     assert "(operation not permitted More of it): sampling is slower" in warning
 
 
-def test_a_recording_that_fails_returns_to_the_stream_from_before(
+@pytest.mark.parametrize(
+    ("raised", "at_the_end", "said", "is_broken"),
+    [
+        (RuntimeError("not permitted"), RuntimeError("cannot end"), "not permitted", True),
+        (None, RuntimeError("cannot end"), "cannot end", True),
+        (torch.OutOfMemoryError("full"), None, "full", False),
+        (torch.OutOfMemoryError("full"), RuntimeError("cannot end"), "full", True),
+    ],
+)
+def test_a_recording_that_fails_leaves_everything_as_it_was(
+    raised: Exception | None,
+    at_the_end: Exception | None,
+    said: str,
+    is_broken: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch's own context does not, when it cannot end; and freeing the graph may fail as well."""
     broken: list[object] = []
     monkeypatch.setattr("prior.cuda_graphs.broken", broken)
     monkeypatch.setattr("prior.cuda_graphs._recording_stream", lambda device: "recording")
-    streams, left_open = ["default"], mock.MagicMock()
-    left_open.__enter__.side_effect = lambda: streams.append("inner")
-    left_open.__exit__.side_effect = RuntimeError("capture failed")
+    streams, context = ["default"], mock.MagicMock()
+    context.__enter__.side_effect = lambda: streams.append("inner")
+    context.__exit__.side_effect = at_the_end
+    context.__exit__.return_value = False
 
     @contextmanager
     def stream(name: str) -> Iterator[None]:
@@ -579,15 +590,39 @@ def test_a_recording_that_fails_returns_to_the_stream_from_before(
         finally:
             streams[:] = before
 
+    def work() -> None:
+        assert not gc.isenabled()
+        if raised is not None:
+            raise raised
+
     with (
-        mock.patch("torch.cuda.CUDAGraph"),
-        mock.patch("torch.cuda.graph", return_value=left_open),
+        mock.patch("torch.cuda.CUDAGraph") as graph,
+        mock.patch("torch.cuda.graph", return_value=context),
         mock.patch("torch.cuda.stream", stream),
-        pytest.raises(RuntimeError, match="capture failed"),
+        pytest.raises(type(raised or at_the_end), match=said),
     ):
-        cuda_graph(lambda: None, torch.device("cuda:0"))
+        cuda_graph(work, torch.device("cuda:0"))
     assert streams == ["default"]
-    assert len(broken) == 1
+    assert len(broken) == is_broken
+    assert graph.return_value.reset.called != is_broken
+    assert gc.isenabled()
+
+
+@torch.no_grad()
+def test_where_memory_does_not_suffice_to_record_sampling_goes_on(
+    recording: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prior = make("transformer", "bottom")
+    _, condition, labels = inputs(prior)
+    sample = partial(prior.sample, BATCH, condition, labels, seeds=SEEDS, window=1)
+    expected = sample()
+    fail = mock.Mock(side_effect=torch.OutOfMemoryError("full"))
+    with mock.patch("prior.base.RecordedCalls", partial(RecordedCalls, record=fail)):
+        assert torch.equal(sample(), expected)
+    assert caplog.messages == ["no memory is left to record CUDA graphs: sampling is slower."]
+    recording.clear()
+    assert torch.equal(sample(), expected)
+    assert recording  # the next batch tries again
 
 
 @torch.no_grad()
