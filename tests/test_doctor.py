@@ -695,7 +695,7 @@ def test_all_codes_survive_a_round_trip(quantizer: dict) -> None:
 
 def test_codes_that_do_not_come_back_are_named() -> None:
     torch.manual_seed(0)
-    quantizer = make_quantizer(QuantizerConfig(), 32, 2)
+    quantizer = make_quantizer(QuantizerConfig(kind="ema"), 32, 2)
     assert isinstance(quantizer, CodebookQuantizer)
     quantizer.codebook[20] = quantizer.codebook[3]
     found = check_round_trip(quantizer, "top")

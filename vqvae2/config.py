@@ -65,9 +65,9 @@ class PreprocessingConfig:
 class QuantizerConfig:
     """How features become codes, on every level."""
 
-    kind: Literal["ema", "gradient", "cosine", "fsq"] = "ema"
-    """ema: each code is a running average of its features. gradient: codes learn by gradient
-    descent. cosine: like ema, with unit-length features and codes (suits small code_dims, 8 to 32).
+    kind: Literal["gradient", "ema", "cosine", "fsq"] = "gradient"
+    """gradient: codes learn by gradient descent. ema, the paper's: each code is a running average
+    of its features. cosine: like ema, with unit-length features and codes (suits small code_dims).
     fsq: no codebook to learn, each dimension is rounded to a few values."""
     estimator: Literal["straight_through", "rotation"] = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated and scaled as the
@@ -107,9 +107,9 @@ class VQVAE2Config:
     image). Powers of two. Two levels are a VQ-VAE-2, three the paper's for 1024 pixels."""
     codebook_sizes: tuple[int, ...] = (512,)
     """K, the number of codes: one number for all levels, or one per level (not for fsq)."""
-    code_dims: tuple[int, ...] = (64,)
-    """D, the dimension of a code: one number for all levels, or one per level (not for fsq). With 8
-    the error is lower, but codes are harder to predict."""
+    code_dims: tuple[int, ...] = (16,)
+    """D, the dimension of a code: one number for all levels, or one per level (not for fsq). The
+    paper's is 64."""
     network: Literal["paper", "resnet"] = added("paper")
     """paper: that of the VQ-VAE-2 paper. resnet: that of VQGAN and LlamaGen, with group norm, and
     attention on the coarsest grid: a lower error, for several times the computation."""
@@ -346,7 +346,7 @@ class TrainVQVAEConfig(TrainingConfig):
     """Where the images are."""
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
     """The autoencoder."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     """Peak learning rate."""
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     """What is minimised between image and reconstruction, in [-1, 1]."""

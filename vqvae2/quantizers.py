@@ -54,8 +54,9 @@ class Quantizer(nn.Module, ABC):
 
 
 def straight_through(vectors: Tensor, embeddings: Tensor) -> Tensor:
-    """The embeddings with the gradient of the vectors (Bengio et al. 2013). Both `(N, D)`."""
-    return vectors + (embeddings - vectors).detach()
+    """The embeddings, exactly, with the gradient of the vectors (Bengio et al. 2013). Both
+    `(N, D)`."""
+    return embeddings + (vectors - vectors.detach())
 
 
 def rotation(vectors: Tensor, embeddings: Tensor) -> Tensor:
@@ -191,6 +192,16 @@ class CodebookQuantizer(Quantizer):
         self._started = None
 
 
+class GradientQuantizer(CodebookQuantizer):
+    """Codes that descend the gradient of ||sg(z) - e||^2 (van den Oord et al. 2017, equation 3)."""
+
+    by_gradient = True
+
+    def replace(self, dead: Tensor, vectors: Tensor) -> None:
+        """Overwrite the parameter's rows."""
+        self.codebook.copy_(torch.where(dead, vectors, self.codebook))
+
+
 class EMAQuantizer(CodebookQuantizer):
     """Each code is the mean of its latest features (van den Oord et al. 2017, appendix A.1).
 
@@ -233,16 +244,6 @@ class CosineQuantizer(EMAQuantizer):
     def normalize(self, vectors: Tensor) -> Tensor:
         """Scale to length 1."""
         return F.normalize(vectors, dim=1)
-
-
-class GradientQuantizer(CodebookQuantizer):
-    """Codes that descend the gradient of ||sg(z) - e||^2 (van den Oord et al. 2017, equation 3)."""
-
-    by_gradient = True
-
-    def replace(self, dead: Tensor, vectors: Tensor) -> None:
-        """Overwrite the parameter's rows."""
-        self.codebook.copy_(torch.where(dead, vectors, self.codebook))
 
 
 class FSQuantizer(Quantizer):
@@ -299,8 +300,8 @@ class FSQuantizer(Quantizer):
 
 
 QUANTIZERS: dict[str, Callable[[int, int, QuantizerConfig], Quantizer]] = {
-    "ema": EMAQuantizer,
     "gradient": GradientQuantizer,
+    "ema": EMAQuantizer,
     "cosine": CosineQuantizer,
     "fsq": FSQuantizer,
 }

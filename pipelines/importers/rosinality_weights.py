@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from vqvae2.config import PreprocessingConfig, VQVAE2Config
+from vqvae2.config import PreprocessingConfig, QuantizerConfig, VQVAE2Config
 
 PREFIXES = {  # theirs -> ours; level 0 is the top
     "enc_t.blocks.": "encoders.0.",
@@ -42,6 +42,7 @@ def read_config(state: Mapping[str, Tensor], size: tuple[int, ...]) -> VQVAE2Con
         residual_channels=residual[0].shape[0] if residual else 1,
         num_residual_blocks=len(residual),
         level_dropout=0.0,
+        quantizer=QuantizerConfig(kind="ema"),
     )
 
 
