@@ -4,6 +4,7 @@
 a recipe, which anybody may edit.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from vqvae2.data.splits import enough_held_out
 from vqvae2.data.survey import MANY, is_flat, is_transparent, loses_much
 from vqvae2.data.table import ImageTable, PreparedPictures
 
+logger = logging.getLogger(__name__)
 LOOKED_AT = 300  # pictures that are read, from all over the source
 SMALL = (32, 32)  # pixels that show whether there is anything to be seen
 BACKGROUNDS = ("white", "black", "gray")
@@ -82,9 +84,14 @@ def look(data: ImagesConfig, background: str = "white", channels: int | None = N
 
     # Some pictures. Those that cannot be read are named when all are checked.
     glances: list[Glance] = []
-    for i in range(0, len(table), math.ceil(len(table) / LOOKED_AT)):
+    rows = range(0, len(table), math.ceil(len(table) / LOOKED_AT))
+    for i in rows:
         with suppress(Exception):  # decoders raise many kinds
             glances.append(_glance(read_cell(table.cells[i])))
+    if broken := len(rows) - len(glances):
+        what = "%s: %d of %d images that were looked at cannot be read"
+        advice = "training names them, and stops unless you give --data.on-error skip"
+        logger.warning(f"{what}: {advice}.", table.name, broken, len(rows))
     if not glances:
         raise UserError(f"{table.name}: none of the images can be read: check data.path.")
     ranges = {_range_of(kind, table.name) for kind in {glance.kind for glance in glances}}

@@ -179,8 +179,10 @@ def test_stacks_say_where_their_channels_are(tmp_path: Path) -> None:
     assert look(data, channels=6).short_side == 64
 
 
-def test_few_pictures_are_kept_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than `LOOKED_AT` are read, and what is no picture is passed over."""
+def test_few_pictures_are_kept_of_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No more than `LOOKED_AT` are read, and what cannot be read is counted."""
     folder = make_pictures(tmp_path / "a", [(40, 40)] * 19)
     np.save(folder / "labels.npy", np.zeros(7, np.uint8))
     monkeypatch.setattr("pipelines.choices.LOOKED_AT", 8)
@@ -189,6 +191,10 @@ def test_few_pictures_are_kept_of_many(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("pipelines.choices.read_cell", lambda c: read.append(1) or original(c))
     assert look(ImagesConfig(path=str(folder))).short_side == 40
     assert len(read) <= 8
+    assert not caplog.messages
+    (folder / "0.png").write_text("broken")
+    assert look(ImagesConfig(path=str(folder))).short_side == 40
+    assert "1 of 7 images that were looked at cannot be read" in caplog.text
 
 
 def test_a_recipes_strides_decide_the_size_and_a_dry_run_needs_no_folder(

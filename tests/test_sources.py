@@ -64,8 +64,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     names = [path.relative_to(root).as_posix() for path in paths]
     labels, cells = [path.parent.name for path in paths], [path.read_bytes() for path in paths]
     (root / "list.txt").write_text("\n".join(names))
-    with open(root / "list.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["path", "label"], *zip(names, labels, strict=True)])
+    for name, separator in (("list.csv", ","), ("semicolons.csv", ";")):
+        with open(root / name, "w", newline="") as file:
+            writer = csv.writer(file, delimiter=separator)
+            writer.writerows([["path", "label"], *zip(names, labels, strict=True)])
     rows = [{"file": name, "kind": label} for name, label in zip(names, labels, strict=True)]
     (root / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_table(root / "one.parquet", cells, labels)
@@ -83,7 +85,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "name", ["list.csv", "list.jsonl", "one.parquet", "tables", "stack.npz", "saved", "glob"]
+    "name",
+    [
+        "list.csv",
+        "semicolons.csv",
+        "list.jsonl",
+        "one.parquet",
+        "tables",
+        "stack.npz",
+        "saved",
+        "glob",
+    ],
 )
 def test_every_source_gives_the_same_rows(name: str, sources: dict[str, Path]) -> None:
     expected, classes = rows_of(load(sources["folder"]))
@@ -368,11 +380,13 @@ def test_labels_and_names_that_cannot_be_right_are_refused(tmp_path: Path) -> No
     (tmp_path / "x.csv").write_text(f"path,label\n{first},cat\n{second},\n")
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), np.uint8), label=np.arange(2))
     (tmp_path / "x.jsonl").write_text("[" * 100_000)
+    (tmp_path / "y.jsonl").write_text('{"path": "a.png"}\n\n{"path": b.png}\n')
     (tmp_path / "twice.txt").write_text(f"{first}\n{folder}/../x/{first.relative_to(folder)}")
     for name, message in (
         ("x.csv", "does not give every row a class"),
         ("x.npz", r"\['images', 'label'\]"),
         ("x.jsonl", "cannot be read as a list"),
+        ("y.jsonl", r"cannot be read as a list \(line 3, column 10: Expecting value\)"),
         ("twice.txt", "more than once"),
     ):
         with pytest.raises(UserError, match=message):
@@ -465,7 +479,7 @@ def test_what_might_be_classes_is_named(tmp_path: Path, caplog: pytest.LogCaptur
     list_of_one = "class.csv: filename,url,class\n01000/a.png,u,dog\n"
     folder = write_files(tmp_path / "x", "00000/a.png", "01000/a.png", list_of_one)
     load(folder / "class.csv")
-    assert "no classes: the columns class, url are not used (--data.label-column class)" in (
+    assert "no classes: the columns class, url are not used (--data.label-column class," in (
         caplog.text
     )
     load(folder)

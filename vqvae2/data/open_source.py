@@ -492,13 +492,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             rows: list[Any] = open_parquet(path).read().to_pylist()
         else:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                lines = (line for line in file if line.strip())
+                lines = ((i, line) for i, line in enumerate(file, start=1) if line.strip())
                 if path.suffix == ".txt":
-                    rows = [{"path": line} for line in lines]
+                    rows = [{"path": line} for _, line in lines]
                 elif path.suffix == ".jsonl":
-                    rows = list(map(json.loads, lines))
+                    rows = [_parse_line(line, i) for i, line in lines]
                 else:
-                    separator = "\t" if path.suffix == ".tsv" else ","
+                    separator = "\t" if path.suffix == ".tsv" else _separator(file.readline())
+                    file.seek(0)
                     reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
                     rows = list(reader)
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -509,6 +510,18 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()
             }
     return rows
+
+
+def _parse_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+
+
+def _separator(heading: str) -> str:
+    """That of a .csv: where numbers have a decimal comma, spreadsheets write semicolons."""
+    return ";" if ";" in heading and "," not in heading else ","
 
 
 # Tables

@@ -109,7 +109,7 @@ def prepare(
         return _prepare_array(np.array(upright), config, window)
     if config.value_range != BYTES:
         what = f"it is an 8-bit picture, but image.value_range is {config.value_range}"
-        raise UserError(f"{what}: convert it, or leave the range at (0, 255).")
+        raise UserError(f"{what}: convert it, or train with the range (0, 255).")
 
     # 8-bit pictures stay bytes; what padding leaves free shows the background.
     image = _convert(upright, MODES[config.channels], config.background)
@@ -189,8 +189,9 @@ def _scale(array: np.ndarray, config: PreprocessingConfig) -> np.ndarray:
         raise UserError(f"{what}: repair or remove it.")
     values = f"it holds {array.dtype} values from {array.min()} to {array.max()}"
     if config.value_range == BYTES:
-        what_to_do = "set --image.value-range to those of black and white (0 65535 for 16 bits)"
-        raise UserError(f"{values}, not 8-bit pixels: {what_to_do}.")
+        what_to_do = "set --image.value-range to those of black and white"
+        examples = "0 65535 for 16 bits, 0 4095 for 12"
+        raise UserError(f"{values}, not 8-bit pixels: {what_to_do} ({examples}).")
     if not (low <= array.min() and array.max() <= high):
         what = f"{values}, outside of image.value_range {config.value_range}"
         raise UserError(f"{what}: widen the range.")

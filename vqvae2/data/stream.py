@@ -208,7 +208,9 @@ def find_columns(
 @lru_cache
 def _say_unused(path: str, columns: Sequence[str]) -> None:
     """Once, since a stream opens many shards."""
-    text = "%s: no classes: the columns %s are not used (--data.label-column %s)."
+    text = (
+        "%s: no classes: the columns %s are not used (--data.label-column %s, if it names classes)."
+    )
     logger.info(text, path, few(columns), shorten(columns[0]).strip("'"))
 
 
