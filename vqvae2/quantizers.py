@@ -110,7 +110,7 @@ class CodebookQuantizer(Quantizer):
         self._started: bool | None = None
 
     def forward(self, features: Tensor) -> Quantized:
-        """Quantize `(B, D, h, w)`: [16, 64, 8, 8] is seen as 1024 vectors of dimension 64."""
+        """Quantize `(B, D, h, w)`: [32, 16, 8, 8] is seen as 2048 vectors of dimension 16."""
         batch, _, height, _ = features.shape
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
