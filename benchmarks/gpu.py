@@ -140,7 +140,7 @@ def settings(steps: int) -> dict[str, Any]:
     return {"num_steps": steps, "warmup_steps": 2, "batch_size": 16 if TINY else 64, **every}
 
 
-def train_stage_1(name: str, steps: int = STEPS, kind: str = "ema", **more: Any) -> float:
+def train_stage_1(name: str, steps: int = STEPS, kind: str = "gradient", **more: Any) -> float:
     """Train an autoencoder in the folder of that name; the last loss over the first."""
     sizes: Any = {"hidden_channels": 128, "residual_channels": 128, "codebook_sizes": (256,)}
     if TINY:

@@ -88,12 +88,12 @@ def look(data: ImagesConfig, background: str = "white", channels: int | None = N
     for i in rows:
         with suppress(Exception):  # decoders raise many kinds
             glances.append(_glance(read_cell(table.cells[i])))
-    if broken := len(rows) - len(glances):
+    if not glances:
+        raise UserError(f"{table.name}: none of the images can be read: check data.path.")
+    if (broken := len(rows) - len(glances)) and data.on_error != "skip":
         what = "%s: %d of %d images that were looked at cannot be read"
         advice = "training names them, and stops unless you give --data.on-error skip"
         logger.warning(f"{what}: {advice}.", table.name, broken, len(rows))
-    if not glances:
-        raise UserError(f"{table.name}: none of the images can be read: check data.path.")
     ranges = {_range_of(kind, table.name) for kind in {glance.kind for glance in glances}}
     if len(ranges) > 1:
         raise UserError(f"{table.name} holds 8-bit and other pictures: convert them to one kind.")

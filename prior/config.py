@@ -63,7 +63,8 @@ class TransformerOptions:
             check_share(self, "dropout")
 
     def like(self, other: "TransformerOptions") -> "TransformerOptions":
-        """With the sizes of another network where none are given."""
+        """With the sizes of another network where none are given. Raises a `UserError` if they do
+        not suit each other."""
         names = ("width", "num_layers", "num_heads", "dropout")
         missing = [name for name in names if getattr(self, name) is None]
         return replace(self, **{name: getattr(other, name) for name in missing})

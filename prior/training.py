@@ -149,11 +149,12 @@ def prior_config(
 
 def _transformer(config: TrainPriorConfig) -> TransformerOptions:
     """What is asked for; in a fine-tuning, with the sizes of the prior that it starts from."""
+    start = None
     if config.init_from is not None:
         with suppress(UserError):  # of a folder without a prior, which loading its weights explains
             start = load_prior(config.init_from).config
-            if isinstance(start, TransformerPriorConfig):
-                return config.transformer.like(start.network)
+    if isinstance(start, TransformerPriorConfig):
+        return config.transformer.like(start.network)
     return config.transformer
 
 

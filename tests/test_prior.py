@@ -854,3 +854,19 @@ def test_a_fine_tuned_prior_has_the_sizes_of_its_first_weights(tmp_path: Path) -
     assert prior_config(config, manifest, num_rows=10**6).network == expected
     gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
     assert prior_config(gone, manifest, num_rows=10**6).network.width == 256
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (3999, (128, 3, 2, 0.2)),
+        (4000, (192, 4, 3, 0.1)),
+        (39_999, (192, 4, 3, 0.1)),
+        (40_000, (256, 6, 4, 0.1)),
+    ],
+)
+def test_sizes_change_at_these_numbers_of_rows(rows: int, sizes: tuple[float, ...]) -> None:
+    chosen = TransformerOptions().for_rows(rows)
+    assert (chosen.width, chosen.num_layers, chosen.num_heads, chosen.dropout) == sizes
+    with pytest.raises(UserError, match="divisible by 4 x num_heads = 20"):
+        TransformerOptions(num_heads=5).for_rows(rows)

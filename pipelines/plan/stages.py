@@ -99,7 +99,7 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
             if _is_there(os.path.abspath(command.codes))
             else codes
         )
-        return [_prior_stage(command, codes, number or codes.num_train)]
+        return [_prior_stage(command, codes, number or codes.num_train or None)]
     stages = [_autoencoder_stage(train, number)]
     number = number and number * len(recipe_section(recipe, "extract").get("views", [""]))
     for level in map(str, range(0 if command is train else network.num_levels)):
