@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from textbook import OneHotQuantizer, TextbookVQVAE2
@@ -27,6 +28,9 @@ from vqvae2.losses import make_loss
 
 SHAPES = {"3x256x256, batch 4": (4, 3, 256, 256), "3x64x64, batch 32": (32, 3, 64, 64)}
 Work = Callable[[], object]
+
+# The dimension and the quantizer of the implementations that ours is timed beside.
+AS_THERE: dict[str, Any] = {"code_dims": (64,), "quantizer": QuantizerConfig(kind="ema")}
 
 
 def in_turns(works: dict[str, Work], rounds: int) -> dict[str, float]:
@@ -50,7 +54,7 @@ def our_step(shape: tuple[int, ...], *, bf16: bool) -> Work:
     """A training step as `fit` makes it, but for clipping and the average of the weights, and with
     AdamW, as the textbook's."""
     torch.manual_seed(0)
-    model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=shape[2:]))).train()
+    model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=shape[2:]), **AS_THERE)).train()
     loss_fn = make_loss("mse", model.config.codebook_size_per_level)
     optimizer = make_optimizer(model, TrainingConfig(optimizer="adamw"))
     images = torch.rand(shape) * 2 - 1
@@ -86,7 +90,7 @@ def textbook_step(shape: tuple[int, ...], *, bf16: bool) -> Work:
 def our_extraction(shape: tuple[int, ...], *, bf16: bool) -> Callable[[], list[Tensor]]:
     """Images to codes."""
     torch.manual_seed(0)
-    model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=shape[2:])))
+    model = VQVAE2(VQVAE2Config(image=PreprocessingConfig(size=shape[2:]), **AS_THERE))
     images = torch.rand(shape) * 2 - 1
     model(images)  # starts the codebooks
     model.eval()
