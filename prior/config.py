@@ -40,7 +40,7 @@ class TransformerOptions:
     """Causal blocks. By default 3, 4 or 6, likewise."""
     num_heads: int | None = None
     """Attention heads; the width must be a multiple of 4 times their number. By default one for
-    every 64 features."""
+    64 features, or fewer."""
     num_condition_layers: int = 2
     """Blocks of the network that reads the coarser levels' codes; they see all positions."""
     dropout: float | None = None
@@ -89,7 +89,7 @@ class TransformerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(TransformerOptions):
-    """The network of a transformer prior."""
+    """The network of a transformer prior, whatever the number of rows."""
 
     width: int = 256
     num_layers: int = 8
@@ -179,6 +179,11 @@ class PriorConfig:
     def num_classes(self) -> int:
         """Number of classes, 0 when unconditional."""
         return len(self.class_names)
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether it knows classes or vectors, and what comes without them."""
+        return bool(self.num_classes or self.vector_size) and self.label_dropout > 0
 
     @property
     def num_positions(self) -> int:

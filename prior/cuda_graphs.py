@@ -154,12 +154,17 @@ class RecordedCalls:
             try:
                 return self.record(lambda: self.call(number), self.device)
             except torch.OutOfMemoryError:
-                logger.warning("no memory is left to record CUDA graphs: sampling is slower.")
+                _warn_once("no memory is left to record CUDA graphs: sampling is slower.")
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 logger.warning("no CUDA graph can be recorded (%s): sampling is slower.", reason)
                 broken.append(reason)
             return None
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:

@@ -112,8 +112,8 @@ def check_inputs(
 
 def check_guidance(config: PriorConfig, sampling: SamplingConfig) -> None:
     """Raise a `UserError` for guidance of a prior that knows no logits without label and vector."""
-    conditional = config.num_classes or config.vector_size
-    if sampling.guided and not (conditional and config.label_dropout):
+    if sampling.guided and not config.can_be_guided:
+        conditional = config.num_classes or config.vector_size
         lacking = f"the prior of level {config.level} was trained without "
         lacking += "label dropout" if conditional else "classes"
         advice = "leave it at 1, or retrain with --label-dropout 0.1"

@@ -22,7 +22,7 @@ from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
 from prior.registry import load_prior, make_prior
 from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
-from vqvae2.common.artifact import check_memory
+from vqvae2.common.artifact import CONFIG_NAME, check_memory
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished, load_first_weights
 from vqvae2.common.loading import ShuffledLoader
@@ -148,11 +148,13 @@ def prior_config(
 
 
 def _transformer(config: TrainPriorConfig) -> TransformerOptions:
-    """What is asked for; in a fine-tuning, with the sizes of the prior that it starts from."""
+    """What is asked for; in a fine-tuning, with the sizes of the prior that it starts from (which a
+    run that has begun has, too, even if the other is gone)."""
     start = None
     if config.init_from is not None:
+        own = Path(str(config.output_dir))
         with suppress(UserError):  # of a folder without a prior, which loading its weights explains
-            start = load_prior(config.init_from).config
+            start = load_prior(own if (own / CONFIG_NAME).exists() else config.init_from).config
     if isinstance(start, TransformerPriorConfig):
         return config.transformer.like(start.network)
     return config.transformer

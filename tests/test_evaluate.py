@@ -20,6 +20,7 @@ from pipelines.evaluation.figures import rejection
 from pipelines.evaluation.memorisation import closeness, hamming
 from pipelines.evaluation.metrics import Moments
 from pipelines.evaluation.sets import ImageSet, Seen, see
+from prior import PriorConfig
 from tests.conftest import ROOT, command, two_processes, write_images
 from tests.worker_two_processes import small_model
 from vqvae2.common.errors import UserError
@@ -172,17 +173,26 @@ def test_a_rare_class_costs_the_accuracy_score_alone(caplog: pytest.LogCaptureFi
     assert "no accuracy score: one class" in caplog.text
 
 
-def test_guidance_is_swept_only_where_all_priors_know_it() -> None:
+@pytest.mark.parametrize(
+    ("facts", "number"),
+    [
+        ({"class_names": ("a", "b"), "label_dropout": 0.1}, 3),
+        ({"vector_size": 4, "label_dropout": 0.1}, 3),
+        ({"label_dropout": 0.1}, 1),
+        ({"class_names": ("a", "b")}, 1),
+    ],
+)
+def test_guidance_is_swept_only_where_all_priors_know_it(facts: dict, number: int) -> None:
     seen: list[dict] = []
     subject = mock.MagicMock()
     subject.sample = lambda *_, **settings: seen.append(settings)
-    for classes in (2, 0):
-        configs = [mock.Mock(num_classes=n, vector_size=0, label_dropout=0.1) for n in (2, classes)]
-        subject.pipeline.priors = [mock.Mock(config=config) for config in configs]
-        seen.clear()
-        with mock.patch.object(evaluate.measure, "compare_briefly", return_value={}):
-            evaluate._sweep(subject, mock.MagicMock(num_samples=4), mock.MagicMock())
-        assert len({settings["guidance_scale"] for settings in seen}) == (3 if classes else 1)
+    codes: dict[str, Any] = {"level": 0, "grids": ((2, 2),), "codebook_sizes": (8,)}
+    guided = PriorConfig(**codes, class_names=("a", "b"), label_dropout=0.1)
+    configs = [guided, PriorConfig(**codes, **facts)]
+    subject.pipeline.priors = [mock.Mock(config=config) for config in configs]
+    with mock.patch.object(evaluate.measure, "compare_briefly", return_value={}):
+        evaluate._sweep(subject, mock.MagicMock(num_samples=4), mock.MagicMock())
+    assert len({settings["guidance_scale"] for settings in seen}) == number
 
 
 @pytest.mark.parametrize(

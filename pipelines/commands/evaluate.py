@@ -421,10 +421,8 @@ def _compare_levels(subject: Subject, config: EvaluateConfig, sets: dict[str, An
 
 
 def _can_be_guided(subject: Subject) -> bool:
-    """Whether its priors know classes or conditions, and can do without."""
-    configs = [prior.config for prior in subject.pipeline.priors] if subject.pipeline else []
-    guided = [bool(c.num_classes or c.vector_size) and c.label_dropout > 0 for c in configs]
-    return bool(guided) and all(guided)
+    priors = subject.pipeline.priors if subject.pipeline is not None else []
+    return bool(priors) and all(prior.config.can_be_guided for prior in priors)
 
 
 def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Figures]:

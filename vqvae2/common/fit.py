@@ -280,8 +280,8 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
 def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     """Move the averaged parameters towards the model's, and copy its buffers.
 
-    The decay warms up: min(decay, (1 + step) / (10 + step)). A codebook of running
-    averages is a buffer: without the copy the averaged model would keep the initial one.
+    The decay warms up: min(decay, (1 + step) / (10 + step)). A codebook of running averages is a
+    buffer: without the copy the averaged model would keep the initial one.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
