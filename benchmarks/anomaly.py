@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines import VQVAE2Pipeline
-from pipelines.commands.score import heal, heat
+from pipelines.commands.score import heat
 from pipelines.editing import for_masks
-from pipelines.scoring import HEALED, Normal, Scores, around, typical_error
+from pipelines.scoring import ALL, HEALED, Normal, Scores, around
 from vqvae2.common.loading import some_rows
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.config import ImagesConfig, PreprocessingConfig
@@ -186,11 +186,18 @@ Method = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
-    """What `vqvae2 score` says, and its parts."""
+    """What `vqvae2 score` says with its options, and its parts."""
 
     @cache
-    def of(images: Tensor) -> Scores:
-        return pipeline.score(images)
+    def of(images: Tensor, labels: str | None = None, redraws: int = 0) -> Scores:
+        return pipeline.score(images, labels, redraws)
+
+    def score(labels: str | None = None, redraws: int = 0) -> Method:
+        def method(images: Tensor) -> tuple[Tensor, Tensor]:
+            scores = of(images, labels, redraws)
+            return scores.score, scores.unusual_map
+
+        return method
 
     def bits(images: Tensor) -> tuple[Tensor, Tensor]:
         scores = of(images)
@@ -203,26 +210,16 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
     def column(name: str) -> Method:
         return lambda images: (torch.from_numpy(of(images).columns(())[name]), None)
 
-    usual_error = typical_error(pipeline.trainings)
-
-    # What changes where codes that are unusual, or somewhat unusual, are drawn anew.
-    @cache
-    def redrawn(images: Tensor, limit: float) -> Tensor:
-        scores = of(images)
-        drawn = heal(pipeline, images, scores.unusual_map > limit, scores, None)
-        return (drawn - images).square().mean(dim=1)
-
     def resampled(images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = around(redrawn(images, HEALED), 2)
+        (drawn,) = pipeline.redraw(images, of(images).unusual_map > HEALED)
+        maps = around((drawn - images).square().mean(dim=1), 2)
         return maps.mean(dim=(1, 2)), maps
 
-    def joined(images: Tensor) -> tuple[Tensor, Tensor]:
-        scores, near = of(images), around(redrawn(images, 0.75 * HEALED), 1)
-        maps = scores.unusual_map + (near / (2 * usual_error)).sqrt()
-        return maps.amax(dim=(1, 2)), maps
-
-    return {
-        "score": lambda images: (of(images).score, of(images).unusual_map),
+    methods = {"score": score(), "score --redraws 4": score(None, 4)}
+    if pipeline.class_names:
+        methods["score --labels all"] = score(ALL)
+        methods["score --labels all --redraws 4"] = score(ALL, 4)
+    return methods | {
         "bits": bits,
         "excess_bits": column("excess_bits"),
         "bits_per_png_bit": column("bits_per_png_bit"),
@@ -231,7 +228,6 @@ def ours(pipeline: VQVAE2Pipeline) -> dict[str, Method]:
             around(of(images).reconstruction_error, 2),
         ),
         "resampled difference": resampled,
-        "map and resampled difference": joined,
     }
 
 

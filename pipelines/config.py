@@ -298,6 +298,9 @@ class ScoreConfig:
     labels: str | None = None
     """The class to assume for all images; or all, to find the class that explains each best. If not
     given, the class is hidden from the priors."""
+    redraws: int = 0
+    """Draw unusual places anew so many times, and count more what looks otherwise every time: finds
+    more, and takes longer. 4 is a good number."""
     maps: bool = False
     """Also draw, for each image, where it is unusual: the bits of each level, the error, both."""
     heal: bool = False
@@ -310,6 +313,7 @@ class ScoreConfig:
     normal images that --calibrate recorded, such as 0.01."""
 
     def __post_init__(self) -> None:
+        check(self.redraws >= 0, "redraws", self.redraws, "0 or more")
         rate, key = self.false_alarm_rate, "false_alarm_rate"
         check(rate is None or 0 < rate < 1, key, rate, "above 0 and below 1")
         alone = not self.calibrate or (rate is None and not self.maps and not self.heal)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipelines import editing, scoring
 from pipelines.belonging import refuse_mismatches
@@ -281,6 +282,28 @@ class VQVAE2Pipeline:
         """The image repainted where the mask is white; see `known_outside` and `variations`."""
         return self._edit(editing.known_outside(self.vqvae, image, mask), num_images, options)
 
+    def redraw(
+        self, images: Tensor, marked: Tensor, number: int = 1, labels: Labels = None
+    ) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1], so many times: `(number, B, C, H, W)`, with all codes
+        that cover a marked pixel `(B, H, W)` bool drawn anew. Cells of the finest grid without one
+        stay as they are. One label for all images, or one per image; None hides them."""
+        rows = marked.flatten(1).any(dim=1).nonzero()[:, 0]
+        drawn = images.repeat(number, 1, 1, 1, 1)
+        if not len(rows):
+            return drawn
+
+        # The marked images only, each with its own label.
+        classes = editing.class_tensor(self.given_or_hidden(labels), len(images))[rows]
+        options: Any = {"labels": self._names(classes), "output_type": "pt"}
+        total = number * len(rows)
+        painted = self.inpaint(images[rows], marked[rows], total, **options).images
+        painted = painted.view(number, len(rows), *images.shape[1:])
+        cells = F.adaptive_max_pool2d(marked[rows, None].float(), self.vqvae.config.grids[-1])
+        inside = F.interpolate(cells, images.shape[2:])
+        drawn[:, rows] = inside * painted + (1 - inside) * images[rows]
+        return drawn
+
     def _edit(self, known: Any, number: int, options: dict[str, Any]) -> PipelineOutput:
         labels = hidden_unless_given(options.pop("labels", None), can_hide=self.can_hide_labels)
         return self(
@@ -302,9 +325,17 @@ class VQVAE2Pipeline:
             raise UserError("the priors cannot do without labels: give one, or one per image.")
         return self.label_numbers(labels)
 
-    def score(self, images: Any, labels: Labels = None) -> Scores:
+    def _names(self, classes: Tensor) -> list[str] | None:
+        """Numbers of classes, or of the hidden one, as labels; None without classes. (A number may
+        be the name of another class.)"""
+        names = (*self.class_names, "none")
+        return [names[place] for place in classes.tolist()] if self.class_names else None
+
+    def score(self, images: Any, labels: Labels = None, redraws: int = 0) -> Scores:
         """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
-        or "all", for the class that explains each image best. Conditions are hidden."""
+        or "all", for the class that explains each image best. Conditions are hidden. `redraws`:
+        draw unusual places anew so many times; those that every time look otherwise count more."""
+        check(redraws >= 0, "redraws", redraws, "0 or more")
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
         numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)
@@ -313,9 +344,14 @@ class VQVAE2Pipeline:
         classes = [editing.class_tensor(own, len(images)) for own in tried]
         error, batches = scoring.typical_error(self.trainings), []
         for rows in torch.arange(len(images)).split(scoring.BATCH):
-            own = [labels_of_all[rows] for labels_of_all in classes]
-            of_each = scoring.score_batch(self.vqvae, self.priors, images[rows], own, error)
-            batches.append(scoring.best_label(of_each) if every else of_each[0])
+            own, few = [labels_of_all[rows] for labels_of_all in classes], images[rows]
+            of_each = scoring.score_batch(self.vqvae, self.priors, few, own, error)
+            scores = scoring.best_label(of_each) if every else of_each[0]
+            if redraws:
+                given = scores.best_labels(self.class_names) if every else self._names(own[0])
+                drawn = self.redraw(few, scoring.to_redraw(scores), redraws, given)
+                scores = scoring.with_redraws(scores, few, drawn, error)
+            batches.append(scores)
         return Scores.join(batches)
 
     def __repr__(self) -> str:

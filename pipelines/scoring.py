@@ -2,7 +2,8 @@
 
 An image is unusual if its codes take more bits than the priors expected before they saw each (a
 simple image takes few, but few are expected too), and by its worst place: one that takes many bits,
-or is badly reconstructed (what no code shows). benchmarks/anomaly.py chose how these are joined.
+or is badly reconstructed (what no code shows), or looks otherwise whenever the priors draw it anew.
+benchmarks/anomaly.py chose how these are joined.
 
 Letters: B images, L levels, h w a level's code grid, H W pixels, N classes.
 """
@@ -11,7 +12,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +36,7 @@ ALL = "all"  # labels: every class in turn
 BATCH = 32  # images scored at once
 TYPICAL_ERROR = 0.02  # where it is not known what held-out images had
 HEALED = 12.0  # where the unusual map is above, without a calibration, codes are drawn anew
+REDRAWN = 9.0  # where the unusual map is above, or close to it, `redraws` look at the image again
 NORMAL_NAME = "normal.json"  # in a pipeline's folder: how unusual normal images are
 
 
@@ -49,7 +51,7 @@ class Scores:
     bits_map: tuple[Tensor, ...]  #: (B, h, w) per level: the bits of each code
     excess_map: tuple[Tensor, ...]  #: (B, h, w) per level: the bits beyond the expected ones
     reconstruction_error: Tensor  #: (B, H, W): squared, in [-1, 1], the mean over channels
-    unusual_map: Tensor  #: (B, H, W): all levels' bits and the error, joined
+    unusual_map: Tensor  #: (B, H, W): all levels' bits, the error and what redraws change, joined
     bits_by_label: Tensor | None = None
     """(B, N) float64: all levels' bits under each class, for `labels="all"`; the other fields are
     then those of the class that explains the image best (`argmin`)."""
@@ -63,17 +65,33 @@ class Scores:
         """What a table says of the images: column -> `(B,)`."""
         total = self.bits.sum(dim=1)
         values = {"score": self.score, "bits": total}
-        values["bits_per_code"] = total / sum(grid[0].numel() for grid in self.bits_map)
+        values["bits_per_code"] = total / self.codes_per_image
         values |= {f"bits_{level}": column for level, column in enumerate(self.bits.T)}
         values["excess_bits"] = total - self.expected_bits.sum(dim=1)
         values["bits_per_png_bit"] = total / self.png_bits
         values["error"] = self.reconstruction_error.mean(dim=(1, 2))
         columns = {name: column.numpy() for name, column in values.items()}
         if self.bits_by_label is not None:
-            columns["best_label"] = np.array(class_names)[self.bits_by_label.argmin(dim=1)]
+            columns["best_label"] = np.array(self.best_labels(class_names))
             for name, column in zip(class_names, self.bits_by_label.T, strict=True):
                 columns[f"bits_of_{name}"] = column.numpy()
         return columns
+
+    def best_labels(self, class_names: Sequence[str]) -> list[str]:
+        """The class that explains each image best, for `labels="all"`."""
+        if self.bits_by_label is None:
+            raise ValueError("these are not the scores of all classes")
+        return [class_names[place] for place in self.bits_by_label.argmin(dim=1).tolist()]
+
+    @property
+    def codes_per_image(self) -> int:
+        """Of all levels."""
+        return sum(grid[0].numel() for grid in self.bits_map)
+
+    @property
+    def cell(self) -> int:
+        """The side of a cell of the finest grid, in pixels."""
+        return self.unusual_map.shape[1] // self.bits_map[-1].shape[1]
 
 
 def _by_field(parts: Sequence[Scores], join: Any) -> dict[str, Any]:
@@ -145,13 +163,37 @@ def score_codes(
     near = around(error, cell // 2) / (2 * usual_error)
     unusual = 8 * around(share, cell) + 2 * near.sqrt()
 
-    # All of it, and its worst place, in one score; its constants fit how far both spread over
-    # normal images, here of Fashion-MNIST.
-    sums = [torch.stack([g.double().sum(dim=(1, 2)) for g in of], dim=1) for of in (bits, expected)]
+    total, most = (
+        torch.stack([grid.double().sum(dim=(1, 2)) for grid in of], dim=1)
+        for of in (bits, expected)
+    )
     codes_per_image = sum(grid[0].numel() for grid in bits)
-    beyond = (sums[0] - sums[1]).sum(dim=1) / codes_per_image**0.5
-    score = beyond / 4 + 8 * unusual.double().amax(dim=(1, 2)).clamp(min=1e-9).log()
-    return Scores(score, sums[0], sums[1], png, tuple(bits), excess, error, unusual)
+    score = overall(total - most, codes_per_image, unusual)
+    return Scores(score, total, most, png, tuple(bits), excess, error, unusual)
+
+
+def overall(excess: Tensor, codes_per_image: int, unusual: Tensor) -> Tensor:
+    """Excess bits of images `(B, L)`, and their worst place `(B, H, W)`, in one score `(B,)`; its
+    constants fit how far both spread over normal images, here of Fashion-MNIST."""
+    worst = unusual.double().amax(dim=(1, 2)).clamp(min=1e-9)
+    return excess.sum(dim=1) / codes_per_image**0.5 / 4 + 8 * worst.log()
+
+
+def to_redraw(scores: Scores) -> Tensor:
+    """Where images are unusual enough to be drawn anew, and around it: bool `(B, H, W)`."""
+    unusual = (scores.unusual_map > REDRAWN).float()
+    reach = scores.cell // 2
+    return F.max_pool2d(unusual[:, None], 2 * reach + 1, 1, reach)[:, 0].bool()
+
+
+def with_redraws(scores: Scores, images: Tensor, drawn: Tensor, usual_error: float) -> Scores:
+    """The scores of images `(B, C, H, W)`, with what every one of their redraws `(N, B, C, H, W)`
+    changes: a usual place looks again as it did at least once."""
+    changed = reduce((drawn - images).square(), "n b c h w -> n b h w", "mean").amin(dim=0)
+    near = around(changed, scores.cell // 4) / (2 * usual_error)
+    unusual = scores.unusual_map + near.sqrt()
+    score = overall(scores.bits - scores.expected_bits, scores.codes_per_image, unusual)
+    return replace(scores, unusual_map=unusual, score=score)
 
 
 def around(maps: Tensor, reach: int) -> Tensor:
@@ -192,19 +234,22 @@ class Normal:
     pipeline_hash: str
     scores: tuple[float, ...]
     places: tuple[float, ...]
+    redraws: int = 0  #: with which they were scored
 
     @classmethod
-    def load(cls, folder: Path, labels: str | None, pipeline_hash: str) -> Self:
+    def load(cls, folder: Path, labels: str | None, redraws: int, pipeline_hash: str) -> Self:
         """What was stored in a pipeline's folder, or a `UserError` if there is nothing, or if it
-        is of another pipeline or of other labels."""
+        is of another pipeline or was scored otherwise."""
         path = folder / NORMAL_NAME
         if not path.exists():
             what = f"{folder} does not know how unusual normal images are"
             raise UserError(f"{what}: run vqvae2 score --calibrate on some it was not trained on.")
         stored = from_dict(cls, read_json(path), str(path))
-        if (stored.pipeline_hash, stored.labels) != (pipeline_hash, labels):
-            what = f"{path} is of another pipeline, or of labels = {stored.labels!r}"
-            raise UserError(f"{what}: give these labels, or run vqvae2 score --calibrate again.")
+        how = (stored.pipeline_hash, stored.labels, stored.redraws)
+        if how != (pipeline_hash, labels, redraws):
+            settings = f"labels = {stored.labels!r} and redraws = {stored.redraws}"
+            what = f"{path} is of another pipeline, or of {settings}"
+            raise UserError(f"{what}: give these, or run vqvae2 score --calibrate again.")
         return stored
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines import VQVAE2Pipeline
+from pipelines import VQVAE2Pipeline, scoring
 from pipelines.commands import score
 from pipelines.scoring import ALL, Normal
 from tests.conftest import command, two_processes
@@ -66,12 +66,61 @@ def test_scores_are_what_the_priors_say(pipeline: VQVAE2Pipeline, photos: Path) 
         assert every.columns(names)["best_label"][i] == names[best]
 
 
+def test_redraws_count_what_looks_otherwise_every_time(
+    pipeline: VQVAE2Pipeline, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(photos.rglob("*.png"))[: scoring.BATCH + 3]
+    images = as_images(paths, pipeline.vqvae.config.image)
+    before = pipeline.score(images, "all")
+    monkeypatch.setattr(scoring, "REDRAWN", before.unusual_map.quantile(0.95).item())
+    marked = scoring.to_redraw(before)
+    assert 0 < marked.float().mean() < 1
+    assert (marked & ~(before.unusual_map > scoring.REDRAWN)).any()  # around them, too
+
+    # Of each batch on its own, under the class that explains each image best.
+    parts, changes = images.split(scoring.BATCH), []
+    names = before.best_labels(pipeline.class_names)
+    for few, own, first in zip(parts, marked.split(scoring.BATCH), (0, scoring.BATCH), strict=True):
+        given = names[first : first + len(few)]
+        drawn = pipeline.redraw(few, own, 3, given)
+        assert drawn.shape == (3, *few.shape)
+        assert not torch.equal(drawn[0], drawn[1])
+        changes.append((drawn - few).square().mean(dim=2).amin(dim=0))
+    after = pipeline.score(images, "all", redraws=3)
+    usual = scoring.typical_error(pipeline.trainings)
+    near = scoring.around(torch.cat(changes), before.cell // 4)
+    assert torch.allclose(after.unusual_map, before.unusual_map + (near / (2 * usual)).sqrt())
+
+    # The score follows the map; all else is as it was.
+    worse = after.unusual_map.amax((1, 2)) > before.unusual_map.amax((1, 2))
+    assert 0 < worse.sum() < len(worse)
+    assert torch.equal(after.score > before.score, worse)
+    assert torch.equal(after.score[~worse], before.score[~worse])
+    assert torch.equal(after.bits, before.bits)
+    with pytest.raises(UserError, match="redraws"):
+        pipeline.score(images, redraws=-1)
+
+
+def test_only_cells_with_a_marked_pixel_are_drawn_anew(pipeline: VQVAE2Pipeline) -> None:
+    images = pipeline(3, output_type="pt").images
+    marked = torch.zeros(3, 16, 16, dtype=torch.bool)
+    marked[1, 5, 9] = True
+    drawn, cell = pipeline.redraw(images, marked, 4), 16 // pipeline.vqvae.config.grids[-1][0]
+    inside = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    top, left = 5 // cell * cell, 9 // cell * cell
+    inside[1, :, top : top + cell, left : left + cell] = True
+    assert torch.equal((drawn != images).any(dim=0) & ~inside, torch.zeros_like(inside))
+    assert (drawn != images).any()
+    (same,) = pipeline.redraw(images, marked[:1].expand(3, 16, 16))
+    assert torch.equal(same, images)
+
+
 def test_two_processes_and_a_killed_one_write_the_same_table(
     run: Path, few: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ("score", few, "--data.validation-path", photos / "bag")
-    arguments += ("--pipeline", run / "pipeline", "--output-dir")
+    arguments += ("--pipeline", run / "pipeline", "--redraws", 2, "--output-dir")
     two_processes(*arguments, two)
     with monkeypatch.context() as patch:
         patch.setattr(score, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -126,6 +175,8 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
     assert "is of other images, and is kept" in capsys.readouterr().err
     command("score", few, *own, tmp_path / "a", *marks, "--labels", "bag", code=2)
     assert "labels = None" in capsys.readouterr().err
+    command("score", few, *own, tmp_path / "a", *marks, "--redraws", 2, code=2)
+    assert "redraws = 0: give these" in capsys.readouterr().err
 
     # Half of them are marked. Where nothing is, nothing changes.
     pipeline = VQVAE2Pipeline.from_pretrained(folder)
@@ -177,7 +228,8 @@ def test_classes_that_are_numbers_are_healed_by_their_names(
     monkeypatch.setattr(VQVAE2Pipeline, "class_names", ("2", "3", "1"))
     monkeypatch.setattr(VQVAE2Pipeline, "inpaint", inpaint)
     images = torch.zeros(len(best), 1, 16, 16)
-    score.heal(pipeline, images, torch.ones(len(best), 16, 16), scores, ALL)
+    labels = scores.best_labels(pipeline.class_names)
+    pipeline.redraw(images, torch.ones(len(best), 16, 16, dtype=torch.bool), labels=labels)
     assert given == [("2", "3", "1")[place] for place in best]
 
 

@@ -71,7 +71,7 @@ def score(config: ScoreConfig) -> None:
     if config.calibrate and not home.is_dir():
         raise UserError(f"{home} is no folder: download the pipeline before --calibrate.")
     if config.false_alarm_rate is not None:
-        normal = Normal.load(home, config.labels, _hash_of(pipeline))
+        normal = Normal.load(home, config.labels, config.redraws, _hash_of(pipeline))
         thresholds = normal.thresholds(config.false_alarm_rate)
         facts["normal_hash"] = file_hash(home / NORMAL_NAME)
 
@@ -144,7 +144,7 @@ def _write_part(
     while few := list(islice(items, BATCH)):
         ids, found = [row.item.id for row in few], job.found
         images = to_images(torch.stack([row.pixels[0] for row in few]))
-        scores = job.pipeline.score(images, job.config.labels)
+        scores = job.pipeline.score(images, job.config.labels, job.config.redraws)
         columns: dict[str, Any] = {"image": ids, "split": [split] * len(ids)}
         if found.labelled:
             labels = [row.item.label for row in few]
@@ -187,7 +187,10 @@ def _draw(job: _Job, names: Sequence[str], images: Tensor, scores: Scores) -> No
 
     # What is unusual, drawn anew; all else stays as it is.
     if job.config.heal:
-        healed = heal(job.pipeline, images, marked, scores, job.config.labels)
+        labels: Any = job.config.labels
+        if scores.bits_by_label is not None:
+            labels = scores.best_labels(job.pipeline.class_names)
+        (healed,) = job.pipeline.redraw(images, marked, labels=labels)
         panels += [to_pil(healed), heat((healed - images).square().mean(dim=1) / 2)]
         suffix = file_suffix(settings.image.channels, settings.image.value_range)
         for name, image in zip(names, healed, strict=True):
@@ -196,28 +199,6 @@ def _draw(job: _Job, names: Sequence[str], images: Tensor, scores: Scores) -> No
     for row, name in enumerate(names):
         strip = sheet([[panel[row] for panel in panels if panel]])
         save_picture(strip, folder / "maps" / f"{name}.png")
-
-
-def heal(
-    pipeline: VQVAE2Pipeline, images: Tensor, marked: Tensor, scores: Scores, labels: str | None
-) -> Tensor:
-    """Images `(B, C, H, W)` with all codes that cover a marked pixel `(B, H, W)` drawn
-    anew by the priors; pixels in cells of the finest grid without a marked one stay as they are."""
-    rows = marked.flatten(1).any(dim=1).nonzero()[:, 0]
-    healed = images.clone()
-    if not len(rows):
-        return healed
-    given: Any = labels
-    if scores.bits_by_label is not None:
-        best = scores.bits_by_label.argmin(dim=1)[rows].tolist()
-        given = [pipeline.class_names[place] for place in best]
-    options: Any = {"labels": given, "output_type": "pt"}
-    drawn = pipeline.inpaint(images[rows], marked[rows], len(rows), **options).images
-    size, finest = images.shape[2:], pipeline.vqvae.config.grids[-1]
-    cells = F.adaptive_max_pool2d(marked[rows, None].float(), finest)
-    inside = F.interpolate(cells, size)
-    healed[rows] = inside * drawn + (1 - inside) * images[rows]
-    return healed
 
 
 def heat(values: Tensor) -> list[Image.Image]:
@@ -272,10 +253,10 @@ def _store_normal(
     `anew`, only if nothing of the kind is stored there."""
     values, places = (tuple(table[name].to_pylist()) for name in ("score", "worst_place"))
     home, pipeline_hash = Path(config.pipeline).expanduser(), _hash_of(pipeline)
-    normal = Normal(config.labels, pipeline_hash, values, places)
+    normal = Normal(config.labels, pipeline_hash, values, places, config.redraws)
     with suppress(UserError):
         if not anew:
-            if Normal.load(home, config.labels, pipeline_hash) != normal:
+            if Normal.load(home, config.labels, config.redraws, pipeline_hash) != normal:
                 text = "%s is of other images, and is kept: remove it to have these again."
                 logger.warning(text, home / NORMAL_NAME)
             return
