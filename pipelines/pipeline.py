@@ -334,7 +334,7 @@ class VQVAE2Pipeline:
     def score(self, images: Any, labels: Labels = None, redraws: int = 0) -> Scores:
         """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
         or "all", for the class that explains each image best. Conditions are hidden. `redraws`:
-        draw unusual places anew so many times; those that every time look otherwise count more."""
+        draw unusual places anew so many times; the more that changes them, the more they count."""
         check(redraws >= 0, "redraws", redraws, "0 or more")
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)

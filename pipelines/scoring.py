@@ -2,7 +2,7 @@
 
 An image is unusual if its codes take more bits than the priors expected before they saw each (a
 simple image takes few, but few are expected too), and by its worst place: one that takes many bits,
-or is badly reconstructed (what no code shows), or looks otherwise whenever the priors draw it anew.
+or is badly reconstructed (what no code shows), or changes much when the priors draw it anew.
 benchmarks/anomaly.py chose how these are joined.
 
 Letters: B images, L levels, h w a level's code grid, H W pixels, N classes.
@@ -187,11 +187,11 @@ def to_redraw(scores: Scores) -> Tensor:
 
 
 def with_redraws(scores: Scores, images: Tensor, drawn: Tensor, usual_error: float) -> Scores:
-    """The scores of images `(B, C, H, W)`, with what every one of their redraws `(N, B, C, H, W)`
-    changes: a usual place looks again as it did at least once."""
-    changed = reduce((drawn - images).square(), "n b c h w -> n b h w", "mean").amin(dim=0)
-    near = around(changed, scores.cell // 4) / (2 * usual_error)
-    unusual = scores.unusual_map + near.sqrt()
+    """The scores of images `(B, C, H, W)`, to whose maps is added how far their redraws
+    `(N, B, C, H, W)` are from them, on average."""
+    changed = reduce((drawn - images).square(), "n b c h w -> n b h w", "mean")
+    near = torch.stack([around(maps, scores.cell // 4) for maps in changed]) / (2 * usual_error)
+    unusual = scores.unusual_map + near.sqrt().mean(dim=0)
     score = overall(scores.bits - scores.expected_bits, scores.codes_per_image, unusual)
     return replace(scores, unusual_map=unusual, score=score)
 
