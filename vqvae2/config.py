@@ -71,7 +71,7 @@ class QuantizerConfig:
     fsq: no codebook to learn, each dimension is rounded to a few values."""
     estimator: Literal["straight_through", "rotation"] = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated and scaled as the
-    features would be to become the code."""
+    features would be to become the code, which did worse where we compared them."""
     beta: float = recipe_only(0.25)
     """Weight of the commitment loss, which trains the encoder: ||z - sg(e)||^2."""
     decay: float = 0.99
