@@ -242,7 +242,7 @@ def _choose_image(
         width = max(multiple, round(side * min(1.0, typical) / multiple) * multiple)
         height = max(multiple, round(side / max(1.0, typical) / multiple) * multiple)
     device = "a GPU" if on_gpu else "a CPU"
-    why = f"the shorter sides are {seen.short_side:.0f} pixels in the median, and {device} trains"
+    why = f"the shorter sides are {seen.short_side:.0f} pixels in the median; {device} trains it"
     if "size" in given:
         (height, width), why = PreprocessingConfig(size=given["size"]).height_width, "as you asked"
     reasons.append(f"{width} x {height} pixels (width x height): {why}")

@@ -65,8 +65,9 @@ def as_vectors(conditions: Any, size: int, names: Sequence[str], *, can_hide: bo
     # Numbers, as many as there must be.
     try:
         vectors = torch.as_tensor(conditions).detach().cpu().to(torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"there are no conditions ({error}): give {expected}.") from None
+    except (TypeError, ValueError, RuntimeError):
+        what = f"the conditions {shorten(conditions)} are no rows of numbers"
+        raise UserError(f"{what}: give {expected}.") from None
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or vectors.shape[1] != size or not len(vectors):
         shape = tuple(vectors.shape)

@@ -282,12 +282,17 @@ class VQVAE2Pipeline:
         """The image repainted where the mask is white; see `known_outside` and `variations`."""
         return self._edit(editing.known_outside(self.vqvae, image, mask), num_images, options)
 
-    def redraw(
-        self, images: Tensor, marked: Tensor, number: int = 1, labels: Labels = None
-    ) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1], so many times: `(number, B, C, H, W)`, with all codes
-        that cover a marked pixel `(B, H, W)` bool drawn anew. Cells of the finest grid without one
-        stay as they are. One label for all images, or one per image; None hides them."""
+    def redraw(self, images: Any, marked: Tensor, number: int = 1, labels: Labels = None) -> Tensor:
+        """Images, given as to `encode`, so many times: `(number, B, C, H, W)` in [-1, 1], with all
+        codes that cover a marked pixel `(B, H, W)` bool drawn anew. Cells of the finest grid
+        without one stay as they are. One label for all images, or one per image; None hides them.
+        """
+        images = as_images(images, self.vqvae.config.image)
+        expected = (len(images), *images.shape[2:])
+        fits = marked.dtype == torch.bool and tuple(marked.shape) == expected
+        seen = f"{tuple(marked.shape)} of {marked.dtype}"
+        check(fits, "marked", seen, f"{expected} of torch.bool, a mask for each image")
+        check(number >= 1, "number", number, "at least 1")
         rows = marked.flatten(1).any(dim=1).nonzero()[:, 0]
         drawn = images.repeat(number, 1, 1, 1, 1)
         if not len(rows):

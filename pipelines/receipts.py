@@ -63,7 +63,7 @@ class Origin:
             how += "add --init-image (and --mask or --keep-levels) as they were"
         else:
             how = f"drawn around the given codes {given}, but these are {here}: "
-            how += "give the same picture"
+            how += "give the same picture, mask and --keep-levels"
         raise UserError(f"{where} was {how}.")
 
     def elsewhere(self, own: "Origin") -> str:

@@ -512,7 +512,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(
     run_here("sample", "--pipeline", x / "pipeline", "--num-images", 1, "--output-dir", samples)
     values = {
         "x": x, "photos": photos, "out": out, "empty": tmp_path / "empty", "full": full,
-        "broken": broken, "other": other, "cut": cut, "samples": samples, "f": "f" * 64,
+        "broken": broken, "other": other, "cut": cut, "samples": samples, "f": "f" * 12,
         "parts": f"--vqvae {x}/vqvae --priors {x}/prior_0 {x}/prior_1",
     }  # fmt: skip
     for line in MISTAKES.strip().splitlines():

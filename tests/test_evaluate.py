@@ -320,9 +320,15 @@ FOUND: dict[str, Any] = {
                 "count": 1000,
                 "precision": [0.7, 0, 1],
                 "recall": [0.75, 0, 1],
+                "density": [0.8, 0, 1],
             },
             "reconstructions": {"distance": 4.5, "precision": [0.8, 0, 1], "recall": [0.8, 0, 1]},
-            "real": {"distance": 1.1, "precision": [0.9, 0, 1], "recall": [0.9, 0, 1]},
+            "real": {
+                "distance": 1.1,
+                "precision": [0.9, 0, 1],
+                "recall": [0.9, 0, 1],
+                "density": [1.0, 0, 1],
+            },
         }
     },
     "levels": {
@@ -358,6 +364,11 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda f: set_of(f, "samples").update(recall=[0.3, 0, 1]), "variety is missing"),
         (lambda f: f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
          "expected": 0.05}}), "Memorised: 50% of the samples are as close"),
+        (lambda f: set_of(f, "samples").update(precision=[1.0, 0, 1], density=[0.2, 0, 1]),
+         "but where samples are, few real images are (see density): too many are wrong."),
+        (lambda f: (f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
+         "expected": 0.05}}), set_of(f, "samples").update(density=[0.2, 0, 1])),
+         "cannot be said: samples do not look like real images yet"),
         (lambda f: f.update(sweep=[
             {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0, "distance": 12.3, "count": 9},
             {"temperature": 0.9, "top_p": 1.0, "guidance_scale": 2.0, "distance": 10, "count": 9}]),

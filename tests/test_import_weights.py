@@ -105,7 +105,7 @@ def test_an_import_continues_and_leaves_alone(
     state = torch.load(CHECKPOINT, weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "x.pt")
     command("import-weights", *flags[2:], "--checkpoint", tmp_path / "x.pt", code=2)
-    assert "holds a run with checkpoint_sha256" in capsys.readouterr().err
+    assert "holds a run of another checkpoint (checkpoint_sha256 " in capsys.readouterr().err
 
 
 # VQGAN tokenizers

@@ -249,7 +249,7 @@ def test_an_image_file_is_edited(
         run_here(*command, code=2)
         assert "was edited, and its receipt holds only a hash" in capsys.readouterr().err
         run_here(*command, "--init-image", picture, code=2)
-        assert "give the same picture" in capsys.readouterr().err
+        assert "give the same picture, mask and --keep-levels" in capsys.readouterr().err
     run_here(*again, tmp_path / "again", "--init-image", picture, "--mask", nothing)
     assert sample.tobytes() == Image.open(tmp_path / "again/images/000001.png").tobytes()
     run_here(*edit, "--mask", tmp_path / "none.png", "--output-dir", tmp_path / "x", code=2)
@@ -537,5 +537,5 @@ def test_assembling_continues_repairs_and_leaves_alone(run: Path, tmp_path: Path
     other = load_prior(config.priors[1])
     torch.nn.init.normal_(other.head.bias)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="holds a run with prior_1_hash"):
+    with pytest.raises(UserError, match=r"holds a run of another prior_1 \(prior_1_hash "):
         assemble(dataclasses.replace(config, priors=(config.priors[0], str(tmp_path / "other"))))

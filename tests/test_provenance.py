@@ -70,8 +70,9 @@ def test_an_extraction_does_not_go_on_with_another_encoder(
     ours, other = read_manifest(x / "codes").encoder_hash, other_preprocessing(x, x / "other")
     extract = ("extract", "--vqvae", x / "other", "--data.path", photos)
     sentence = refused(capsys, *extract, "--output-dir", x / "codes")
-    assert ours in sentence
-    assert other in sentence
+    assert "holds a run of another autoencoder" in sentence
+    assert ours[:12] in sentence
+    assert other[:12] in sentence
 
 
 def test_a_prior_of_another_dataset_is_no_part_and_is_not_trained_on(
@@ -86,8 +87,7 @@ def test_a_prior_of_another_dataset_is_no_part_and_is_not_trained_on(
     after = read_manifest(x / "others").codes_hash
     train = ("train-prior", "--config", "tiny", "--codes", x / "others", "--level", "bottom")
     sentence = refused(capsys, *train, "--output-dir", x / "prior_1")
-    assert f"codes_hash = {before!r}" in sentence
-    assert repr(after) in sentence
+    assert f"holds a run of other codes (codes_hash {before[:12]}, here {after[:12]})" in sentence
     command(*train, "--output-dir", x / "other_1", "--num-steps", 2)
     parts = ("--vqvae", x / "vqvae", "--priors", x / "prior_0", x / "other_1")
     sentence = refused(capsys, "sample", *parts, "--output-dir", tmp_path / "samples")

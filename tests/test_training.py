@@ -502,15 +502,18 @@ def test_curves_are_drawn_without_held_out_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([], "all 4 steps are done; the last weights are kept"),
-        ([3.0, 2.0, 1.0, 0.9], "step 4 are kept: held-out loss 0.9; it was still falling"),
-        ([3.0, 2.0, 2.5, 2.9], r"step 2 are kept: .* over-fitted \(2.9 at the end\)"),
-        ([3.0, 2.0, 2.0, 1.999], "step 4 are kept: held-out loss 1.999; at the end it hardly fell"),
-        ([3.0, 2.5, 2.0, 1.5, 1.51], "^stopped early at step 3, .*; at the end it hardly fell"),
-        ([3.0], "step 4 are kept: held-out loss 3; with a smaller validate_every"),
+        ([], "all 400 steps are done; the last weights are kept"),
+        ([3.0, 2.0, 1.0, 0.9], "step 400 are kept: held-out loss 0.9; it was still falling"),
+        ([3.0, 2.0, 2.5, 2.9], r"step 200 are kept: .* over-fitted \(2.9 at the end\)"),
+        (
+            [3.0, 2.0, 2.0, 1.999],
+            "step 400 are kept: held-out loss 1.999; at the end it hardly fell",
+        ),
+        ([3.0, 2.5, 2.0, 1.5, 1.51], "^stopped early at step 300, .*; at the end it hardly fell"),
+        ([3.0], "step 400 are kept: held-out loss 3; with a smaller validate_every"),
         (
             [2.0, 2.1, 2.2],
-            "^stopped early at step 3, .* not fallen for 2 .* step 1 are kept: .* over",
+            "^stopped early at step 300, .* not fallen for 2 .* step 100 are kept: .* over",
         ),
     ],
 )
@@ -518,10 +521,25 @@ def test_the_end_of_a_run_says_what_is_kept_and_what_would_help(
     losses: list[float], said: str, tmp_path: Path
 ) -> None:
     first = {1: 4, 5: -1}.get(len(losses), 1)
-    lines = [{"step": i, "validation/loss": loss} for i, loss in enumerate(losses, first)]
+    lines = [{"step": 100 * i, "validation/loss": loss} for i, loss in enumerate(losses, first)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert re.search(said, conclusion(tmp_path, TrainingConfig(num_steps=4, patience=2)))
+    assert re.search(said, conclusion(tmp_path, TrainingConfig(num_steps=400, patience=2)))
+
+
+@pytest.mark.parametrize(
+    "bits", [{}, {"validation/bits_per_code": 4.5, "validation/unigram_bits": 4}]
+)
+def test_more_steps_are_advised_where_little_was_learned(
+    bits: dict[str, float], tmp_path: Path
+) -> None:
+    """The loss of a short run flattens, too, as the learning rate falls to 0."""
+    number = 400 if bits else 4
+    lines = [{"step": number // 4 * i, "validation/loss": 3.0, **bits} for i in (1, 2, 3, 4)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    said = conclusion(tmp_path, TrainingConfig(num_steps=number))
+    assert said.endswith("it has hardly begun to learn: a larger num_steps would help")
 
 
 def test_a_prior_that_knows_nothing_is_warned_of(

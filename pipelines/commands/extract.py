@@ -98,7 +98,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
             work_parts.reopen(output_dir / MANIFEST_NAME, _notes(output_dir))
         if training and training.get("image_names_hash") != found.facts["image_names_hash"]:
             logger.warning(
-                "%s was trained on other images than these, or on the same under other names. "
+                "%s was trained on other images than these, or with other names or labels. "
                 "Images of the same name are held out alike; it may have been trained on any other "
                 "one that is held out here, which makes the priors look better than they are.",
                 config.vqvae,

@@ -116,8 +116,11 @@ def make_figures(names: Sequence[str], found: Inspection) -> Figures:
 def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
     """What the figures mean, and which setting to change where something is wrong."""
     sentences = [verdict(name, counts)[1] for name, counts in zip(names, found.counts, strict=True)]
-    for name, shuffled in zip(names, found.split.shuffled, strict=True):
-        ratio, other = shuffled / max(found.split.kept, 1e-12), "another image's codes there"
+    ratios = [shuffled / max(found.split.kept, 1e-12) for shuffled in found.split.shuffled]
+    if max(ratios) < 1.05:
+        return [*sentences, "No level carries anything yet: train longer."]
+    for name, ratio in zip(names, ratios, strict=True):
+        other = "another image's codes there"
         judged = f"is needed: {other} multiply the error by {ratio:.1f}."
         if ratio < 1.05:
             judged = f"carries almost nothing: {other} change the error by {ratio - 1:.1%}; make "

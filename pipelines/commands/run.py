@@ -127,7 +127,7 @@ def choose_for(
         multiple = max(multiple, math.prod(strides or ()))
     choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
     if config.recipe:
-        choice.reasons.append(f"what the recipe {config.recipe} says comes first")
+        choice.reasons.insert(0, f"but for what the recipe {config.recipe} says:")
     return choice, recipe, seen
 
 
@@ -167,7 +167,7 @@ def finished(
         steps = max(20, min(most, round(share * seconds / per_step)))
         set_steps(section, steps)
         enough = f"{MOST_EPOCHS} passes over the images are enough"
-        why = enough if steps == most else budget
+        why = enough if steps == most else f"its share of {budget}"
         reasons.append(f"{name}: {steps:,} steps of {per_step:.3g} s ({why})")
     lines = [f"# {reason}" for reason in reasons]
     plain = json.loads(json.dumps(recipe))  # what two sections share would become an alias
@@ -289,7 +289,8 @@ def summary(root: Path, images: ImagesConfig) -> str:
             bits, alone = prior["bits_per_code"], prior["unigram_bits"]
             gain = f"{1 - bits / alone:.0%} fewer than by frequency alone ({alone:.2f})"
             if not check_beats_frequencies(bits, alone).passed:
-                gain = f"hardly fewer than by frequency alone ({alone:.2f}): samples are noise"
+                than = "no fewer" if bits >= alone else "hardly fewer"
+                gain = f"{than} than by frequency alone ({alone:.2f}): samples are noise"
             name = level_name(level, manifest.num_levels).capitalize()
             lines.append(f"{name}, {size} codes: {bits:.2f} bits per code, {gain}.")
 

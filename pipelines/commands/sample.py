@@ -72,6 +72,9 @@ def sample(config: SampleConfig) -> None:
         check_guidance(prior.config, sampling)
     given, beside = config.conditions, Path(file or "receipt").with_name(CONDITIONS_NAME)
     if wanted is not None and wanted.conditions_hash and not (config.attributes or given):
+        if not beside.exists():
+            what = f"the set of {file} was drawn with conditions, which are in {CONDITIONS_NAME}"
+            raise UserError(f"{what}: put that beside it, or give --conditions.")
         given = str(beside)
     vectors = pipeline.as_vectors(read_conditions(given, config.attributes))
     receipt = make_receipt(pipeline, config, labels=labels, vectors=vectors, known=known)

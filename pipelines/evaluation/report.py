@@ -122,7 +122,9 @@ def _of_samples(found: Figures) -> list[str]:
     if made is not None and found["given"]:
         beside += f"; the autoencoder's reconstructions of them have {made:.3g}"
     elif made is not None:
-        beside = f"reconstructions of real images have {made:.3g}, the best that priors can reach "
+        beside = (
+            f"reconstructions of real images have {made:.3g}, about the best that priors reach "
+        )
         beside += f"with this autoencoder, and real images {real:.3g}"
     lines = [f"{name} of the samples is {distances['samples']:.3g} (0 is perfect); {beside}."]
 
@@ -160,7 +162,9 @@ def _of_samples(found: Figures) -> list[str]:
     sentence += f"{best['precision'][0]:.0%}), and {shares['recall']:.0%} of the real images look "
     sentence += f"like samples (like {kind} {best['recall'][0]:.0%})"
     advice = ""
-    if min(ratios.values()) > 0.9:
+    if _is_sparse(rows):
+        verdict = "but where samples are, few real images are (see density): too many are wrong."
+    elif min(ratios.values()) > 0.9:
         reach = "as this autoencoder allows" if ours else "as can be"
         verdict = f"quality and variety are about as good {reach}."
     elif ratios["precision"] < ratios["recall"] - 0.1:
@@ -188,6 +192,12 @@ def _of_samples(found: Figures) -> list[str]:
     if short := found.get("few"):
         lines.append(f"Too few samples to judge: {few(_counted(short))}.")
     return lines
+
+
+def _is_sparse(rows: Mapping[str, Figures]) -> bool:
+    """Whether real images stand far less closely around samples than around real images: all that
+    samples look like are then a few odd ones."""
+    return bool(rows["samples"]["density"][0] < 0.3 * rows["real"]["density"][0])
 
 
 def _counted(numbers: Mapping[str, int]) -> list[str]:
@@ -221,7 +231,12 @@ def _of_memory(found: Figures) -> list[str]:
     spaces = found.get("memorised", {})
     judged = {name: each for name, each in spaces.items() if "memorised" in each}
     guilty = [name for name, each in judged.items() if each["memorised"]]
-    if guilty:
+    if guilty and _is_sparse(reference(found)):
+        lines.append(
+            "Whether images were memorised cannot be said: samples do not look like real images "
+            "yet, and blurred ones are close to many."
+        )
+    elif guilty:
         worst = judged[max(guilty, key=lambda name: judged[name]["closer"])]
         lines.append(
             f"Memorised: {worst['closer']:.0%} of the samples are as close to a training "

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vqvae2.common.config import from_dict, to_dict
+from vqvae2.common.config import differences, from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path, read_json, whole_file, write_json
 from vqvae2.common.vocabulary import INDEX_NAME, TRAINING_RECORD
@@ -150,6 +150,28 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     check_weights(path, model.state_dict(), state)
     _check_hash(path, 1, content_hash({}, state.items()))
     model.load_state_dict(state)
+
+
+def load_other_weights(model: Artifact, folder: Path) -> None:
+    """Load the weights that another run has made, as `load_weights` does; if they do not fit, the
+    `UserError` says which of its settings are others."""
+    try:
+        load_weights(cast(nn.Module, model), folder)
+    except UserError as error:
+        raise UserError(f"{error}{_other_settings(model, folder)}") from None
+
+
+def _other_settings(model: Artifact, folder: Path) -> str:
+    """A sentence about what a folder's configuration has that a model's has not, if it is there."""
+    path = folder / CONFIG_NAME
+    data = read_json(path) if path.is_file() else {}
+    kind, own = data.pop("architecture", None), type(model).__name__
+    if kind not in (None, own):
+        return f" It is a {kind}, and here a {own} is trained."
+    changed = differences(model.config_class, data, to_dict(model.config))
+    shown = [f"{key} = {before!r}, here {after!r}" for key, before, after in changed]
+    shown = [text for text in shown if "_hash = " not in text][:4]
+    return f" It has {'; '.join(shown)}: repeat its settings." if shown else ""
 
 
 def _check_hash(path: Path, place: int, found: str) -> None:

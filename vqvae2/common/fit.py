@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqvae2.common.accelerate import on_main_process, use_deterministic_algorithms
-from vqvae2.common.artifact import WEIGHTS_NAME, load_weights, local_folder
+from vqvae2.common.artifact import WEIGHTS_NAME, Artifact, load_other_weights, local_folder
 from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
 from vqvae2.common.compiling import CompileTrial
 from vqvae2.common.config import TrainingConfig
@@ -237,11 +237,11 @@ def fit(
     logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir, config)))
 
 
-def load_first_weights(model: nn.Module, config: TrainingConfig, output_dir: Path) -> None:
+def load_first_weights(model: Artifact, config: TrainingConfig, output_dir: Path) -> None:
     """Load what a run begins with, if it is given and the run has no state of its own yet. Raises a
-    `UserError` as `load_weights` does."""
+    `UserError` as `load_other_weights` does."""
     if config.init_from is not None and not saved_steps(output_dir / "checkpoints"):
-        load_weights(model, local_folder(config.init_from))
+        load_other_weights(model, local_folder(config.init_from))
 
 
 def is_finished(output_dir: Path, config: TrainingConfig) -> bool:

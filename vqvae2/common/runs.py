@@ -25,6 +25,15 @@ from vqvae2.common.files import check_empty, write_text
 
 PACKAGES = ("vqvae2", "torch", "accelerate", "numpy", "pyarrow")
 SAMPLE_NAME = "image_sample"  # the fact that holds marks of some images, separated by spaces
+HASHED = {  # facts that are hashes, in words
+    "image_names": "other images, or of the same with other names, labels or splits",
+    "rows": "other images",
+    "encoder": "another autoencoder",
+    "vqvae": "another autoencoder",
+    "codes": "other codes",
+    "conditions": "other conditions",
+    "normal": "another calibration",
+}
 RUN = "$RUN/"
 ABSOLUTE = re.compile(r"(file://)?((?:\$RUN/|/|~).*)")
 
@@ -109,8 +118,12 @@ class RunRecord:
         settings = _change_paths(to_dict(self.config), _resolve, folder)
         for key, before, after in changed + differences(type(self.config), old, settings):
             problem = f"holds a run with {key} = {before!r}, but this command says {after!r}"
-            advice = "repeat the run's settings to continue it, or choose another --output-dir"
-            raise UserError(f"{folder} {problem}: {advice}.")
+            advice = "repeat the run's settings to continue it"
+            if match := re.fullmatch(r"(\w+)_(hash|sha256)", key):
+                problem = f"holds a run of {HASHED.get(match[1], 'another ' + match[1])}"
+                problem += f" ({key} {str(before)[:12]}, here {str(after)[:12]})"
+                advice = "restore what it was made from to continue it"
+            raise UserError(f"{folder} {problem}: {advice}, or choose another --output-dir.")
 
         # The same images, by the marks of most: a few may have been repaired meanwhile.
         pairs = list(zip_longest(marks, old_marks)) if marks and old_marks else []

@@ -189,9 +189,13 @@ def _scale(array: np.ndarray, config: PreprocessingConfig) -> np.ndarray:
         raise UserError(f"{what}: repair or remove it.")
     values = f"it holds {array.dtype} values from {array.min()} to {array.max()}"
     if config.value_range == BYTES:
-        what_to_do = "set --image.value-range to those of black and white"
-        examples = "0 65535 for 16 bits, 0 4095 for 12"
-        raise UserError(f"{values}, not 8-bit pixels: {what_to_do} ({examples}).")
+        advice = "train with --image.value-range, those of black and white (0 65535, 0 4095, ...)"
+        if array.min() >= 0 and array.max() <= 1:
+            advice = "multiply it by 255 and convert it to uint8, or train with --image.value-range"
+            advice += " 0 1"
+        elif array.min() >= 0 and array.max() <= 255:
+            advice = "convert it to uint8"
+        raise UserError(f"{values}, not 8-bit pixels: {advice}.")
     if not (low <= array.min() and array.max() <= high):
         what = f"{values}, outside of image.value_range {config.value_range}"
         raise UserError(f"{what}: widen the range.")
