@@ -3,8 +3,10 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -31,12 +33,19 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     model = VQVAE2.from_pretrained(vqvae).to(processes().device)
     refuse_mismatches(model, (), manifest)
     level = parse_level(config.level, manifest.num_levels)
-    rows = CodeDataset(folder, manifest, "validation" if manifest.num_validation else "train")
-    real = rows.__getitems__(some_rows(len(rows), 32))
-    number = min(32, len(rows))
+    split = "validation" if manifest.num_validation else "train"
+    number = min(32, manifest.num_rows(split))
+
+    @cache
+    def real_rows() -> dict[str, Any]:
+        # Opened when the first picture is due, by the process that draws: by then the training
+        # has decoded what it reads, if that is too large for memory.
+        where = config.codes_cache and Path(config.codes_cache)
+        rows = CodeDataset(folder, manifest, split, cache_dir=where or None)
+        return rows.__getitems__(some_rows(len(rows), 32))
 
     def draw(prior: Prior) -> Image.Image:
-        batch = send_to_device(real, prior.device)
+        batch = send_to_device(real_rows(), prior.device)
         codes, (_, condition, labels) = list(batch["codes"]), rows_of(prior.config, batch)
         codes[level] = prior.sample(number, condition, labels, seeds=image_seeds(0, 0, number))
         with torch.no_grad():

@@ -419,7 +419,7 @@ def test_a_prior_learns_the_same_from_codes_larger_than_memory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = ("train-prior", "--config", "tiny", "--codes", run / "codes", "--level", "bottom")
-    train += ("--picture-every", 0, "--num-steps", 5, "--output-dir")
+    train += ("--vqvae", run / "vqvae", "--picture-every", 5, "--num-steps", 5, "--output-dir")
     command(*train, tmp_path / "in_memory")
     monkeypatch.setattr(prior.manifest, "MEMORY_BYTES", 0)
     command(*train, tmp_path / "mapped", "--codes-cache", tmp_path / "cache")

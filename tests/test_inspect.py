@@ -61,7 +61,7 @@ def test_the_split_finds_a_level_that_carries_nothing(images: ImageDataset) -> N
     found = inspect(model, images, torch.device("cpu"))
     split = found.split
     assert split.shuffled[0] == split.neutral[0] == pytest.approx(split.kept, rel=1e-6)
-    assert split.shuffled[1] != pytest.approx(split.kept, rel=1e-4)
+    assert split.shuffled[1] != pytest.approx(split.kept, rel=1e-5)
     assert split.alone[1] == pytest.approx(split.kept, rel=1e-6)
     assert [int(counts.sum()) for counts in found.counts] == [40 * 16, 40 * 64]
 
@@ -72,6 +72,27 @@ def test_the_split_finds_a_level_that_carries_nothing(images: ImageDataset) -> N
     per_image = errors.mean(dim=(1, 2, 3))
     assert split.kept == pytest.approx(per_image.mean().item(), rel=1e-5)
     assert found.psnr == pytest.approx((10 * torch.log10(4 / per_image)).mean().item(), rel=1e-5)
+
+
+def test_codes_are_swapped_between_classes_though_images_come_class_by_class(
+    images: ImageDataset,
+) -> None:
+    """Twenty of one image, then twenty of another: each is decoded with the other one's codes."""
+    chosen = [images.indices[0]] * 20 + [images.indices[-1]] * 20
+    images = ImageDataset(images.source, chosen, GREY)
+    model = small_model(image=GREY)
+    model(torch.randn(16, 1, 32, 32))
+    model.eval()
+    with torch.no_grad():
+        model.image_decoder[0].weight *= 5
+    both = to_images(images.__getitems__([0, 20])["images"])
+    top, bottom = model.encode_images(both)
+    with torch.no_grad():
+        swapped = model.decode_codes([top, bottom.flip(0)]).clamp(-1, 1)
+    expected = (swapped - both).square().mean().item()
+    split = inspect(model, images, torch.device("cpu")).split
+    assert split.shuffled[1] == pytest.approx(expected, rel=1e-5)
+    assert split.shuffled[1] != pytest.approx(split.kept, rel=1e-5)
 
 
 def test_ssim_is_its_closed_form() -> None:

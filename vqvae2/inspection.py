@@ -55,22 +55,24 @@ def inspect(
     pairs = zip(codes, sizes, strict=True)
     counts = tuple(torch.bincount(level.flatten(), minlength=size) for level, size in pairs)
 
-    # Decode them, also with some levels' codes replaced, and sum what is measured.
+    # Decode them, also with some levels' codes replaced, and sum what is measured. Images may be in
+    # the order of their classes, so the other image is far away.
+    others = [level.roll(len(images) // 2, dims=0) for level in codes]
     kept = psnr = similarity = 0.0
     sums = {kind: [0.0] * len(codes) for kind in ("shuffled", "neutral", "alone")}
     for rows in progress_bar(batches, desc="decoding", leave=False):
         originals = _load(images, rows, device)
         own = [level[rows.start : rows.stop].to(device) for level in codes]
-        strange = [level.roll(-1, dims=0)[rows.start : rows.stop].to(device) for level in codes]
+        strange = [level[rows.start : rows.stop].to(device) for level in others]
         decoded, errors = _decode(model, own, originals)
         kept += errors.sum().item()
         psnr += (10 * torch.log10(4 / errors.clamp(min=1e-12))).sum().item()
         similarity += ssim(decoded, originals).sum().item()
         for level in range(len(codes)):
-            others = [*range(level), *range(level + 1, len(codes))]
+            rest = [*range(level), *range(level + 1, len(codes))]
             shuffled = replace_levels(own, strange, [level])
             without = replace_levels(own, neutral, [level])
-            alone = replace_levels(own, neutral, others)
+            alone = replace_levels(own, neutral, rest)
             for totals, variant in zip(sums.values(), (shuffled, without, alone), strict=True):
                 totals[level] += _decode(model, variant, originals)[1].sum().item()
 

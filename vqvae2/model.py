@@ -122,11 +122,14 @@ class VQVAE2(Artifact, nn.Module):
     def encode_images(self, images: Any) -> tuple[Tensor, ...]:
         """The codes `(B, h, w)` int64 per level, coarse to fine, of images as `as_images` takes
         and prepares them: PIL images, paths, arrays or tensors. Raises as `as_images`."""
+        batches = as_images(images, self.config.image).split(32)
         was_training, encoded = self.training, []
         self.eval()  # in training, codebooks would learn from them
-        for batch in as_images(images, self.config.image).split(32):
-            encoded.append([level.codes for level in self.encode(batch.to(self.device))])
-        self.train(was_training)
+        try:
+            for batch in batches:
+                encoded.append([level.codes for level in self.encode(batch.to(self.device))])
+        finally:
+            self.train(was_training)
         return tuple(torch.cat(level) for level in zip(*encoded, strict=True))
 
     def decode(self, embeddings: Sequence[Tensor]) -> Tensor:

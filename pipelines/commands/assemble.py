@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.config import AssembleConfig
 from pipelines.pipeline import VQVAE2Pipeline
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
@@ -28,11 +28,13 @@ def assemble(config: AssembleConfig) -> None:
     processes().wait_for_everyone()  # all have looked before the first one writes
 
     # Write what is not whole.
-    if processes().is_main_process:
+    def write() -> None:
         if not (finished and _is_whole(folder)):
             run.write(folder)
             pipeline.save_pretrained(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
+
+    on_main_process(processes(), write)
     pipeline.warn_of_noise()
     logger.info(f"{folder}: the pipeline, for vqvae2 sample --pipeline.")
 

@@ -14,7 +14,7 @@ from pipelines.codec import CODER_VERSION, Codec
 from pipelines.commands.reconstruct import below_their_folder, file_names
 from pipelines.config import CompressConfig, DecompressConfig
 from pipelines.pipeline import VQVAE2Pipeline
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import open_regular, whole_file
 from vqvae2.common.lock import writes_output
@@ -32,6 +32,7 @@ SUFFIX, BATCH = ".vq2", 64
 def compress(config: CompressConfig) -> None:
     """Write images as the configuration says: an archive of all, or a file of each."""
     # The images.
+    refuse_several_processes()
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(processes().device)
     codec = Codec(pipeline)
     if not config.fast:
@@ -79,6 +80,7 @@ def compress(config: CompressConfig) -> None:
 def decompress(config: DecompressConfig) -> None:
     """Write the images that are in files of `compress`, under their own names."""
     # The files.
+    refuse_several_processes()
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(processes().device)
     folder, codec = Path(config.output_dir), Codec(pipeline)
     settings, most = pipeline.vqvae.config.image, pipeline.vqvae.config.num_levels

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -29,6 +29,7 @@ from vqvae2.codebook_stats import warn_of_few
 from vqvae2.common.accelerate import (
     check_same_images,
     exact_convolutions,
+    on_main_process,
     processes,
     use_deterministic_algorithms,
 )
@@ -83,16 +84,13 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     check_same_images(found.facts, found.number())
     run = replace(run, facts={**run.facts, **found.facts})
     run.check(output_dir)
-    finished = is_complete(output_dir)
     state.wait_for_everyone()  # all have looked before the first one writes
-    if finished:
-        if state.is_main_process:
-            work_parts.tidy(output_dir)
-        logger.info("%s: all codes are extracted already.", output_dir)
-        return
 
     # Of a finished dataset with lost or damaged shards, only these are written again.
-    if state.is_main_process:
+    def begin() -> bool:
+        if is_complete(output_dir):
+            work_parts.tidy(output_dir)
+            return False
         run.write(output_dir)
         if (output_dir / MANIFEST_NAME).exists():
             work_parts.reopen(output_dir / MANIFEST_NAME, _notes(output_dir))
@@ -103,10 +101,13 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
                 "one that is held out here, which makes the priors look better than they are.",
                 config.vqvae,
             )
-    state.wait_for_everyone()  # the notes are there
+        return True
+
+    if not on_main_process(state, begin):
+        logger.info("%s: all codes are extracted already.", output_dir)
+        return
 
     # Shards, then the manifest.
-    use_deterministic_algorithms(config.deterministic)
     model.to(state.device)
     on_cpu, size = state.device.type == "cpu", math.prod(model.config.image.height_width)
     apart = on_cpu and size <= MOST_PIXELS_APART
@@ -124,15 +125,15 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images stay as they are
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
-    with one_thread_each() if apart else nullcontext(0) as number, exact_convolutions():
+    threads = one_thread_each() if apart else nullcontext(0)
+    with ExitStack() as at_end, threads as number, exact_convolutions():
+        use_deterministic_algorithms(config.deterministic)
+        at_end.callback(use_deterministic_algorithms, False)
         encode_all = partial(ordered, encode, num_threads=number, ahead=2 * number)
         write = partial(_write_part, output_dir, model, encode_all, views, found)
         work_parts.write_parts(found, output_dir, write, choices, state, **options)
-    use_deterministic_algorithms(False)
     state.wait_for_everyone()  # all shards are there
-    if state.is_main_process:
-        _finish(output_dir, config, model, found)
-    state.wait_for_everyone()
+    on_main_process(state, partial(_finish, output_dir, config, model, found))
 
 
 def _refuse_other_split(config: ExtractConfig, training: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pipelines.config import ImportCodesConfig
 from pipelines.importers.rosinality_codes import Row, read_rows
 from prior.manifest import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_manifest
 from prior.shards import ShardRecord, write_shard
+from vqvae2.common.accelerate import refuse_several_processes
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 @writes_output
 def command(config: ImportCodesConfig) -> None:
     """Write the code dataset of an LMDB file, or do nothing if it is finished."""
+    refuse_several_processes()
     output_dir = Path(config.output_dir)
     facts = {"encoder_hash": VQVAE2.from_pretrained(config.vqvae).content_hash()}
     run = RunRecord("import-codes", config, "import_config.yaml", facts=facts)

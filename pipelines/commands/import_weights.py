@@ -7,6 +7,7 @@ import yaml
 
 from pipelines.config import FINE_TUNING, ImportWeightsConfig
 from pipelines.importers.weights import import_weights
+from vqvae2.common.accelerate import refuse_several_processes
 from vqvae2.common.artifact import CONFIG_NAME
 from vqvae2.common.config import to_dict
 from vqvae2.common.files import file_hash, write_text
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 @writes_output
 def command(config: ImportWeightsConfig) -> None:
     """Write the model folder, or do nothing if it is finished; log what the checkpoint contains."""
+    refuse_several_processes()
     output_dir, checkpoint = Path(config.output_dir), Path(config.checkpoint)
     model = import_weights(checkpoint, config.image.size)
     facts = {"checkpoint_sha256": file_hash(checkpoint)}

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from pipelines.config import InspectConfig
 from pipelines.pictures import embedded
 from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_json, write_text
 from vqvae2.common.loading import some_rows
@@ -64,9 +64,11 @@ def _inspect(config: InspectConfig, has_own_folder: bool) -> None:
         raise UserError(f"{what} between images: give two or more.")
 
     # One process does it all.
-    if state.is_main_process:
+    def write() -> None:
         run.write(output_dir)
         print(write_report(model, images, output_dir, config.vqvae, split))
+
+    on_main_process(state, write)
     logger.info("%s shows the pictures.", output_dir / "index.html")
 
 

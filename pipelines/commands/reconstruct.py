@@ -10,7 +10,7 @@ import torch
 
 from pipelines.config import ReconstructConfig
 from pipelines.model_index import part_hash
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import warn_if_unfinished
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 @writes_output
 def reconstruct(config: ReconstructConfig) -> None:
     """Reconstruct images as the configuration says."""
+    # The model, the images, and a folder that holds no other run.
     state, output_dir = processes(), Path(config.output_dir)
     model = VQVAE2.from_pretrained(config.vqvae).to(state.device)
     warn_if_unfinished(Path(config.vqvae).expanduser())
@@ -41,10 +42,14 @@ def reconstruct(config: ReconstructConfig) -> None:
     if not len(images):
         raise UserError(f"{config.data.path}: no image can be read: check data.path.")
     state.wait_for_everyone()
-    if state.is_main_process:
+
+    # Whose reconstructions are written, and what is to be known about them.
+    def begin() -> None:
         run.write(output_dir)
         list_skipped(output_dir, [(bad.name, bad.reason) for bad in skipped])
         report_skipped(output_dir)
+
+    on_main_process(state, begin)
     write_reconstructions(model, images, output_dir)
     if not config.held_out:  # training images look better than others
         known = trained_on(config.vqvae, images, config.data.path)

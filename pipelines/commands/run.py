@@ -64,13 +64,15 @@ def _run(config: RunConfig) -> None:
     record, recipe_file = RunRecord("run", config, "run_config.yaml"), root / RECIPE
     record.check(root)
     state.wait_for_everyone()
-    if state.is_main_process and not recipe_file.exists():
+
+    def choose_once() -> None:
         text, _ = make_recipe(config)
         record.write(root)
         write_text(recipe_file, text)
         reasons = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
         logger.info("\n  ".join(reasons))
-    state.wait_for_everyone()
+
+    on_main_process(state, lambda: None if recipe_file.exists() else choose_once())
     logger.info("%s holds the settings, and why.", recipe_file)
 
     # The stages, and what came out.

@@ -24,7 +24,7 @@ from pipelines.commands.reconstruct import file_names
 from pipelines.config import ScoreConfig
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.scoring import ALL, BATCH, HEALED, NORMAL_NAME, Normal, Scores
-from vqvae2.common.accelerate import check_same_images, processes
+from vqvae2.common.accelerate import check_same_images, on_main_process, processes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, remove_folder, whole_file, write_json
@@ -85,14 +85,12 @@ def score(config: ScoreConfig) -> None:
     finished = (folder / TABLE).exists()
     state.wait_for_everyone()  # all have looked before the first one writes
     if finished:
-        if state.is_main_process and config.calibrate:  # anew, if the pipeline has lost it
-            _store_normal(config, pipeline, pq.read_table(folder / TABLE), anew=False)
+        if config.calibrate:  # anew, if the pipeline has lost it
+            table = pq.read_table(folder / TABLE)
+            on_main_process(state, partial(_store_normal, config, pipeline, table, anew=False))
         logger.info("%s: all images are scored already.", folder)
-        state.wait_for_everyone()
         return
-    if state.is_main_process:
-        run.write(folder)
-    state.wait_for_everyone()
+    on_main_process(state, partial(run.write, folder))
 
     # Each process its parts; then one table of all.
     names: dict[tuple[str, str], str] = {}
@@ -104,9 +102,7 @@ def score(config: ScoreConfig) -> None:
     options: Any = {"description": "scoring", "skip": config.data.on_error == "skip"}
     work_parts.write_parts(found, rows, partial(_write_part, job), choices, state, **options)
     state.wait_for_everyone()
-    if state.is_main_process:
-        _finish(job, rows)
-    state.wait_for_everyone()
+    on_main_process(state, partial(_finish, job, rows))
 
 
 def _find(config: ScoreConfig, pipeline: VQVAE2Pipeline) -> Parts:

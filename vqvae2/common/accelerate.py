@@ -102,6 +102,12 @@ def on_main_process(state: Any, action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def refuse_several_processes() -> None:
+    """Raise a `UserError` on every process of a launch of several."""
+    if processes().num_processes > 1:
+        raise UserError("this command runs in one process: start it by itself, as vqvae2 ...")
+
+
 def check_same_images(facts: Mapping[str, Any], number: int) -> None:
     """Raise a `UserError` on every process if one sees other images than the first.
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,9 @@ def fit(
     on_cpu, unbound = accelerator.device.type == "cpu", OwnCpus(bind=False)
     own_cpus = OwnCpus(bind=on_cpu)
 
-    with _signals() as received, bar:
+    with ExitStack() as at_end, _signals() as received, bar:
+        at_end.callback(metrics.close)
+        at_end.callback(use_deterministic_algorithms, False)
         last = False
         while not last:
             state.step += 1
@@ -232,8 +234,6 @@ def fit(
                 done = f"stopped at step {step} of {num_steps}, state saved"
                 raise Stopped(f"{output_dir}: {done}; the same command continues.", number)
             metrics.started += time.perf_counter() - pause
-    metrics.close()
-    use_deterministic_algorithms(False)
     logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir, config)))
 
 

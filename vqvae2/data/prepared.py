@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from vqvae2.common.accelerate import check_same_images, processes
+from vqvae2.common.accelerate import check_same_images, on_main_process, processes
 from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import added, check, from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -185,7 +185,8 @@ def prepare_command(config: PrepareConfig) -> None:
     run = RunRecord("prepare", config, UNFINISHED, facts=found.facts)
     run.check(output_dir)
     state.wait_for_everyone()
-    if state.is_main_process:
+
+    def begin() -> None:
         run.write(output_dir)
         if (output_dir / PREPARED).exists():
             shards: tuple[PreparedShard, ...] = ()
@@ -193,7 +194,8 @@ def prepare_command(config: PrepareConfig) -> None:
                 shards = _read_manifest(output_dir).shards
             notes = {output_dir / shard.name: to_dict(shard) for shard in shards}
             work_parts.reopen(output_dir / PREPARED, notes)
-    state.wait_for_everyone()
+
+    on_main_process(state, begin)
 
     # Shards, then the manifest.
     began, skip = time.perf_counter(), config.data.on_error == "skip"
@@ -204,9 +206,7 @@ def prepare_command(config: PrepareConfig) -> None:
     work_parts.write_parts(found, output_dir, write, choices, state, skip=skip, **options)
     survey.report(found.source, shared=True)
     state.wait_for_everyone()
-    if state.is_main_process:
-        _finish(output_dir, config, found, time.perf_counter() - began)
-    state.wait_for_everyone()
+    on_main_process(state, lambda: _finish(output_dir, config, found, time.perf_counter() - began))
 
 
 def _write_part(
