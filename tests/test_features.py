@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.evaluation import features
-from pipelines.evaluation.efficientnet import EfficientNet
 from pipelines.evaluation.features import Extractor, kept_arrays, make_extractor
 from pipelines.evaluation.inception import Inception
 from pipelines.evaluation.metrics import Moments
 from vqvae2.common.errors import UserError
+from vqvae2.efficientnet import EfficientNet
 
 
 def pixels(number: int, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Tensor:

@@ -26,6 +26,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import DiscriminatorConfig, PerceptualConfig
 from vqvae2.discriminator import AdversarialPair, PatchDiscriminator
 from vqvae2.losses import RAMP, make_adversarial_term, make_loss
+from vqvae2.efficientnet import EfficientNet
 from vqvae2.perceptual import load_perceptual
 
 IMAGES = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
@@ -183,6 +184,34 @@ def test_the_stages_of_a_vgg_are_those_of_the_layout(tmp_path: Path) -> None:
     distance = perceptual(thin_vgg(tmp_path / "vgg.pth"))
     shapes = [tuple(features.shape) for features in distance.network(torch.zeros(1, 3, 32, 32))]
     assert shapes == [(1, 4, 32, 32), (1, 6, 16, 16), (1, 8, 8, 8), (1, 8, 4, 4), (1, 8, 2, 2)]
+
+
+def test_efficientnet_needs_no_file_and_sees_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("vqvae2.perceptual.efficientnet_file", lambda: Path("package.pth"))
+    monkeypatch.setattr("vqvae2.perceptual.load_efficientnet", lambda: EfficientNet().eval())
+    distance = load_perceptual(PerceptualConfig(weight=0.01, network="efficientnet"))
+    shapes = [tuple(maps.shape[1:]) for maps in distance.network(torch.zeros(1, 3, 32, 32))]
+    assert shapes == [(16, 16, 16), (24, 8, 8), (40, 4, 4), (112, 2, 2), (320, 1, 1)]
+
+    # Its maps are those that its features come from.
+    network = distance.network
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    (*_, last) = network(pixels / 127.5 - 1)
+    features = F.relu6(network._bn1(network._conv_head(last))).mean(dim=(2, 3))
+    torch.testing.assert_close(features, network.features(pixels), atol=1e-4, rtol=1e-3)
+
+    # The distance grows with the difference, and its gradient reaches images of any channels.
+    for channels, side in ((1, 16), (4, 33)):
+        images = torch.rand(2, channels, side, side) * 2 - 1
+        changed = (images + 0.1 * torch.randn_like(images)).requires_grad_()
+        distance(changed, images).backward()
+        assert changed.grad is not None
+        assert changed.grad.isfinite().all()
+        assert distance(images, images).item() == 0 < distance(changed, images).item()
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+    with pytest.raises(UserError, match="left out with the network efficientnet"):
+        PerceptualConfig(network="efficientnet", weights_file="vgg16.pth")
 
 
 def test_missing_or_wrong_weights_are_a_sentence(tmp_path: Path) -> None:

@@ -290,15 +290,20 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualConfig:
-    """A loss that compares images by the features of a VGG trained on photographs."""
+    """A loss that compares images by the features of a network trained on photographs."""
 
     weight: float = 0.0
-    """Its weight relative to the reconstruction loss; 0 is off, 0.1 to 1 is usual."""
+    """Its weight relative to the reconstruction loss; 0 is off. Of vgg 0.1 to 1 is usual, of
+    efficientnet 0.01."""
+    network: Literal["vgg", "efficientnet"] = "vgg"
+    """vgg, of a file that you have; efficientnet, whose weights come with pip extra evaluate."""
     weights_file: str | None = may_change(None)
     """torchvision's VGG weights (.pth or .safetensors); LPIPS if its lin0 to lin4 are there too."""
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1e6, "weight")
+        fits = self.network == "vgg" or self.weights_file is None
+        check(fits, "weights_file", self.weights_file, "left out with the network efficientnet")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How different two images look to a VGG from a local file, with LPIPS's weights if it has them."""
+"""How different two images look to a network that was trained on photographs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,21 +13,32 @@ from torch.nn import functional as F
 from vqvae2.common.artifact import read_weights
 from vqvae2.common.errors import UserError
 from vqvae2.config import PerceptualConfig
+from vqvae2.efficientnet import efficientnet_file, load_efficientnet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
-def load_perceptual(config: PerceptualConfig) -> nn.Module:
-    """The `FeatureDistance` that the configuration names, frozen.
+def perceptual_file(config: PerceptualConfig) -> Path:
+    """The file of the network's weights. Raises a `UserError` if none is named or installed."""
+    if config.network == "efficientnet":
+        return efficientnet_file()
+    if config.weights_file is None:
+        advice = f"download {URL} and give its path, or take --perceptual.network efficientnet"
+        raise UserError(f"perceptual.weights_file is not set: {advice}.")
+    return Path(config.weights_file).expanduser()
+
+
+def load_perceptual(config: PerceptualConfig) -> "FeatureDistance":
+    """The `FeatureDistance` that the configuration names, frozen: with LPIPS's weights if the file
+    has them.
 
     Raises:
-        UserError: no weights file, or one that does not hold the weights of a VGG.
+        UserError: no weights file, or one that does not hold the weights of such a network.
     """
-    # Read the file.
-    if config.weights_file is None:
-        raise UserError(f"perceptual.weights_file is not set: download {URL} and give its path.")
-    path = Path(config.weights_file).expanduser()
+    path = perceptual_file(config)
+    if config.network == "efficientnet":
+        return FeatureDistance(load_efficientnet()).requires_grad_(False).eval()
     state = read_weights(path, f"give perceptual.weights_file the path of {URL}")
 
     # Torchvision's names: features.0.weight, ...; LPIPS's: lin0.model.1.weight, ...
@@ -55,21 +66,16 @@ class FeatureDistance(nn.Module):
     """The squared difference of feature vectors of length 1, summed over the layers.
 
     Args:
-        network: RGB images, normalized for ImageNet, to feature maps `(B, channels, h, w)`.
+        network: RGB images in [-1, 1] to feature maps `(B, channels, h, w)`.
         layer_weights: how much each channel of each layer counts `(channels,)` in LPIPS (Zhang et
             al. 2018, equation 1); without them every channel counts 1.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, network: nn.Module, layer_weights: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.network, self.num_weights = network, len(layer_weights)
         for number, weights in enumerate(layer_weights):
             self.register_buffer(f"layer_weights_{number}", weights[:, None, None])
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] to their mean distance `()`; no gradient to `images`."""
@@ -84,8 +90,8 @@ class FeatureDistance(nn.Module):
         return distance
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        scaled = (as_rgb(images) / 2 + 0.5 - self.mean) / self.std
-        return [F.normalize(features.to(images.dtype), dim=1) for features in self.network(scaled)]
+        maps = self.network(as_rgb(images))
+        return [F.normalize(features.to(images.dtype), dim=1) for features in maps]
 
 
 class VGGFeatures(nn.Module):
@@ -96,8 +102,13 @@ class VGGFeatures(nn.Module):
     these are not the weights of a VGG.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
         numbers = sorted(int(name.split(".")[0]) for name in state if name.endswith(".weight"))
         if not numbers:
             raise ValueError("no weight is named features.0.weight, features.2.weight, ...")
@@ -109,8 +120,9 @@ class VGGFeatures(nn.Module):
         self.ends_stage = [after - number == 3 for number, after in pairwise(numbers)] + [True]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """`(B, 3, H, W)` to what comes before each pooling and at the end."""
-        stages, features = [], images.contiguous(memory_format=torch.channels_last)
+        """`(B, 3, H, W)` in [-1, 1] to what comes before each pooling and at the end."""
+        scaled = (images / 2 + 0.5 - self.mean) / self.std
+        stages, features = [], scaled.contiguous(memory_format=torch.channels_last)
         for convolution, ends in zip(self.convolutions.values(), self.ends_stage, strict=True):
             features = F.relu(convolution(features))
             if ends:

@@ -39,7 +39,7 @@ from vqvae2.discriminator import AdversarialPair
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, assignments, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
-from vqvae2.perceptual import load_perceptual
+from vqvae2.perceptual import load_perceptual, perceptual_file
 
 logger = logging.getLogger(__name__)
 Trained = VQVAE2 | CodeNoise | AdversarialPair
@@ -77,8 +77,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     of_perceptual: dict[str, str] = {}
     if perceptual_weight:
         perceptual = load_perceptual(config.perceptual).to(accelerator.device)
-        file = Path(config.perceptual.weights_file or "").expanduser()
-        of_perceptual["perceptual_sha256"] = file_hash(file)
+        of_perceptual["perceptual_sha256"] = file_hash(perceptual_file(config.perceptual))
 
     # The images, and a record of what this run is made of.
     source = Path(config.data.path).expanduser()

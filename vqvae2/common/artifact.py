@@ -219,6 +219,17 @@ def read_weights(path: Path, advice: str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights ({kind}): {advice}.") from None
 
 
+def load_all_weights(network: nn.Module, path: Path, advice: str) -> None:
+    """Give a network the weights of a file, all of them and no others. Raises as `read_weights`
+    and `check_weights`."""
+    state = read_weights(path, advice)
+    for key, value in network.state_dict().items():
+        if key.endswith("num_batches_tracked"):  # files of old versions of torch lack it
+            state.setdefault(key, value)
+    check_weights(path, network.state_dict(), state)
+    network.load_state_dict(state)
+
+
 def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Raise a `UserError` unless these are weights for a model whose own are `expected`: the same
     names and shapes, numbers of the same kind, all finite. `place` begins the message."""

