@@ -25,8 +25,8 @@ from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.errors import UserError
 from vqvae2.config import DiscriminatorConfig, PerceptualConfig
 from vqvae2.discriminator import AdversarialPair, PatchDiscriminator
-from vqvae2.losses import RAMP, make_adversarial_term, make_loss
 from vqvae2.efficientnet import EfficientNet
+from vqvae2.losses import RAMP, make_adversarial_term, make_loss
 from vqvae2.perceptual import load_perceptual
 
 IMAGES = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
