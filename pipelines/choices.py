@@ -260,7 +260,8 @@ def _choose_image(
         background = min(BACKGROUNDS, key=lambda name: seen.vanished[name])
         text = f"{seen.transparent:.0%} have transparent parts"
         gone = ", ".join(f"{seen.vanished[name]:.0%} on {name}" for name in BACKGROUNDS)
-        reasons.append(f"background {background}: {text}; so many would vanish: {gone}")
+        unseen = f"of so many nothing would be seen: {gone}"
+        reasons.append(f"background {background}: {text}; {unseen}")
 
     # Held out: enough to judge by, where there are enough.
     fraction = 0.05

@@ -144,7 +144,7 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         advice = "make the batch, the images or the network smaller"
-        return f"error: the memory of this machine does not suffice ({error}): {advice}.", 2
+        return f"error: this machine ran out of memory ({error}): {advice}.", 2
     except Stopped as stopped:
         return str(stopped), 128 + stopped.signal_number
     except KeyboardInterrupt:

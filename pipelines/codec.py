@@ -186,7 +186,7 @@ class Codec:
                 reader.finish(checksum, more=is_last and place < len(data))
             except Damaged:
                 what = f"{where} was altered, or this machine computes other probabilities"
-                advice = "get it anew, or decode it with the version of torch that compressed it"
+                advice = "download it again, or decode it with the torch that compressed it"
                 raise UserError(f"{what}: {advice}.") from None
         return [torch.cat(grids) for grids in codes]
 

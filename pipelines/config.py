@@ -299,8 +299,8 @@ class ScoreConfig:
     """The class to assume for all images; or all, to find the class that explains each best. If not
     given, the class is hidden from the priors."""
     redraws: int = 0
-    """Draw unusual places anew so many times; the more that changes them, the more they count.
-    Finds more, and takes longer; 4 is a good number."""
+    """Redraw unusual places this many times; places that change more count more. Finds more, and
+    takes longer; 4 is a good number."""
     maps: bool = False
     """Also draw, for each image, where it is unusual: the bits of each level, the error, both."""
     heal: bool = False

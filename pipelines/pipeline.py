@@ -339,7 +339,7 @@ class VQVAE2Pipeline:
     def score(self, images: Any, labels: Labels = None, redraws: int = 0) -> Scores:
         """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
         or "all", for the class that explains each image best. Conditions are hidden. `redraws`:
-        draw unusual places anew so many times; the more that changes them, the more they count."""
+        redraw unusual places this many times; places that change more count more."""
         check(redraws >= 0, "redraws", redraws, "0 or more")
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)

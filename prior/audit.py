@@ -75,7 +75,7 @@ def check_weights(prior: Prior) -> str:
     return f"all {len(state)} are finite"
 
 
-@check("forward", "Correct forward: nothing random and nothing stored in evaluation mode.")
+@check("forward", "Fix `forward`: nothing random and nothing stored in evaluation mode.")
 def check_forward(prior: Prior) -> str:
     """Logits `(B, K, h, w)` are finite and the same twice; no forward or step changes a weight."""
     rows, state = probes.random_rows(prior, 2), copy.deepcopy(prior.state_dict())

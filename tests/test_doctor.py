@@ -700,7 +700,7 @@ def test_codes_that_do_not_come_back_are_named() -> None:
     quantizer.codebook[20] = quantizer.codebook[3]
     found = check_round_trip(quantizer, "top")
     assert not found.passed
-    assert "1 of 32 codes come back as others (20 as 3)" in found.message
+    assert "1 of 32 codes come back as other codes (20 as 3)" in found.message
     assert not check_round_trip(quantizer, "top", 32).passed
     few = check_round_trip(quantizer, "top", 31)
     assert few.passed

@@ -203,13 +203,13 @@ def check_round_trip(quantizer: Quantizer, name: str, num_features: int | None =
     few = num_features is not None and num_features < size
     if changed and not few:
         pairs = ", ".join(f"{code} as {int(back.codes[0, code, 0])}" for code in changed[:4])
-        seen = f"{len(changed)} of {size} codes come back as others ({pairs})"
+        seen = f"{len(changed)} of {size} codes come back as other codes ({pairs})"
         raise Failed(f"{seen}: their codebook vectors are equal, or were rounded")
     kept = back.codes == codes  # (1, K, 1), and the embeddings are (1, D, K, 1)
     if not torch.allclose(back.embeddings * kept, quantizer.lookup(codes) * kept, atol=1e-4):
         raise Failed("looking up a code gives another embedding than quantizing does")
     if changed:
-        seen = f"{len(changed)} of {size} codes come back as others that are nearly equal"
+        seen = f"{len(changed)} of {size} codes come back as other codes that are nearly equal"
         return f"{seen}: all images have only {num_features} features, too few images to fill it"
     return f"all {size} codes, looked up and quantized again, come back as themselves"
 

@@ -248,7 +248,7 @@ def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str
             elif given.dtype not in allowed:
                 problem = f"{place}: {name!r} is of type {given.dtype} instead of {own.dtype}"
             elif not given.to(own.dtype).isfinite().all():
-                problem, cause = f"{place}: {name!r} is not finite", "the file is of no use"
+                problem, cause = f"{place}: {name!r} is not finite", "the file is unusable"
         if problem:
             raise UserError(f"{problem}: {cause}.")
 

@@ -113,7 +113,7 @@ def fit(
     state = TrainingState(folder, accelerator, plain, averaged, optimizer, metrics)
     if not state.load_latest():
         if metrics.path.exists():
-            logger.warning("%s has neither model nor checkpoint: it begins anew.", output_dir)
+            logger.warning("%s has neither a model nor a checkpoint: starting over.", output_dir)
         state.save(config.keep_checkpoints)
     if state.step >= config.num_steps:  # a run that was shortened before it left a model
         main(partial(result.save_pretrained, output_dir))

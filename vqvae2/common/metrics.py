@@ -205,7 +205,7 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
     best, last = best_validation(run), found[-1]
     if is_early := last["step"] < config.num_steps:
         since = f"the held-out loss had not fallen for {config.patience} validations"
-        end = f"stopped early at step {last['step']:,}, as {since} (a larger patience goes on)"
+        end = f"stopped early at step {last['step']:,}, as {since} (raise patience to go on)"
 
     # Which, and what would help.
     kept = f"{end}; the weights of step {best['step']:,} are kept: held-out loss {best['loss']:.4g}"
