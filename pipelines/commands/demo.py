@@ -7,22 +7,19 @@ from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import COMMANDS, function_of, recipe_section
 from pipelines.commands.evaluate import quick_figures
+from pipelines.commands.run import run_stages, threads_for
 from pipelines.config import DemoConfig, PlanConfig
 from pipelines.evaluation.report import as_text
 from pipelines.pipeline import VQVAE2Pipeline
-from pipelines.plan.command import step_seconds
 from pipelines.plan.stages import stages_of
 from pipelines.recipes import DEMO_IMAGES, demo_recipe
 from prior.manifest import read_manifest
-from vqvae2.common.accelerate import on_main_process, processes, use_cpu
-from vqvae2.common.config import from_dict
+from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord, read_record
-from vqvae2.common.threads import fastest_number
 from vqvae2.config import ImagesConfig
 from vqvae2.data import load_images
 
@@ -54,21 +51,11 @@ def demo(config: DemoConfig) -> None:
     run = RunRecord("demo", config, RECORD)
     run.check(root)
     threads = on_main_process(processes(), partial(find_threads, root, config))
-    replace(run, notes={"num_threads": threads}).write(root)
-    recipe, made = demo_recipe(config.budget, threads), {"vqvae": f"{root}/vqvae"}
-    codes, priors = f"{root}/codes", [f"{root}/prior_0", f"{root}/prior_1"]
+    run = replace(run, notes={"num_threads": threads})
+    on_main_process(processes(), partial(run.write, root))
+    recipe = demo_recipe(config.budget, threads)
     with as_file(DEMO_IMAGES) as images:
-        data = {"path": str(images)}
-        _run("train", recipe, data=data, output_dir=made["vqvae"])
-        _run("extract", recipe, **made, data=data, output_dir=codes)
-        for level, folder in enumerate(priors):
-            _run("train-prior", recipe, **made, level=str(level), codes=codes, output_dir=folder)
-        _run("assemble", recipe, **made, priors=priors, output_dir=f"{root}/pipeline")
-        if not (shown := root / "reconstructions" / "reconstructions.png").exists():
-            options = {"data": data, "held_out": True, "output_dir": str(shown.parent)}
-            _run("reconstruct", recipe, **made, **options)
-        if not (shown := root / "samples" / "samples.png").exists():
-            _run("sample", recipe, pipeline=f"{root}/pipeline", output_dir=str(shown.parent))
+        run_stages(recipe, root, {"path": str(images)})
         if not (root / FIGURES).exists():
             logger.info("\nHow good are they?")
             figures = measure(root, ImagesConfig(path=str(images)))
@@ -90,17 +77,10 @@ def find_threads(root: Path, config: DemoConfig) -> int:
     if path.exists():
         return int(read_record(path).get("num_threads", 0))
     first = stages_of(PlanConfig(recipe="", planned=config))[0]
-    threads = 0 if not use_cpu() else fastest_number(lambda: step_seconds(first))
+    threads = threads_for(first)
     if threads:
         logger.info("One thread: with other programs running, more are slower now.")
     return threads
-
-
-def _run(command: str, recipe: dict[str, Any], **settings: Any) -> None:
-    """A subcommand with the demo recipe's section and these settings."""
-    section = recipe_section(recipe, command, settings.get("level", "")) | settings
-    logger.info(f"\nvqvae2 {command} -> {settings['output_dir']}")
-    function_of(command)(from_dict(COMMANDS[command][0], section, "recipe demo"))
 
 
 def summary(root: Path) -> str:

@@ -249,8 +249,7 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
         start("assemble", pipeline, vqvae=vqvae, priors=priors)
     if not (root / "reconstructions" / "reconstructions.png").exists():
         held_out = manifest.num_validation > 0
-        folder = f"{root}/reconstructions"
-        start("reconstruct", folder, vqvae=vqvae, data=data, held_out=held_out, num_images=32)
+        start("reconstruct", f"{root}/reconstructions", vqvae=vqvae, data=data, held_out=held_out)
     if not (root / "samples" / "samples.png").exists():
         start("sample", f"{root}/samples", pipeline=pipeline)
 
