@@ -242,7 +242,9 @@ def _choose_image(
         width = max(multiple, round(side * min(1.0, typical) / multiple) * multiple)
         height = max(multiple, round(side / max(1.0, typical) / multiple) * multiple)
     device = "a GPU" if on_gpu else "a CPU"
-    why = f"the shorter sides are {seen.short_side:.0f} pixels in the median; {device} trains it"
+    why = (
+        f"the shorter sides are {seen.short_side:.0f} pixels in the median, training is on {device}"
+    )
     if "size" in given:
         (height, width), why = PreprocessingConfig(size=given["size"]).height_width, "as you asked"
     reasons.append(f"{width} x {height} pixels (width x height): {why}")
@@ -260,7 +262,7 @@ def _choose_image(
         background = min(BACKGROUNDS, key=lambda name: seen.vanished[name])
         text = f"{seen.transparent:.0%} have transparent parts"
         gone = ", ".join(f"{seen.vanished[name]:.0%} on {name}" for name in BACKGROUNDS)
-        unseen = f"of so many nothing would be seen: {gone}"
+        unseen = f"share of which nothing would be seen: {gone}"
         reasons.append(f"background {background}: {text}; {unseen}")
 
     # Held out: enough to judge by, where there are enough.

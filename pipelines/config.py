@@ -7,6 +7,7 @@ from prior.config import MOST_LEVELS, TrainPriorConfig
 from vqvae2.common.config import (
     MOST_ROWS,
     MOST_THREADS,
+    added,
     check,
     check_between,
     check_share,
@@ -298,9 +299,9 @@ class ScoreConfig:
     labels: str | None = None
     """The class to assume for all images; or all, to find the class that explains each best. If not
     given, the class is hidden from the priors."""
-    redraws: int = 0
-    """Redraw unusual places this many times; places that change more count more. Finds more, and
-    takes longer; 4 is a good number."""
+    redraws: int = added(0)
+    """Redraw unusual places this many times; places that change more count more. Finds places
+    better, above all with --labels all, and takes longer; 4 is a good number."""
     maps: bool = False
     """Also draw, for each image, where it is unusual: the bits of each level, the error, both."""
     heal: bool = False

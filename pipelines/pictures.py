@@ -38,8 +38,8 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
 
     @cache
     def real_rows() -> dict[str, Any]:
-        # Opened when the first picture is due, by the process that draws: by then the training
-        # has decoded what it reads, if that is too large for memory.
+        # Opened when the first picture is due, by the process that draws: by then the training has
+        # decoded what it reads itself, if that is too large for memory.
         where = config.codes_cache and Path(config.codes_cache)
         rows = CodeDataset(folder, manifest, split, cache_dir=where or None)
         return rows.__getitems__(some_rows(len(rows), 32))

@@ -287,7 +287,7 @@ class VQVAE2Pipeline:
         codes that cover a marked pixel `(B, H, W)` bool drawn anew. Cells of the finest grid
         without one stay as they are. One label for all images, or one per image; None hides them.
         """
-        images = as_images(images, self.vqvae.config.image)
+        images, marked = as_images(images, self.vqvae.config.image).cpu(), marked.cpu()
         expected = (len(images), *images.shape[2:])
         fits = marked.dtype == torch.bool and tuple(marked.shape) == expected
         seen = f"{tuple(marked.shape)} of {marked.dtype}"
@@ -339,12 +339,13 @@ class VQVAE2Pipeline:
     def score(self, images: Any, labels: Labels = None, redraws: int = 0) -> Scores:
         """How unusual images are, given as to `encode`, and where. Labels as in `log_likelihood`;
         or "all", for the class that explains each image best. Conditions are hidden. `redraws`:
-        redraw unusual places this many times; places that change more count more."""
+        redraw unusual places this many times; places that change more count more. (The redraws of
+        an image depend a little on those that are scored with it.)"""
         check(redraws >= 0, "redraws", redraws, "0 or more")
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
         numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)
-        images = as_images(images, self.vqvae.config.image)
+        images = as_images(images, self.vqvae.config.image).cpu()
         tried = [[number] for number in numbers] if every else [numbers]
         classes = [editing.class_tensor(own, len(images)) for own in tried]
         error, batches = scoring.typical_error(self.trainings), []

@@ -69,8 +69,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     if train.vectors is not None and config.init_from is None:
         values = torch.from_numpy(train.vectors[:: 1 + len(train) // 100_000].copy())
         cast(Any, model).vector.normalise_as(values, attributes=bool(network.vector_names))
-    if accelerator.is_main_process:
-        run.write(output_dir)
+    on_main_process(accelerator, partial(run.write, output_dir))
     vectors = describe_vectors(network.vector_size, network.vector_names)
     vectors = f"{vectors}; " if network.vector_size else ""
     millions = model.num_parameters / 1e6

@@ -365,7 +365,7 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda f: f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
          "expected": 0.05}}), "Memorised: 50% of the samples are as close"),
         (lambda f: set_of(f, "samples").update(precision=[1.0, 0, 1], density=[0.2, 0, 1]),
-         "but where samples are, few real images are (see density): too many are wrong."),
+         "yet few real images stand close to them (see density): too many are wrong."),
         (lambda f: (f.update(memorised={"pixels": {"memorised": True, "closer": 0.5,
          "expected": 0.05}}), set_of(f, "samples").update(density=[0.2, 0, 1])),
          "cannot be said: samples do not look like real images yet"),

@@ -178,6 +178,8 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
     assert "labels = None" in capsys.readouterr().err
     command("score", few, *own, tmp_path / "a", *marks, "--redraws", 2, code=2)
     assert "redraws = 0: give these" in capsys.readouterr().err
+    command("score", photos, *own, tmp_path / "normal", "--redraws", 2, "--calibrate", code=2)
+    assert "holds a run with redraws = 0" in capsys.readouterr().err
 
     # Half of them are marked. Where nothing is, nothing changes.
     pipeline = VQVAE2Pipeline.from_pretrained(folder)
@@ -232,6 +234,21 @@ def test_classes_that_are_numbers_are_healed_by_their_names(
     labels = scores.best_labels(pipeline.class_names)
     pipeline.redraw(images, torch.ones(len(best), 16, 16, dtype=torch.bool), labels=labels)
     assert given == [("2", "3", "1")[place] for place in best]
+
+
+def test_images_are_compressed_by_one_process(
+    run: Path,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr("vqvae2.common.accelerate.processes", lambda: two)
+    own = ("--pipeline", run / "pipeline", "--output-dir", tmp_path / "out")
+    command("compress", few, *own, code=2)
+    assert "this command runs in one process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_classes_that_begin_alike_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -549,3 +549,17 @@ def test_a_prior_that_knows_nothing_is_warned_of(
     assert not caplog.records
     warn_of_noise(tmp_path, 8.311, 8.207)
     assert "costs 8.311 bits, by frequency alone 8.207" in caplog.text
+
+
+def test_first_weights_of_other_settings_are_refused_with_these_settings(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ("train", "--config", "tiny", "--data.path", photos, "--output-dir", tmp_path / "x")
+    command(*train, "--init-from", run / "vqvae", "--model.hidden-channels", 24, code=2)
+    sentence = capsys.readouterr().err
+    assert "has shape" in sentence
+    assert ", here 24: repeat its settings." in sentence
+    command(*train, "--init-from", run / "prior_0", code=2)
+    assert "It is a TransformerPrior, and here a VQVAE2 is trained." in capsys.readouterr().err
+    command(*train, "--init-from", tmp_path, code=2)
+    assert "repeat its settings" not in capsys.readouterr().err

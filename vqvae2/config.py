@@ -295,7 +295,7 @@ class PerceptualConfig:
     weight: float = 0.0
     """Its weight relative to the reconstruction loss; 0 is off. Of vgg 0.1 to 1 is usual, of
     efficientnet 0.01."""
-    network: Literal["vgg", "efficientnet"] = "vgg"
+    network: Literal["vgg", "efficientnet"] = added("vgg")
     """vgg, of a file that you have; efficientnet, whose weights come with pip extra evaluate."""
     weights_file: str | None = may_change(None)
     """torchvision's VGG weights (.pth or .safetensors); LPIPS if its lin0 to lin4 are there too."""

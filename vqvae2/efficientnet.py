@@ -110,7 +110,7 @@ class _Convolution(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride[0] == 2:  # sides are even
+        if self.stride[0] == 2:  # as for even sides
             total = self.kernel_size[0] - 2
             x = F.pad(x, (total // 2, total - total // 2) * 2)
         return super().forward(x)

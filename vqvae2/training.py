@@ -104,9 +104,12 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     check_facts(data.facts, data.number)
     record = replace(record, facts={**data.facts, **of_perceptual})
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write_record() -> None:
         record.write(output_dir)
         list_skipped(output_dir, [(error.name, error.reason) for error in data.skipped])
+
+    on_main_process(accelerator, write_record)
     millions = model.num_parameters / 1e6
     place = f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)

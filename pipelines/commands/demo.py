@@ -20,6 +20,7 @@ from vqvae2.common.files import read_json, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import RunRecord, read_record
+from vqvae2.common.vocabulary import INDEX_NAME
 from vqvae2.config import ImagesConfig
 from vqvae2.data import load_images
 
@@ -56,10 +57,11 @@ def demo(config: DemoConfig) -> None:
     recipe = demo_recipe(config.budget, threads)
     with as_file(DEMO_IMAGES) as images:
         run_stages(recipe, root, {"path": str(images)})
-        if not (root / FIGURES).exists():
+        figures_file, index = root / FIGURES, root / "pipeline" / INDEX_NAME
+        if not figures_file.exists() or figures_file.stat().st_mtime < index.stat().st_mtime:
             logger.info("\nHow good are they?")
             figures = measure(root, ImagesConfig(path=str(images)))
-            on_main_process(processes(), lambda: write_json(root / FIGURES, figures))
+            on_main_process(processes(), lambda: write_json(figures_file, figures))
     logger.info(summary(root))
 
 

@@ -77,10 +77,13 @@ def _run(config: RunConfig) -> None:
 
     # The stages, and what came out.
     run_stages(load_recipe(str(recipe_file)), root, to_dict(config.data))
-    if state.is_main_process:
+
+    def show_all() -> None:
         text = summary(root, config.data)
         write_page(root, config.data.path, text)
         logger.info("\n%s\n\n%s shows all of it.", text, root / "index.html")
+
+    on_main_process(state, show_all)
 
 
 # Choices
@@ -129,7 +132,7 @@ def choose_for(
         multiple = max(multiple, math.prod(strides or ()))
     choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
     if config.recipe:
-        choice.reasons.insert(0, f"but for what the recipe {config.recipe} says:")
+        choice.reasons.insert(0, f"where the recipe {config.recipe} says otherwise, it comes first")
     return choice, recipe, seen
 
 

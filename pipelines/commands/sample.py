@@ -29,7 +29,7 @@ from pipelines.receipts import (
 )
 from pipelines.rejection import choose, with_rejection
 from prior.sampling import SAMPLER_VERSION, Known, SamplingConfig, check_guidance, in_lanes
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, whole_file, write_json
@@ -99,8 +99,7 @@ def sample(config: SampleConfig) -> None:
     if config.reject is None:
         _refuse_fewer(folder, config.num_images)
     processes().wait_for_everyone()
-    if processes().is_main_process:
-        run.write(folder)
+    on_main_process(processes(), lambda: run.write(folder))
 
     # Sample; with a classifier, first the candidates among which it chooses.
     options: dict[str, Any] = {"known": known, "front": _given(config, pipeline.vqvae.config.image)}

@@ -283,7 +283,7 @@ def _extremes(table: pa.Table, found: Parts) -> Image.Image:
     """The images with the lowest and with the highest scores."""
     # Which, and their pixels, read again.
     order = table["score"].to_numpy().argsort(kind="stable")
-    number = min(SHOWN, (len(order) + 1) // 2)  # of few images, none is shown at both ends
+    number = max(1, min(SHOWN, len(order) // 2))  # so that none is shown at both ends
     ends = {"usual": order[:number], "unusual": order[: -number - 1 : -1]}
     names = [*zip(table["split"].to_pylist(), table["image"].to_pylist(), strict=True)]
     wanted = {names[i] for indices in ends.values() for i in indices}

@@ -162,8 +162,8 @@ def _of_samples(found: Figures) -> list[str]:
     sentence += f"{best['precision'][0]:.0%}), and {shares['recall']:.0%} of the real images look "
     sentence += f"like samples (like {kind} {best['recall'][0]:.0%})"
     advice = ""
-    if _is_sparse(rows):
-        verdict = "but where samples are, few real images are (see density): too many are wrong."
+    if ratios["precision"] > 0.9 and _is_sparse(rows):
+        verdict = "yet few real images stand close to them (see density): too many are wrong."
     elif min(ratios.values()) > 0.9:
         reach = "as this autoencoder allows" if ours else "as can be"
         verdict = f"quality and variety are about as good {reach}."
@@ -195,8 +195,8 @@ def _of_samples(found: Figures) -> list[str]:
 
 
 def _is_sparse(rows: Mapping[str, Figures]) -> bool:
-    """Whether real images stand far less closely around samples than around real images: all that
-    samples look like are then a few odd ones."""
+    """Whether real images stand far less closely around samples than around real images. If the
+    precision is high all the same, samples look like a few odd ones alone."""
     return bool(rows["samples"]["density"][0] < 0.3 * rows["real"]["density"][0])
 
 

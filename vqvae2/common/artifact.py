@@ -23,6 +23,7 @@ from vqvae2.common.vocabulary import INDEX_NAME, TRAINING_RECORD
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+ANOTHER = "the weights belong to another configuration"
 HASHES = "hashes"  # of the configuration and of the weights, in the metadata of the weights
 
 
@@ -158,13 +159,13 @@ def load_other_weights(model: Artifact, folder: Path) -> None:
     try:
         load_weights(cast(nn.Module, model), folder)
     except UserError as error:
-        raise UserError(f"{error}{_other_settings(model, folder)}") from None
+        is_another = ANOTHER in str(error) and (folder / CONFIG_NAME).is_file()
+        raise UserError(f"{error}{_other_settings(model, folder) if is_another else ''}") from None
 
 
 def _other_settings(model: Artifact, folder: Path) -> str:
-    """A sentence about what a folder's configuration has that a model's has not, if it is there."""
-    path = folder / CONFIG_NAME
-    data = read_json(path) if path.is_file() else {}
+    """A sentence about what a folder's configuration has that a model's has not."""
+    data = read_json(folder / CONFIG_NAME)
     kind, own = data.pop("architecture", None), type(model).__name__
     if kind not in (None, own):
         return f" It is a {kind}, and here a {own} is trained."
@@ -234,7 +235,7 @@ def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str
     """Raise a `UserError` unless these are weights for a model whose own are `expected`: the same
     names and shapes, numbers of the same kind, all finite. `place` begins the message."""
     for name in sorted(expected.keys() | state.keys()):
-        problem, cause = None, "the weights belong to another configuration"
+        problem, cause = None, ANOTHER
         if name not in state:
             problem = f"{place} lacks the weight {name!r}"
         elif name not in expected:

@@ -215,12 +215,13 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
         return f"{kept}; since then it has over-fitted ({last['loss']:.4g} at the end): {advice}"
     if len(found) < 3:
         return f"{kept}; with a smaller validate_every you would see whether more steps help"
-    # The learning rate falls to 0, so the loss of a short run flattens, too.
     earlier = found[2 * len(found) // 3 - 1]
     if best["loss"] < 0.98 * earlier["loss"] and not is_early:
         return f"{kept}; it was still falling: a larger num_steps would help"
+    # The learning rate falls to 0, so the loss of a short run flattens, too.
+    is_short = config.init_from is None and config.num_steps < FEW_STEPS
     knows_nothing = best.get("bits_per_code", 0) > best.get("unigram_bits", math.inf)
-    if (config.num_steps < FEW_STEPS or knows_nothing) and not is_early:
+    if (is_short or knows_nothing) and not is_early:
         return f"{kept}; it has hardly begun to learn: a larger num_steps would help"
     return f"{kept}; at the end it hardly fell any more: more images or a larger network may help"
 

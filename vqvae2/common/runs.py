@@ -33,6 +33,10 @@ HASHED = {  # facts that are hashes, in words
     "codes": "other codes",
     "conditions": "other conditions",
     "normal": "another calibration",
+    "perceptual": "another network of the perceptual loss",
+    "skipped": "images of which others cannot be read",
+    "files": "other files",
+    "known": "another picture, mask or --keep-levels",
 }
 RUN = "$RUN/"
 ABSOLUTE = re.compile(r"(file://)?((?:\$RUN/|/|~).*)")
