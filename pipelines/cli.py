@@ -26,7 +26,6 @@ from vqvae2.common.config import (
     read_yaml,
     shown,
     suggest,
-    to_dict,
 )
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.messages import show_messages
@@ -275,9 +274,6 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
             raise
         sentence = _one_sentence(mistake.getvalue())
         raise UserError(f"vqvae2 {command}: {sentence} See vqvae2 {command} --help.") from None
-
-    # Flags are held to the same rules as recipes: no NaN, no empty name.
-    config = from_dict(config_class, to_dict(config), f"vqvae2 {command}")
     return dataclasses.replace(config, planned=section["planned"]) if command == "plan" else config
 
 

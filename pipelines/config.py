@@ -7,6 +7,7 @@ from prior.config import MOST_LEVELS, TrainPriorConfig
 from vqvae2.common.config import (
     MOST_ROWS,
     MOST_THREADS,
+    Config,
     added,
     check,
     check_between,
@@ -21,7 +22,7 @@ LANES = 16  #: images that a pipeline computes side by side, on which their last
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelToFolderConfig:
+class ModelToFolderConfig(Config):
     """A command that reads an autoencoder and writes a folder."""
 
     vqvae: str = may_change()
@@ -53,6 +54,7 @@ class ExtractConfig(ModelToFolderConfig):
     """On a GPU, sum in a fixed order: the same command gives the same codes again, but slower."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 1, LONGEST_SHARD, "shard_size")
         check_between(self, 0, MOST_THREADS, "num_threads")
         different = len(set(self.views)) == len(self.views) >= 1
@@ -68,7 +70,7 @@ class TrainPriorCommandConfig(TrainPriorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesInfoConfig:
+class CodesInfoConfig(Config):
     """Show what a code dataset holds: rows, grids, codebook use, size on disk, origin.
 
     Example: vqvae2 codes info --codes runs/photos/codes
@@ -114,12 +116,13 @@ class ReconstructConfig(ModelToFolderConfig):
     """Only images that the autoencoder's training held out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, MOST_FILES, "num_images")
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Config):
     """Show what an autoencoder has learned: its codebooks, each level's share, its quality.
 
     Example: vqvae2 inspect --vqvae runs/photos/vqvae --data.path photos
@@ -134,7 +137,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartsConfig:
+class PartsConfig(Config):
     """A pipeline, or the parts that make one."""
 
     pipeline: str | None = may_change(None)
@@ -145,6 +148,7 @@ class PartsConfig:
     """One trained prior per level, the top first."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pipeline is not None and (self.vqvae is not None or self.priors):
             raise UserError("--pipeline replaces --vqvae and --priors: give one or the other.")
 
@@ -170,7 +174,7 @@ class EditConfig(PartsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawConfig:
+class DrawConfig(Config):
     """How a pipeline draws images: with the seed and the labels, all that a user decides."""
 
     temperature: tuple[float, ...] = (1.0,)
@@ -202,6 +206,7 @@ class DrawConfig:
     except for ties in the last bit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, MOST_ROWS, "parallel_positions")
         check_between(self, 1, MOST_ROWS, "lanes")
         check_between(self, 0, MOST_THREADS, "num_threads")
@@ -253,7 +258,6 @@ class SampleConfig(SetConfig, EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        EditConfig.__post_init__(self)
         alone = self.receipt is None or self.reject is None
         check(alone, "reject", self.reject, "used without receipt, which is of a whole set")
         for setting in fields(SetConfig) if self.receipt is not None else ():
@@ -284,7 +288,7 @@ class VerifyConfig(EditConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(Config):
     """Say how unusual images are: a table with a row for each, a histogram, and the extremes.
 
     Example: vqvae2 score photos --pipeline runs/x/pipeline --output-dir out
@@ -314,6 +318,7 @@ class ScoreConfig:
     normal images that --calibrate recorded, such as 0.01."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.redraws >= 0, "redraws", self.redraws, "0 or more")
         rate, key = self.false_alarm_rate, "false_alarm_rate"
         check(rate is None or 0 < rate < 1, key, rate, "above 0 and below 1")
@@ -323,7 +328,7 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
+class CompressConfig(Config):
     """Write images as .vq2 files of a few dozen bytes each: their codes, coded with the priors.
 
     Lossy: an image becomes what the autoencoder makes of it (see reconstruct). It beats JPEG and
@@ -344,11 +349,12 @@ class CompressConfig:
     """Code each code by its frequency so far, without priors: larger, but much faster."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecompressConfig:
+class DecompressConfig(Config):
     """Write the images that are in .vq2 files, with the pipeline that compressed them.
 
     A file that was altered, or cut off, or written by another pipeline, is refused.
@@ -368,6 +374,7 @@ class DecompressConfig:
     """With --levels: let the priors draw the other levels; files are named *.imagined.png."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.files), "files", self.files, "one or more .vq2 files or folders")
         if self.levels is not None:
             check_between(self, 1, MOST_LEVELS, "levels")
@@ -427,7 +434,6 @@ class EvaluateConfig(DrawConfig, PartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        PartsConfig.__post_init__(self)
         check_between(self, 20, MOST_FILES, "num_samples")  # of fewer nothing can be said
         check(not self.data.streaming, "data.streaming", True, "off, to take images in any order")
         sampled = self.pipeline is not None or bool(self.priors)
@@ -479,7 +485,7 @@ FINE_TUNING = "finetune.yaml"  # beside imported weights: the recipe of a traini
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportedImageConfig:
+class ImportedImageConfig(Config):
     """What a checkpoint does not say about the images that it was trained on."""
 
     size: tuple[int, ...] = (256,)
@@ -487,7 +493,7 @@ class ImportedImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportWeightsConfig:
+class ImportWeightsConfig(Config):
     """Turn a stage-1 checkpoint of another implementation into a model folder.
 
     It reads files of rosinality/vq-vae-2-pytorch, and VQGAN tokenizers (models of one level) of
@@ -522,12 +528,13 @@ class ImportCodesConfig(ModelToFolderConfig):
     """Rows per Parquet shard."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self, "validation_fraction")
         check_between(self, 1, LONGEST_SHARD, "shard_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Config):
     """Say what a command needs before it runs: memory, time, and whether that is practical.
 
     Put plan before a command that trains or extracts, with all of its flags; --config RECIPE alone
@@ -552,6 +559,7 @@ class PlanConfig:
     """Devices that share a batch."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 1, MOST_ROWS, "num_devices")
         check_between(self, 0, MOST_ROWS, "num_classes")
         if self.num_images is not None:
@@ -561,7 +569,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenImageConfig:
+class ChosenImageConfig(Config):
     """How a file becomes an image; what is not given is chosen (see `vqvae2 train --help`)."""
 
     size: tuple[int, ...] = ()
@@ -575,7 +583,7 @@ class ChosenImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenConfig:
+class ChosenConfig(Config):
     """All stages on a user's own images, with settings that are chosen."""
 
     recipe: str = field(default="", metadata={"recipe_only": True})
@@ -621,11 +629,12 @@ class CompareConfig(ChosenConfig):
     """About how long each of the three may take to train here; then each is evaluated."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0.01, 100_000, "minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Config):
     """Train everything on the Fashion-MNIST images that come with the package, and sample.
 
     Takes eleven minutes on two CPU cores, less where they compute in bfloat16. Run it again to
@@ -638,11 +647,12 @@ class DemoConfig:
     """Share of the training steps: 0.25 for a quick look."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 1e-3, 1000, "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompletionConfig:
+class CompletionConfig(Config):
     """Print a script with which the shell completes subcommands, flags and recipes on Tab.
 
     Example: vqvae2 completion --shell bash >> ~/.bashrc

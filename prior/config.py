@@ -9,6 +9,7 @@ from vqvae2.common.config import (
     MOST_CODES,
     MOST_LAYERS,
     MOST_WIDTH,
+    Config,
     TrainingConfig,
     added,
     check,
@@ -29,7 +30,7 @@ HEAD_WIDTH = 64  # features per head, if the number of heads is not given
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerOptions:
+class TransformerOptions(Config):
     """The network of a transformer prior, whose size is chosen by the number of training rows where
     it is not given."""
 
@@ -51,6 +52,7 @@ class TransformerOptions:
     """Recompute activations in the backward pass: a third slower, much less memory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, most in (("width", MOST_WIDTH), ("num_layers", MOST_LAYERS), ("num_heads", MOST)):
             if getattr(self, name) is not None:
                 check_between(self, 1, most, name)
@@ -98,7 +100,7 @@ class TransformerConfig(TransformerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelSNAILConfig:
+class PixelSNAILConfig(Config):
     """The network of a PixelSNAIL prior, the paper's."""
 
     width: int = 128
@@ -121,6 +123,7 @@ class PixelSNAILConfig:
     """Dropout inside residual blocks and after attention."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         width, size, heads = self.width, self.kernel_size, self.num_heads
         check(width >= 2 and width % 2 == 0, "width", width, "an even number")
         check(size in range(3, 256, 2), "kernel_size", size, "an odd number from 3 to 255")
@@ -150,7 +153,7 @@ def check_vectors(config: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorConfig:
+class PriorConfig(Config):
     """What a prior's codes are, from the code dataset's manifest; each family adds its network."""
 
     level: int  #: 0 is the top; the levels before it are its condition
@@ -164,6 +167,7 @@ class PriorConfig:
     vector_names: tuple[str, ...] = added(())  #: of attributes, what the V places stand for
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, MOST_LEVELS - 1, "level")
         fits = len(self.grids) == len(self.codebook_sizes) == self.level + 1
         fits = fits and all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids)

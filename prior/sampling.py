@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prior.config import PriorConfig
-from vqvae2.common.config import check
+from vqvae2.common.config import Config, check
 from vqvae2.common.errors import UserError
 
 # Of what the same seed gives. 1 inverted the cumulative distribution; since 3 some PixelSNAILs draw
@@ -23,7 +23,7 @@ SAMPLER_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How the codes of one level are drawn from its logits."""
 
     temperature: float = 1.0
@@ -39,6 +39,7 @@ class SamplingConfig:
     label to those with it; 1 is the prior itself."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("temperature", "guidance_scale"):
             check(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")

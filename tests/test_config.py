@@ -4,7 +4,9 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.cli import load_recipe, parse, recipe_names, recipe_section
@@ -12,7 +14,7 @@ from prior.config import PixelSNAILConfig, TransformerConfig, TransformerPriorCo
 from vqvae2.common.config import differences, from_dict, may_change, recipe_only, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
-from vqvae2.config import TrainVQVAEConfig, VQVAE2Config
+from vqvae2.config import DataConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 
 TRAIN = {"output_dir": "o", "data": {"path": "p"}}
 FLAGS = ["--data.path", "p", "--output-dir", "o"]
@@ -135,8 +137,34 @@ def test_flags_are_held_to_the_rules_of_recipes() -> None:
     for value in ("inf", "nan", "1e400"):
         with pytest.raises(UserError, match=r"temperature.* is (inf|nan), .* a finite number"):
             parse("sample", [*sample, "--temperature", "1", value])
-        with pytest.raises(UserError, match=r"learning_rate is (inf|nan), but must be in"):
+        with pytest.raises(UserError, match=r"learning_rate is (inf|nan), but must be a finite"):
             parse("train", [*FLAGS, "--learning-rate", value])
+
+
+def test_configurations_made_in_python_are_held_to_their_types(tmp_path: Path) -> None:
+    wanted = VQVAE2Config(image=PreprocessingConfig(size=(16, 32)), strides=(2, 4))
+    given: Any = {"image": {"size": [16, 32]}, "strides": [np.int64(2), 4]}
+    assert VQVAE2Config(**given) == wanted
+    where: Any = tmp_path
+    assert DataConfig(path=where).path == str(tmp_path)
+    mistakes: list[tuple[type, dict[str, Any], str]] = [
+        (PreprocessingConfig, {"size": 64}, r"size is 64, but must be a list, such as \[64\]"),
+        (VQVAE2Config, {"hidden_channels": "wide"}, "hidden_channels is 'wide', .* of type int"),
+        (VQVAE2Config, {"network": "resnett"}, "network is 'resnett', but must be one of 'paper'"),
+        (
+            VQVAE2Config,
+            {"image": {"sizes": [8]}},
+            "image: unknown key 'sizes'; did you",
+        ),
+        (
+            TrainVQVAEConfig,
+            {**TRAIN, "compile": 1},
+            "compile is 1, but must be one of",
+        ),
+    ]
+    for config_class, values, message in mistakes:
+        with pytest.raises(UserError, match=message):
+            config_class(**values)
 
 
 def test_recipes_speak_per_level() -> None:

@@ -9,6 +9,7 @@ from vqvae2.common.config import (
     MOST_CODES,
     MOST_LAYERS,
     MOST_WIDTH,
+    Config,
     TrainingConfig,
     added,
     check,
@@ -26,7 +27,7 @@ LONGEST_SHARD = 1 << 24  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessingConfig:
+class PreprocessingConfig(Config):
     """How a file becomes an image. Part of the model: all stages prepare images in the same way."""
 
     size: tuple[int, ...] = (64,)
@@ -46,6 +47,7 @@ class PreprocessingConfig:
     """Share of the images held out, chosen by their names, if the data has no held-out set."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sides = len(self.size) in (1, 2) and min(self.size) > 0
         check(sides, "size", self.size, "one positive number, or height and width")
         check_between(self, 1, LARGEST_SIDE, "size")
@@ -62,7 +64,7 @@ class PreprocessingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizerConfig:
+class QuantizerConfig(Config):
     """How features become codes, on every level."""
 
     kind: Literal["gradient", "ema", "cosine", "fsq"] = "gradient"
@@ -86,6 +88,7 @@ class QuantizerConfig:
     """Memory for the distances between features and codes that are compared at once."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, 1e6, "beta")
         check(0 < self.decay < 1, "decay", self.decay, "in (0, 1)")
         check_share(self, "revival_threshold")
@@ -97,7 +100,7 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQVAE2Config:
+class VQVAE2Config(Config):
     """The autoencoder. Levels are listed coarse to fine: from the top to the bottom."""
 
     image: PreprocessingConfig = field(default_factory=PreprocessingConfig)
@@ -129,6 +132,7 @@ class VQVAE2Config:
     """How features become codes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Every level's numbers.
         powers = [stride >= 2 and stride & (stride - 1) == 0 for stride in self.strides]
         fits = bool(powers) and all(powers)
@@ -205,7 +209,7 @@ class VQVAE2Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
+class ImagesConfig(Config):
     """Where the images are. (A run is bound to the images' names, not to their place.)"""
 
     path: str = may_change()
@@ -231,7 +235,7 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationConfig:
+class AugmentationConfig(Config):
     """Random changes of the training images, a function of (seed, epoch, image) alone."""
 
     horizontal_flip: bool = False
@@ -243,6 +247,7 @@ class AugmentationConfig:
     """random_resized: smallest and largest share of the picture's area."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.crop_area
         check(0 < low <= high <= 1, "crop_area", self.crop_area, "two rising shares in (0, 1]")
 
@@ -259,12 +264,13 @@ class DataConfig(ImagesConfig):
     """Streaming: rows in memory; the next is drawn from them at random. Shards are shuffled too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, MOST_WORKERS, "num_workers")
         check_between(self, 1, LONGEST_SHARD, "shuffle_buffer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Config):
     """Decode and resize images once, into Parquet shards that are read at the speed of memory.
 
     Train with --data.path PREPARED. For random crops, prepare larger images than you train on.
@@ -284,12 +290,13 @@ class PrepareConfig:
     """Threads that decode, for each process; 0 for one per core."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 1, LONGEST_SHARD, "shard_size")
         check_between(self, 0, MOST_WORKERS, "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerceptualConfig:
+class PerceptualConfig(Config):
     """A loss that compares images by the features of a network trained on photographs."""
 
     weight: float = 0.0
@@ -301,13 +308,14 @@ class PerceptualConfig:
     """torchvision's VGG weights (.pth or .safetensors); LPIPS if its lin0 to lin4 are there too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, 1e6, "weight")
         fits = self.network == "vgg" or self.weights_file is None
         check(fits, "weights_file", self.weights_file, "left out with the network efficientnet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Config):
     """A network that learns to tell reconstructions from images, patch by patch (VQGAN).
 
     The autoencoder learns to fool it: sharper textures, at the price of exactness. With it the last
@@ -328,6 +336,7 @@ class DiscriminatorConfig:
     """Halvings of the image before a patch is judged: 3 for patches of 70 pixels, 2 of 34."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 0, 1e6, "weight")
         check_between(self, 1, MOST, "start_step")
         check_between(self, 1, 16, "num_layers")

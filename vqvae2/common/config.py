@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import json
 import math
+import numbers
 import os
 import reprlib
 import types
@@ -32,6 +33,23 @@ MOST_CODES = 1 << 24  # K, of a codebook
 LONGEST_YAML = 1 << 22  # bytes: a second to read
 MOST_YAML, DEEPEST_YAML = 200_000, 50  # values, with what aliases stand for, and their nesting
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_placeholders: list[Any] = []  # stand in for values that are still to be given
+
+
+class Config:
+    """What every configuration is: values given in Python are held to the fields' types, as those
+    of a file are. A list becomes a tuple, a path a text, a mapping a dataclass.
+
+    Raises:
+        UserError: a value of another type, or one that the configuration's own checks refuse.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if not any(value is placeholder for placeholder in _placeholders):
+                object.__setattr__(self, f.name, _convert(hints[f.name], value, f.name, MISSING))
 
 
 def may_change(default: Any = MISSING, *, recipe_only: bool = False) -> Any:
@@ -51,7 +69,7 @@ def added(default: Any, *, recipe_only: bool = False) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Config):
     """How a model is trained: what the training loop, `vqvae2.common.fit.fit`, needs to know."""
 
     num_steps: int = may_change(10_000)
@@ -108,6 +126,7 @@ class TrainingConfig:
     """Also log to this tracker, which must be installed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_between(self, 1, MOST, "num_steps", "checkpoint_every", "log_every")
         check_between(self, 1, MOST, "keep_checkpoints")
         check_between(self, 0, MOST, "warmup_steps", "picture_every", "patience")
@@ -224,6 +243,8 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
             raise UserError(f"{where}: unknown key {shown(key)}; {suggest(key, known)}.")
 
     # Every field takes its value from the data, from its default, or from `missing`.
+    if missing is not MISSING and not any(missing is known for known in _placeholders):
+        _placeholders.append(missing)
     values: dict[str, Any] = {}
     for name, f in known.items():
         required = f.default is MISSING and f.default_factory is MISSING
@@ -255,6 +276,8 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
     """A plain value as the hint says: a dataclass, X | None, Literal, tuple, or scalar."""
     # Types made of others.
     if is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
         return from_dict(hint, value, where, missing=missing)  # type: ignore[arg-type]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -263,10 +286,12 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
         (hint,) = (a for a in arguments if a is not type(None))
         return _convert(hint, value, where, missing)
     if origin is Literal:
-        check(value in arguments, where, value, f"one of {', '.join(map(repr, arguments))}")
+        same = [a for a in arguments if a == value and type(a) is type(value)]  # 1 is not True
+        check(bool(same), where, value, f"one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
-        check(isinstance(value, list | tuple), where, value, "a list")
+        example = f", such as [{shown(value)}]" if isinstance(value, int | float | str) else ""
+        check(isinstance(value, list | tuple), where, value, f"a list{example}")
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise UserError(f"{where} has {len(value)} values, but must have {len(arguments)}.")
         item = arguments[0]
@@ -274,9 +299,13 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
 
     # Scalars. YAML reads 1e-4 as text; a bool is no number, though Python counts it as an int.
     is_bool = isinstance(value, bool)
-    if hint is float and isinstance(value, int | str) and not is_bool:
+    if hint is float and isinstance(value, numbers.Real | str) and not is_bool:
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
+    if hint is int and isinstance(value, numbers.Integral) and not is_bool:  # NumPy's, too
+        value = int(value)
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if hint is not Any:
         fits = isinstance(value, hint) and not (hint is int and is_bool)
         check(fits, where, value, f"of type {hint.__name__}")
