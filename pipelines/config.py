@@ -316,10 +316,14 @@ class ScoreConfig(Config):
     false_alarm_rate: float | None = None
     """Mark images, and places in them, that are more unusual than all but this share of the
     normal images that --calibrate recorded, such as 0.01."""
+    num_threads: int = 0
+    """Threads that compute on a CPU; 0: as PyTorch chooses. Scores depend on it in their last
+    digits; 1 may be fastest on a busy machine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.redraws >= 0, "redraws", self.redraws, "0 or more")
+        check_between(self, 0, MOST_THREADS, "num_threads")
         rate, key = self.false_alarm_rate, "false_alarm_rate"
         check(rate is None or 0 < rate < 1, key, rate, "above 0 and below 1")
         alone = not self.calibrate or (rate is None and not self.maps and not self.heal)

@@ -341,7 +341,8 @@ class VQVAE2Pipeline:
         or "all", for the class that explains each image best. Conditions are hidden. `redraws`:
         redraw unusual places this many times; places that change more count more. (The redraws of
         an image depend a little on those that are scored with it.)"""
-        check(redraws >= 0, "redraws", redraws, "0 or more")
+        counts = isinstance(redraws, int) and redraws >= 0
+        check(counts, "redraws", redraws, "a whole number, 0 or more")
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
         numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)

@@ -33,6 +33,7 @@ from vqvae2.common.metrics import draw_panel
 from vqvae2.common.pictures import file_suffix, in_rows, save_image, save_picture, sheet, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
+from vqvae2.common.threads import set_threads
 from vqvae2.common.vocabulary import SPLITS
 from vqvae2.data import to_images, work_parts
 from vqvae2.data.augmentation import no_change
@@ -62,6 +63,7 @@ class _Job:
 def score(config: ScoreConfig) -> None:
     """Score images as the configuration says; continue, or do nothing if all is there."""
     # By what: the pipeline, the labels, and what is known of normal images.
+    set_threads(config.num_threads)
     state, folder = processes(), Path(config.output_dir)
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(state.device)
     home = Path(config.pipeline).expanduser()
