@@ -1,4 +1,5 @@
-"""Stage 2: a distribution over grids of codes. It sees integers only, never an image."""
+"""Stage 2: a distribution over grids of codes. It sees codes, labels and condition vectors,
+never an image."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

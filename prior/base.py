@@ -26,7 +26,8 @@ from vqvae2.common.errors import UserError
 
 
 class Prior(Artifact, nn.Module, ABC):
-    """A distribution over one level's codes, given those of all coarser levels and a class label.
+    """A distribution over one level's codes, given those of all coarser levels, and perhaps a
+    class label and a condition vector.
 
     A new family implements `forward` (all positions at once, for training), `start` and `step`
     (one position after another, for sampling). Both ways must give the same logits. The rest is

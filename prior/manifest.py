@@ -229,7 +229,8 @@ class CodeDataset(Dataset):
 def load_columns(
     folder: Path, manifest: Manifest, split: str, num_levels: int, cache_dir: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels.
+    """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels,
+    `(N, V)` condition vectors.
 
     They are in memory if they take at most `MEMORY_BYTES`, else decoded once into mapped files in
     `cache_dir` (or .decoded beside the shards), by content hash; remove them when nothing trains.

@@ -1,4 +1,5 @@
-"""A causal transformer over one level's codes, conditioned on the coarser levels and a class label.
+"""A causal transformer over one level's codes, conditioned on the coarser levels, and perhaps on a
+class label and a condition vector.
 
 Letters: B batch, h w code grid, T = h*w positions, W width, n heads, d = W/n, K codebook size.
 """
