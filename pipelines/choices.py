@@ -223,9 +223,17 @@ def choose(
     prior["patience"] = 5  # of ten validations: one that memorises its few rows stops
     recipe: dict[str, Any] = {"train": train, "prior_0": prior, "prior_1": dict(prior)}
     if mirrored:
-        train["data"] = {"augmentation": {"horizontal_flip": True}}
-        recipe["extract"] = {"views": ["original", "flip"]}
+        further = flipped(True)
+        train["data"] = further["train"]["data"]
+        recipe["extract"] = further["extract"]
     return Choice(recipe, reasons)
+
+
+def flipped(mirrored: bool) -> dict[str, Any]:
+    """What a recipe says of mirrored images as further ones."""
+    views = ["original", *(["flip"] if mirrored else [])]
+    data = {"augmentation": {"horizontal_flip": mirrored}}
+    return {"train": {"data": data}, "extract": {"views": views}}
 
 
 def _choose_image(

@@ -29,7 +29,7 @@ from vqvae2.common.config import (
 )
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.messages import show_messages
-from vqvae2.config import PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
+from vqvae2.config import ImagesConfig, PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and its function
     "demo": (configs.DemoConfig, "pipelines.commands.demo:demo"),
@@ -255,6 +255,8 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         section = recipe_section(load_recipe(recipe), command, level)
     if issubclass(config_class, configs.PlanConfig | configs.ChosenConfig):
         section = {**section, "recipe": recipe or ""}
+    if recipe and issubclass(config_class, configs.ChosenConfig):
+        section["data"] = _where_images_are(load_recipe(recipe)) | (section.get("data") or {})
     if command == "plan":
         arguments, words = _split_planned(arguments, recipe)
         section["planned"] = parse(planned, words) if planned and not asks_for_help else None
@@ -275,6 +277,14 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         sentence = _one_sentence(mistake.getvalue())
         raise UserError(f"vqvae2 {command}: {sentence} See vqvae2 {command} --help.") from None
     return dataclasses.replace(config, planned=section["planned"]) if command == "plan" else config
+
+
+def _where_images_are(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe's training says of that."""
+    data = (recipe.get("train") or {}).get("data")
+    known = {field.name for field in dataclasses.fields(ImagesConfig)}
+    said = data if isinstance(data, dict) else {}  # what else it may be is refused later
+    return {key: value for key, value in said.items() if key in known}
 
 
 def _split_planned(arguments: Sequence[str], recipe: str | None) -> tuple[list[str], list[str]]:

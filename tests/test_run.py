@@ -1,5 +1,6 @@
 """All stages by one command: what is chosen for which images, and that it continues."""
 
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -10,11 +11,13 @@ from PIL import Image
 
 from pipelines import choices
 from pipelines.choices import choose, look
+from pipelines.cli import parse
 from pipelines.commands.run import make_recipe, merged, parse_time, step_seconds
 from pipelines.config import RunConfig
 from tests.conftest import command, write_images
 from vqvae2.common.config import read_yaml
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
 from vqvae2.config import ImagesConfig
 
 
@@ -105,6 +108,48 @@ def test_all_stages_run_once_and_an_edited_recipe_wins(
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     command(*start, "--config", mine, "--output-dir", root)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+    # A copy, whose files have new times, is finished, too; what trains on is used anew.
+    copied = tmp_path / "copied"
+    shutil.copytree(root, copied)
+    (copied / "prior_1" / "model.safetensors").touch()
+    kept = copied / "pipeline" / "normal.json"
+    kept.touch()
+    command(*start, "--config", mine, "--output-dir", copied)
+    assert kept.exists()
+    recipe = read_yaml(copied / "recipe.yaml")
+    recipe["prior_1"]["num_steps"] = 8
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command(*start, "--config", mine, "--output-dir", copied)
+    assert not kept.exists()
+    index, sampled = copied / "pipeline" / "model_index.json", copied / "samples/sample_config.yaml"
+    assert read_json(index)["prior_1_hash"] == read_yaml(sampled)["prior_1_hash"]
+
+    mine.write_text(yaml.safe_dump({"train": train, "prior_0": small}))
+    capsys.readouterr()
+    command(*start, "--config", mine, "--output-dir", root, code=2)
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_a_recipe_comes_before_what_is_chosen_and_flags_before_both(tmp_path: Path) -> None:
+    photos, mine = write_images(tmp_path / "photos", 100), tmp_path / "mine.yaml"
+    own = {"warmup_steps": 3, "weight_ema_decay": 0.5, "model": {"image": {"size": [16]}}}
+    data = {"path": str(photos), "on_error": "skip", "augmentation": {"horizontal_flip": True}}
+    mine.write_text(yaml.safe_dump({"train": {**own, "data": data}}))
+    config = parse("run", ["--config", str(mine), "--output-dir", "o"])
+    assert (config.data.path, config.data.on_error) == (str(photos), "skip")
+    with mock.patch("pipelines.commands.run.step_seconds", return_value=1.0):
+        recipe = yaml.safe_load(make_recipe(config)[0])
+        train = recipe["train"]
+        assert (train["warmup_steps"], train["weight_ema_decay"]) == (3, 0.5)
+        assert train["model"]["image"]["size"] == [16]
+        flags = ["--image.size", "32", "--flips", "no", "--data.on-error", "stop"]
+        config = parse("run", ["--config", str(mine), "--output-dir", "o", *flags])
+        recipe = yaml.safe_load(make_recipe(config)[0])
+    assert config.data.on_error == "stop"
+    assert recipe["train"]["model"]["image"]["size"] == [32]
+    assert recipe["train"]["data"]["augmentation"] == {"horizontal_flip": False}
+    assert recipe["extract"]["views"] == ["original"]
 
 
 def test_so_few_images_that_none_is_held_out(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipelines.commands.run import (
     choose_for,
     finished,
     merged,
+    recipe_facts,
     run_stages,
     start_stage,
     threads_for,
@@ -40,7 +41,7 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.metrics import best_validation, quality, training_seconds
 from vqvae2.common.pictures import sheet, to_pil
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.vocabulary import INDEX_NAME, describe_grids
 from vqvae2.config import VQVAE2Config
 from vqvae2.data import load_images, to_images
@@ -86,7 +87,7 @@ def compare(config: CompareConfig) -> None:
     Raises `Stopped` at SIGTERM or Ctrl-C; running it again continues."""
     # The first process chooses for all.
     root, state = Path(config.output_dir), processes()
-    record = RunRecord("compare", config, "compare_config.yaml")
+    record = RunRecord("compare", config, "compare_config.yaml", facts=recipe_facts(config))
     record.check(root)
     state.wait_for_everyone()
     on_main_process(state, partial(write_recipes, config, record))
@@ -199,8 +200,11 @@ def bits_of(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> float:
 
 def remove_outdated(folder: Path) -> None:
     """Remove the evaluation of models that have been trained further since."""
-    figures, index = folder / REPORT, folder / "pipeline" / INDEX_NAME
-    if figures.exists() and figures.stat().st_mtime < index.stat().st_mtime:
+    record = folder / "evaluation" / "evaluate_config.yaml"
+    seen = read_record(record) if record.exists() else {}
+    index = read_json(folder / "pipeline" / INDEX_NAME)
+    hashes = [name for name in seen if name.endswith("_hash") and name in index]
+    if any(index[name] != seen[name] for name in hashes):
         shutil.rmtree(folder / "evaluation")
 
 

@@ -1,5 +1,6 @@
 """`vqvae2 run`: all stages, from a folder of images to samples and a page that shows them."""
 
+import filecmp
 import html
 import json
 import logging
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.choices import MULTIPLE, Choice, Look, choose, look
+from pipelines.choices import MULTIPLE, Choice, Look, choose, flipped, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import ChosenConfig, PlanConfig, RunConfig
 from pipelines.next_steps import flags
@@ -27,7 +28,7 @@ from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes, use_cpu
-from vqvae2.common.artifact import WEIGHTS_NAME
+from vqvae2.common.artifact import WEIGHTS_NAME, content_hash
 from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
@@ -61,7 +62,8 @@ def run(config: RunConfig) -> None:
 def _run(config: RunConfig) -> None:
     # The first process chooses for all.
     root, state = Path(config.output_dir), processes()
-    record, recipe_file = RunRecord("run", config, "run_config.yaml"), root / RECIPE
+    record = RunRecord("run", config, "run_config.yaml", facts=recipe_facts(config))
+    recipe_file = root / RECIPE
     record.check(root)
     state.wait_for_everyone()
 
@@ -127,13 +129,24 @@ def choose_for(
         value = getattr(config.image, field.name)
         if value is not None and value != ():
             asked[field.name] = value
+
+    # Flags come before the recipe, and the recipe before what is chosen.
+    if asked:
+        recipe = merged(recipe, {"train": {"model": {"image": asked}}})
+    if config.flips != "auto":
+        recipe = merged(recipe, flipped(config.flips == "yes"))
     strides = ((recipe.get("train") or {}).get("model") or {}).get("strides")
     with suppress(TypeError):  # of strides that are none, which is said later
         multiple = max(multiple, math.prod(strides or ()))
     choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
     if config.recipe:
-        choice.reasons.insert(0, f"where the recipe {config.recipe} says otherwise, it comes first")
+        choice.reasons.insert(0, f"where the recipe {config.recipe} says otherwise, it counts")
     return choice, recipe, seen
+
+
+def recipe_facts(config: ChosenConfig) -> dict[str, str]:
+    """A hash of the user's own recipe, for a run's record."""
+    return {"recipe_hash": content_hash(load_recipe(config.recipe), ())} if config.recipe else {}
 
 
 def threads_for(stage: Stage) -> int:
@@ -224,13 +237,14 @@ def stages_to_come(recipe: dict[str, Any], seen: Look) -> list[Stage]:
 
 
 def set_steps(section: dict[str, Any], steps: int) -> None:
-    """A number of steps, and the intervals that suit it."""
+    """A number of steps, and the intervals that suit it where they are not set."""
     tenth = max(1, steps // 10)
     section["num_steps"] = steps
-    section["warmup_steps"] = min(100, tenth)
-    section["validate_every"] = section["checkpoint_every"] = tenth
-    section["picture_every"] = max(1, steps // 4)
-    section["weight_ema_decay"] = 0.99 if steps < 5000 else 0.999
+    section.setdefault("warmup_steps", min(100, tenth))
+    section.setdefault("validate_every", tenth)
+    section.setdefault("checkpoint_every", tenth)
+    section.setdefault("picture_every", max(1, steps // 4))
+    section.setdefault("weight_ema_decay", 0.99 if steps < 5000 else 0.999)
 
 
 # Stages
@@ -248,13 +262,10 @@ def run_stages(recipe: dict[str, Any], root: Path, data: dict[str, Any]) -> None
         start("train-prior", folder, str(level), vqvae=vqvae, codes=codes)
 
     on_main_process(processes(), partial(remove_outdated, root, (vqvae, *priors)))
-    if not (root / "pipeline" / INDEX_NAME).exists():
-        start("assemble", pipeline, vqvae=vqvae, priors=priors)
-    if not (root / "reconstructions" / "reconstructions.png").exists():
-        held_out = manifest.num_validation > 0
-        start("reconstruct", f"{root}/reconstructions", vqvae=vqvae, data=data, held_out=held_out)
-    if not (root / "samples" / "samples.png").exists():
-        start("sample", f"{root}/samples", pipeline=pipeline)
+    start("assemble", pipeline, vqvae=vqvae, priors=priors)
+    held_out = manifest.num_validation > 0
+    start("reconstruct", f"{root}/reconstructions", vqvae=vqvae, data=data, held_out=held_out)
+    start("sample", f"{root}/samples", pipeline=pipeline)
 
 
 def start_stage(
@@ -271,11 +282,16 @@ def start_stage(
 
 def remove_outdated(root: Path, parts: Sequence[str]) -> None:
     """Remove what was made of models that have been trained further since."""
-    index = root / "pipeline" / INDEX_NAME
-    made = index.stat().st_mtime if index.exists() else math.inf
-    if any(Path(part, WEIGHTS_NAME).stat().st_mtime > made for part in parts):
-        for folder in ("pipeline", "samples", "reconstructions"):
-            shutil.rmtree(root / folder, ignore_errors=True)
+    pipeline = root / "pipeline"
+    if not (pipeline / INDEX_NAME).exists():
+        return
+    for part in map(Path, parts):
+        copy = pipeline / part.name / WEIGHTS_NAME
+        if copy.exists() and not filecmp.cmp(part / WEIGHTS_NAME, copy, shallow=False):
+            logger.info("%s was trained further: what was made of it is made anew.", part)
+            for folder in ("samples", "reconstructions", "pipeline"):  # its index shows all that
+                shutil.rmtree(root / folder, ignore_errors=True)
+            return
 
 
 # The end

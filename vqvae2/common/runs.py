@@ -36,6 +36,7 @@ HASHED = {  # facts that are hashes, in words
     "perceptual": "another network of the perceptual loss",
     "skipped": "images of which others cannot be read",
     "files": "other files",
+    "recipe": "another recipe",
     "known": "another picture, mask or --keep-levels",
 }
 RUN = "$RUN/"
