@@ -37,6 +37,7 @@ from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.messages import progress_bar
+from vqvae2.data.splits import check_names
 from vqvae2.inspection import decode_level
 
 CODER_VERSION = 1  # of what the bytes mean
@@ -106,12 +107,14 @@ class Codec:
             fast: code each code by how often it has come before in the file, without the priors.
 
         Raises:
-            UserError: the model has no such codes, or names are missing; or see `refuse_unhidden`.
+            UserError: the model has no such codes, or names are missing, equal or no names; or see
+                `refuse_unhidden`.
         """
         # The header; the checksum is of it and of all codes so far.
         levels = [level.cpu() for level in as_codes(codes, self.pipeline.vqvae)]
         number = len(levels[0])
         check(len(names) in (0, number), "the number of names", len(names), f"{number}, or none")
+        check_names(names, "the archive")
         packed = zlib.compress(json.dumps([*names]).encode(), 9) if names else b""
         head = (MAGIC, CODER_VERSION, fast, self.hashes[fast], number, len(packed))
         parts = [HEADER.pack(*head) + packed]
@@ -210,6 +213,7 @@ class Codec:
                 fits = len(names) == number and all(isinstance(name, str) for name in names)
         if not fits:
             raise UserError(f"the header of {where} was altered or cut off: get the file anew.")
+        check_names(names, str(where))
         return fast, number, names, end
 
     def decode(self, codes: Sequence[Tensor], *, imagine: bool = False, first: int = 0) -> Tensor:

@@ -84,6 +84,9 @@ def _are_numbers(row: Sequence[Any]) -> bool:
 
 def _named(row: Sequence[Any], size: int, names: Sequence[str]) -> list[float]:
     """A list of numbers as it is, one of names as a vector of 0 and 1."""
+    if not all(isinstance(value, str | int | float) for value in row):
+        raise UserError(f"a condition is {shorten(row)}: give numbers, or names of attributes.")
+
     # Where attributes are named by numbers, values are 0 and 1, or written with a point.
     is_row = _are_numbers(row) and len(row) == size
     is_row &= set(row) <= {0, 1} or any(isinstance(value, float) for value in row)

@@ -213,6 +213,9 @@ class DrawConfig(Config):
         check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
 
 
+DRAWING = {f.name for f in fields(DrawConfig)} - {"num_threads"}  # fields that decide what is drawn
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetConfig(DrawConfig):
     """A set of images that a pipeline draws."""
@@ -396,7 +399,8 @@ class ExtractedImagesConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedImagesConfig(ImagesConfig):
-    """The images that the model was trained on; those that its training held out are recognised."""
+    """The images that the model was trained on; those that its training held out are recognised,
+    but for a pipeline give --data.validation-path again, if there was one."""
 
     path: str = may_change("")
     """Where they are, as given to the training (see `vqvae2 train --help`)."""
@@ -443,8 +447,13 @@ class EvaluateConfig(DrawConfig, PartsConfig):
         sampled = self.pipeline is not None or bool(self.priors)
         if self.lpips_file is not None and not (self.vqvae or self.pipeline):
             raise UserError("--lpips-file is given without an autoencoder: give --vqvae too.")
-        fits = not self.sweep or (sampled and self.samples is None)
-        check(fits, "sweep", True, "used with --pipeline, and without --samples")
+        draws = sampled and self.samples is None and not self.compare
+        allowed = "used where samples are drawn: with --pipeline, without --samples and --compare"
+        for f in fields(self):
+            value, decides = getattr(self, f.name), f.name in DRAWING | {"sweep", "num_samples"}
+            check(draws or not decides or value == f.default, f.name, value, allowed)
+        alone = not (sampled or self.vqvae or self.samples)
+        check(alone or not self.compare, "compare", self.compare, "used alone, but for output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)

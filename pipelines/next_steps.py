@@ -122,6 +122,6 @@ def flags(config: Any, prefix: str = "", of: type | None = None) -> list[str]:
         value = getattr(config, field.name)
         if value != field.default and not field.metadata.get("recipe_only"):
             words.append(f"--{prefix}{field.name}".replace("_", "-"))
-            if value is not True:
+            if value is not True or field.type is not bool:
                 words += map(str, value if isinstance(value, tuple) else [value])
     return words

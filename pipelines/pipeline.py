@@ -79,8 +79,10 @@ class VQVAE2Pipeline:
         if changed := changed_parts(index, pipeline.parts):
             raise UserError(f"{folder}: {'; '.join(changed)}: {RESTORE}.")
         pipeline.trainings = index.get("trainings") or {}
-        is_mapping = isinstance(pipeline.trainings, dict)
-        check(is_mapping, f"{folder / INDEX_NAME}: trainings", pipeline.trainings, "a mapping")
+        records: Any = pipeline.trainings
+        is_mapping = isinstance(records, dict)
+        is_mapping = is_mapping and all(isinstance(record, dict) for record in records.values())
+        check(is_mapping, f"{folder / INDEX_NAME}: trainings", records, "a mapping of mappings")
         return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:

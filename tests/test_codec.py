@@ -180,6 +180,10 @@ def test_each_refusal_says_what_is_wrong(
 ) -> None:
     data = coder.compress(codes)
     other = data[:6] + bytes(8) + data[14:]
+    others = [f"{i}.png" for i in range(1, len(codes[0]))]
+    with monkeypatch.context() as unchecked:  # as another program may write it
+        unchecked.setattr(codec, "check_names", lambda *_: None)
+        no_name, no_text = (coder.compress(codes, [name, *others]) for name in ("a\0b", "\ud800"))
     for wrong, words in (
         (b"PNG", "no .vq2 file"),
         (data[:4] + b"\x09" + data[5:], "version 9 of the coder"),
@@ -187,9 +191,13 @@ def test_each_refusal_says_what_is_wrong(
         (data[:-1], "within level 2 of 2.*--levels 1"),
         (data[: codec.HEADER.size + 9], "within level 1 of 2"),
         (data + b"x", "altered, or this machine"),
+        (no_name, "holds 'a.*b', which is no name"),
+        (no_text, "which is not UTF-8"),
     ):
         with pytest.raises(UserError, match=words):
             coder.decompress(wrong)
+    with pytest.raises(UserError, match="the archive names 'same' more than once"):
+        coder.compress(codes, ["same"] * len(codes[0]))
     monkeypatch.setattr(
         coder.priors[1].get_parameter("head.bias"), "data", torch.randn(32).double()
     )

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from prior import PriorConfig
 from tests.conftest import ROOT, command, two_processes, write_images
 from tests.worker_two_processes import small_model
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +127,7 @@ def test_images_of_another_model(
     evaluated: Path, run: Path, flags: list[object], tmp_path: Path
 ) -> None:
     """The very samples, given as a folder, get the same figures."""
-    given = ("--vqvae", run / "vqvae", "--samples", evaluated / "samples", *flags[2:])
+    given = ("--vqvae", run / "vqvae", "--samples", evaluated / "samples", *flags[2:-2])
     command("evaluate", *given, "--output-dir", tmp_path)
     (one, other) = (figures_of(folder)["against"] for folder in (evaluated, tmp_path))
     assert one["held-out images"] == other["held-out images"]
@@ -141,7 +143,7 @@ def test_images_of_another_model_in_class_folders(
     monkeypatch.setattr(classifier, "FEWEST_STEPS", 10)
     monkeypatch.setattr(classifier, "CELLS", 0)
     others = write_images(tmp_path / "others", 24)
-    command("evaluate", "--samples", others, *flags[2:], "--output-dir", tmp_path / "out")
+    command("evaluate", "--samples", others, *flags[2:-2], "--output-dir", tmp_path / "out")
     assert figures_of(tmp_path / "out")["accuracy"].keys() == {"real", "samples"}
     assert "no record of its training" not in capsys.readouterr().err  # no model is asked about
 
@@ -166,7 +168,8 @@ def test_a_rare_class_costs_the_accuracy_score_alone(caplog: pytest.LogCaptureFi
     labels[0] = 1
     sets = {key: mock.MagicMock(labels=labels) for key in ("real", "samples", "held_out")}
     for each in sets.values():
-        each.images.some.return_value = mock.MagicMock(labels=labels, number=40)
+        each.images = noise(40, 0)
+        each.images = replace(each.images, labels=labels.tolist())
     sets["made"] = None
     with mock.patch.object(evaluate, "accuracy_scores", side_effect=UserError("one class")):
         assert evaluate._accuracy(sets, ("a", "b")) == {}
@@ -200,10 +203,14 @@ def test_guidance_is_swept_only_where_all_priors_know_it(facts: dict, number: in
     [
         (["--vqvae", "x"], "--data.path is missing"),
         (["--data.path", "x", "--output-dir", "y"], "nothing to evaluate"),
-        (["--vqvae", "x", "--sweep"], "sweep is True, but must be used with --pipeline"),
+        (["--vqvae", "x", "--sweep"], "sweep is True, but must be used where samples are drawn"),
         (["--vqvae", "x", "--num-samples", "10"], "num_samples is 10, but must be at least 20"),
         (["--samples", "x", "--lpips-file", "y"], "--lpips-file is given without an autoencoder"),
+        (["--samples", "x", "--temperature", "0.5"], "temperature is (0.5,), but must be used"),
+        (["--vqvae", "x", "--num-samples", "50"], "num_samples is 50, but must be used where"),
+        (["--compare", "x", "y", "--pipeline", "z"], "compare is ('x', 'y'), but must be used"),
         (["--compare", "x", "y"], "does not exist"),
+        (["--compare", "{inspected}"], "is no evaluation: give folders"),
         (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
          "too few to judge"),
         (["--vqvae", "{run}/vqvae", "--data.path", "{photos}", "--features", "inception",
@@ -218,9 +225,10 @@ def test_what_cannot_be_evaluated(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command(
-        "evaluate", *(w.format(run=run, photos=photos, out=tmp_path / "out") for w in words), code=2
-    )
+    inspected = tmp_path / "inspected"
+    write_json(inspected / "report" / "figures.json", {"mse": 1.0})
+    places = {"run": run, "photos": photos, "out": tmp_path / "out", "inspected": inspected}
+    command("evaluate", *(word.format(**places) for word in words), code=2)
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

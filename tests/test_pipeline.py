@@ -493,6 +493,7 @@ def test_a_pipeline_with_a_flipped_byte_or_another_part_is_refused(copy_of_run: 
         ({"vqvae": "link"}, "json: vqvae is 'link'"),
         ({"vqvae_hash": None}, "but model_index.json says None"),
         ({"trainings": [1]}, "json: trainings is"),
+        ({"trainings": {"vqvae": "x"}}, "json: trainings is"),
     ],
 )
 def test_an_index_names_folders_beside_itself(

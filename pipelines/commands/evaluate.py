@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pipelines.commands.sample import write_samples
+from pipelines.conditions import vectors_hash
 from pipelines.config import EvaluateConfig, SetConfig
 from pipelines.evaluation import figures as measure
 from pipelines.evaluation import memorisation, report
@@ -53,7 +54,8 @@ from vqvae2.training_record import are_its_images, read_training, with_recorded_
 logger = logging.getLogger(__name__)
 MOST_INSPECTED = 1000  # held-out images that stage 1 is looked at with
 MOST_OF_SETTING = 1000  # samples of each setting that a sweep compares
-MOST_LEARNED = 5000  # images of each kind that a classifier learns from
+MOST_LEARNED = 5000  # images of each kind that a classifier learns from, and
+MOST_BYTES = 1 << 28  # in all, but a hundred are enough
 MOST_OF_LEVEL = 500  # samples that say which prior loses
 TEMPERATURES, TOP_PS, GUIDANCES = (0.8, 0.9, 1.0), (1.0, 0.95), (1.0, 1.5, 2.0)
 
@@ -147,6 +149,7 @@ def _evaluate(config: EvaluateConfig) -> None:
         if pipeline.vector_size and own is None:
             text = "%s: the priors read conditions, but these images have none: they are hidden"
             logger.warning(f"{text}, unless you give --data.condition-column.", data.path)
+        facts["conditions_hash"] = vectors_hash(own)
     run = RunRecord("evaluate", config, "evaluate_config.yaml", facts=facts)
     run.check(folder)
     _check_number(splits)
@@ -377,7 +380,9 @@ def _accuracy(sets: Mapping[str, Any], names: Sequence[str]) -> Figures:
     pixels: dict[str, Any] = {}
     for key, name in kinds.items():
         if sets[key] and sets[key].labels is not None and len(sets[key].labels.unique()) > 1:
-            images = sets[key].images.some(MOST_LEARNED)
+            images = sets[key].images
+            size = images.pixels([0]).numel()  # bytes
+            images = images.some(min(MOST_LEARNED, max(MOST_BYTES // size, 100)))
             pixels[name] = images.pixels(range(images.number)), images.labels
     test = pixels.pop("test", None)
     if test is None or "samples" not in pixels:

@@ -80,14 +80,16 @@ def write_reconstructions(vqvae: VQVAE2, images: ImageDataset, output_dir: str |
     there yet, and beside it a sheet of some of them below their originals. Processes share the
     work."""
     state, folder, settings = processes(), Path(output_dir), vqvae.config.image
-    names = file_names(images.ids, file_suffix(settings.channels, settings.value_range))
+    suffix = file_suffix(settings.channels, settings.value_range)
+    names = file_names(images.source.ids, suffix)  # of all, so that more images change no name
     for i in range(state.process_index, len(images), state.num_processes):
-        path = folder / "images" / names[i]
+        path = folder / "images" / names[images.indices[i]]
         if path.exists():
             continue
         batch = to_images(images.__getitems__([i])["images"].to(state.device))
         (image,) = vqvae(batch).reconstruction
         save_image(image, path, settings.value_range)
+    state.wait_for_everyone()
     shown = folder / "reconstructions.png"
     if state.is_main_process:
         save_picture(reconstruction_sheet(vqvae, images, state.device, num_images=32), shown)

@@ -29,7 +29,7 @@ from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes, use_cpu
 from vqvae2.common.artifact import WEIGHTS_NAME, content_hash
-from vqvae2.common.config import from_dict, to_dict
+from vqvae2.common.config import from_dict, shown, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
 from vqvae2.common.lock import writes_output
@@ -196,9 +196,10 @@ def finished(
 def parse_time(text: str) -> float:
     """Seconds of "90s", "30m", "2h" or "1d". Raises a `UserError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"budget is {text!r}: give a time such as 30m or 2h.")
-    return float(match[1]) * SECONDS[match[2]]
+    seconds = float(match[1]) * SECONDS[match[2]] if match else 0.0
+    if not 0 < seconds < 1e10:
+        raise UserError(f"budget is {shown(text)}: give a time such as 30m or 2h.")
+    return seconds
 
 
 def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

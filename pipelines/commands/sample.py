@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from PIL.Image import Image
@@ -154,7 +155,9 @@ def write_samples(
     # Find the batches of which a file is missing, all processes before the first one writes.
     unfinished = []
     for batch in in_lanes(range(max(indices) + 1), receipt.lanes):
-        if not all(files[i].exists() for i in batch if i in files):
+        needed = [files[i] for i in batch if i in files]
+        needed += [codes_file(file) for file in needed] if codes else []
+        if not all(file.exists() for file in needed):
             unfinished.append(batch)
     state.wait_for_everyone()
     own = unfinished[state.process_index :: state.num_processes]
@@ -168,7 +171,7 @@ def write_samples(
             made = pipeline(len(batch), **options)
         for i, grids in zip(batch, zip(*made.codes, strict=True), strict=True) if codes else ():
             arrays = [grid.numpy().astype(np.uint32) for grid in grids]
-            with whole_file(_codes_file(files[i])) as aside, open(aside, "wb") as file:
+            with whole_file(codes_file(files[i])) as aside, open(aside, "wb") as file:
                 np.savez(file, *arrays)
         for i, image in zip(batch, made.images, strict=True):
             if i in files:
@@ -206,11 +209,16 @@ def write_samples(
 
 def load_codes(image: Path) -> list[np.ndarray]:
     """The codes of a sample that were kept beside its file, an array `(h, w)` per level."""
-    with np.load(_codes_file(image)) as arrays:
-        return list(arrays.values())
+    path = codes_file(image)
+    try:
+        with np.load(path) as arrays:
+            return list(arrays.values())
+    except (OSError, ValueError, BadZipFile):
+        raise UserError(f"{path} cannot be read: remove it, and it is made anew.") from None
 
 
-def _codes_file(image: Path) -> Path:
+def codes_file(image: Path) -> Path:
+    """Where the codes of a sample are kept, if they are."""
     return image.parents[1] / "codes" / f"{image.stem}.npz"
 
 
@@ -226,9 +234,17 @@ def _given(config: SampleConfig, settings: PreprocessingConfig) -> dict[str, Ima
 
 def _write_npz(files: Mapping[int, Path], labels: Sequence[int], path: Path) -> None:
     """The layout of the evaluators of guided-diffusion: arr_0 images, arr_1 labels."""
-    images = np.stack([np.asarray(read_picture_file(str(file))) for file in files.values()])
-    arrays = [images if images.ndim == 4 else images[..., None]]
-    if labels:
-        arrays.append(np.array([labels[i % len(labels)] for i in files]))
-    with whole_file(path) as aside, open(aside, "wb") as file:
-        np.savez(file, *arrays)
+    # Images come one by one: all of them may take more memory than there is.
+    first = np.asarray(read_picture_file(str(next(iter(files.values())))))
+    shape = (len(files), *first.shape, *([1] if first.ndim == 2 else []))
+    descr = np.lib.format.dtype_to_descr(first.dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    with whole_file(path) as aside, ZipFile(aside, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for file in files.values():
+                entry.write(np.asarray(read_picture_file(str(file))).tobytes())
+        if labels:
+            with archive.open("arr_1.npy", "w") as entry:
+                of_images = np.array([labels[i % len(labels)] for i in files])
+                np.lib.format.write_array(entry, of_images)

@@ -90,6 +90,8 @@ def score(config: ScoreConfig) -> None:
         if config.calibrate:  # anew, if the pipeline has lost it
             table = pq.read_table(folder / TABLE)
             on_main_process(state, partial(_store_normal, config, pipeline, table, anew=False))
+        if (folder / "parts").exists() and state.is_main_process:  # it was killed at the very end
+            remove_folder(folder / "parts")
         logger.info("%s: all images are scored already.", folder)
         return
     on_main_process(state, partial(run.write, folder))

@@ -92,7 +92,12 @@ class Extractor:
         return torch.cat(features)
 
     def _features(self, images: Tensor) -> Tensor:
-        features = self.network.features(images.to(self.device))
+        try:
+            features = self.network.features(images.to(self.device))
+        except RuntimeError as error:  # of a network of the user's own
+            what = f"{self.name} cannot compute features of {tuple(images.shape)} images"
+            reason = " ".join(str(error).split())
+            raise UserError(f"{what} ({reason:.300}): give a network for this size.") from None
         if not isinstance(features, Tensor) or features.shape[:1] + features.shape[2:] != (
             len(images),
         ):

@@ -435,7 +435,10 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
     found: dict[str, Figures] = {}
     alike = len({folder.name for folder in folders}) < len(folders)  # as runs/x/evaluation are
     for folder in folders:
-        found[str(folder) if alike else folder.name] = read_json(folder / "report" / "figures.json")
+        path = folder / "report" / "figures.json"
+        each = found[str(folder) if alike else folder.name] = read_json(path)
+        if not {"against", "decides", "extractor"} <= each.keys():  # but inspect's
+            raise UserError(f"{path} is no evaluation: give folders that vqvae2 evaluate wrote.")
     refuse_other_eyes(found)
     one = next(iter(found.values()))
 

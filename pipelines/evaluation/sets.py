@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.commands.sample import load_codes
+from pipelines.commands.sample import codes_file, load_codes
 from pipelines.evaluation.features import LANES, Extractor, kept_arrays, to_bytes
 from pipelines.evaluation.metrics import Moments
 from pipelines.model_index import part_hash
@@ -70,7 +70,8 @@ class ImageSet:
             return [torch.from_numpy(np.stack(level).astype(np.int64)) for level in levels]
 
         known = [labels[i % len(labels)] for i in range(len(files))] if labels else None
-        return cls(name, len(files), read, known, codes=codes)
+        kept = bool(files) and codes_file(files[0]).exists()
+        return cls(name, len(files), read, known, codes=codes if kept else None)
 
     def choose(self, rows: Sequence[int]) -> "ImageSet":
         """These rows alone."""

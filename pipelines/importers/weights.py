@@ -43,7 +43,7 @@ def import_weights(checkpoint: Path, size: tuple[int, ...]) -> VQVAE2:
         raise UserError(f"{checkpoint} lacks {error}: {ADVICE}.") from None
     except UserError:  # of settings that are given, such as the size
         raise
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, ArithmeticError):
         fault = f"{checkpoint} has layers of other shapes than such a file"
         raise UserError(f"{fault}: {ADVICE}.") from None
     expected, ours = model.state_dict(), {}
