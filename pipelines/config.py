@@ -18,6 +18,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import LONGEST_SHARD, ImagesConfig
 
 MOST_FILES = 10**7  # that one command writes
+MOST_CHOSEN = 400_000  # images of --reject, whose numbers the record of the set holds
 LANES = 16  #: images that a pipeline computes side by side, on which their last bits depend
 
 
@@ -270,6 +271,8 @@ class SampleConfig(SetConfig, EditConfig):
         if self.keep is not None:
             check(self.reject is not None, "keep", self.keep, "used together with reject")
             check(1e-3 <= self.keep <= 1, "keep", self.keep, "from 0.001 to 1")
+        fits = self.reject is None or self.num_images <= MOST_CHOSEN
+        check(fits, "num_images", self.num_images, f"at most {MOST_CHOSEN:,} with reject")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,12 +142,13 @@ def test_an_onnx_file_judges_as_the_same_network_in_torchscript(run: Path, tmp_p
         ("script", r"output is \(3, 2\), but must be \(3, 3\)"),
         ("nothing", "is no classifier's folder"),
         ("keep", "keep is 2.0, but must be from 0.001 to 1"),
+        ("number", "num_images is 400001, but must be at most 400,000 with reject"),
     ],
 )
 def test_a_classifier_that_does_not_fit_is_one_sentence(
     what: str, sentence: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, keep = tmp_path / "judge", 1
+    path, keep, number = tmp_path / "judge", 1, 3
     if what == "names":
         save_classifier(path, ("dress", "bag", "hat"))
     elif what == "size":
@@ -163,7 +164,9 @@ def test_a_classifier_that_does_not_fit_is_one_sentence(
         save_script(path, nn.Sequential(nn.Flatten(), nn.Linear(256, 2)))
     elif what == "keep":
         keep = 2
-    words = ("sample", "--pipeline", run / "pipeline", "--num-images", 3, "--labels", "coat")
+    elif what == "number":
+        number = 400_001
+    words = ("sample", "--pipeline", run / "pipeline", "--num-images", number, "--labels", "coat")
     run_here(*words, "--reject", path, "--keep", keep, "--output-dir", tmp_path / "out", code=2)
     assert re.search(sentence, capsys.readouterr().err)
     seen_at_work = what in ("script", "onnx of bytes")  # these say nothing of what they take
