@@ -25,6 +25,15 @@ from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 
 
+def nats_of(logits: Tensor, codes: Tensor) -> Tensor:
+    """The negative log-likelihood of each code `(B, h, w)`, by logits `(B, K, h, w)`.
+
+    With a code's logits side by side in memory, torch takes a third of the time on a CPU.
+    """
+    rows = logits.movedim(1, -1).flatten(end_dim=-2)
+    return F.cross_entropy(rows, codes.flatten(), reduction="none").view_as(codes)
+
+
 class Prior(Artifact, nn.Module, ABC):
     """A distribution over one level's codes, given those of all coarser levels, and perhaps a
     class label and a condition vector.

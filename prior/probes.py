@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.nn import functional as F
 
-from prior.base import Prior
+from prior.base import Prior, nats_of
 from prior.config import PriorConfig
 from prior.manifest import CodeDataset
 from prior.vector import with_vectors
@@ -134,8 +133,7 @@ def nats_per_row(prior: Prior, rows: Rows) -> Tensor:
     """Negative log-likelihood of each row's codes, the sum over its positions: `(B,)` float64."""
     sums: list[Tensor] = []
     for codes, logits in _logits(prior, rows):
-        nats = F.cross_entropy(logits, codes, reduction="none")  # (few, h, w)
-        sums.append(nats.sum(dim=(1, 2), dtype=torch.float64))
+        sums.append(nats_of(logits, codes).sum(dim=(1, 2), dtype=torch.float64))
     return torch.cat(sums)
 
 
@@ -146,9 +144,9 @@ def nats_per_position(prior: Prior, rows: Rows) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     expected: list[Tensor] = []
     for codes, logits in _logits(prior, rows):
-        log_p = logits.log_softmax(dim=1)  # (few, K, h, w)
-        seen.append(F.nll_loss(log_p, codes, reduction="none"))
-        expected.append(-(log_p.exp() * log_p).sum(dim=1))
+        log_p = logits.movedim(1, -1).log_softmax(dim=-1)  # (few, h, w, K)
+        seen.append(-log_p.gather(-1, codes[..., None])[..., 0])
+        expected.append(-(log_p.exp() * log_p).sum(dim=-1))
     return torch.cat(seen), torch.cat(expected)
 
 

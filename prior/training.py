@@ -12,11 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from prior import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
 from prior.audit import stop_if_unsound, warn_of_noise
-from prior.base import Prior
+from prior.base import Prior, nats_of
 from prior.config import TransformerOptions
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
@@ -178,7 +177,7 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
             wrong = torch.rand(codes.shape, device=codes.device) < token_corruption
             read = torch.where(wrong, torch.randint_like(codes, config.codebook_sizes[-1]), codes)
         logits = model(read, condition, labels).float()
-        nats = F.cross_entropy(logits, codes, reduction="none").mean()  # in a fixed order on CUDA
+        nats = nats_of(logits, codes).mean()  # in a fixed order on CUDA
         return nats, {"bits_per_code": nats / math.log(2)}
 
     return loss_fn
@@ -208,8 +207,7 @@ def evaluate(
             if is_hidden:
                 condition[-1] = torch.full_like(condition[-1], torch.nan)
             logits = model(given, condition, labels).float()
-            nats = F.cross_entropy(logits, given, reduction="none")
-            totals[place] += nats.sum(dtype=torch.float64)
+            totals[place] += nats_of(logits, given).sum(dtype=torch.float64)
     num_positions = config.num_positions
     sums = accelerator.reduce(totals, reduction="sum").tolist()
     nats, *others = [total / (len(codes) * num_positions) for total in sums]

@@ -56,7 +56,8 @@ def test_stage_1_lies_on_one_device_and_its_steps_never_wait(kind: str) -> None:
             facts = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
             model = AdversarialPair(model, facts).to(GPU)
             autoencoder = model.autoencoder
-            term = make_adversarial_term(facts, autoencoder.last_layer, start=0)
+            model.start = -1
+            term = make_adversarial_term(facts, autoencoder.last_layer)
         loss_fn = make_loss("mse", config.codebook_size_per_level, adversarial=term)
         images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
         batch = {"images": images.to(GPU)}

@@ -24,9 +24,9 @@ from tests.test_training import (
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
 from vqvae2.common.errors import UserError
 from vqvae2.config import DiscriminatorConfig, PerceptualConfig
-from vqvae2.discriminator import AdversarialPair, PatchDiscriminator
+from vqvae2.discriminator import RAMP, AdversarialPair, PatchDiscriminator
 from vqvae2.efficientnet import EfficientNet
-from vqvae2.losses import RAMP, make_adversarial_term, make_loss
+from vqvae2.losses import make_adversarial_term, make_loss
 from vqvae2.perceptual import load_perceptual
 
 IMAGES = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
@@ -38,7 +38,8 @@ def make_pair(*, start: int) -> tuple[AdversarialPair, Callable]:
     torch.manual_seed(0)
     model = VQVAE2(VQVAE2Config(**(SMALL | {"image": PreprocessingConfig(size=(32,))})))
     pair = AdversarialPair(model, ADVERSARY).double().train()
-    term = make_adversarial_term(ADVERSARY, model.last_layer, start=start)
+    pair.start = start
+    term = make_adversarial_term(ADVERSARY, model.last_layer)
     return pair, make_loss("mse", (16, 16), adversarial=term)
 
 
@@ -98,6 +99,7 @@ def test_before_its_start_the_discriminator_learns_and_does_not_count() -> None:
     for number in (0, 7, 8):
         pair.load_state_dict(state)
         pair.num_forwards.fill_(number)
+        pair.number = None  # as in a process that continues
         pair.zero_grad()
         loss_fn(pair, {"images": IMAGES})[0].backward()
         both = zip(gradients(pair.autoencoder), gradients(plain), strict=True)

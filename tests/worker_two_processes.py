@@ -137,9 +137,9 @@ def main(expected_processes: int, quantizer: str, parts: int, output_dir: Path) 
     # With an adversary, a pair of networks is trained, each with its own settings; here with noise.
     trained, term = model, None
     if adversary:
-        settings = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1)
-        trained = AdversarialPair(CodeNoise(model, 0.5), settings).double()
-        term = make_adversarial_term(settings, model.last_layer, start=5)
+        settings = DiscriminatorConfig(weight=0.8, hidden_channels=8, num_layers=1, start_step=4)
+        trained = AdversarialPair(CodeNoise(model, 0.5), settings, parts).double()
+        term = make_adversarial_term(settings, model.last_layer)
     loss_fn = make_loss("mse", model.config.codebook_size_per_level, adversarial=term)
     place = {"num_processes": expected_processes, "process_index": accelerator.process_index}
     loader = ShuffledLoader(Images(torch.float64), training.batch_size // parts, **place)

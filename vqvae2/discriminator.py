@@ -14,6 +14,8 @@ from vqvae2.config import DiscriminatorConfig
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantized
 
+RAMP = 500  # steps over which the weight of fooling it rises from 0 to its own
+
 
 class PatchDiscriminator(nn.Sequential):
     """One logit for each patch of an image, high for real ones (Isola et al. 2017, section 3.2).
@@ -45,38 +47,54 @@ class AdversarialOutput(NamedTuple):
     """`(B, C, H, W)`."""
     levels: tuple[Quantized, ...]
     """What each level was quantized to, coarse to fine."""
-    fooling: Tensor
-    """Logits of the reconstruction; their gradient reaches the autoencoder alone."""
+    fooling: Tensor | None
+    """Logits of the reconstruction; their gradient reaches the autoencoder alone. None as long as
+    they do not count."""
     fake: Tensor
     """The same logits; their gradient reaches the discriminator alone."""
     real: Tensor
     """Logits of the images."""
-    num_forwards: Tensor
-    """`()`, how many training batches came before this one."""
+    ramp: Tensor
+    """`()`, the share of their weight with which they count."""
 
 
 class AdversarialPair(nn.Module):
-    """An autoencoder and its discriminator as one module to train; it saves the autoencoder."""
+    """An autoencoder and its discriminator as one module to train; it saves the autoencoder.
+
+    The discriminator learns from the first batch on. The autoencoder is to fool it after
+    `start_step`, and then more and more over `RAMP` steps: a sudden new pull makes Adam leap and
+    the codebooks collapse. `num_parts` forward passes make a step.
+    """
 
     num_forwards: Tensor
 
-    def __init__(self, autoencoder: VQVAE2 | CodeNoise, config: DiscriminatorConfig) -> None:
+    def __init__(
+        self, autoencoder: VQVAE2 | CodeNoise, config: DiscriminatorConfig, num_parts: int = 1
+    ) -> None:
         super().__init__()
         self.config, self.autoencoder = config, autoencoder
+        self.start, self.ramp = (config.start_step - 1) * num_parts, RAMP * num_parts
+        self.number: int | None = None  # of forward passes so far; read from the device once
         self.discriminator = PatchDiscriminator(autoencoder.config.image.channels, config)
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
 
     def forward(self, images: Tensor) -> AdversarialOutput:
         """Images `(B, C, H, W)` in [-1, 1] to reconstructions and logits."""
-        before = self.num_forwards.clone()
+        # Whether it is to be fooled already.
+        self.number = int(self.num_forwards) if self.number is None else self.number + 1
+        ramp = ((self.num_forwards - self.start) / self.ramp).clamp(0, 1).to(images.dtype)
         self.num_forwards += 1
         reconstruction, levels = self.autoencoder(images)
-        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        fooling = functional_call(self.discriminator, frozen, (reconstruction,))
+        fooling = None
+        if self.number > self.start:
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            fooling = functional_call(self.discriminator, frozen, (reconstruction,))
+            fooling = fooling.to(images.dtype)
+
+        # What it makes of both.
         both = torch.cat([reconstruction.detach().to(images.dtype), images])  # (2B, C, H, W)
         fake, real = self.discriminator(both).to(images.dtype).chunk(2)
-        fooling = fooling.to(images.dtype)
-        return AdversarialOutput(reconstruction, levels, fooling, fake, real, before)
+        return AdversarialOutput(reconstruction, levels, fooling, fake, real, ramp)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the autoencoder's networks (torch.compile, in place)."""

@@ -16,8 +16,6 @@ LossFunction = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, dict[str, 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (B, C, H, W) twice to their mean distance ()
 AdversarialTerm = Callable[[AdversarialOutput, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-RAMP = 500  # training batches over which the discriminator's weight rises from 0 to its own
-
 
 def make_loss(
     kind: Literal["mse", "l1"],
@@ -62,24 +60,21 @@ def make_loss(
     return loss_fn
 
 
-def make_adversarial_term(
-    config: DiscriminatorConfig, last_layer: nn.Parameter, *, start: int
-) -> AdversarialTerm:
+def make_adversarial_term(config: DiscriminatorConfig, last_layer: nn.Parameter) -> AdversarialTerm:
     """What a discriminator D adds: weight * lambda * -D(decode(e)) + the hinge loss of D.
 
     See Esser et al. 2021, equations 5 to 7; `AdversarialPair` keeps the two gradients apart.
-    lambda follows from the gradients at `last_layer`. D learns from the first batch on. The first
-    term counts from training batch `start` on and rises over `RAMP` batches: a sudden new pull
-    makes Adam leap and the codebooks collapse.
+    lambda follows from the gradients at `last_layer`.
     """
 
     def term(output: AdversarialOutput, fidelity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        generator = -output.fooling.mean()
-        balance = adaptive_weight(fidelity, generator, last_layer)
         hinge = 0.5 * (F.relu(1 - output.real).mean() + F.relu(1 + output.fake).mean())
-        ramp = ((output.num_forwards - start) / RAMP).clamp(0, 1).to(fidelity.dtype)  # on device
+        generator = balance = torch.zeros_like(hinge)
+        if output.fooling is not None:
+            generator = -output.fooling.mean()
+            balance = adaptive_weight(fidelity, generator, last_layer)
         figures = {"generator": generator, "discriminator": hinge, "adaptive_weight": balance}
-        return ramp * config.weight * balance * generator + hinge, figures
+        return output.ramp * config.weight * balance * generator + hinge, figures
 
     return term
 

@@ -118,18 +118,16 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
         warn_of_few(len(rows), config.model.codebook_size_per_level)
 
     # What is trained; its autoencoder is validated, drawn and saved. With a discriminator or noise
-    # the last one is kept: the one with the lowest error is blurrier, or forgives less. (The
-    # adversarial term counts its calls from 0, several per step with accumulation.)
+    # the last one is kept: the one with the lowest error is blurrier, or forgives less.
     trained = make_trained(model, config)
     adversarial = None
     if isinstance(trained, AdversarialPair):
-        start = (config.discriminator.start_step - 1) * num_parts
         if config.discriminator.start_step > config.num_steps:
             when = f"from step {config.discriminator.start_step:,} on, after the last one"
             logger.warning(
                 "the discriminator shapes images %s: lower --discriminator.start-step.", when
             )
-        adversarial = make_adversarial_term(config.discriminator, model.last_layer, start=start)
+        adversarial = make_adversarial_term(config.discriminator, model.last_layer)
 
     def validate(net: Trained) -> dict[str, float]:
         figures = evaluate(autoencoder_of(net), data.validation, accelerator, config, perceptual)
@@ -175,8 +173,9 @@ def make_trained(model: VQVAE2, config: TrainVQVAEConfig) -> Trained:
     decoder_only = config.finetune == "decoder"
     if config.code_noise or decoder_only:
         trained = CodeNoise(model, config.code_noise, decoder_only=decoder_only)
-    discriminator = config.discriminator
-    return AdversarialPair(trained, discriminator) if discriminator.weight else trained
+    if not config.discriminator.weight:
+        return trained
+    return AdversarialPair(trained, config.discriminator, config.gradient_accumulation_steps)
 
 
 def autoencoder_of(net: Trained) -> VQVAE2:

@@ -32,6 +32,7 @@ from vqvae2.common.fit import make_optimizer
 from vqvae2.common.muon import moment_names
 from vqvae2.config import ImagesConfig, PreprocessingConfig, TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import load_images, to_images
+from vqvae2.discriminator import AdversarialPair
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 from vqvae2.training import autoencoder_of, make_trained, with_finetuned_model
@@ -128,11 +129,14 @@ def _autoencoder_stage(config: TrainVQVAEConfig, number: int | None) -> Stage:
     def loss_fn(model: Any, batch: Any) -> Any:
         if not gan.weight:
             return losses.make_loss(*loss)(model, batch)
-        term = losses.make_adversarial_term(gan, autoencoder_of(model).last_layer, start=0)
+        term = losses.make_adversarial_term(gan, autoencoder_of(model).last_layer)
         return losses.make_loss(*loss, adversarial=term)(model, batch)
 
     def make_model() -> nn.Module:
-        return make_trained(VQVAE2(config.model), config)
+        made = make_trained(VQVAE2(config.model), config)
+        if isinstance(made, AdversarialPair):
+            made.start, made.number = -1, 0  # a step with all that there is
+        return made
 
     if config.perceptual.weight:
         print("The network of the perceptual loss takes more of everything than is planned here")

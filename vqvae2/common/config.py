@@ -77,7 +77,8 @@ class TrainingConfig(Config):
     batch_size: int = 64
     """Rows per optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1
-    """Compute each batch in this many pieces, one after the other, to save memory."""
+    """Compute each batch in this many pieces, one after the other, to save memory. Codebooks take
+    each piece for a batch: it should hold more features than there are codes."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for weights of linear layers and convolutions, which it treats as matrices, and
     AdamW for all else: learns more per step. adamw: AdamW for all, as for any PixelSNAIL."""
