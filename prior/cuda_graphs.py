@@ -167,11 +167,12 @@ def _warn_once(text: str) -> None:
     logger.warning(text)
 
 
-def at(features: Tensor, index: int | Tensor, dim: int = 1) -> Tensor:
-    """The slice of length 1 at an index; where that is a tensor `(1,)`, no shape depends on it."""
+def at(features: Tensor, index: int | Tensor) -> Tensor:
+    """The slice of length 1 at an index of axis 1. If that is a tensor `(1,)`, no shape depends on
+    it."""
     if isinstance(index, Tensor):
-        return features.index_select(dim, index)
-    return features.narrow(dim, index, 1)
+        return features.index_select(1, index)
+    return features.narrow(1, index, 1)
 
 
 @cache

@@ -42,6 +42,8 @@ class SamplingConfig(Config):
         super().__post_init__()
         for key in ("temperature", "guidance_scale"):
             check(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
+        fits = self.temperature == 0 or self.temperature >= 1e-6
+        check(fits, "temperature", self.temperature, "0, or at least 0.000001")
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         check(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "in (0, 1]")

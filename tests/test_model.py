@@ -7,6 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config
@@ -19,7 +20,7 @@ from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
 from vqvae2.nearest import nearest
 from vqvae2.quantizers import Quantized
-from vqvae2.resnet import Attention, Upsample
+from vqvae2.resnet import Attention, GroupNorm, Upsample
 
 SMALL: dict[str, Any] = {
     "image": PreprocessingConfig(size=(32, 48), channels=2),
@@ -345,6 +346,30 @@ def test_a_model_of_the_paper_is_written_as_before_there_were_others(tmp_path: P
     assert not {"network", "width_multipliers"} & read_json(tmp_path / "config.json").keys()
     small_model(network="resnet").save_pretrained(tmp_path)
     assert VQVAE2.from_pretrained(tmp_path).config.network == "resnet"
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [32, 128])
+def test_a_group_norm_is_computed_alike_in_each_way(channels: int, kind: torch.dtype) -> None:
+    """Which is the fastest depends on the channels, the precision, and on gradients."""
+    norm, plain = GroupNorm(channels), nn.GroupNorm(32, channels, eps=1e-6)
+    plain.weight.data = norm.weight.data = torch.rand(channels) + 0.5
+    features = torch.randn(3, channels, 5, 4).contiguous(memory_format=torch.channels_last)
+    pull, found = torch.randn(3, channels, 5, 4), []
+    for layer, own in ((norm, kind), (plain, torch.float32)):
+        given = features.to(own).requires_grad_()
+        with torch.autocast("cpu", enabled=kind is torch.bfloat16):
+            result = layer(given)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert result.dtype == own
+        result.backward(pull.to(own))
+        assert given.grad is not None
+        found.append((result.float(), given.grad.float(), layer.weight.grad))
+    tolerance = {} if kind is torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(features), found[1][0])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

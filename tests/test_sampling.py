@@ -130,7 +130,9 @@ def test_random_numbers_belong_to_the_image() -> None:
     assert len({*seeds, *image_seeds(4, 0, 8)}) == 16
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"temperature": 1e-42}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}]
+)
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingConfig(**bad)

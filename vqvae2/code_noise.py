@@ -40,6 +40,7 @@ class CodeNoise(nn.Module):
         super().__init__()
         self.autoencoder, self.config = autoencoder, autoencoder.config
         self.share, self.decoder_only = share, decoder_only
+        self._near: dict[nn.Module, Tensor] = {}  # what was found out of codebooks that stay
         self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
         if decoder_only:
             autoencoder.requires_grad_(False)
@@ -81,9 +82,13 @@ class CodeNoise(nn.Module):
         codebook_sizes = self.config.codebook_size_per_level
         together = zip(quantizers, levels, others, codebook_sizes, strict=True)
         for quantizer, level, number, size in together:
-            every = torch.arange(size, device=number.device)
-            codebook = quantizer.lookup(every[None, None])[0, :, 0].T  # (K, D)
-            near = neighbours(codebook, min(math.ceil(size * NEAR), size - 1))  # (K, n)
+            near = self._near.get(quantizer)
+            if near is None:
+                every = torch.arange(size, device=number.device)
+                codebook = quantizer.lookup(every[None, None])[0, :, 0].T  # (K, D)
+                near = neighbours(codebook, min(math.ceil(size * NEAR), size - 1))  # (K, n)
+            if self.decoder_only:  # they stay neighbours
+                self._near[quantizer] = near
             codes = level.codes.flatten(start_dim=1)  # (B, h*w)
             neighbour = near[codes, (number >> 20) % near.shape[1]]
             codes = torch.where(_uniform(number) < replaced, neighbour, codes)

@@ -73,7 +73,7 @@ class QuantizerConfig(Config):
     fsq: no codebook to learn, each dimension is rounded to a few values."""
     estimator: Literal["straight_through", "rotation"] = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated and scaled as the
-    features would be to become the code, which did worse where we compared them."""
+    features would be to become the code, which did worse where we compared them (not for fsq)."""
     beta: float = recipe_only(0.25)
     """Weight of the commitment loss, which trains the encoder: ||z - sg(e)||^2."""
     decay: float = 0.99
@@ -85,7 +85,8 @@ class QuantizerConfig(Config):
     fsq_levels: tuple[int, ...] = (8, 8, 8)
     """fsq: values per dimension of a code. Their product is the number of codes."""
     search_megabytes: float = recipe_only(64.0)
-    """Memory for the distances between features and codes that are compared at once."""
+    """Memory for the distances between features and codes that are compared at once, when codes
+    are searched. (fsq takes nothing of all this but fsq_levels.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

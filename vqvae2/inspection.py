@@ -16,6 +16,8 @@ from vqvae2.data import ImageDataset, to_images
 from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
+BATCH = 64  # images
+
 
 class InformationSplit(NamedTuple):
     """Mean squared errors in [-1, 1] with the codes of levels kept or taken away."""
@@ -38,13 +40,11 @@ class Inspection(NamedTuple):
 
 
 @torch.no_grad()
-def inspect(
-    model: VQVAE2, images: ImageDataset, device: torch.device, *, batch_size: int = 64
-) -> Inspection:
+def inspect(model: VQVAE2, images: ImageDataset, device: torch.device) -> Inspection:
     """Look at a model through a set of images, at least two of them."""
     # Encode all images.
-    starts = range(0, len(images), batch_size)
-    batches = [range(start, min(start + batch_size, len(images))) for start in starts]
+    starts = range(0, len(images), BATCH)
+    batches = [range(start, min(start + BATCH, len(images))) for start in starts]
     encoded: list[list[Tensor]] = []
     for rows in progress_bar(batches, desc="encoding", leave=False):
         levels = model.encode(_load(images, rows, device))

@@ -27,7 +27,7 @@ def make_loss(
 ) -> LossFunction:
     """The loss function of stage 1, for `fit` (van den Oord et al. 2017, equation 3).
 
-    L = ||x - decode(e)||^2 + sum over levels of beta ||z - sg(e)||^2
+    L = ||x - decode(e)||^2 (or the mean absolute error) + sum over levels of beta ||z - sg(e)||^2
         [+ ||sg(z) - e||^2 where the codebook learns by gradient]
         [+ perceptual_weight * perceptual(decode(e), x)]
         [+ the terms of a discriminator; the model is then an `AdversarialPair`]

@@ -222,8 +222,8 @@ def evaluate(
     """
     # Sums over this process's share: squared, absolute and perceptual errors, and code counts.
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    pieces = config.gradient_accumulation_steps * accelerator.num_processes
-    batch_size = min(64, config.batch_size // pieces)
+    shares = config.gradient_accumulation_steps * accelerator.num_processes
+    batch_size = min(64, config.batch_size // shares)
     sizes = (3, *model.config.codebook_size_per_level)
     sums = [torch.zeros(n, dtype=torch.float64, device=accelerator.device) for n in sizes]
     errors, *counts = sums

@@ -76,6 +76,12 @@ class CompileTrial:
             seconds = (self._now() - started) / max(1, step - first)
             self.record = self.on_main(partial(self._decide, seconds, step, num_steps))
 
+    def leave_out(self, seconds: float) -> None:
+        """Not to count so much time, in which no step was made."""
+        if self.is_open:
+            step, started = self.started
+            self.started = step, started + seconds
+
     def _decide(self, seconds: float, step: int, num_steps: int) -> dict[str, Any]:
         """The record after a measurement of the seconds of a step."""
         if step == 4 * STEPS:

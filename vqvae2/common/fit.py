@@ -233,7 +233,9 @@ def fit(
                 number = received[0] if received else signal.SIGTERM
                 done = f"stopped at step {step} of {num_steps}, state saved"
                 raise Stopped(f"{output_dir}: {done}; the same command continues.", number)
-            metrics.started += time.perf_counter() - pause
+            pause = time.perf_counter() - pause
+            metrics.started += pause
+            trial.leave_out(pause)
     logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir, config)))
 
 

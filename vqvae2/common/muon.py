@@ -32,7 +32,8 @@ def moment_names(group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, but for groups with `muon=True`, whose parameters `(out, in, ...)` learn by Muon."""
+    """AdamW, but for groups with `muon=True`, whose parameters, of two axes or more,
+    learn by Muon as matrices: the first axis against all others."""
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], rate: float, **options: Any) -> None:
         super().__init__([{"muon": False, **group} for group in groups], rate, **options)

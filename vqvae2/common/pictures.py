@@ -12,6 +12,7 @@ from torch import Tensor
 from vqvae2.common.files import whole_file
 
 PAPER = "#b4b4b4"  # images with white edges do not melt into it
+GAP = 4  # pixels between the images of a sheet
 NOTE = "vqvae2"  # the key of a text in a PNG that we wrote
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 INTEGERS: dict[tuple[float, float], type] = {(0, 255): np.uint8, (0, 65535): np.uint16}
@@ -89,9 +90,7 @@ def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.
     return [images[first : first + columns] for first in range(0, len(images), columns)]
 
 
-def sheet(
-    rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 4
-) -> Image.Image:
+def sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = ()) -> Image.Image:
     """Rows of equally sized images on one grey page, each row with its name on the left.
 
     Small images are enlarged to at least 48 pixels.
@@ -103,20 +102,20 @@ def sheet(
     font = ImageFont.load_default(size=14)
     margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
     columns = max(len(row) for row in rows)
-    page_size = (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap)
+    page_size = (margin + columns * (width + GAP) + GAP, len(rows) * (height + GAP) + GAP)
     page = Image.new("RGB", page_size, PAPER)
     draw = ImageDraw.Draw(page)
 
     # The rows; what is transparent shows the page.
     for i, row in enumerate(rows):
-        top = gap + i * (height + gap)
+        top = GAP + i * (height + GAP)
         if names:
             middle = (margin - 8, top + height / 2)
             draw.text(middle, names[i], fill="black", font=font, anchor="rm")
         for j, image in enumerate(row):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             mask = enlarged.getchannel("A") if "A" in enlarged.getbands() else None
-            page.paste(enlarged.convert("RGB"), (margin + gap + j * (width + gap), top), mask)
+            page.paste(enlarged.convert("RGB"), (margin + GAP + j * (width + GAP), top), mask)
     return page
 
 

@@ -214,16 +214,18 @@ class ImageSplits:
 
     def facts(self) -> dict[str, str]:
         """What a run is bound to: names, labels and splits, of skipped images too; and marks."""
-        lines = [repr(self.class_names)]
-        marks: list[int] = []
+        marks = self.train.source.marks()
+        if self.validation.source is not self.train.source:
+            marks = [*marks, *self.validation.source.marks()]
+        return splits.image_facts(self._lines(), marks)
+
+    def _lines(self) -> Iterator[str]:
+        yield repr(self.class_names)
         for split, dataset in self.items():
             table = dataset.source
             for i in sorted([*dataset.indices, *dataset.left_out]):
                 label = table.labels[i] if table.labels is not None else None
-                lines.append(f"{split} {table.ids[i]} {label}\n")
-            if split == "train" or table is not self.train.source:
-                marks += table.marks()
-        return splits.image_facts(lines, marks)
+                yield f"{split} {table.ids[i]} {label}\n"
 
     def skipped_hash(self) -> str | None:
         """A hash of which images are skipped, if there are any."""
