@@ -48,10 +48,6 @@ def test_a_configuration_survives_being_written_and_read() -> None:
         ({"weight_decay": -1.0}, ["weight_decay is -1.0", "at least 0"]),
         ({"mixed_precision": "fp8"}, ["mixed_precision", "'fp8'", "'bf16'"]),
         ({"adam_betas": [0.9]}, ["adam_betas", "1 values", "2"]),
-        (
-            {"model": {"quantizer": {"kind": "fsq", "estimator": "rotation"}}},
-            ["estimator is 'rotation'", "straight_through with fsq"],
-        ),
         ({"model": {"strides": [3, 4]}}, ["strides", "(3, 4)", "powers of two"]),
         ({"model": {"image": {"size": [60]}}}, ["image.size", "60", "divisible by 8"]),
         ({"model": {"codebook_sizes": [1, 2, 3]}}, ["codebook_sizes", "(1, 2, 3)", "2 levels"]),
