@@ -62,6 +62,7 @@ class Glance:
     kind: Any  #: Pillow's mode, or an array's type
     channels: int
     small: Image.Image | None  #: if it is transparent somewhere
+    largest: float  #: of its values, if they are of 16 bits
 
 
 def look(data: ImagesConfig, background: str = "white", channels: int | None = None) -> Look:
@@ -94,7 +95,9 @@ def look(data: ImagesConfig, background: str = "white", channels: int | None = N
         what = "%s: %d of %d images that were looked at cannot be read"
         advice = "training names them, and stops unless you give --data.on-error skip"
         logger.warning(f"{what}: {advice}.", table.name, broken, len(rows))
-    ranges = {_range_of(kind, table.name) for kind in {glance.kind for glance in glances}}
+    largest = max(glance.largest for glance in glances)
+    kinds = {glance.kind for glance in glances}
+    ranges = {_range_of(kind, largest, table.name) for kind in kinds}
     if len(ranges) > 1:
         raise UserError(f"{table.name} holds 8-bit and other pictures: convert them to one kind.")
     first = glances[0]
@@ -128,16 +131,25 @@ def _glance(picture: Picture) -> Glance:
     small = _small(picture)
     kind = picture.dtype if isinstance(picture, np.ndarray) else picture.mode
     shown = small if small is not None and is_transparent(picture) else None
-    return Glance(picture_size(picture), kind, _channels_of(picture, small), shown)
+    largest = float(np.asarray(picture).max()) if _range_end(kind) == 65535 else 0.0
+    return Glance(picture_size(picture), kind, _channels_of(picture, small), shown, largest)
 
 
-def _range_of(kind: Any, name: str) -> tuple[float, float]:
+def _range_of(kind: Any, largest: float, name: str) -> tuple[float, float]:
+    """Black and white. Cameras of 10 and 12 bits write files of 16."""
+    if (end := _range_end(kind)) is None:
+        what = f"{name} holds {kind} values, whose black and white are unknown"
+        raise UserError(f"{what}: train step by step, with --image.value-range.")
+    if end == 65535 and 0 < largest <= 4095:
+        end = 1023.0 if largest <= 1023 else 4095.0
+    return 0.0, end
+
+
+def _range_end(kind: Any) -> float | None:
+    """White, by Pillow's mode or an array's type; None where it is not known."""
     if isinstance(kind, str):
-        return 0.0, 65535.0 if kind.startswith("I") else 255.0
-    if kind.kind == "u":
-        return 0.0, float(np.iinfo(kind).max)
-    what = f"{name} holds {kind} values, whose black and white are unknown"
-    raise UserError(f"{what}: train step by step, with --image.value-range.")
+        return 65535.0 if kind.startswith("I") else 255.0
+    return float(np.iinfo(kind).max) if kind.kind == "u" else None
 
 
 def _small(picture: Picture) -> Image.Image | None:
@@ -246,9 +258,13 @@ def _choose_image(
     typical = float(np.median(seen.aspects))
     same = np.mean(abs(np.log(seen.aspects / typical)) < 0.1)
     height = width = side
-    if same >= 0.9 and abs(np.log(typical)) > 0.1:
-        width = max(multiple, round(side * min(1.0, typical) / multiple) * multiple)
-        height = max(multiple, round(side / max(1.0, typical) / multiple) * multiple)
+    if same >= 0.9 and abs(np.log(typical)) > 0.1:  # of as many pixels as the square
+        sides = side * typical**0.5, side / typical**0.5
+        short = seen.short_side
+        own = round(short * max(1.0, typical)), round(short * max(1.0, 1 / typical))
+        if all(length % multiple == 0 for length in own) and math.prod(own) < 1.6 * side**2:
+            sides = own
+        width, height = (max(1, round(length / multiple)) * multiple for length in sides)
     device = "a GPU" if on_gpu else "a CPU"
     why = (
         f"the shorter sides are {seen.short_side:.0f} pixels in the median, training is on {device}"
@@ -256,6 +272,8 @@ def _choose_image(
     if "size" in given:
         (height, width), why = PreprocessingConfig(size=given["size"]).height_width, "as you asked"
     reasons.append(f"{width} x {height} pixels (width x height): {why}")
+    if seen.value_range[1] in (1023, 4095):
+        reasons.append(f"values from 0 to {seen.value_range[1]:.0f}: none is larger, in 16 bits")
 
     # Fit: cutting is fine where little is cut.
     cut = np.mean(loses_much(seen.aspects, PreprocessingConfig(size=(height, width))))

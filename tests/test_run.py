@@ -44,7 +44,8 @@ def test_pictures_of_all_shapes_are_padded_and_equal_shapes_kept(tmp_path: Path)
     assert chosen_image(wide_and_tall)["fit"] == "pad"
     assert "fit" not in chosen_image(wide_and_tall, fit="crop")
     faces = make_pictures(tmp_path / "b", [(96, 128)] * 30)
-    assert chosen_image(faces)["size"] == [64, 48]
+    assert chosen_image(faces)["size"] == [72, 56]  # height, width: about 64 x 64 pixels
+    assert chosen_image(make_pictures(tmp_path / "c", [(24, 40)] * 30))["size"] == [40, 24]
     assert "fit" not in chosen_image(faces)
     assert chosen_image(faces, size=(128,))["size"] == [128]
 
@@ -52,6 +53,16 @@ def test_pictures_of_all_shapes_are_padded_and_equal_shapes_kept(tmp_path: Path)
 def test_small_grey_pictures_stay_small_and_grey(tmp_path: Path) -> None:
     image = chosen_image(make_pictures(tmp_path / "a", [(28, 28)] * 30, "L"))
     assert (image["size"], image["channels"]) == ([32], 1)
+
+
+def test_pictures_of_twelve_bits_in_sixteen_keep_their_contrast(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for i, largest in enumerate((4000, 900)):
+        pixels = np.random.default_rng(i).integers(0, largest, (24, 24)).astype(np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "a" / f"{i}.png")
+    assert chosen_image(tmp_path / "a")["value_range"] == [0, 4095]
+    (tmp_path / "a" / "0.png").unlink()
+    assert chosen_image(tmp_path / "a")["value_range"] == [0, 1023]
 
 
 def test_white_drawings_on_nothing_get_a_background_on_which_they_show(tmp_path: Path) -> None:
