@@ -27,6 +27,8 @@ def part_folders(
     if (folder / CONFIG_NAME).exists() and not (folder / INDEX_NAME).exists():
         what = f"{pipeline} is a model, but a pipeline was expected"
         raise UserError(f"{what}: give the folder that vqvae2 assemble made of all models.")
+    if (folder / "pipeline" / INDEX_NAME).exists() and not (folder / INDEX_NAME).exists():
+        raise UserError(f"{pipeline} is the folder of a whole run: give {pipeline}/pipeline.")
     path, index = folder / INDEX_NAME, read_json(folder / INDEX_NAME)
     names = [index.get("vqvae"), *_as_list(index.get("priors"))]
     for key, name in zip(["vqvae", *["priors"] * (len(names) - 1)], names, strict=True):

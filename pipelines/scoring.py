@@ -263,7 +263,9 @@ class Normal:
         if rank < 1:
             number = math.ceil(1 / rate) - 1
             what = f"a false-alarm rate of {rate:g} takes {number} normal images"
-            raise UserError(f"{what}, but {len(self.scores)} were given to --calibrate.")
+            least = math.ceil(1e4 / (len(self.scores) + 1)) / 1e4
+            given = f"{len(self.scores)} were given to --calibrate"
+            raise UserError(f"{what}, but {given}: give more, or a rate of at least {least:g}.")
         return sorted(self.scores)[-rank], sorted(self.places)[-rank]
 
     def p_values(self, scores: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
@@ -20,8 +21,14 @@ from prior.config import TransformerOptions
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
 from prior.registry import load_prior, make_prior
-from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
+from vqvae2.common.accelerate import (
+    check_same_images,
+    describe_place,
+    make_accelerator,
+    on_main_process,
+)
 from vqvae2.common.artifact import CONFIG_NAME, check_memory
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished, load_first_weights
 from vqvae2.common.loading import ShuffledLoader
@@ -68,6 +75,12 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     if train.vectors is not None and config.init_from is None:
         values = torch.from_numpy(train.vectors[:: 1 + len(train) // 100_000].copy())
         cast(Any, model).vector.normalise_as(values, attributes=bool(network.vector_names))
+    if network.num_classes and train.labels is not None:
+        counts = np.bincount(train.labels, minlength=network.num_classes)
+        if not counts.all():
+            unseen = [network.class_names[i] for i in np.flatnonzero(counts == 0)]
+            text = "%s: no training image shows %s, so samples of that are of no class."
+            logger.warning(text, config.codes, shown(unseen))
     on_main_process(accelerator, partial(run.write, output_dir))
     vectors = describe_vectors(network.vector_size, network.vector_names)
     vectors = f"{vectors}; " if network.vector_size else ""
@@ -76,7 +89,7 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
         f"{len(train)} training rows, {len(validation)} held out, level {network.level} of "
         f"{manifest.num_levels}: {network.num_positions} codes of {network.codebook_sizes[-1]}, "
         f"{network.num_classes or 'no'} classes; {vectors}{millions:.2f} M parameters; "
-        f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
+        f"{describe_place(accelerator)}"
     )
 
     # Train. A forward on held-out rows has at most as many as one in training, which fits.

@@ -356,7 +356,7 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
     [
         (lambda f: None, "The priors lose most, the bottom one of them: train it longer"),
         (lambda f: f.update({"prior gaps": {"bottom": {"training": 3, "held out": 4, "gap": 1}}}),
-         "The priors lose most, the bottom one of them: longer training would not help"),
+         "The priors lose most, the bottom one of them: longer training may not help"),
         (lambda f: set_of(f, "reconstructions").update(distance=10),
          "The autoencoder loses most: train it longer"),
         (lambda f: f.pop("levels"), "The priors lose most: train them longer"),

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from vqvae2.code_noise import CodeNoise
 from vqvae2.codebook_stats import CodebookWatch, perplexity, usage, warn_of_few
-from vqvae2.common.accelerate import check_same_images, make_accelerator, on_main_process
+from vqvae2.common.accelerate import (
+    check_same_images,
+    describe_place,
+    make_accelerator,
+    on_main_process,
+)
 from vqvae2.common.artifact import check_memory
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
@@ -111,7 +116,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
 
     on_main_process(accelerator, write_record)
     millions = model.num_parameters / 1e6
-    place = f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
+    place = describe_place(accelerator)
     logger.info("%s; %.2f M parameters; %s", data.summary, millions, place)
     rows = getattr(data.loader, "dataset", ())  # none, of a stream
     if rows:

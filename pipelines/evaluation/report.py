@@ -144,7 +144,7 @@ def _of_samples(found: Figures) -> list[str]:
                 it, blame = "it", "The prior loses most"
             help_ = f"train {it} longer, or make {it} larger"
             if any(_over_fitted(gap) for name, gap in gaps.items() if worst in ("", name)):
-                help_ = "longer training would not help, because of over-fitting (see below)"
+                help_ = "longer training may not help: training images are known better (see below)"
             lines.append(f"{blame}: {help_}.")
         else:
             lines.append(
@@ -247,8 +247,9 @@ def _of_memory(found: Figures) -> list[str]:
     elif judged:
         worst = max(judged.values(), key=lambda each: each["closer"])
         lines.append(
-            f"No sign of memorisation: {worst['closer']:.0%} of the samples are that close, "
-            f"{worst['expected']:.0%} of held-out images are."
+            f"No sign of memorisation: {worst['closer']:.0%} of the samples are as close to a "
+            f"training image as {worst['expected']:.0%} of held-out images are"
+            f"{', by chance, as there are few' if worst['closer'] > 2 * worst['expected'] else ''}."
         )
     elif spaces:
         lines.append("Whether images were memorised cannot be said: hold out 20 or more.")
@@ -258,7 +259,7 @@ def _of_memory(found: Figures) -> list[str]:
         if _over_fitted(each):
             lines.append(
                 f"The prior of the {name} codes needs {each['training']:.2f} bits for a code of a "
-                f"training image, and {each['held out']:.2f} for others: it has over-fitted; more "
+                f"training image, and {each['held out']:.2f} for others: it over-fits; more "
                 "images, random changes of them, or more dropout would help."
             )
     return lines

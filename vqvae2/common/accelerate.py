@@ -85,6 +85,13 @@ def use_cpu() -> bool:
     return utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
+def describe_place(accelerator: Accelerator) -> str:
+    """What computes, and in which precision: "2 x cuda, bf16"."""
+    number = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    return f"{number}{accelerator.device.type}, {precision}"
+
+
 def on_main_process(state: Any, action: Callable[[], T]) -> T:
     """Return on every process what an action returns on the main one; likewise what it raises, as
     the others must not wait for one that ended. `state` is an Accelerator or a PartialState."""

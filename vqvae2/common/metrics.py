@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vqvae2.common.accelerate import on_main_process
 from vqvae2.common.config import TrainingConfig, from_dict, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import append_text, write_text
-from vqvae2.common.pictures import save_picture, sheet
+from vqvae2.common.pictures import font_for, save_picture, sheet
 from vqvae2.common.vocabulary import TRAINING_RECORD
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
     """Curves of points (x, y) in one frame, whose height the first twentieth does not set."""
     # The frame and the ranges of both axes.
     panel = Image.new("RGB", PANEL, "white")
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(panel), font_for([title, x_name, *curves], 11)
     draw.rectangle(FRAME, outline="#bbbbbb")
     left, top, right, bottom = FRAME
     first, last = _range(x for points in curves.values() for x, _ in points)

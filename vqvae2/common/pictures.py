@@ -1,8 +1,10 @@
 """Pictures for people: tensors to PIL images, and sheets of them with names beside the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -12,6 +14,7 @@ from torch import Tensor
 from vqvae2.common.files import whole_file
 
 PAPER = "#b4b4b4"  # images with white edges do not melt into it
+FONTS = "DejaVuSans.ttf", "Arial.ttf", "arial.ttf"  # with the letters of many languages
 GAP = 4  # pixels between the images of a sheet
 NOTE = "vqvae2"  # the key of a text in a PNG that we wrote
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -90,6 +93,15 @@ def in_rows(images: Sequence[Image.Image], columns: int) -> list[Sequence[Image.
     return [images[first : first + columns] for first in range(0, len(images), columns)]
 
 
+def font_for(texts: Iterable[str], size: int) -> Any:
+    """A font for texts: Pillow's own, which is the same on all machines; or, for letters that it
+    lacks, one that the machine has, if it does."""
+    for name in FONTS if not all(text.isascii() for text in texts) else ():
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = ()) -> Image.Image:
     """Rows of equally sized images on one grey page, each row with its name on the left.
 
@@ -99,7 +111,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = ()) -> I
     width, height = rows[0][0].size
     zoom = max(1, -(-48 // max(width, height)))
     width, height = width * zoom, height * zoom
-    font = ImageFont.load_default(size=14)
+    font = font_for(names, 14)
     margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
     columns = max(len(row) for row in rows)
     page_size = (margin + columns * (width + GAP) + GAP, len(rows) * (height + GAP) + GAP)

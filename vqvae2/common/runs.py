@@ -127,7 +127,7 @@ class RunRecord:
             if match := re.fullmatch(r"(\w+)_(hash|sha256)", key):
                 problem = f"holds a run of {HASHED.get(match[1], 'another ' + match[1])}"
                 problem += f" ({key} {str(before)[:12]}, here {str(after)[:12]})"
-                advice = "restore what it was made from to continue it"
+                advice = "restore what that was made from, remove the folder to make it anew"
             raise UserError(f"{folder} {problem}: {advice}, or choose another --output-dir.")
 
         # The same images, by the marks of most: a few may have been repaired meanwhile.

@@ -117,7 +117,7 @@ def read_cell(cell: Any) -> Picture:
         cell = cell.get("bytes")
     if isinstance(cell, Path):
         if not stat.S_ISREG(cell.stat().st_mode):  # opening a pipe or a device may never end
-            raise UserError("it is a folder, a pipe or a device, no file: remove it.")
+            raise UserError("it is a folder, a pipe or a device: give a picture's file.")
         with open(cell, "rb") as file:
             return _decode(file, cell.suffix.lower())
     if not isinstance(cell, bytes):

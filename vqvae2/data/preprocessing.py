@@ -1,5 +1,6 @@
 """From a decoded picture to pixels in the channels, size and range of the configuration."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vqvae2.common.pictures import MODES
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.decoding import Picture, first_line, read_picture_file
 
+logger = logging.getLogger(__name__)
 Window = tuple[float, float, float, float]
 """A part of a picture: left, top, right, bottom in pixels."""
 
@@ -47,6 +49,8 @@ def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
         check(fits, "the images' shape", tuple(given.shape), allowed.format(*shape))
         most = round(images.abs().max().item(), 3)
         check(most <= 1, "the images' largest value", most, "at most 1, as they are in [-1, 1]")
+        if given.is_floating_point() and images.min() >= 0 and most > 0:
+            logger.warning("no value of these images is below 0: are they in [-1, 1], as expected?")
         return images
 
     # Pictures, one after the other: each error says which it is about.
