@@ -305,6 +305,8 @@ def test_a_pipeline_is_told_from_its_parts(
     assert "is a pipeline, but a model was expected: give a part" in capsys.readouterr().err
     run_here("score", "--pipeline", run / "pipeline" / "vqvae", *words, code=2)
     assert "is a model, but a pipeline was expected" in capsys.readouterr().err
+    run_here("score", "--pipeline", run, *words, code=2)
+    assert f"is the folder of a whole run: give {run}/pipeline" in capsys.readouterr().err
 
 
 def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,9 @@ def copy_to(folder: Path, photos: Path, *targets: Callable[[int], str]) -> None:
             copy.write_bytes(path.read_bytes())
 
 
-def test_pictures_from_python_are_prepared_as_in_training(tmp_path: Path) -> None:
+def test_pictures_from_python_are_prepared_as_in_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Paths, PIL images and arrays, one or several; prepared images pass."""
     path = tmp_path / "a.png"
     picture("RGBA").save(path)
@@ -79,6 +81,9 @@ def test_pictures_from_python_are_prepared_as_in_training(tmp_path: Path) -> Non
         assert torch.equal(as_images(given, GREY), expected.repeat(2, 1, 1, 1))
     assert torch.equal(as_images(expected.double().numpy(), GREY), expected)
     assert torch.equal(as_images(torch.from_numpy(prepare(picture(), GREY)), GREY), expected)
+    assert not caplog.text
+    as_images((expected + 1) / 2, GREY)  # as other libraries have them
+    assert "no value of these images is below 0" in caplog.text
 
 
 def test_what_is_no_image_is_one_sentence(tmp_path: Path) -> None:

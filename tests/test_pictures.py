@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pipelines.pictures import sample_sheet
 from tests.images import load
 from vqvae2.common.errors import UserError
-from vqvae2.common.pictures import difference, file_suffix, read_note, save_image, to_pixels
+from vqvae2.common.pictures import (
+    difference,
+    file_suffix,
+    font_for,
+    read_note,
+    save_image,
+    to_pixels,
+)
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change
 from vqvae2.data.decoding import BadImage, read_cell, read_picture_file
@@ -173,6 +180,17 @@ def test_a_sheet_has_whole_rows_of_at_most_eight_that_stand_out(number: int, cla
     shown = height * width
     assert shown > 0.85 * number or (classes > 20 and height == 20)
     assert classes or height <= 2 * width
+
+
+def test_names_are_written_in_letters_that_the_font_has() -> None:
+    """Pillow's own has no umlaut; a machine without another font shows boxes."""
+    own, other = font_for(["coat"], 14), font_for(["M\u00e4ntel"], 14)
+    assert own.getname() == ImageFont.load_default(14).getname()
+    with mock.patch("vqvae2.common.pictures.FONTS", ("none.ttf",)):
+        assert font_for(["M\u00e4ntel"], 14).getname() == own.getname()
+    if other.getname() != own.getname():
+        boxes = other.getmask("\uffff"), other.getmask("\ufffe")
+        assert bytes(other.getmask("\u00e4")) not in map(bytes, boxes)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_thresholds_hold_what_they_promise() -> None:
         assert (new > at) == (stored.p_values(np.array([new]))[0] <= 0.1)
     assert marked / 2000 == pytest.approx(0.1, abs=0.02)
     assert marked_places == marked
-    with pytest.raises(UserError, match=r"rate of 0.001 takes 999 normal images, but 99"):
+    with pytest.raises(UserError, match=r"rate of 0.001 takes 999 normal .* at least 0.01\."):
         stored.thresholds(0.001)
 
 
