@@ -65,11 +65,17 @@ class Glance:
     largest: float  #: of its values, if they are of 16 bits
 
 
-def look(data: ImagesConfig, background: str = "white", channels: int | None = None) -> Look:
+def look(
+    data: ImagesConfig,
+    background: str = "white",
+    channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> Look:
     """Open the source and read some of its pictures.
 
     Args:
         channels: of arrays, if it is known.
+        value_range: the values of black and white, if they are known.
 
     Raises:
         UserError: no images, a stream, pictures of several kinds, arrays whose channel axis cannot
@@ -97,7 +103,7 @@ def look(data: ImagesConfig, background: str = "white", channels: int | None = N
         logger.warning(f"{what}: {advice}.", table.name, broken, len(rows))
     largest = max(glance.largest for glance in glances)
     kinds = {glance.kind for glance in glances}
-    ranges = {_range_of(kind, largest, table.name) for kind in kinds}
+    ranges = {value_range or _range_of(kind, largest, table.name) for kind in kinds}
     if len(ranges) > 1:
         raise UserError(f"{table.name} holds 8-bit and other pictures: convert them to one kind.")
     first = glances[0]
@@ -139,7 +145,7 @@ def _range_of(kind: Any, largest: float, name: str) -> tuple[float, float]:
     """Black and white. Cameras of 10 and 12 bits write files of 16."""
     if (end := _range_end(kind)) is None:
         what = f"{name} holds {kind} values, whose black and white are unknown"
-        raise UserError(f"{what}: train step by step, with --image.value-range.")
+        raise UserError(f"{what}: give --image.value-range, such as 0 1.")
     if end == 65535 and 0 < largest <= 4095:
         end = 1023.0 if largest <= 1023 else 4095.0
     return 0.0, end

@@ -592,10 +592,17 @@ class ChosenImageConfig(Config):
     """Height and width in pixels, or one number for both."""
     channels: int | None = None
     """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha."""
+    value_range: tuple[float, ...] = ()
+    """The values of black and white, where they cannot be told: 0 1 for floats between."""
     fit: Literal["crop", "pad", "stretch"] | None = None
     """crop the centre, pad with the background, or stretch."""
     background: str | None = None
     """Colour behind padding and transparency."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = not self.value_range or len(self.value_range) == 2
+        check(fits, "value_range", self.value_range, "two rising numbers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,25 @@ def test_pictures_of_twelve_bits_in_sixteen_keep_their_contrast(tmp_path: Path) 
     assert chosen_image(tmp_path / "a")["value_range"] == [0, 1023]
 
 
+def test_floats_need_their_range_from_a_flag_or_a_recipe(tmp_path: Path) -> None:
+    np.save(tmp_path / "stack.npy", np.random.default_rng(0).random((60, 16, 16, 1), np.float32))
+    words = ["--data.path", str(tmp_path / "stack.npy"), "--output-dir", "o"]
+    with pytest.raises(UserError, match=r"unknown: give --image\.value-range"):
+        make_recipe(parse("run", words))
+    recipe, image = tmp_path / "mine.yaml", {"value_range": [0, 1]}
+    recipe.write_text(yaml.safe_dump({"train": {"model": {"image": image}}}))
+    with mock.patch("pipelines.commands.run.step_seconds", return_value=1.0):
+        for more in (["--image.value-range", "0", "1"], ["--config", str(recipe)]):
+            chosen = yaml.safe_load(make_recipe(parse("run", [*words, *more]))[0])
+            assert chosen["train"]["model"]["image"]["value_range"] == [0, 1]
+    for wrong in (["--image.value-range", "1"], ["--image.value-range", "1", "0"]):
+        with pytest.raises(UserError, match="must be two rising numbers"):
+            make_recipe(parse("run", [*words, *wrong]))
+    recipe.write_text(yaml.safe_dump({"train": {"model": {"image": {"value_range": [1]}}}}))
+    with pytest.raises(UserError, match="value-range"):
+        make_recipe(parse("run", [*words, "--config", str(recipe)]))
+
+
 def test_white_drawings_on_nothing_get_a_background_on_which_they_show(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for i in range(20):

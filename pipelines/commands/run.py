@@ -124,7 +124,7 @@ def choose_for(
     """What suits the images, what a recipe of the user's own says, and what was seen of them; see
     `choose` for `multiple`."""
     image, recipe = config.image, load_recipe(config.recipe) if config.recipe else {}
-    seen, asked = look(config.data, image.background or "white", image.channels), {}
+    asked: dict[str, Any] = {}
     for field in fields(config.image):
         value = getattr(config.image, field.name)
         if value is not None and value != ():
@@ -135,9 +135,16 @@ def choose_for(
         recipe = merged(recipe, {"train": {"model": {"image": asked}}})
     if config.flips != "auto":
         recipe = merged(recipe, flipped(config.flips == "yes"))
-    strides = ((recipe.get("train") or {}).get("model") or {}).get("strides")
-    with suppress(TypeError):  # of strides that are none, which is said later
-        multiple = max(multiple, math.prod(strides or ()))
+
+    # What is known before the images are seen; what is wrong with it is said later.
+    model = (recipe.get("train") or {}).get("model") or {}
+    value_range: Any = None
+    with suppress(AttributeError, TypeError):
+        multiple = max(multiple, math.prod(model.get("strides") or ()))
+        value_range = tuple((model.get("image") or {}).get("value_range") or ())
+    if value_range is not None and len(value_range) != 2:
+        value_range = None
+    seen = look(config.data, image.background or "white", image.channels, value_range)
     choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
     if config.recipe:
         choice.reasons.insert(0, f"where the recipe {config.recipe} says otherwise, it counts")
