@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.artifact import content_hash
+from vqvae2.common.config import suggest
 from vqvae2.common.errors import UserError
 from vqvae2.common.vocabulary import describe_vectors
 from vqvae2.data.decoding import readable
-from vqvae2.data.splits import few, shorten
+from vqvae2.data.splits import shorten
 
 CONDITIONS_NAME = "conditions.npy"
 
@@ -95,7 +96,7 @@ def _named(row: Sequence[Any], size: int, names: Sequence[str]) -> list[float]:
     unknown = [name for name in row if str(name) not in names]
     if unknown:
         what = f"no attribute is named {shorten(unknown[0])}"
-        raise UserError(f"{what}: give some of {few(names)}.")
+        raise UserError(f"{what}; {suggest(str(unknown[0]), names)}.")
     given = set(map(str, row))
     return [float(name in given) for name in names]
 
