@@ -34,6 +34,7 @@ from vqvae2.data.vectors import read_vector
 logger = logging.getLogger(__name__)
 
 AHEAD = 3  # batches that are decoded while one is trained on
+MOST_LANES = 256  # shards that are open at once; systems allow a thousand files
 MAX_CLASSES = 1 << 20
 NO_LABELS = "none"  # as data.label_column: leave labels alone
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
@@ -385,7 +386,7 @@ class StreamedImages:
     ) -> None:
         self.stream, self.data, self.config, self.seed = stream, data, config, seed
         self.held_out_share, self.on_skipped = held_out_share, on_skipped
-        most = min(batch_size, len(stream))
+        most = min(batch_size, len(stream), MOST_LANES)
         self.num_lanes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
         self.rows_per_lane = batch_size // self.num_lanes
         share = batch_size // num_processes
