@@ -94,6 +94,21 @@ def test_every_parameter_receives_a_gradient(strides: tuple[int, ...], quantizer
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("kind", ["ema", "gradient", "cosine", "fsq"])
+def test_a_model_in_half_precision_encodes_and_decodes(kind: str) -> None:
+    settings = QuantizerConfig(kind=kind, fsq_levels=(4, 3))  # type: ignore[arg-type]
+    model, images = small_model(quantizer=settings), some_images()
+    with torch.no_grad():
+        model(images)  # starts the codebooks
+        expected = model.eval()(images)
+        for half in (torch.bfloat16, torch.float16):
+            reconstruction, levels = model.to(half)(images)
+            assert reconstruction.dtype == half
+            assert torch.equal(reconstruction, model.decode_codes([x.codes for x in levels]))
+            for level, other in zip(levels, expected.levels, strict=True):
+                assert (level.codes == other.codes).float().mean() > 0.8
+
+
 def test_layers_are_those_of_the_widely_used_implementation() -> None:
     """With codes of its dimension, on RGB images: weights of each convolution, from the table."""
 

@@ -98,7 +98,7 @@ class VQVAE2(Artifact, nn.Module):
             raise UserError(f"images of {height} x {width}: resize to sides divisible by {stride}.")
 
         # Going up, from the bottom to the top.
-        features = images.contiguous(memory_format=torch.channels_last)
+        features = images.to(self.last_layer.dtype).contiguous(memory_format=torch.channels_last)
         features_per_level: list[Tensor] = []  # (B, E, h, w) each, fine to coarse
         for encoder in reversed(self.encoders):
             features = encoder(features)
@@ -149,6 +149,7 @@ class VQVAE2(Artifact, nn.Module):
 
     def _extend(self, context: Tensor | None, level: int, embeddings: Tensor) -> Tensor:
         """The context of `level`: the coarser context upsampled to its grid, and its embeddings."""
+        embeddings = embeddings.to(self.last_layer.dtype)  # of a model in bf16, say
         embeddings = embeddings.contiguous(memory_format=torch.channels_last)
         if context is None:
             return embeddings

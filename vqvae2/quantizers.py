@@ -120,9 +120,9 @@ class CodebookQuantizer(Quantizer):
                 self._initialise_codebook(constant)
 
             # The nearest codes, and what the encoder and the codebook pay for the distance.
-            megabytes = self.config.search_megabytes
-            codes = nearest(constant, self.codebook.detach(), megabytes=megabytes)  # (N,)
-            embeddings = F.embedding(codes, self.codebook)  # (N, D)
+            megabytes, codebook = self.config.search_megabytes, self.codebook.to(features.dtype)
+            codes = nearest(constant, codebook.detach(), megabytes=megabytes)  # (N,)
+            embeddings = F.embedding(codes, codebook)  # (N, D)
             loss = self.config.beta * F.mse_loss(vectors, embeddings.detach())
             if self.by_gradient:
                 loss = loss + F.mse_loss(embeddings, constant)
