@@ -46,12 +46,13 @@ def show_messages(level: int = logging.INFO) -> None:
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
     """tqdm's bar, shown by the first process only, and not after a quiet `show_messages`; where
-    stderr is no terminal, a line now and then."""
+    stderr is no terminal, a line now and then. None where there is nothing to do."""
     from tqdm.auto import tqdm
 
     if not sys.stderr.isatty():
         options = {"mininterval": 30, "maxinterval": 60, **options}
-    if not is_first_process() or logging.getLogger(PACKAGES[0]).level > logging.INFO:
+    nothing = options.get("total") == 0
+    if nothing or not is_first_process() or logging.getLogger(PACKAGES[0]).level > logging.INFO:
         options["disable"] = True
     return tqdm(*arguments, **options)
 
