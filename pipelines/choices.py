@@ -278,8 +278,8 @@ def _choose_image(
     if "size" in given:
         (height, width), why = PreprocessingConfig(size=given["size"]).height_width, "as you asked"
     reasons.append(f"{width} x {height} pixels (width x height): {why}")
-    if seen.value_range[1] in (1023, 4095):
-        reasons.append(f"values from 0 to {seen.value_range[1]:.0f}: none is larger, in 16 bits")
+    if seen.value_range[1] in (1023, 4095) and "value_range" not in given:
+        reasons.append(f"values from 0 to {seen.value_range[1]:.0f}, as of 10 or 12 bits in 16")
 
     # Fit: cutting is fine where little is cut.
     cut = np.mean(loses_much(seen.aspects, PreprocessingConfig(size=(height, width))))

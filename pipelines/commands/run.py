@@ -152,8 +152,11 @@ def choose_for(
 
 
 def recipe_facts(config: ChosenConfig) -> dict[str, str]:
-    """A hash of the user's own recipe, for a run's record."""
-    return {"recipe_hash": content_hash(load_recipe(config.recipe), ())} if config.recipe else {}
+    """A hash of the user's own recipe, if there is one, for a run's record."""
+    if not config.recipe:
+        return {}
+    said = repr(load_recipe(config.recipe))  # YAML holds values that JSON does not
+    return {"recipe_hash": content_hash(said, ())}
 
 
 def threads_for(stage: Stage) -> int:
