@@ -94,6 +94,8 @@ class Extractor:
     def _features(self, images: Tensor) -> Tensor:
         try:
             features = self.network.features(images.to(self.device))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # of a network of the user's own
             what = f"{self.name} cannot compute features of {tuple(images.shape)} images"
             reason = " ".join(str(error).split())
