@@ -107,7 +107,7 @@ def test_a_model_in_half_precision_encodes_and_decodes(kind: str) -> None:
             assert torch.equal(reconstruction, model.decode_codes([x.codes for x in levels]))
             for level, other in zip(levels, expected.levels, strict=True):
                 assert (level.codes == other.codes).float().mean() > 0.8
-    wide = small_model(network="resnet", hidden_channels=128).to(torch.bfloat16)
+    wide = small_model(network="resnet", hidden_channels=128).to(torch.bfloat16).eval()
     assert wide(images).reconstruction.requires_grad
 
 
