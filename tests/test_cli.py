@@ -174,6 +174,24 @@ def test_reconstruct_keeps_names_and_tells_training_images(
     assert f"{bags[0].name}.png" in names_in(tmp_path / "out" / "mine" / "images" / "a")
 
 
+def test_more_images_do_not_change_whose_reconstruction_a_file_is(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
+    """A list of absolute paths: the folder that holds all of them is not that of the first."""
+    first, second, *_ = sorted((photos / "bag").glob("*.png"))
+    for path, copy in ((first, "a/1.png"), (second, "1.png")):
+        (tmp_path / copy).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / copy)
+    (tmp_path / "list.csv").write_text(f"path\n{tmp_path}/a/1.png\n{tmp_path}/1.png\n")
+    command = ("reconstruct", "--vqvae", run / "vqvae", "--data.path", tmp_path / "list.csv")
+    for folder, number in (("grown", 1), ("grown", 2), ("at once", 2)):
+        run_here(*command, "--num-images", number, "--output-dir", tmp_path / folder)
+    grown, at_once = tmp_path / "grown" / "images", tmp_path / "at once" / "images"
+    for name in ("a/1.png", "1.png"):
+        assert (grown / name).read_bytes() == (at_once / name).read_bytes()
+    assert (grown / "a/1.png").read_bytes() != (grown / "1.png").read_bytes()
+
+
 def test_a_training_on_a_pattern_of_files_is_found_again(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +265,10 @@ def test_what_comes_next_of_what_lies_elsewhere(
         (
             "reconstruct --vqvae someone/model --data.path b --output-dir out",
             "extract --vqvae someone/model --data.path b --output-dir model_codes",
+        ),
+        (
+            "sample --pipeline p --compile True --num-images 3 --output-dir out",
+            "sample --pipeline p --compile True --num-images 6 --output-dir out",
         ),
     ):
         command, words = split_command(line.split())

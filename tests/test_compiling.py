@@ -99,3 +99,22 @@ def test_a_training_that_went_past_its_trial_by_a_flag_goes_on(train: Callable) 
     with pytest.raises(RuntimeError, match="power failure"):
         train("mixed", breaks_at=11, choice=False)
     assert train("mixed") == {11: False, 12: False}
+
+
+def test_time_without_steps_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations of 100 s would make every step look as slow, compiled or not."""
+    now = [0.0]
+    monkeypatch.setattr(compiling.CompileTrial, "_now", lambda self: now[0])
+    trial = compiling.CompileTrial(
+        Dropout(), torch.device("cpu"), "auto", tmp_path, lambda action: action()
+    )
+    trial.begin(0)
+    for step in range(1, 9):
+        trial.before_step(step)
+        now[0] += 0.5 if step > 4 else 1.0
+        trial.after_step(step, 1000)
+        now[0] += 100
+        trial.leave_out(100)
+    record = read_json(tmp_path / compiling.RECORD)
+    assert record["before"] == pytest.approx(1.0)
+    assert record["compiled"]

@@ -1,6 +1,7 @@
 """Perceptual and adversarial terms: who learns from what and when, and what weights are needed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_before_its_start_the_discriminator_learns_and_does_not_count() -> None:
         same = [torch.allclose(one, other, rtol=1e-9, atol=0) for one, other in both]
         assert all(same) if number <= 7 else not any(same[-4:])
         assert all(gradient.any() for gradient in gradients(pair.discriminator))
+
+
+def test_the_start_and_the_ramp_are_counted_in_steps_of_several_parts() -> None:
+    ramps: list[list[float]] = []
+    for parts in (1, 4):
+        model = VQVAE2(VQVAE2Config(**(SMALL | {"image": PreprocessingConfig(size=(32,))})))
+        pair = AdversarialPair(model, replace(ADVERSARY, start_step=3), parts).double()
+        ramps.append([])
+        for step in (1, 3, 4, 3 + RAMP // 2, 3 + RAMP):
+            pair.num_forwards.fill_((step - 1) * parts)
+            pair.number = None
+            output = pair(IMAGES)
+            assert (output.fooling is None) == (step <= 3)
+            ramps[-1].append(output.ramp.item())
+    assert ramps[0] == ramps[1] == pytest.approx([0, 0, 1 / RAMP, 0.5, 1])
 
 
 def test_a_logit_depends_on_one_image_alone() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from vqvae2.common.files import read_json, write_json
 from vqvae2.common.threads import set_threads
 from vqvae2.config import QuantizerConfig
 from vqvae2.losses import make_loss
-from vqvae2.nearest import nearest
+from vqvae2.nearest import nearest, neighbours
 from vqvae2.quantizers import Quantized
 from vqvae2.resnet import Attention, GroupNorm, Upsample
 
@@ -190,6 +191,15 @@ def test_noise_replaces_codes_by_neighbours_in_its_share_of_the_images() -> None
     assert torch.corrcoef(torch.stack([top, bottom]))[0, 1] > 0.8
     noisy.num_forwards += 1
     assert not torch.equal(noisy._noise(levels)[0], noise[0])
+
+    # Codebooks that stay are searched once, and give the same.
+    fixed = CodeNoise(noisy.autoencoder, 0.4, decoder_only=True)
+    with mock.patch("vqvae2.code_noise.neighbours", wraps=neighbours) as search:
+        for number in (0, 1, 0):
+            fixed.num_forwards.fill_(number)
+            again = fixed._noise(levels)
+    assert search.call_count == 2
+    assert all(map(torch.equal, again, noise))
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient", "cosine", "fsq"])

@@ -82,19 +82,24 @@ class CodeNoise(nn.Module):
         codebook_sizes = self.config.codebook_size_per_level
         together = zip(quantizers, levels, others, codebook_sizes, strict=True)
         for quantizer, level, number, size in together:
-            near = self._near.get(quantizer)
-            if near is None:
-                every = torch.arange(size, device=number.device)
-                codebook = quantizer.lookup(every[None, None])[0, :, 0].T  # (K, D)
-                near = neighbours(codebook, min(math.ceil(size * NEAR), size - 1))  # (K, n)
-            if self.decoder_only:  # they stay neighbours
-                self._near[quantizer] = near
+            near = self._neighbours(quantizer, size, number.device)
             codes = level.codes.flatten(start_dim=1)  # (B, h*w)
             neighbour = near[codes, (number >> 20) % near.shape[1]]
             codes = torch.where(_uniform(number) < replaced, neighbour, codes)
             new = quantizer.lookup(codes.view_as(level.codes))
             noise.append(new - quantizer.lookup(level.codes))
         return noise
+
+    def _neighbours(self, quantizer: Any, size: int, device: torch.device) -> Tensor:
+        """The neighbours `(K, n)` of each code; of codebooks that stay they are found once."""
+        if quantizer in self._near:
+            return self._near[quantizer]
+        every = torch.arange(size, device=device)
+        codebook = quantizer.lookup(every[None, None])[0, :, 0].T  # (K, D)
+        near = neighbours(codebook, min(math.ceil(size * NEAR), size - 1))
+        if self.decoder_only:
+            self._near[quantizer] = near
+        return near
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the autoencoder's networks (torch.compile, in place)."""

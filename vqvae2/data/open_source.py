@@ -487,7 +487,8 @@ def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a list, by the file's suffix; spaces around names and values do not count."""
-    with readable(str(path), "read as a list", "check the file, which must be UTF-8"):
+    text = "" if path.suffix == ".parquet" else ", which must be UTF-8"
+    with readable(str(path), "read as a list", f"check the file{text}"):
         if path.suffix == ".parquet":
             rows: list[Any] = open_parquet(path).read().to_pylist()
         else:

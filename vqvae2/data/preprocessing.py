@@ -1,6 +1,7 @@
 """From a decoded picture to pixels in the channels, size and range of the configuration."""
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
         most = round(images.abs().max().item(), 3)
         check(most <= 1, "the images' largest value", most, "at most 1, as they are in [-1, 1]")
         if given.is_floating_point() and images.min() >= 0 and most > 0:
-            logger.warning("no value of these images is below 0: are they in [-1, 1], as expected?")
+            _warn_of_range()
         return images
 
     # Pictures, one after the other: each error says which it is about.
@@ -64,6 +65,11 @@ def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
     if not rows:
         raise UserError("there is no image: give one or more.")
     return torch.cat(rows)
+
+
+@cache
+def _warn_of_range() -> None:
+    logger.warning("no value of these images is below 0: are they in [-1, 1], as expected?")
 
 
 def load_picture(given: str | Path | Picture, config: PreprocessingConfig) -> Tensor:
