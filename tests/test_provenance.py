@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 
 from pipelines import VQVAE2Pipeline
+from pipelines.commands import evaluate
 from pipelines.commands.doctor import examine
 from pipelines.conditions import as_vectors
+from pipelines.evaluation import classifier
 from prior import TrainPriorConfig, load_prior
 from prior.manifest import read_manifest
 from prior.registry import make_prior
@@ -207,7 +210,11 @@ def test_attributes_named_by_numbers_are_names_and_values_are_values() -> None:
 
 
 def test_attributes_travel_from_the_data_to_the_images(
-    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Data with a column of attributes, prepared, and its codes.
     data, codes, index = tmp_path / "photos", tmp_path / "codes", itertools.count()
@@ -277,6 +284,19 @@ def test_attributes_travel_from_the_data_to_the_images(
     assert "no attribute is named 'coat'; did you mean 'coa'?" in refused(
         capsys, *sample, "--attributes", "coat", "--output-dir", tmp_path / "d"
     )
+
+    # Samples to evaluate take the images' conditions: of others they are not those.
+    evaluation = ("evaluate", *pipeline, "--data.path", data, *column)
+    monkeypatch.setattr(classifier, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(evaluate.Subject, "sample", mock.Mock(side_effect=UserError("enough")))
+    command(*evaluation, "--output-dir", tmp_path / "e", code=2)
+    assert "enough" in capsys.readouterr().err
+    rows[0]["x"] = [*rows[0]["x"], *({"third", "dre"} - {*rows[0]["x"]})]
+    kept = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command(*evaluation, "--output-dir", tmp_path / "e", code=2)
+    assert "other conditions" in capsys.readouterr().err
+    (data / "metadata.jsonl").write_text(kept)
 
     # The doctor looks at the new input; an image's likelihood and a variation take a condition.
     capsys.readouterr()

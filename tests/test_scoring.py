@@ -129,6 +129,9 @@ def test_two_processes_and_a_killed_one_write_the_same_table(
     with monkeypatch.context() as patch:
         patch.setattr(VQVAE2Pipeline, "score", None)  # nothing is scored again
         command(*arguments, one)
+        (one / "parts").mkdir()  # as if it was killed before it removed them
+        command(*arguments, one)
+    assert not (one / "parts").exists()
     table = pq.read_table(one / "scores.parquet")
     assert table.equals(pq.read_table(two / "scores.parquet"))
     assert (one / "scores.csv").read_bytes() == (two / "scores.csv").read_bytes()
