@@ -225,8 +225,8 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     if command == "plan" and arguments and not arguments[0].startswith("-"):
         planned = arguments.pop(0)
     if command == "plan" and not (asks_for_help or (recipe and not planned)):
-        words = ", ".join(PLANNED)
-        allowed = f"one of {words}, before all flags, or left out beside --config RECIPE"
+        allowed = ", ".join(PLANNED)
+        allowed = f"one of {allowed}, before all flags, or left out beside --config RECIPE"
         check(planned in PLANNED, "vqvae2 plan: the command", planned, allowed)
     known = flag_names(command) + (flag_names(planned) if planned in PLANNED else [])
     for argument in arguments:
