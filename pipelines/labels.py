@@ -1,6 +1,7 @@
 """What a user means by a label: a class by its name or number, or none."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 from unicodedata import normalize
 
@@ -44,7 +45,9 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
             key = normalize("NFC", label)
         if key not in numbers:
             allowed = "" if whole else f"a number from 0 to {len(names) - 1}, or "
-            allowed += f"one of {few(names)}" + ", or none" * can_hide
+            near = get_close_matches(str(label)[:100], names, n=1)
+            allowed += shorten(near[0]) if near else f"one of {few(names)}"
+            allowed += ", or none" * can_hide
             raise UserError(f"label {shorten(label)} names no class, or two: give {allowed}.")
         places.append(numbers[key])
     return places or list(range(len(names)))

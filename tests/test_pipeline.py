@@ -446,6 +446,15 @@ def test_a_label_has_one_meaning(
         assert len(str(error.value)) < 200
 
 
+def test_a_label_is_near_a_class(pipeline: VQVAE2Pipeline) -> None:
+    names = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "sneaker"]
+    with (
+        mock.patch.object(VQVAE2Pipeline, "class_names", names),
+        pytest.raises(UserError, match="give a number from 0 to 6, or 'sneaker', or none"),
+    ):
+        pipeline.label_numbers("sneeker")
+
+
 def test_weights_that_are_no_numbers_are_a_sentence(pipeline: VQVAE2Pipeline) -> None:
     top = pipeline.priors[0].config
     facts = {field.name: getattr(top, field.name) for field in dataclasses.fields(PriorConfig)}
