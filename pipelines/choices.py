@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from prior.config import TransformerConfig, TransformerOptions
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig, PreprocessingConfig
+from vqvae2.data.augmentation import decode, no_change
 from vqvae2.data.decoding import Picture, picture_size, read_cell
 from vqvae2.data.open_source import open_source, refuse_stream
 from vqvae2.data.preprocessing import prepare
@@ -78,8 +79,8 @@ def look(
         value_range: the values of black and white, if they are known.
 
     Raises:
-        UserError: no images, a stream, pictures of several kinds, arrays whose channel axis cannot
-            be told, or no such background colour.
+        UserError: no images, a stream, pictures of several kinds, other channels than given,
+            arrays whose channel axis cannot be told, or no such background colour.
     """
     # The pixels are what they are if they were prepared already.
     assumed = PreprocessingConfig(background=background, channels=channels or 3)
@@ -91,10 +92,12 @@ def look(
 
     # Some pictures. Those that cannot be read are named when all are checked.
     glances: list[Glance] = []
+    readable = 0  # the last row that could be read
     rows = range(0, len(table), math.ceil(len(table) / LOOKED_AT))
     for i in rows:
         with suppress(Exception):  # decoders raise many kinds
             glances.append(_glance(read_cell(table.cells[i])))
+            readable = i
     if not glances:
         raise UserError(f"{table.name}: none of the images can be read: check data.path.")
     if (broken := len(rows) - len(glances)) and data.on_error != "skip":
@@ -111,6 +114,9 @@ def look(
         shape = (*first.size[::-1], first.channels)
         what = f"{table.name} holds arrays of shape {shape}, no axis of which is surely channels"
         raise UserError(f"{what}: set --image.channels.")
+    if channels is not None:  # whether they can be had of these pictures
+        asked = replace(assumed, size=SMALL, value_range=min(ranges))
+        decode(table.name, table.ids[readable], table.cells[readable], asked, no_change)
 
     # What they show; of 8-bit pictures on a small copy.
     sizes = np.array([glance.size for glance in glances], float)

@@ -96,7 +96,7 @@ def _named(row: Sequence[Any], size: int, names: Sequence[str]) -> list[float]:
     unknown = [name for name in row if str(name) not in names]
     if unknown:
         what = f"no attribute is named {shorten(unknown[0])}"
-        raise UserError(f"{what}; {suggest(str(unknown[0]), names)}.")
+        raise UserError(f"{what} ({suggest(str(unknown[0]), names)}).")
     given = set(map(str, row))
     return [float(name in given) for name in names]
 

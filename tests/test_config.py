@@ -154,7 +154,7 @@ def test_configurations_made_in_python_are_held_to_their_types(tmp_path: Path) -
         (
             VQVAE2Config,
             {"image": {"sizes": [8]}},
-            "image: unknown key 'sizes'; did you",
+            "image: unknown key 'sizes' .did you",
         ),
         (
             TrainVQVAEConfig,

@@ -281,7 +281,7 @@ def test_attributes_travel_from_the_data_to_the_images(
     assert drawn.read_bytes() == other.read_bytes()
     other = refused(capsys, *again, "--attributes", "coa", "--output-dir", tmp_path / "other")
     assert "other conditions" in other
-    assert "no attribute is named 'coat'; did you mean 'coa'?" in refused(
+    assert "no attribute is named 'coat' (did you mean 'coa'?)" in refused(
         capsys, *sample, "--attributes", "coat", "--output-dir", tmp_path / "d"
     )
 

@@ -272,6 +272,28 @@ def test_few_pictures_are_kept_of_many(
     assert "1 of 7 images that were looked at cannot be read" in caplog.text
 
 
+def test_impossible_settings_are_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = make_pictures(tmp_path / "a", [(32, 32)] * 30), tmp_path / "run"
+    mine = tmp_path / "mine.yaml"
+    run = ("run", "--data.path", folder, "--output-dir", output)
+    for recipe, message in (
+        ("train: {num_stepz: 5}", f"recipe {mine}: unknown key 'num_stepz' (did you mean"),
+        ("prior_2: {num_steps: 5}", f"recipe {mine} has a section prior_2, but its priors are"),
+    ):
+        mine.write_text(recipe)
+        command(*run, "--config", mine, code=2)
+        assert message in capsys.readouterr().err
+    for flag, value, message in (
+        ("--image.size", 33, "the settings: model: image.size"),
+        ("--image.channels", 9, "it has 3 channels, but image.channels is 9"),
+    ):
+        command(*run, flag, value, code=2)
+        assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_a_recipes_strides_decide_the_size_and_a_dry_run_needs_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,7 +301,7 @@ def test_a_recipes_strides_decide_the_size_and_a_dry_run_needs_no_folder(
     (tmp_path / "mine.yaml").write_text("train: {model: {strides: [4, 4]}}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipelines.commands.run.step_seconds", lambda _: 0.1)
-    monkeypatch.setattr("pipelines.commands.run.plan", lambda _: None)
+    monkeypatch.setattr("pipelines.commands.run.show_needs", lambda *_: None)
     words = ("--data.path", folder, "--budget", "1m")
     texts = []
     for line in (

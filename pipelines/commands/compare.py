@@ -22,6 +22,7 @@ from pipelines.commands.run import (
     merged,
     recipe_facts,
     run_stages,
+    settings_of,
     start_stage,
     threads_for,
     with_given,
@@ -138,7 +139,7 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     choice, given, seen = choose_for(config, MULTIPLE)
     for level in (0, 1):  # any level's are like those of the last
         choice.recipe[f"prior_{level}"]["transformer"] |= SMALL
-    recipe, stages = with_given(choice.recipe, given, seen)
+    recipe, stages = with_given(choice.recipe, given, seen, settings_of(config))
     model: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
     if model.strides != STRIDES["two levels"] or model.quantizer.kind == "fsq":
         what = f"the recipe {config.recipe} sets model.strides, or the quantizer fsq"
@@ -155,7 +156,7 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     for name, sizes in equal_sizes(model).items():
         levels = {"strides": [*STRIDES[name]], "codebook_sizes": [*sizes]}
         own = merged(given, {"train": {"model": levels}})
-        recipe, stages = with_given(choice.recipe, own, seen)
+        recipe, stages = with_given(choice.recipe, own, seen, settings_of(config))
         network: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
         reasons = [*choice.reasons, f"but, to compare, {name}: {network.summary()}"]
         bits = bits_of(network.grids, network.codebook_size_per_level)

@@ -8,7 +8,6 @@ import math
 import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -22,8 +21,8 @@ from pipelines.choices import MULTIPLE, Choice, Look, choose, flipped, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
 from pipelines.config import ChosenConfig, PlanConfig, RunConfig
 from pipelines.next_steps import flags
-from pipelines.plan.command import plan, step_seconds
-from pipelines.plan.stages import Stage, stages_of
+from pipelines.plan.command import show_needs, step_seconds
+from pipelines.plan.stages import Stage, trainings_of
 from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
@@ -95,21 +94,19 @@ def show_plan(config: RunConfig) -> None:
     """Print what would be chosen, and what it needs."""
     text, seen = make_recipe(config)
     print(text)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, RECIPE)
-        path.write_text(text)
-        image = load_recipe(str(path))["train"]["model"]["image"]
-        share = 0 if seen.has_own_split else image.get("validation_fraction", 0.05)
-        facts: dict[str, Any] = {"num_images": round((1 - share) * seen.number)}
-        facts["num_classes"] = len(seen.class_names)
-        plan(PlanConfig(recipe=str(path), planned=None, **facts))
+    recipe = yaml.safe_load(text)
+    image = recipe["train"]["model"]["image"]
+    share = 0 if seen.has_own_split else image.get("validation_fraction", 0.05)
+    num_images, num_classes = round((1 - share) * seen.number), len(seen.class_names)
+    stages = trainings_of(recipe, settings_of(config), num_images, num_classes)
+    show_needs(PlanConfig(planned=None), stages)
 
 
 def make_recipe(config: RunConfig) -> tuple[str, Look]:
     """The recipe for these images and this machine as YAML, its reasons as comments."""
     parse_time(config.budget)  # before anything is read
     choice, given, seen = choose_for(config)
-    recipe, stages = with_given(choice.recipe, given, seen)
+    recipe, stages = with_given(choice.recipe, given, seen, settings_of(config))
     nothing_to_guide = not seen.class_names and config.data.condition_column is None
     if nothing_to_guide and (recipe.get("sample") or {}).pop("guidance_scale", None):
         choice.reasons.append("no guidance: the images have no classes")
@@ -149,6 +146,11 @@ def choose_for(
     if config.recipe:
         choice.reasons.insert(0, f"where the recipe {config.recipe} says otherwise, it counts")
     return choice, recipe, seen
+
+
+def settings_of(config: ChosenConfig) -> str:
+    """What the settings are called in a message."""
+    return f"recipe {config.recipe}" if config.recipe else "the settings"
 
 
 def recipe_facts(config: ChosenConfig) -> dict[str, str]:
@@ -223,28 +225,20 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_given(
-    chosen: dict[str, Any], given: dict[str, Any], seen: Look
+    chosen: dict[str, Any], given: dict[str, Any], seen: Look, where: str
 ) -> tuple[dict[str, Any], list[Stage]]:
     """The chosen recipe in which what a recipe of the user's own says comes first, with a section
-    for each level that there will be; and its trainings."""
+    for each level that there will be; and its trainings. `where` begins a message about them."""
     # The prior that was chosen may be any level's; what is given for train-prior holds for all.
     chosen, given = {**chosen}, {**given}
     prior, for_all = chosen.pop("prior_1"), given.pop("train-prior", None) or {}
     recipe = merged(chosen, {name: section or {} for name, section in given.items()})
-    stages = stages_to_come(recipe, seen)
+    num_classes = len(seen.class_names)
+    stages = trainings_of(recipe, where, num_classes=num_classes)
     for stage in stages[1:]:
         own = merged(for_all, given.get(stage.name) or {})
         recipe[stage.name] = merged(prior, own)
-    return recipe, stages_to_come(recipe, seen)
-
-
-def stages_to_come(recipe: dict[str, Any], seen: Look) -> list[Stage]:
-    """The trainings of a recipe."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, RECIPE)
-        path.write_text(yaml.safe_dump(recipe))
-        classes = len(seen.class_names)
-        return stages_of(PlanConfig(recipe=str(path), planned=None, num_classes=classes))
+    return recipe, trainings_of(recipe, where, num_classes=num_classes)
 
 
 def set_steps(section: dict[str, Any], steps: int) -> None:

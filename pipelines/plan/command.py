@@ -24,6 +24,11 @@ UNITS = {"years": 365 * DAY, "days": DAY, "hours": 3600, "minutes": 60, "seconds
 
 def plan(config: PlanConfig) -> None:
     """Print what each stage needs, and a verdict; a `UserError` names an impossible setting."""
+    show_needs(config, stages_of(config))
+
+
+def show_needs(config: PlanConfig, stages: list[Stage]) -> None:
+    """Print what each of these stages needs where the command is to run, and a verdict."""
     # What is planned for.
     kind = config.device.replace("auto", "cpu" if use_cpu() else "cuda")
     here, memory = kind == "cpu" or torch.cuda.is_available(), config.memory_gibibytes
@@ -32,7 +37,7 @@ def plan(config: PlanConfig) -> None:
     if memory is None:
         on_gpu = kind == "cuda" and torch.cuda.get_device_properties(0).total_memory
         memory = (on_gpu or machine_memory()) / 2**30
-    stages, needs, speed = stages_of(config), [], 0.0
+    needs, speed = [], 0.0
     lines = [f"On {config.num_devices} x {kind} with {memory:,.1f} GiB:"]
     bar = progress_bar(total=2 * len(stages), leave=False)
 

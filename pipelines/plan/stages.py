@@ -67,8 +67,7 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
     recipe, where = load_recipe(plan.recipe) if plan.recipe else {}, f"recipe {plan.recipe}"
     if isinstance(command, DemoConfig):
         recipe, images = demo_recipe(command.budget), ImagesConfig(path=str(DEMO_IMAGES))
-    section = recipe_section(recipe, "train")
-    train = from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
+    train = _autoencoder_of(recipe, where)
     if isinstance(command, TrainVQVAEConfig):
         if command.finetune == "decoder" and _is_there(str(command.init_from)):
             command = with_finetuned_model(command)
@@ -87,27 +86,49 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         number, num_classes = len(found.train), len(found.class_names)
         others = f"{len(found.validation):,} held out, {num_classes or 'no'} classes"
         print(f"{number:,} training images, {others}")
+
+    # One stage, or all of the recipe.
     if isinstance(command, ExtractConfig):
         return [_extraction_stage(command, network, number or 0, plan.num_devices)]
-
-    # The codes.
-    unknown: dict[str, Any] = {"encoder_hash": "", "rows_hash": "", "preprocessing": None}
-    sizes, classes = network.codebook_size_per_level, tuple(map(str, range(num_classes)))
-    codes = Manifest(grids=network.grids, codebook_sizes=sizes, class_names=classes, **unknown)
+    if isinstance(command, TrainVQVAEConfig):
+        return [_autoencoder_stage(train, number)]
     if isinstance(command, TrainPriorConfig):
-        codes = (
-            read_manifest(Path(command.codes))
-            if _is_there(os.path.abspath(command.codes))
-            else codes
-        )
+        there = _is_there(os.path.abspath(command.codes))
+        codes = read_manifest(Path(command.codes)) if there else _codes_of(network, num_classes)
         return [_prior_stage(command, codes, number or codes.num_train or None)]
-    stages = [_autoencoder_stage(train, number)]
-    number = number and number * len(recipe_section(recipe, "extract").get("views", [""]))
-    for level in map(str, range(0 if command is train else network.num_levels)):
+    return trainings_of(recipe, where, number, num_classes)
+
+
+def trainings_of(
+    recipe: dict[str, Any], where: str, num_images: int | None = None, num_classes: int = 0
+) -> list[Stage]:
+    """The trainings of a recipe: the autoencoder's and each level's prior. `where` begins the
+    message of a `UserError` about a setting."""
+    train = _autoencoder_of(recipe, where)
+    names = [f"prior_{level}" for level in range(train.model.num_levels)]
+    for name in recipe:
+        if name.startswith("prior_") and name not in names:
+            raise UserError(f"{where} has a section {name}, but its priors are {', '.join(names)}.")
+    stages = [_autoencoder_stage(train, num_images)]
+    codes = _codes_of(train.model, num_classes)
+    num_rows = num_images and num_images * len(recipe_section(recipe, "extract").get("views", [""]))
+    for level in map(str, range(train.model.num_levels)):
         section = {**recipe_section(recipe, "train-prior", level), "level": level}
         config = from_dict(TrainPriorConfig, section, where, missing=tyro.MISSING)
-        stages.append(_prior_stage(config, codes, number))
+        stages.append(_prior_stage(config, codes, num_rows))
     return stages
+
+
+def _autoencoder_of(recipe: dict[str, Any], where: str) -> TrainVQVAEConfig:
+    section = recipe_section(recipe, "train")
+    return from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
+
+
+def _codes_of(network: VQVAE2Config, num_classes: int) -> Manifest:
+    """What a code dataset of this autoencoder will say of itself."""
+    unknown: dict[str, Any] = {"encoder_hash": "", "rows_hash": "", "preprocessing": None}
+    sizes, classes = network.codebook_size_per_level, tuple(map(str, range(num_classes)))
+    return Manifest(grids=network.grids, codebook_sizes=sizes, class_names=classes, **unknown)
 
 
 def _is_there(place: str) -> bool:

@@ -241,7 +241,7 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise UserError(f"{where}: unknown key {shown(key)}; {suggest(key, known)}.")
+            raise UserError(f"{where}: unknown key {shown(key)} ({suggest(key, known)}).")
 
     # Every field takes its value from the data, from its default, or from `missing`.
     if missing is not MISSING and not any(missing is known for known in _placeholders):
