@@ -271,6 +271,9 @@ def test_paths_are_expanded_and_never_empty(
     expanded = expand_paths(parse("assemble", words[1:]))
     assert expanded.priors == (f"{tmp_path}/p",)
     assert (expanded.vqvae, expanded.output_dir) == (f"{tmp_path}/x", f"{tmp_path}/out")
+    sample = ["--pipeline", "p", "--output-dir", "~/out", "--labels", "~root", "--attributes", "~"]
+    names = expand_paths(parse("sample", sample))  # names are no paths
+    assert (names.labels, names.attributes) == (("~root",), ("~",))
     train = ["train", "--data.path", "photos", "--output-dir", "out"]
     cases = {
         "output_dir is '', but must be a path": [*train, "--output-dir="],

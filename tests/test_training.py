@@ -231,6 +231,18 @@ def test_a_run_stops_when_its_held_out_loss_has_not_fallen_for_a_while(tmp_path:
     assert (x / "curves.png").stat().st_size
 
 
+def test_a_run_that_stops_early_tells_of_its_last_steps(tmp_path: Path) -> None:
+    model, losses = small_model(), iter([3.0, 1.0, 2.0])
+    intervals = {"validate_every": 2, "log_every": 5, "patience": 1, "num_steps": 20}
+    config = TrainingConfig(batch_size=4, mixed_precision="no", warmup_steps=2, **intervals)
+    accelerator, loader = make_accelerator(config, tmp_path), ShuffledLoader(Images(), 4)
+    loss_fn = make_loss("mse", model.config.codebook_size_per_level)
+    evaluate = lambda _: {"loss": next(losses)}  # noqa: E731
+    fit(accelerator, model, loss_fn, loader, config, tmp_path, evaluate=evaluate)
+    told = [line["step"] for line in metrics(tmp_path) if "learning_rate" in line]
+    assert told == [5, 6]
+
+
 # Nor does how a batch is computed.
 
 

@@ -189,11 +189,16 @@ shown = _Shown().repr
 """A value as Python writes it, of limited length: for messages about what others wrote."""
 
 
+NO_PATHS = {"labels", "attributes"}  # fields of names, which may begin with a ~
+
+
 def expand_paths(config: T, prefix: str = "") -> T:
-    """A configuration with `~` expanded wherever a text begins with it; raises as `expand_path`."""
+    """A configuration with `~` expanded wherever a path begins with it; raises as `expand_path`."""
     changed: dict[str, Any] = {}
     for f in fields(config):  # type: ignore[arg-type]
         value, key = getattr(config, f.name), prefix + f.name
+        if f.name in NO_PATHS:
+            continue
         if is_dataclass(value):
             changed[f.name] = expand_paths(value, f"{key}.")
         elif isinstance(value, str) and value != f.default:

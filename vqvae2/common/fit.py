@@ -141,9 +141,32 @@ def fit(
             result.save_pretrained(output_dir)
 
     trial.begin(state.step)
-    # Threads of ours are bound to their CPUs, but those of a compiler must not be.
-    on_cpu, unbound = accelerator.device.type == "cpu", OwnCpus(bind=False)
-    own_cpus = OwnCpus(bind=on_cpu)
+    own_cpus = OwnCpus(bind=accelerator.device.type == "cpu")
+
+    def report(step: int) -> None:
+        own_cpus.warn()
+        means = metrics.write_means(step, learning_rate(step, config))
+        texts = [f"loss {means['loss']:.4f}", *(f"{n} {means[n]:.0f}" for n in shown)]
+        texts.append(f"{means['images_per_second']:.0f} images/s")
+        texts.append(f"{means['data_wait_share']:.0%} of the time waiting for data")
+        bar.set_postfix_str(", ".join(texts), refresh=False)
+
+    def validate(step: int, evaluate: Evaluate) -> bool:
+        """Write what held-out data say and keep the best weights; whether to stop early."""
+        with torch.no_grad(), accelerator.autocast():
+            held_out = evaluate(result.eval())
+        metrics.write(step, {f"validation/{name}": v for name, v in held_out.items()})
+        once: dict[Any, str] = {}  # of those that are the same number, the first
+        for name, value in held_out.items():
+            once.setdefault(name if name[-1].isdigit() else value, f"{name} {value:.4g}")
+        logger.info("step %d: held out %s", step, ", ".join(once.values()))
+        if config.patience and "loss" not in held_out and step <= config.validation_interval:
+            logger.warning("patience has no effect: the last weights are kept, not the best ones.")
+        is_best = held_out.get("loss", -math.inf) < state.best
+        state.best = min(state.best, held_out.get("loss", state.best))
+        if is_best:
+            main(partial(result.save_pretrained, output_dir))
+        return main(partial(stopped_early, output_dir, config.patience))
 
     with ExitStack() as at_end, _signals() as received, bar:
         at_end.callback(metrics.close)
@@ -163,7 +186,8 @@ def fit(
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 metrics.waited += time.perf_counter() - asked
                 is_complete = part == num_parts - 1  # now processes exchange their gradients
-                cpus = unbound if trial.compiled else own_cpus
+                # Threads of ours are bound to their CPUs, but those of a compiler must not be.
+                cpus = nullcontext() if trial.compiled else own_cpus
                 with cpus, nullcontext() if is_complete else accelerator.no_sync(net):
                     with accelerator.autocast():
                         loss, figures = loss_fn(net, batch)
@@ -181,45 +205,24 @@ def fit(
             trial.after_step(step, num_steps)
 
             # What to do after this step.
-            report = last or step % config.log_every == 0
-            validate = evaluate is not None and (last or step % config.validation_interval == 0)
+            is_time_to_report = last or step % config.log_every == 0
+            is_time_to_validate = evaluate is not None and (
+                last or step % config.validation_interval == 0
+            )
             save = step % config.checkpoint_every == 0
-            stop = agreement.stop(bool(received), ask=report)
+            stop = agreement.stop(bool(received), ask=is_time_to_report)
 
             # Report. Only here does the host wait for the device.
-            if report or validate or save or stop:
+            if is_time_to_report or is_time_to_validate or save or stop:
                 metrics.check_finite(step)
-            if report:
-                own_cpus.warn()
-                means = metrics.write_means(step, learning_rate(step, config))
-                texts = [f"loss {means['loss']:.4f}", *(f"{n} {means[n]:.0f}" for n in shown)]
-                texts.append(f"{means['images_per_second']:.0f} images/s")
-                texts.append(f"{means['data_wait_share']:.0%} of the time waiting for data")
-                bar.set_postfix_str(", ".join(texts), refresh=False)
+            if is_time_to_report:
+                report(step)
 
             # Validate, keep the best, draw: time that does not count in images/s.
             pause = time.perf_counter()
-            if validate and evaluate is not None:
-                with torch.no_grad(), accelerator.autocast():
-                    held_out = evaluate(result.eval())
-                metrics.write(step, {f"validation/{name}": v for name, v in held_out.items()})
-                once: dict[Any, str] = {}  # of those that are the same number, the first
-                for name, value in held_out.items():
-                    once.setdefault(name if name[-1].isdigit() else value, f"{name} {value:.4g}")
-                logger.info("step %d: held out %s", step, ", ".join(once.values()))
-                if (
-                    config.patience
-                    and "loss" not in held_out
-                    and step <= config.validation_interval
-                ):
-                    text = "patience has no effect: the last weights are kept, not the best ones."
-                    logger.warning(text)
-                is_best = held_out.get("loss", -math.inf) < state.best
-                state.best = min(state.best, held_out.get("loss", state.best))
-                if is_best:
-                    main(partial(result.save_pretrained, output_dir))
-                last = last or main(partial(stopped_early, output_dir, config.patience))
-            if validate or last:
+            if evaluate is not None and is_time_to_validate:
+                last = validate(step, evaluate) or last
+            if is_time_to_validate or last:
                 main(partial(save_curves, output_dir))
             if config.picture_every > 0 and (last or step % config.picture_every == 0):
                 main(partial(show, step))
@@ -236,6 +239,8 @@ def fit(
             pause = time.perf_counter() - pause
             metrics.started += pause
             trial.leave_out(pause)
+            if last and not is_time_to_report:  # it was stopped early
+                report(step)
     logger.info("%s: %s.", output_dir, main(partial(conclusion, output_dir, config)))
 
 
