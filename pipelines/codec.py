@@ -75,7 +75,7 @@ class Codec:
     def priors(self) -> list[Prior]:
         """The priors in float64 on the CPU."""
         self.refuse_unhidden()
-        return [copy.deepcopy(prior).cpu().double() for prior in self.pipeline.priors]
+        return [copy.deepcopy(prior).cpu().double().eval() for prior in self.pipeline.priors]
 
     def refuse_unhidden(self, doing: str = "code") -> None:
         """Raise a `UserError` for priors that must be told the classes of images."""

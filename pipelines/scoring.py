@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from prior.base import Prior
 from prior.probes import Rows, nats_per_position
 from prior.vector import with_vectors
-from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.pictures import to_pil
+from vqvae2.common.torch_settings import exact_convolutions
 from vqvae2.model import VQVAE2
 
 ALL = "all"  # labels: every class in turn

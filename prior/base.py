@@ -19,10 +19,10 @@ from prior.cuda_graphs import RecordedCalls, Stepper, as_it_is, eager_stepper, f
 from prior.noise import Noise
 from prior.predictive import Guesses, choose_window, grid_pays, sample_codes
 from prior.sampling import Known, SamplingConfig, check_inputs, guide
-from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import Artifact
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
+from vqvae2.common.torch_settings import evaluating, exact_convolutions
 
 
 def nats_of(logits: Tensor, codes: Tensor) -> Tensor:
@@ -183,12 +183,15 @@ class Prior(Artifact, nn.Module, ABC):
         Raises:
             UserError: see `check_inputs`; or the logits are not finite.
         """
+        # What is asked for.
+        config, codebook_size = self.config, self.config.codebook_sizes[-1]
         sampling = sampling or SamplingConfig()
-        check_inputs(self.config, batch_size, condition, labels, sampling)
+        check_inputs(config, batch_size, condition, labels, sampling, seeds, known)
+        check(window >= 0, "window", window, "0 or more")
         if known is not None and bool(known.mask.all()):
             return known.codes
+
         # An image's noise comes from its seed (an int64 holds 64 bits of it, whatever the sign).
-        config, codebook_size = self.config, self.config.codebook_sizes[-1]
         numbers = torch.from_numpy(np.array([*seeds], dtype=np.uint64).view(np.int64))
         noise = Noise(numbers.to(self.device), config.level, config.num_positions, codebook_size)
         guesses = Guesses(noise, config.num_positions, sampling, known)
@@ -199,30 +202,32 @@ class Prior(Artifact, nn.Module, ABC):
         if sampling.guided and config.vector_size:
             condition[-1][batch_size:] = torch.nan
         if sampling.guided and labels is not None:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-        check(window >= 0, "window", window, "0 or more")
-        width = 1 if plain else self._width(window, copies * batch_size, bf16=bf16)
-        record: Callable = as_it_is
-        if plain:
-            step = self._plain_stepper(copies * batch_size, condition, labels)
-        elif width > 1 and not self.has_windows:
-            step = self._grid_stepper(condition, labels)
-        else:
-            dtype = torch.bfloat16 if bf16 else torch.float32
-            how: Any = {"window": width, "compiled": compiled}
-            step = self.make_stepper(copies * batch_size, condition, labels, dtype, **how)
-            if self.is_recorded(compiled):
-                record = partial(RecordedCalls, is_special=self.starts_row, device=self.device)
-                if compiled:
-                    guesses.compile()
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
 
-        def guided(call: int, first: Tensor, before: Tensor) -> Tensor:
-            logits = step(call, first.repeat(copies), before.repeat(copies, 1))
-            return guide(logits, sampling)
+        # How the logits of a window of positions are computed: without dropout.
+        with evaluating(self):
+            width = 1 if plain else self._width(window, copies * batch_size, bf16=bf16)
+            record: Callable = as_it_is
+            if plain:
+                step = self._plain_stepper(copies * batch_size, condition, labels)
+            elif width > 1 and not self.has_windows:
+                step = self._grid_stepper(condition, labels)
+            else:
+                dtype = torch.bfloat16 if bf16 else torch.float32
+                how: Any = {"window": width, "compiled": compiled}
+                step = self.make_stepper(copies * batch_size, condition, labels, dtype, **how)
+                if self.is_recorded(compiled):
+                    record = partial(RecordedCalls, is_special=self.starts_row, device=self.device)
+                    if compiled:
+                        guesses.compile()
 
-        flat, _ = sample_codes(guided, guesses, width, record)
+            def guided(call: int, first: Tensor, before: Tensor) -> Tensor:
+                logits = step(call, first.repeat(copies), before.repeat(copies, 1))
+                return guide(logits, sampling)
+
+            flat, _ = sample_codes(guided, guesses, width, record)
         codes = flat.unflatten(1, config.grids[-1])  # (B, T) to (B, h, w)
         if int(codes.max()) >= codebook_size:  # drawn from NaN
-            fault = f"the prior of level {self.config.level} gives logits that are not finite"
+            fault = f"the prior of level {config.level} gives logits that are not finite"
             raise UserError(f"{fault}: its weights are damaged; run vqvae2 doctor.")
         return codes

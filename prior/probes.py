@@ -16,7 +16,7 @@ from prior.base import Prior, nats_of
 from prior.config import PriorConfig
 from prior.manifest import CodeDataset
 from prior.vector import with_vectors
-from vqvae2.common.accelerate import exact_convolutions
+from vqvae2.common.torch_settings import evaluating, exact_convolutions
 
 MOST_ROWS = 64  # in one forward; grids of at most this many codes are checked code by code
 MOST_LOGITS = 2**26  # in one forward
@@ -152,8 +152,11 @@ def nats_per_position(prior: Prior, rows: Rows) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _logits(prior: Prior, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes `(few, h, w)` and their logits `(few, K, h, w)`, as many rows at once as fit."""
+    """Codes `(few, h, w)` and their logits `(few, K, h, w)`, as many rows at once as fit; without
+    dropout."""
     for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
         labels = rows.labels[few] if rows.labels is not None else None
         condition = [given[few] for given in rows.condition]
-        yield rows.codes[few], prior(rows.codes[few], condition, labels).float()
+        with evaluating(prior):
+            logits = prior(rows.codes[few], condition, labels)
+        yield rows.codes[few], logits.float()

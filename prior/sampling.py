@@ -91,10 +91,18 @@ class Known(NamedTuple):
 
 
 def check_inputs(
-    config: PriorConfig, batch_size: int, condition: Any, labels: Any, sampling: SamplingConfig
+    config: PriorConfig,
+    batch_size: int,
+    condition: Any,
+    labels: Any,
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    known: Known | None,
 ) -> None:
-    """Raise a `UserError` for a condition, labels or guidance that the prior is not made for."""
+    """Raise a `UserError` for what the prior cannot draw, or not by: a wrong shape, type or value
+    of the condition, labels, seeds and known codes, or guidance that it is not made for."""
     # The shapes of the condition, and the range of the labels.
+    check(batch_size >= 1, "batch_size", batch_size, "at least 1")
     classes, level = config.num_classes, config.level
     expected: list[Any] = [(batch_size, *grid) for grid in config.grids[:-1]]
     if config.vector_size:
@@ -105,12 +113,34 @@ def check_inputs(
     if (labels is None) != (classes == 0):
         raise UserError(f"the prior has {classes} classes: give {'' if classes else 'no '}labels.")
     if labels is not None:
+        check(labels.shape == (batch_size,), "labels' shape", tuple(labels.shape), f"{batch_size},")
         low, high = int(labels.min()), int(labels.max())
         highest = classes if config.label_dropout else classes - 1
         if low < 0 or high > highest:
             raise UserError(f"labels range from {low} to {high}, but must be from 0 to {highest}.")
-
     check_guidance(config, sampling)
+
+    # Seeds and known codes.
+    if len(seeds) != batch_size:
+        raise UserError(f"there are {len(seeds)} seeds for {batch_size} images: give one each.")
+    check(all(0 <= seed < 2**64 for seed in seeds), "seeds", seeds, "from 0 to 2**64 - 1")
+    if known is not None:
+        _check_known(config, batch_size, known)
+
+
+def _check_known(config: PriorConfig, batch_size: int, known: Known) -> None:
+    shape, size = (batch_size, *config.grids[-1]), config.codebook_sizes[-1]
+    for name, dtype, given in (
+        ("codes", torch.int64, known.codes),
+        ("mask", torch.bool, known.mask),
+    ):
+        found = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
+        if found != (dtype, shape):
+            raise UserError(f"known {name} are {found}, but must be a tensor {dtype} {shape}.")
+    given = known.codes[known.mask]
+    if len(given) and not 0 <= int(given.min()) <= int(given.max()) < size:
+        low, high = int(given.min()), int(given.max())
+        raise UserError(f"known codes range from {low} to {high}, but must be below {size}.")
 
 
 def check_guidance(config: PriorConfig, sampling: SamplingConfig) -> None:

@@ -35,12 +35,14 @@ from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.torch_settings import settings_restored
 from vqvae2.common.vocabulary import MIN_HELD_OUT, SPLITS, TRAINING_RECORD, describe_vectors
 
 logger = logging.getLogger(__name__)
 
 
 @writes_output
+@settings_restored()
 def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` is
     `fit`'s. Raises a `UserError` for no such level or codes, an unsound prior (`prior.audit`) or

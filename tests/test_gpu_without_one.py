@@ -116,7 +116,7 @@ def test_exact_convolutions_are_so_with_the_newer_setting_too() -> None:
     """In a process of its own: torch forbids to use both settings, the older and the newer."""
     program = """
 import torch
-from vqvae2.common.accelerate import exact_convolutions
+from vqvae2.common.torch_settings import exact_convolutions
 if hasattr(torch.backends, "fp32_precision"):
     torch.backends.fp32_precision = "tf32"
     with exact_convolutions():

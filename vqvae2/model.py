@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vqvae2 import paper, resnet
-from vqvae2.common.accelerate import exact_convolutions
 from vqvae2.common.artifact import Artifact, content_hash
 from vqvae2.common.errors import UserError
+from vqvae2.common.torch_settings import evaluating, exact_convolutions
 from vqvae2.config import VQVAE2Config
 from vqvae2.data import as_images
 from vqvae2.distributed import random_integers, rank, world_size
@@ -122,14 +122,10 @@ class VQVAE2(Artifact, nn.Module):
     def encode_images(self, images: Any) -> tuple[Tensor, ...]:
         """The codes `(B, h, w)` int64 per level, coarse to fine, of images as `as_images` takes
         and prepares them: PIL images, paths, arrays or tensors. Raises as `as_images`."""
-        batches = as_images(images, self.config.image).split(32)
-        was_training, encoded = self.training, []
-        self.eval()  # in training, codebooks would learn from them
-        try:
-            for batch in batches:
+        encoded = []
+        with evaluating(self):  # in training, codebooks would learn from them
+            for batch in as_images(images, self.config.image).split(32):
                 encoded.append([level.codes for level in self.encode(batch.to(self.device))])
-        finally:
-            self.train(was_training)
         return tuple(torch.cat(level) for level in zip(*encoded, strict=True))
 
     def decode(self, embeddings: Sequence[Tensor]) -> Tensor:

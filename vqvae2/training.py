@@ -32,6 +32,7 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion, quality
 from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.skipped import list_skipped, report_skipped
+from vqvae2.common.torch_settings import settings_restored
 from vqvae2.common.vocabulary import MIN_HELD_OUT, TRAINING_RECORD
 from vqvae2.config import TrainVQVAEConfig, VQVAE2Config
 from vqvae2.data import (
@@ -51,6 +52,7 @@ Trained = VQVAE2 | CodeNoise | AdversarialPair
 
 
 @writes_output
+@settings_restored()
 def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> None:
     """Train the autoencoder; continue the run, or do nothing if it is finished.
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -28,10 +28,8 @@ from prior.shards import ShardRecord, smallest_type, write_shard
 from vqvae2.codebook_stats import warn_of_few
 from vqvae2.common.accelerate import (
     check_same_images,
-    exact_convolutions,
     on_main_process,
     processes,
-    use_deterministic_algorithms,
 )
 from vqvae2.common.config import check, from_dict, to_dict
 from vqvae2.common.errors import UserError
@@ -41,6 +39,11 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import warn_if_unfinished
 from vqvae2.common.runs import RunRecord, last_names, versions
 from vqvae2.common.threads import OwnCpus, one_thread_each, set_threads
+from vqvae2.common.torch_settings import (
+    exact_convolutions,
+    settings_restored,
+    use_deterministic_algorithms,
+)
 from vqvae2.common.vocabulary import ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, to_images, work_parts
 from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
@@ -57,6 +60,7 @@ Batch = tuple[str, Tensor]
 
 
 @writes_output
+@settings_restored()
 def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> None:
     """Write the code dataset; continue it, or do nothing if it is finished.
 
@@ -126,9 +130,8 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
     threads = one_thread_each() if apart else nullcontext(0)
-    with ExitStack() as at_end, threads as number, exact_convolutions():
+    with threads as number, exact_convolutions():
         use_deterministic_algorithms(config.deterministic)
-        at_end.callback(use_deterministic_algorithms, False)
         encode_all = partial(ordered, encode, num_threads=number, ahead=2 * number)
         write = partial(_write_part, output_dir, model, encode_all, views, found)
         work_parts.write_parts(found, output_dir, write, choices, state, **options)

@@ -1,8 +1,6 @@
 """What this machine can do, and the Accelerate object that a training runs on."""
 
 import ctypes
-import inspect
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
 from vqvae2.common.threads import set_threads
+from vqvae2.common.torch_settings import set_arithmetic
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more to do
@@ -43,30 +42,6 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def set_arithmetic() -> None:
-    """fp32 means fp32: on a GPU PyTorch's convolutions would round it to TF32 (10 bits), in which
-    codes change. bf16 is asked for by its name. And let repeatable products be possible, if they
-    are wanted: cuBLAS reads its setting once, before any of them."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def exact_convolutions() -> Any:
-    """A context, or a decorator: on a GPU, convolutions of the same numbers give the same bits
-    again (transposed ones would add up in any order), in fp32 proper. (A training that did so would
-    be a third slower.)"""
-    how: Any = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
-    if "fp32_precision" in inspect.signature(torch.backends.cudnn.flags).parameters:
-        how["fp32_precision"] = "ieee"  # else this setting, newer than the last, would win
-    return torch.backends.cudnn.flags(**how)
-
-
-def use_deterministic_algorithms(wanted: bool) -> None:
-    """As torch's function of this name, which imports a compiler (1.4 s), but only at a change."""
-    if wanted != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(wanted)
 
 
 def processes() -> PartialState:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from vqvae2.common.accelerate import on_main_process, use_deterministic_algorithms
+from vqvae2.common.accelerate import on_main_process
 from vqvae2.common.artifact import WEIGHTS_NAME, Artifact, load_other_weights, local_folder
 from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
 from vqvae2.common.compiling import CompileTrial
@@ -40,6 +40,7 @@ from vqvae2.common.metrics import (
 from vqvae2.common.muon import MuonAdamW, layer_weights
 from vqvae2.common.pictures import save_picture
 from vqvae2.common.threads import OwnCpus
+from vqvae2.common.torch_settings import settings_restored, use_deterministic_algorithms
 
 logger = logging.getLogger(__name__)
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor]]]
@@ -56,6 +57,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+@settings_restored()
 def fit(
     accelerator: Accelerator,
     model: nn.Module,
@@ -170,7 +172,6 @@ def fit(
 
     with ExitStack() as at_end, _signals() as received, bar:
         at_end.callback(metrics.close)
-        at_end.callback(use_deterministic_algorithms, False)
         last = False
         while not last:
             state.step += 1

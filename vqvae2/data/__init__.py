@@ -16,7 +16,8 @@ from vqvae2.data.dataset import (
     open_training_images,
 )
 from vqvae2.data.decoding import BadImage, picture_size, read_picture_file
-from vqvae2.data.open_source import PythonImages, load_table, open_source
+from vqvae2.data.open_arrays import PythonImages
+from vqvae2.data.open_source import load_table, open_source
 from vqvae2.data.preprocessing import as_images, load_picture, open_picture, prepare, to_images
 from vqvae2.data.splits import is_held_out
 from vqvae2.data.table import ImageTable

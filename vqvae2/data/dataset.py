@@ -23,7 +23,8 @@ from vqvae2.data import open_source as sources
 from vqvae2.data import splits
 from vqvae2.data.augmentation import Choice, decode, no_change, random_change
 from vqvae2.data.decoding import BadImage
-from vqvae2.data.open_source import PythonImages, Sources
+from vqvae2.data.open_arrays import PythonImages
+from vqvae2.data.sources import Sources
 from vqvae2.data.stream import ImageStream, StreamedImages
 from vqvae2.data.survey import Survey
 from vqvae2.data.table import ImageTable, PreparedPictures

@@ -1,25 +1,24 @@
 """From a path, a pattern, a Hub id or Python data to images: a table of rows in any order, or a
 stream of shards in order."""
 
-import csv
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from PIL import ImageColor
 from torch.utils.data import ConcatDataset
 
-from vqvae2.common.artifact import looks_like_path
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import looks_like_path
 from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data import splits
 from vqvae2.data.decoding import PICTURE_SUFFIXES, readable
+from vqvae2.data.open_arrays import PythonImages, open_array_file, open_arrays
+from vqvae2.data.open_lists import LISTS, open_list, open_metadata
 from vqvae2.data.paths import (
     METADATA,
     PATTERN,
@@ -32,6 +31,7 @@ from vqvae2.data.paths import (
     is_used,
     scan,
 )
+from vqvae2.data.sources import Sources, make_table, numbered
 from vqvae2.data.splits import few, shorten
 from vqvae2.data.stream import (
     NO_LABELS,
@@ -42,12 +42,8 @@ from vqvae2.data.stream import (
     shard_stem,
 )
 from vqvae2.data.table import ImageTable, ParquetTable, TableColumn, open_parquet
-from vqvae2.data.vectors import read_vectors
 
 logger = logging.getLogger(__name__)
-
-PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]]
-"""{"images", "labels", "conditions"} of arrays or tensors, or rows of that."""
 
 KINDS = (
     "a picture, an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar "
@@ -55,18 +51,8 @@ KINDS = (
 )
 PREPARED, UNFINISHED = "prepared.json", "prepare_config.yaml"  # what vqvae2 prepare leaves
 SAVED = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
-FILE_COLUMNS = ("path", "file_name", "file", "image", "filename", "image_file_name")
-LISTS = {".txt", ".csv", ".tsv", ".jsonl"}
-ARRAYS = ("images", "labels", "conditions")
 MAX_STRAY = 10  # pictures beside shards that are a banner; more are a dataset of their own
 MAX_HELD_OUT = 1024  # images of a stream that are held in memory to validate on
-
-
-class Sources(NamedTuple):
-    """Images, and those of them that are held out explicitly or by the source's own split."""
-
-    train: ImageTable | ImageStream
-    held_out: ImageTable | ImageStream | None
 
 
 def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) -> Sources:
@@ -81,7 +67,7 @@ def open_source(data: ImagesConfig | PythonImages, config: PreprocessingConfig) 
         what = f"image.background is {config.background!r}"
         raise UserError(f"{what}: give a colour name or #rrggbb.") from None
     if not isinstance(data, ImagesConfig):
-        return _open_arrays(data, config.channels, "data")
+        return open_arrays(data, config.channels, "data")
     opened = _open_files(data, config)
 
     # All images have the vectors that are asked for (those of a stream, when they are read).
@@ -166,42 +152,6 @@ def first_rows(stream: ImageStream, rows: Iterable[StreamRow]) -> ImageTable:
     return ImageTable(stream.name, [row.id for row in kept], [row.cell for row in kept])
 
 
-def make_table(
-    name: str,
-    ids: Sequence[str],
-    cells: Any,
-    *,
-    labels: tuple[Sequence[Any], str, Sequence[str] | None] | None = None,
-    row_splits: Sequence[str] = (),
-    files: Sequence[Path] = (),
-    conditions: Sequence[Any] | None = None,
-) -> Sources:
-    """A table of these rows, split in two where each names its split (train, or held out).
-
-    Args:
-        labels: the arguments of `number_classes`.
-        conditions: what `read_vectors` takes.
-
-    Raises:
-        UserError: a name occurs twice, a row has no class or condition, or no row trains.
-    """
-    if not ids:
-        raise UserError(f"{name} holds no image: check data.path.")
-    splits.check_names(ids, name)
-    splits.check_names(map(os.path.normpath, ids), name)
-    numbers, class_names = splits.number_classes(*labels) if labels is not None else (None, ())
-    vectors = read_vectors(conditions, name) if conditions is not None else None
-    table = ImageTable(name, ids, cells, numbers, class_names, files, vectors)
-    trains = [splits.split_of(str(split)) == "train" for split in row_splits]
-    if all(trains):
-        return Sources(table, None)
-    if not any(trains):
-        raise UserError(f"{name}: no row has the split 'train': give some.")
-    train = [i for i, is_train in enumerate(trains) if is_train]
-    held_out = [i for i, is_train in enumerate(trains) if not is_train]
-    return Sources(table.choose(train), table.choose(held_out))
-
-
 def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     """What one path names, with the source's own split."""
     if len(path) > splits.MAX_NAME:
@@ -245,9 +195,9 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     if suffixes in ({".parquet"}, {".arrow"}):
         return _open_tables(path, files, data)
     if suffixes <= LISTS and len(files) == 1:
-        return _open_list(files, files[0].parent, data)
+        return open_list(files, files[0].parent, data)
     if suffixes <= {".npy", ".npz"} and len(files) == 1:
-        return _open_array_file(files[0], channels, data.condition_column)
+        return open_array_file(files[0], channels, data.condition_column)
     if {suffix.lower() for suffix in suffixes} <= PICTURE_SUFFIXES - {".npy"}:
         folder = os.path.commonpath([file.parent for file in files])
         ids = [file.relative_to(folder).as_posix() for file in files]
@@ -352,7 +302,7 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
 
     # A metadata file beside them names the pictures of all, else each is opened alone.
     beside = [root / name for name in METADATA if (root / name).is_file()]
-    if (listed := _open_metadata(root, beside, [], data)) is not None:
+    if (listed := open_metadata(root, beside, [], data)) is not None:
         return listed
     train, held_out = splits.pick_splits(folders, str(root), word_of)
     table = _open_pictures(root / train, data).train
@@ -382,7 +332,7 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise UserError(f"{root} holds no image ({suffixes}): check the folder.")
     metadata = [path for path in by_name.values() if path.name in METADATA]
-    if (listed := _open_metadata(root, metadata, ids, data)) is not None:
+    if (listed := open_metadata(root, metadata, ids, data)) is not None:
         return listed
 
     # Class folders.
@@ -404,125 +354,6 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
     files = [by_name[name] for name in ids]
     options: Any = {"labels": labels, "row_splits": words if is_split else (), "files": files}
     return make_table(str(root), ids, files, **options)
-
-
-# Lists
-
-
-def _open_metadata(
-    root: Path, found: Iterable[Path], ids: Sequence[str], data: ImagesConfig
-) -> Sources | None:
-    """What the metadata file of a folder lists; or that of folders of splits (then there are no
-    `ids`), or those of its folders together, if they give a class to every picture."""
-    # One for each folder.
-    by_folder = {path.parent: path for path in sorted(found, key=str, reverse=True)}
-    own = by_folder.get(root) if ids else None
-    paths = [own] if own is not None else sorted(by_folder.values())
-    if not paths:
-        return None
-
-    # The folder's own is used in any case.
-    name = paths[0].relative_to(root)
-    try:
-        listed = _open_list(paths, root, data)
-    except UserError as error:
-        if own is not None:
-            raise
-        logger.info("%s: %s is not used: %s", root, name, error)
-        return None
-    names = [name for table in listed if isinstance(table, ImageTable) for name in table.ids]
-    for other in names:
-        if os.path.isabs(other) or {"..", "~"} & {*Path(other).parts}:
-            what = f"{paths[0]} names {shorten(other)}, which lies outside of its folder"
-            raise UserError(f"{what}: give the list itself as data.path, if it is yours.")
-    number = len(ids) - len(names)
-    if own is not None and number > 0:
-        logger.info("%s: %d pictures are not in it, and not used.", own, number)
-    elif own is None and (number > 0 or not (listed.train.labelled or data.condition_column)):
-        logger.info("%s: %s is not used: it does not give each picture a class.", root, name)
-        return None
-    if not listed.train.labelled and len({*map(os.path.dirname, names)}) > 1:
-        text = "%s: no classes: %s says nothing of them, so folders are none (add a column label)."
-        logger.info(text, root, name)
-    return listed
-
-
-def _open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources:
-    """Lists of picture files, each relative to its own folder (`root`, or one below): a path a line
-    (.txt), or with the columns path, label and split. Rows whose split is not train are held out.
-    """
-    # Rows.
-    ids: list[str] = []
-    values: list[Any] = []
-    conditions: list[Any] | None = [] if data.condition_column else None
-    row_splits: list[Any] = []
-    listings: dict[Path, dict[str, str]] = {}
-    files: list[Path] = []
-    for path in paths:
-        rows = _read_rows(path)
-        image, label = find_columns(rows[0], str(path), data, FILE_COLUMNS)
-        for column in (image, label):
-            if column is not None and any(row.get(column) is None for row in rows):
-                raise UserError(f"{path}: a row has no {column!r}, but others have: fill it in.")
-        for row in rows:
-            file = find_file(path.parent / os.path.expanduser(str(row[image])), listings)
-            if fault := fault_of(file):
-                what = f"{path} names {shorten(str(row[image]))}, which {fault}"
-                raise UserError(f"{what}: paths start at the list.")
-            files.append(file)
-            prefix = "" if path.parent == root else f"{path.parent.relative_to(root).as_posix()}/"
-            ids.append(prefix + str(row[image]))
-            values.append(row[label] if label else None)
-            if conditions is not None:
-                conditions.append(row.get(str(data.condition_column)))
-            row_splits.append(row.get("split", "train"))
-
-    # A table of them.
-    name = str(paths[0] if len(paths) == 1 else root)
-    source = f"{name}: the column {label!r}"
-    labels = (values, source, None) if any(value is not None for value in values) else None
-    options: Any = {"row_splits": row_splits, "files": files, "conditions": conditions}
-    return make_table(name, ids, files, labels=labels, **options)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a list, by the file's suffix; spaces around names and values do not count."""
-    text = "" if path.suffix == ".parquet" else ", which must be UTF-8"
-    with readable(str(path), "read as a list", f"check the file{text}"):
-        if path.suffix == ".parquet":
-            rows: list[Any] = open_parquet(path).read().to_pylist()
-        else:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                lines = ((i, line) for i, line in enumerate(file, start=1) if line.strip())
-                if path.suffix == ".txt":
-                    rows = [{"path": line} for _, line in lines]
-                elif path.suffix == ".jsonl":
-                    rows = [_parse_line(line, i) for i, line in lines]
-                else:
-                    separator = "\t" if path.suffix == ".tsv" else _separator(file.readline())
-                    file.seek(0)
-                    reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
-                    rows = list(reader)
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} holds no rows with columns: put one image on each line.")
-    if path.suffix in (".txt", ".csv", ".tsv"):
-        for i, row in enumerate(rows):
-            rows[i] = {
-                str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()
-            }
-    return rows
-
-
-def _parse_line(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
-
-
-def _separator(heading: str) -> str:
-    """That of a .csv: where numbers have a decimal comma, spreadsheets write semicolons."""
-    return ";" if ";" in heading and "," not in heading else ","
 
 
 # Tables
@@ -596,7 +427,7 @@ def _open_table(
         elif isinstance(table, ParquetTable):
             ids = table.ids
         else:
-            ids = _numbered(len(table))
+            ids = numbered(len(table))
 
         # Labels and splits, as their columns' types or their values say.
         labels, row_splits = None, []
@@ -620,84 +451,3 @@ def _hub_folders() -> list[Path]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(HF_HUB_CACHE), Path(HF_DATASETS_CACHE)]
-
-
-def _numbered(number: int) -> list[str]:
-    return [f"{i:09d}" for i in range(number)]
-
-
-# Arrays
-
-
-def _open_array_file(path: Path, channels: int, condition_column: str | None) -> Sources:
-    """A stack in a .npy file (mapped from the disk), or `images` (and `labels`, and a condition
-    column) in a .npz file."""
-    with readable(str(path), "read as arrays"):
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        is_archive = isinstance(loaded, np.lib.npyio.NpzFile)
-        arrays = dict(loaded.items()) if is_archive else {"images": loaded}
-    if condition_column is not None:
-        found = arrays.pop(condition_column, None)
-        arrays.pop("conditions", None)
-        arrays |= {} if found is None else {"conditions": found}
-    number = len(arrays.get("images", ()))
-    for name, array in arrays.items():
-        if name not in ARRAYS and array.ndim and len(array) == number:
-            what = f"{path} holds the arrays {list(arrays)}, of which {name!r} is unknown"
-            advice = "name them 'images' and 'labels', say --data.condition-column, or leave it out"
-            raise UserError(f"{what}: {advice}.")
-    return _open_arrays(arrays, channels, str(path), [path])
-
-
-def _open_arrays(
-    data: PythonImages, channels: int, name: str, files: Sequence[Path] = ()
-) -> Sources:
-    """Images (N, H, W), (N, H, W, C) or (N, C, H, W), and perhaps labels (numbers or names) and
-    conditions (an array (N, V), or see `read_vectors`)."""
-    # Rows become arrays.
-    if not isinstance(data, Mapping):
-        rows = list(data)
-        keys = [key for key in ARRAYS if any(key in row for row in rows)]
-        for i, row in enumerate(rows):
-            missing = [key for key in keys if row.get(key) is None]
-            if missing:
-                raise UserError(f"{name}: row {i} has no {missing[0]!r}, but others have: add it.")
-        data = {key: [row[key] for row in rows] for key in keys}
-    if "images" not in data:
-        raise UserError(f"{name} has the keys {list(data)}, but 'images' is missing: add it.")
-    try:
-        images = np.asarray(data["images"])
-    except ValueError:
-        raise UserError(f"{name} has images of several shapes: resize them to one.") from None
-    if images.ndim not in (3, 4) or not len(images):
-        expected = "(N, H, W), (N, H, W, C) or (N, C, H, W)"
-        raise UserError(f"{name} has images of shape {images.shape}: reshape them to {expected}.")
-    is_last = images.ndim == 3 or images.shape[-1] in (1, channels)
-    if not is_last and images.shape[1] in (1, channels):
-        images = np.moveaxis(images, 1, -1)
-
-    # One label each, or none.
-    labels = None
-    if data.get("labels") is not None:
-        values = np.asarray(data["labels"])
-        if values.shape != (len(images),):
-            what = f"{name} has {len(images)} images, but labels of shape {values.shape}"
-            raise UserError(f"{what}: give one for each image.")
-        labels = (values.tolist(), f"{name}: labels", None)
-    conditions = data.get("conditions")
-    if conditions is not None:
-        conditions = _as_values(conditions)
-        if len(conditions) != len(images):
-            what = f"{name} has {len(images)} images, but {len(conditions)} conditions"
-            raise UserError(f"{what}: give one for each image.")
-    options: Any = {"files": files, "conditions": conditions}
-    return make_table(name, _numbered(len(images)), images, labels=labels, **options)
-
-
-def _as_values(conditions: Any) -> Any:
-    """Arrays and tensors of whole numbers, and rows of such, as floats: they are no attributes."""
-    if hasattr(conditions, "dtype"):
-        values = np.asarray(conditions)
-        return values.astype(float) if values.dtype.kind in "iub" else values
-    is_list = isinstance(conditions, list | tuple)
-    return [_as_values(row) for row in conditions] if is_list else conditions

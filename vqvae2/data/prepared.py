@@ -36,7 +36,8 @@ from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import PrepareConfig, PreprocessingConfig
 from vqvae2.data import work_parts
 from vqvae2.data.decoding import readable
-from vqvae2.data.open_source import PREPARED, UNFINISHED, Sources
+from vqvae2.data.open_source import PREPARED, UNFINISHED
+from vqvae2.data.sources import Sources
 from vqvae2.data.survey import Survey
 from vqvae2.data.table import ImageTable, PreparedPictures, load_parquet
 from vqvae2.data.vectors import Vectors

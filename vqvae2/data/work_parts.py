@@ -29,7 +29,8 @@ from vqvae2.config import ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import Choice, decode
 from vqvae2.data.dataset import ImageDataset, split_table, stream_facts
 from vqvae2.data.decoding import BadImage
-from vqvae2.data.open_source import PythonImages, open_source
+from vqvae2.data.open_arrays import PythonImages
+from vqvae2.data.open_source import open_source
 from vqvae2.data.splits import check_labelled, check_no_class_lost, is_held_out
 from vqvae2.data.stream import ImageStream
 from vqvae2.data.table import ImageTable
