@@ -5,12 +5,14 @@ from difflib import get_close_matches
 from typing import Any
 from unicodedata import normalize
 
+import numpy as np
 from torch import Tensor
 
 from vqvae2.common.errors import UserError
 from vqvae2.data.splits import few, shorten, whole_numbers
 
-Labels = int | str | Sequence[int | str] | None
+Labels = int | str | Sequence[int | str] | np.ndarray | Tensor | None
+"""A class by its number or name, several of them, or none."""
 
 
 def hidden_unless_given(labels: Labels, *, can_hide: bool) -> Labels:
@@ -22,8 +24,9 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
     """Class names or numbers as numbers; "none", the hidden label, is the number after the
     last class. None: all classes. Without classes, no numbers. A `UserError` names a label
     that is unknown."""
-    labels = labels.tolist() if isinstance(labels, Tensor) else labels
-    given = [labels] if isinstance(labels, int | str) else [] if labels is None else [*labels]
+    all_labels: Any = labels
+    several = [] if labels is None else [labels] if np.ndim(all_labels) == 0 else [*all_labels]
+    given = [one.item() if isinstance(one, np.generic | Tensor) else one for one in several]
     if given and not names:
         what = f"labels are {few(given)}, but the priors have no classes"
         raise UserError(f"{what}: leave them out.")

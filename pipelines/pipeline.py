@@ -29,7 +29,7 @@ from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds, in_lanes
 from prior.vector import with_vectors
 from vqvae2.common.artifact import local_folder
-from vqvae2.common.config import check
+from vqvae2.common.config import check, check_whole
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
 from vqvae2.common.messages import progress_bar
@@ -87,8 +87,9 @@ class VQVAE2Pipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write one folder per part, then `model_index.json`, which makes it complete."""
+        folder = Path(folder).expanduser()
         for name, part in self.parts.items():
-            part.save_pretrained(Path(folder) / name)
+            part.save_pretrained(folder / name)
         index = {
             "vqvae": "vqvae",
             "priors": list(self.parts)[1:],
@@ -99,7 +100,7 @@ class VQVAE2Pipeline:
             "command_line": command_line(),
             "trainings": self.trainings,
         }
-        write_json(Path(folder) / INDEX_NAME, last_names(index))
+        write_json(folder / INDEX_NAME, last_names(index))
 
     def warn_of_noise(self) -> None:
         """Log a warning for each prior that has learned next to nothing, as far as is known."""
@@ -198,11 +199,11 @@ class VQVAE2Pipeline:
             UserError: an unknown label or condition, or a setting out of its range.
         """
         # Refuse impossible settings before anything is computed.
-        check(num_images >= 1, "num_images", num_images, "at least 1")
-        check(lanes >= 1, "lanes", lanes, "at least 1")
-        check(parallel_positions >= 0, "parallel_positions", parallel_positions, "0 or more")
-        check(seed >= 0, "seed", seed, "0 or more")
-        check(first_index >= 0, "first_index", first_index, "0 or more")
+        check_whole("num_images", num_images, 1)
+        check_whole("lanes", lanes, 1)
+        check_whole("parallel_positions", parallel_positions, 0)
+        check_whole("seed", seed, 0)
+        check_whole("first_index", first_index, 0)
         check(output_type in ("pil", "pt"), "output_type", output_type, "'pil' or 'pt'")
         known = known or [None] * len(self.priors)
         editing.check_known(known, self.priors, num_images)
@@ -343,8 +344,7 @@ class VQVAE2Pipeline:
         or "all", for the class that explains each image best. Conditions are hidden. `redraws`:
         redraw unusual places this many times; places that change more count more. (The redraws of
         an image depend a little on those that are scored with it.)"""
-        counts = isinstance(redraws, int) and redraws >= 0
-        check(counts, "redraws", redraws, "a whole number, 0 or more")
+        check_whole("redraws", redraws, 0)
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
         numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)

@@ -72,8 +72,9 @@ def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def kept_mask(make: Callable[..., Tensor], *facts: object) -> Tensor:
-    """A mask that is made once."""
-    return make(*facts)
+    """A mask that is made once, and may be used in training later, wherever it is made."""
+    with torch.inference_mode(False):
+        return make(*facts)
 
 
 def _mask(make: Callable[..., Tensor], *facts: object) -> Tensor:

@@ -142,8 +142,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_NAME, {**to_dict(manifest), "codes_hash": manifest.content_hash()})
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a code dataset; a `UserError` if it is absent, broken or edited."""
+    folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.exists():
         reason = "is not a finished code dataset" if folder.is_dir() else "does not exist"
@@ -178,11 +179,11 @@ class CodeDataset(Dataset):
     """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
     int64 per level, "labels": `(B,)` int64 if there are classes, "vectors": `(B, V)` float32 if
     there are conditions}: all levels, or `num_levels` from the top. Arguments and errors are those
-    of `load_columns`."""
+    of `load_columns`. A `DataLoader` needs `collate_fn=dict`, as batches come whole."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         manifest: Manifest,
         split: str,
         *,
@@ -190,7 +191,8 @@ class CodeDataset(Dataset):
         cache_dir: Path | None = None,
     ) -> None:
         self.manifest, number = manifest, num_levels or manifest.num_levels
-        columns = load_columns(folder, manifest, split, number, cache_dir)
+        check(split in SPLITS, "split", split, " or ".join(map(repr, SPLITS)))
+        columns = load_columns(Path(folder), manifest, split, number, cache_dir)
         self.codes = [columns[column_name(level)] for level in range(number)]
         self.labels, self.vectors = columns.get("label"), columns.get("vector")
 

@@ -64,7 +64,7 @@ class SamplingConfig(Config):
         no value, leaves the default. A `UserError` names a wrong value or number of values."""
         levels: list[dict[str, Any]] = [{} for _ in range(num_levels)]
         for name, value in settings.items():
-            values = list(value) if isinstance(value, Sequence) else [value]
+            values = list(value) if isinstance(value, Sequence | np.ndarray) else [value]
             if len(values) == 1:
                 values *= num_levels
             if values and len(values) != num_levels:

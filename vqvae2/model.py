@@ -88,8 +88,12 @@ class VQVAE2(Artifact, nn.Module):
         """Images `(B, C, H, W)` in [-1, 1] to one `Quantized` per level, coarse to fine.
 
         Raises:
-            UserError: the channels are not the model's, or the strides do not divide the size.
+            UserError: these are no images, their channels are not the model's, or the strides do
+                not divide their size.
         """
+        if images.ndim != 4 or not images.is_floating_point() or images.shape[0] == 0:
+            found = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise UserError(f"images are {found}, but must be (B, C, H, W) in [-1, 1].")
         _, channels, height, width = images.shape
         expected, stride = self.config.image.channels, math.prod(self.config.strides)
         if channels != expected:

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqvae2.common.errors import UserError
 from vqvae2.config import QuantizerConfig
 from vqvae2.distributed import (
     from_main_process,
@@ -64,14 +65,18 @@ def rotation(vectors: Tensor, embeddings: Tensor) -> Tensor:
 
     e = (|e|/|z|) R z with R = I - 2 r r^T + 2 e^ z^T, where z^ and e^ have length 1 and
     r = (z^ + e^) / |z^ + e^|; rotation and scale are constants for the gradient. Both `(N, D)`.
+    A vector of length 0, which has no direction, goes `straight_through`.
     """
     with torch.no_grad():
-        length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        length = vectors.norm(dim=1, keepdim=True)
+        is_zero = length < 1e-12
+        length = length.masked_fill(is_zero, 1.0)
         scale = embeddings.norm(dim=1, keepdim=True) / length
         z, e = vectors / length, F.normalize(embeddings, dim=1)
         r = F.normalize(z + e, dim=1)
     reflected = vectors - 2 * r * (vectors * r).sum(dim=1, keepdim=True)
-    return scale * (reflected + 2 * e * (vectors * z).sum(dim=1, keepdim=True))
+    rotated = scale * (reflected + 2 * e * (vectors * z).sum(dim=1, keepdim=True))
+    return torch.where(is_zero, straight_through(vectors, embeddings), rotated)
 
 
 ESTIMATORS = {"straight_through": straight_through, "rotation": rotation}
@@ -162,6 +167,9 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         """One step of all that does not learn by gradient; never waits for a GPU."""
+        if self.counts.dtype.itemsize < 4:
+            what = f"the model's weights are {self.counts.dtype}, in which codebooks cannot learn"
+            raise UserError(f"{what}: train in float32, with autocast (mixed_precision) for speed.")
         # One message between the processes: sums (K, D), candidates (K, D), counts (K, 1).
         sums, counts = sum_by_code(vectors, codes, self.codebook_size)
         message = torch.cat([sums, self._candidates(vectors), counts[:, None]], dim=1)

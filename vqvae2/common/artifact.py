@@ -76,7 +76,7 @@ class Artifact(ModelHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, **for_the_mixin: Any) -> None:
         """Write `config.json` and `model.safetensors`; `push_to_hub(repo_id)` does, and uploads."""
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         state: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
         state = {name: tensor.contiguous() for name, tensor in state.items()}
         config = {"architecture": type(self).__name__, **to_dict(self.config)}
@@ -111,7 +111,8 @@ class Artifact(ModelHubMixin):
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
                 raise UserError(f"{path} {sizes}: the weights belong to another configuration.")
-        model = cls(config)
+        with torch.random.fork_rng(devices=[]):  # its first weights are random
+            model = cls(config)
         load_weights(model, folder)  # type: ignore[arg-type]
         _check_hash(folder / CONFIG_NAME, 0, config_hash)
         return model.eval()  # type: ignore[attr-defined]

@@ -38,9 +38,11 @@ _placeholders: list[Any] = []  # stand in for values that are still to be given
 
 class Config:
     """What every configuration is: values given in Python are held to the fields' types, as those
-    of a file are. A list becomes a tuple, a path a text, a mapping a dataclass.
+    of a file are. A list becomes a tuple, a path a text, a mapping a dataclass. Types may be bool,
+    int, float, str, other configurations, Literal, tuples and unions of these, and Any.
 
     Raises:
+        TypeError: a field is of a type that a configuration cannot hold.
         UserError: a value of another type, or one that the configuration's own checks refuse.
     """
 
@@ -155,6 +157,12 @@ def check(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Unless the condition holds, raise a `UserError`: the key, its value and what is allowed."""
     if not condition:
         raise UserError(f"{key} is {shown(value)}, but must be {allowed}.")
+
+
+def check_whole(key: str, value: Any, least: int) -> None:
+    """`check` that this is a whole number (Python's or NumPy's) from `least` on."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    check(is_whole and value >= least, key, value, f"a whole number, {least} or more")
 
 
 def check_between(config: Any, least: float, most: float, *keys: str) -> None:
@@ -289,8 +297,11 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return _convert(hint, value, where, missing)
+        *others, last = (a for a in arguments if a is not type(None))
+        for other in others:  # the first that it can be
+            with contextlib.suppress(UserError):
+                return _convert(other, value, where, missing)
+        return _convert(last, value, where, missing)
     if origin is Literal:
         same = [a for a in arguments if a == value and type(a) is type(value)]  # 1 is not True
         check(bool(same), where, value, f"one of {', '.join(map(repr, arguments))}")
@@ -298,10 +309,13 @@ def _convert(hint: Any, value: Any, where: str, missing: Any) -> Any:
     if origin is tuple:
         example = f", such as [{shown(value)}]" if isinstance(value, int | float | str) else ""
         check(isinstance(value, list | tuple), where, value, f"a list{example}")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise UserError(f"{where} has {len(value)} values, but must have {len(arguments)}.")
-        item = arguments[0]
-        return tuple(_convert(item, v, f"{where}[{i}]", missing) for i, v in enumerate(value))
+        hints = arguments if arguments[-1] is not Ellipsis else arguments[:1] * len(value)
+        if len(value) != len(hints):
+            raise UserError(f"{where} has {len(value)} values, but must have {len(hints)}.")
+        pairs = enumerate(zip(hints, value, strict=True))
+        return tuple(_convert(item, v, f"{where}[{i}]", missing) for i, (item, v) in pairs)
+    if hint not in (Any, bool, int, float, str):
+        raise TypeError(f"{where} is declared as {hint}, which no configuration can hold")
 
     # Scalars. YAML reads 1e-4 as text; a bool is no number, though Python counts it as an int.
     is_bool = isinstance(value, bool)

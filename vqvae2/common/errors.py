@@ -12,5 +12,8 @@ class Stopped(Exception):
     """A clean stop by SIGTERM or Ctrl-C, the state saved. `signal_number` gives the exit code."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)  # both, so that it can be pickled
         self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -46,7 +46,7 @@ def show_messages(level: int = logging.INFO) -> None:
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
     """tqdm's bar, shown by the first process only, and not after a quiet `show_messages`; where
-    stderr is no terminal, a line now and then. None where there is nothing to do."""
+    stderr is no terminal, a line now and then. Nothing is shown where there is nothing to do."""
     from tqdm.auto import tqdm
 
     if not sys.stderr.isatty():

@@ -34,7 +34,8 @@ CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
 
 
 class ImageDataset(Dataset):
-    """Pictures of a table as batches {"images": (B, C, H, W) uint8 or float32, "labels": (B,)}."""
+    """Pictures of a table as batches {"images": (B, C, H, W) uint8 or float32, "labels": (B,)}. A
+    `DataLoader` needs `collate_fn=dict`, as batches come whole."""
 
     def __init__(
         self, source: ImageTable, indices: Sequence[int], config: PreprocessingConfig

@@ -42,8 +42,9 @@ def as_images(given: Any, config: PreprocessingConfig) -> Tensor:
     """
     # Prepared images are only checked.
     if isinstance(given, np.ndarray) and given.ndim == 4:
-        given = torch.from_numpy(given)
+        given = torch.from_numpy(np.ascontiguousarray(given))
     if isinstance(given, Tensor):
+        check(given.dtype != torch.bool, "the images' type", given.dtype, "uint8 or floating")
         images = to_images(given if given.ndim == 4 else given[None]).float()
         shape, allowed = (config.channels, *config.height_width), "(B, {}, {}, {}), as the model's"
         fits = tuple(images.shape[1:]) == shape and len(images) > 0
