@@ -28,7 +28,7 @@ from vqvae2.common.config import (
     suggest,
 )
 from vqvae2.common.errors import Stopped, UserError
-from vqvae2.common.messages import show_messages
+from vqvae2.common.messages import is_first_process, show_messages
 from vqvae2.config import ImagesConfig, PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and its function
@@ -60,6 +60,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
 RECIPES = files("pipelines") / "recipes"
 PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
+OTHER_ENDED = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's words
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
 # The flag that the words in front of all others belong to.
 FIRST = {"verify": "--files", "score": "--data.path", "compress": "--data.path",
@@ -133,19 +134,23 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
     except SystemExit:  # after --help
         return "", 0
     except UserError as error:
-        return f"error: {error}", 2
+        return "" if error.told_by_first else f"error: {error}", 2
     except BrokenPipeError:
         raise
     except OSError as error:
+        if getattr(error, "told_by_first", False):
+            return "", 2
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return f"error: {what}: check the path, its permissions and the free space.", 2
     except (MemoryError, RuntimeError) as error:
+        if OTHER_ENDED.search(str(error)):
+            return "another process of this job has ended: what it says is why.", 2
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         advice = "make the batch, the images or the network smaller"
         return f"error: this machine ran out of memory ({error}): {advice}.", 2
     except Stopped as stopped:
-        return str(stopped), 128 + stopped.signal_number
+        return str(stopped) if is_first_process() else "", 128 + stopped.signal_number
     except KeyboardInterrupt:
         return "interrupted; run the same command again to continue.", 130
 

@@ -1,7 +1,12 @@
 """The order of training rows: shuffled, shared between processes, reachable at any position."""
 
+import multiprocessing
+import os
+import signal
+import time
 from itertools import chain, islice
 
+import pytest
 from torch.utils.data import Dataset
 
 from vqvae2.common.loading import ShuffledLoader, ordered, some_rows
@@ -62,6 +67,29 @@ def test_a_dataset_may_be_smaller_than_a_batch() -> None:
 
 def test_worker_processes_change_nothing() -> None:
     assert take(3, 6, num_workers=2) == take(3, 6)
+
+
+class Slow(Dataset):
+    """Rows that take a while."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.1)
+        return index
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loaders_outlive_a_signal_to_all_processes_of_a_job(number: int) -> None:
+    """A training, which gets it too, needs them until its state is saved."""
+    expected = [batch.tolist() for batch in islice(ShuffledLoader(Slow(), 2).start_at(0), 8)]
+    batches = ShuffledLoader(Slow(), 2, num_workers=2).start_at(0)
+    found = [next(batches).tolist()]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, number)
+    found += [batch.tolist() for batch in islice(batches, 7)]
+    assert found == expected
 
 
 def test_work_on_threads_keeps_its_order_and_never_runs_far_ahead() -> None:

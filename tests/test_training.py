@@ -221,6 +221,16 @@ def test_a_run_stops_when_its_held_out_loss_has_not_fallen_for_a_while(tmp_path:
     run_fit(parts)
     assert_same_run(x, parts)
 
+    # Where the best weights are gone or damaged, a finished run does not say that it has them.
+    damaged = shutil.copytree(x, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match="the model is damaged"):
+        run_fit(damaged)
+    weights.unlink()
+    with pytest.raises(UserError, match="the best weights of this run, is gone: restore it"):
+        run_fit(damaged)
+
     # More steps alone change nothing, more patience goes on.
     run_fit(x, num_steps=20)
     assert last_checkpoint(x).name == "step_00000008"

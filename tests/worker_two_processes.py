@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pipelines.config import PlanConfig
+from pipelines.plan.command import step_seconds
+from pipelines.plan.stages import stages_of
 from vqvae2 import VQVAE2, PreprocessingConfig, VQVAE2Config, quantizers
 from vqvae2.code_noise import CodeNoise
-from vqvae2.common.accelerate import check_same_images, make_accelerator
+from vqvae2.common.accelerate import (
+    check_same_images,
+    make_accelerator,
+    on_main_process,
+    processes,
+)
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import Stopped, UserError
 from vqvae2.common.fit import _Agreement, fit
@@ -117,6 +125,10 @@ def on_two(output_dir: Path) -> None:
         check_same_images({"image_names_hash": str(rank)}, 12 - 2 * rank)
     except UserError as error:
         print(f"process {rank}: {error}")
+
+    # The main process alone times the step of a model whose processes talk to each other.
+    stage = stages_of(PlanConfig(recipe="tiny", planned=None))[0]
+    assert on_main_process(processes(), lambda: step_seconds(stage)) > 0
 
 
 def rounded_otherwise(vectors: Tensor, num_clusters: int) -> Tensor:

@@ -3,14 +3,30 @@
 Whether there is a process group is asked at every call: a model may be built before the group is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_alone: list[bool] = []
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A context: this process computes as if there were no others, which would have to join in."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    is_group = dist.is_available() and dist.is_initialized() and not _alone
+    return dist.get_world_size() if is_group else 1
 
 
 def rank() -> int:

@@ -16,7 +16,7 @@ from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
 from prior.manifest import Manifest, check_range, read_manifest, read_rows, read_shard
 from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
 from vqvae2.codebook_stats import level_name, perplexity, usage
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
@@ -32,6 +32,7 @@ BAR = {"unit": "shard", "delay": 3, "leave": False}
 
 def info(config: CodesInfoConfig) -> None:
     """Print what a code dataset holds."""
+    refuse_several_processes()
     print(code_info(Path(config.codes)))
 
 
@@ -81,6 +82,7 @@ def first_names(names: Sequence[str]) -> str:
 @writes_output
 def view(config: CodesViewConfig) -> None:
     """Write a picture of decoded rows, and print which rows they are."""
+    refuse_several_processes()
     output_dir = Path(config.output_dir)
     print(view_rows(Path(config.codes), config.vqvae, output_dir, config.rows, config.split))
     logger.info(f"{output_dir / 'rows.png'}: the decoded rows, in reading order.")
@@ -111,6 +113,7 @@ def view_rows(codes: Path, vqvae: str, output_dir: Path, rows: Sequence[int], sp
 
 def verify(config: CodesVerifyConfig) -> int:
     """Print a line for each problem of a code dataset; the exit code is 1 if there is any."""
+    refuse_several_processes()
     folder, number = Path(config.codes), 0
     manifest = read_manifest(folder)
     for problem in problems(folder, manifest):

@@ -28,7 +28,7 @@ from prior.probes import dataset_rows, nats_per_code, spread
 from prior.registry import load_prior
 from prior.shards import column_name
 from vqvae2.codebook_stats import level_name
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.artifact import local_folder
 from vqvae2.common.checks import Failed, Finding, check
 from vqvae2.common.config import from_dict
@@ -50,6 +50,7 @@ DIFFERENT = 0.01  # share of codes that another machine may change: last bits de
 def doctor(config: DoctorConfig) -> int:
     """Print a line per check, how many failed and what was not checked; exit code 1 if any failed.
     Raises a `UserError` if there is nothing to check, or something cannot be loaded."""
+    refuse_several_processes()
     given, results = load(config), []
     for name, passed, message in examine(**given):
         results.append(passed)

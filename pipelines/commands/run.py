@@ -26,7 +26,12 @@ from pipelines.plan.stages import Stage, trainings_of
 from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
 from vqvae2.codebook_stats import level_name
-from vqvae2.common.accelerate import on_main_process, processes, use_cpu
+from vqvae2.common.accelerate import (
+    on_main_process,
+    processes,
+    refuse_several_processes,
+    use_cpu,
+)
 from vqvae2.common.artifact import WEIGHTS_NAME, content_hash
 from vqvae2.common.config import from_dict, shown, to_dict
 from vqvae2.common.errors import UserError
@@ -92,6 +97,7 @@ def _run(config: RunConfig) -> None:
 
 def show_plan(config: RunConfig) -> None:
     """Print what would be chosen, and what it needs."""
+    refuse_several_processes()
     text, seen = make_recipe(config)
     print(text)
     recipe = yaml.safe_load(text)

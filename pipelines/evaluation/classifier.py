@@ -5,6 +5,7 @@ It learns the labels of the images; without any, which of a few transformations 
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae2.common.accelerate import on_main_process, processes
-from vqvae2.common.artifact import CONFIG_NAME, Artifact
+from vqvae2.common.artifact import Artifact, check_saved
 from vqvae2.common.config import check, check_between
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.threads import OwnCpus
 from vqvae2.data import ImageDataset, to_images
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the network and its training: a new number where features change
 BATCH_SIZE = 64
@@ -211,7 +214,11 @@ def made_classifier(
     state, place = processes(), Path(folder) / f"classifier_{name}"
 
     def make() -> None:
-        if not (place / CONFIG_NAME).exists():
+        try:
+            check_saved(place)
+        except UserError:
+            if place.exists():
+                logger.warning("%s is damaged, and made again.", place)
             options = {"class_names": class_names, "seed": seed, "device": state.device}
             train_classifier(images, labels, **options).save_pretrained(place)
 

@@ -7,12 +7,18 @@ from torch.utils.benchmark import Timer
 
 from pipelines.config import PlanConfig
 from pipelines.plan.stages import PRECISIONS, Stage, stages_of, trace
-from vqvae2.common.accelerate import native_bf16, processes, use_cpu
+from vqvae2.common.accelerate import (
+    native_bf16,
+    processes,
+    refuse_several_processes,
+    use_cpu,
+)
 from vqvae2.common.artifact import machine_memory
 from vqvae2.common.config import check
 from vqvae2.common.fit import make_optimizer
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.threads import OwnCpus
+from vqvae2.distributed import alone
 
 # What a process takes beside its tensors, in GiB, and what for each byte of them. CPU: measured,
 # 1.2 to 1.5. GPU: assumed, not measured.
@@ -24,6 +30,7 @@ UNITS = {"years": 365 * DAY, "days": DAY, "hours": 3600, "minutes": 60, "seconds
 
 def plan(config: PlanConfig) -> None:
     """Print what each stage needs, and a verdict; a `UserError` names an impossible setting."""
+    refuse_several_processes()
     show_needs(config, stages_of(config))
 
 
@@ -150,7 +157,8 @@ def step_seconds(stage: Stage) -> float:
         precision = "bf16" if native_bf16() else "no"
     parts = stage.config.gradient_accumulation_steps
     rows = max(1, stage.config.batch_size // parts // processes().num_processes)
-    passes, update = time_step(stage, rows, kind, precision)
+    with alone():  # the other processes, if there are any, wait for what is chosen
+        passes, update = time_step(stage, rows, kind, precision)
     return parts * passes + update
 
 

@@ -80,6 +80,7 @@ def on_main_process(state: Any, action: Callable[[], T]) -> T:
             outcome[1] = error
     utils.broadcast_object_list(outcome)
     if outcome[1] is not None:
+        outcome[1].told_by_first = not state.is_main_process
         raise outcome[1]
     return outcome[0]
 

@@ -154,6 +154,17 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(state)
 
 
+def check_saved(folder: Path) -> None:
+    """Raise a `UserError` if a saved model was cut off, or a file of it is missing; no weights are
+    read."""
+    try:
+        with safe_open(folder / WEIGHTS_NAME, "pt"):
+            read_json(folder / CONFIG_NAME)
+    except Exception as error:  # of many kinds, for the header may say anything
+        what = f"{folder}: the model is damaged ({str(error)[:200]})"
+        raise UserError(f"{what}: restore it, or train anew in another folder.") from None
+
+
 def load_other_weights(model: Artifact, folder: Path) -> None:
     """Load the weights that another run has made, as `load_weights` does; if they do not fit, the
     `UserError` says which of its settings are others."""

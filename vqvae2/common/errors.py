@@ -7,6 +7,8 @@ class UserError(ValueError):
     The command line prints the sentence and exits with code 2; in Python it is a `ValueError`.
     """
 
+    told_by_first = False  #: of several processes, the first one has raised it, too
+
 
 class Stopped(Exception):
     """A clean stop by SIGTERM or Ctrl-C, the state saved. `signal_number` gives the exit code."""

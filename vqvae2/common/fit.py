@@ -20,7 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqvae2.common.accelerate import on_main_process
-from vqvae2.common.artifact import WEIGHTS_NAME, Artifact, load_other_weights, local_folder
+from vqvae2.common.artifact import (
+    WEIGHTS_NAME,
+    Artifact,
+    check_saved,
+    load_other_weights,
+    local_folder,
+)
 from vqvae2.common.checkpoint import TrainingState, saved_steps, step_name, tidy
 from vqvae2.common.compiling import CompileTrial
 from vqvae2.common.config import TrainingConfig
@@ -87,7 +93,8 @@ def fit(
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
-        UserError: the loss is not finite; or see `is_finished` and `TrainingState.load_latest`.
+        UserError: the loss is not finite, or the best weights are gone; or see `is_finished` and
+            `TrainingState.load_latest`.
     """
     main = partial(on_main_process, accelerator)  # does what only one process does
     if main(partial(is_finished, output_dir, config)):
@@ -117,6 +124,9 @@ def fit(
         if metrics.path.exists():
             logger.warning("%s has neither a model nor a checkpoint: starting over.", output_dir)
         state.save(config.keep_checkpoints)
+    if state.best < math.inf and not main((output_dir / WEIGHTS_NAME).exists):
+        what = f"{output_dir / WEIGHTS_NAME}, the best weights of this run, is gone"
+        raise UserError(f"{what}: restore it, or train anew in another folder.")
     if state.step >= config.num_steps:  # a run that was shortened before it left a model
         main(partial(result.save_pretrained, output_dir))
         return
@@ -257,7 +267,8 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     model. (To save space, its checkpoints may have been removed: then its metrics tell.)
 
     Raises:
-        UserError: there is a model, but nothing to continue from; or a link leads out of the run.
+        UserError: there is a model, but it is damaged, or nothing to continue from is there; or a
+            link leads out of the run.
     """
     # What is written here must not arrive elsewhere, and what was half written is of no use.
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
@@ -272,11 +283,13 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     end, path = config.num_steps, output_dir / "metrics.jsonl"
     if stopped_early(output_dir, config.patience):
         end = min(end, int(validations(output_dir)[-1]["step"]))
-    if steps := saved_steps(output_dir / "checkpoints"):
-        return steps[-1] >= end
-    steps = [line["step"] for line in read_metrics(path)] if path.exists() else []
+    kept = saved_steps(output_dir / "checkpoints")
+    steps = kept or ([line["step"] for line in read_metrics(path)] if path.exists() else [])
     if steps and steps[-1] >= end:
+        check_saved(output_dir)
         return True
+    if kept:
+        return False
     made = f"of step {steps[-1]}" if steps else "of an unknown step"
     raise UserError(
         f"{output_dir} holds a model {made} and no checkpoint from which to reach step "

@@ -3,6 +3,7 @@
 So a resumed run sees the rows that it would have seen without the interruption.
 """
 
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from vqvae2.common.accelerate import use_cpu
 
+SECONDS_LEFT = 30  # to a loader's process after SIGTERM
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -63,6 +65,7 @@ class ShuffledLoader:
             collate_fn=_as_it_is if makes_batches else default_collate,
             generator=torch.Generator(),  # not the global one, which resuming restores
             pin_memory=not use_cpu(),
+            worker_init_fn=_outlive_signals,
         )
         return iter(loader)
 
@@ -83,6 +86,15 @@ class ShuffledLoader:
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(size, generator=generator).numpy()
+
+
+def _outlive_signals(worker: int) -> None:
+    """Of a loader's own process: what is sent to all processes of a job (Ctrl-C, a time limit) is
+    the training's to answer, which needs its loaders until its state is saved. At SIGTERM, with
+    which it also ends a loader that hangs, this many seconds are left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_LEFT))
 
 
 def _as_it_is(batch: Any) -> Any:

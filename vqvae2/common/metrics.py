@@ -203,6 +203,8 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
     if not found:
         return f"{end}; the last weights are kept, as none are chosen by a held-out loss"
     best, last = best_validation(run), found[-1]
+    if last["step"] > config.num_steps:  # a finished run is asked for fewer
+        end = f"all {last['step']:,} steps are done"
     if is_early := last["step"] < config.num_steps:
         since = f"the held-out loss had not fallen for {config.patience} validations"
         end = f"stopped early at step {last['step']:,}, as {since} (raise patience to go on)"
