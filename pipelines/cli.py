@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,12 +55,13 @@ COMMANDS: dict[str, tuple[type, str]] = {  # subcommand -> its configuration and
     "decompress": (configs.DecompressConfig, "pipelines.commands.compress:decompress"),
     "assemble": (configs.AssembleConfig, "pipelines.commands.assemble:assemble"),
     "import-weights": (configs.ImportWeightsConfig, "pipelines.commands.import_weights:command"),
-    "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:command"),
+    "import-codes": (configs.ImportCodesConfig, "pipelines.commands.import_codes:import_codes"),
     "completion": (configs.CompletionConfig, "pipelines.commands.completion:completion"),
 }
 RECIPES = files("pipelines") / "recipes"
 PLANNED = ("train", "extract", "train-prior", "run", "demo")  # what `plan` takes in front of it
 LONGEST_MESSAGE = 900
+NARROWEST = 40  # columns for the help
 OTHER_ENDED = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's words
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # torch's words
 # The flag that the words in front of all others belong to.
@@ -268,7 +270,10 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         section["planned"] = parse(planned, words) if planned and not asks_for_help else None
     default = from_dict(config_class, section, f"recipe {recipe}", missing=tyro.MISSING)
 
-    # Let tyro parse the flags or print the help, and shorten its message about a mistake.
+    # Let tyro parse the flags or print the help, and shorten its message about a mistake. In a
+    # terminal of a few columns it would not end.
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     _annotate_for_tyro(config_class, asks_for_help)
     lesson = inspect.cleandoc(config_class.__doc__ or "")
     description = COMMON_HELP.format(description=lesson, recipes=", ".join(recipe_names()))

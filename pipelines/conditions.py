@@ -64,18 +64,32 @@ def as_vectors(conditions: Any, size: int, names: Sequence[str], *, can_hide: bo
         conditions = [_named(row, size, names) for row in conditions]
 
     # Numbers, as many as there must be.
+    for i, row in enumerate(conditions if isinstance(conditions, list | tuple) else []):
+        if isinstance(row, list | tuple) and len(row) != size:
+            raise UserError(f"condition {i} (from 0) has {len(row)} numbers: give {expected}.")
     try:
-        vectors = torch.as_tensor(conditions).detach().cpu().to(torch.float32)
+        given = torch.as_tensor(conditions)
+        if given.is_complex():
+            raise TypeError
+        vectors = given.detach().cpu().to(torch.float32)
     except (TypeError, ValueError, RuntimeError):
         what = f"the conditions {shorten(conditions)} are no rows of numbers"
         raise UserError(f"{what}: give {expected}.") from None
     vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if vectors.ndim != 2 or vectors.shape[1] != size or not len(vectors):
+    if not len(vectors):
+        raise UserError(f"there are no conditions: give {expected}.")
+    if vectors.ndim != 2 or vectors.shape[1] != size:
         shape = tuple(vectors.shape)
         raise UserError(f"the conditions have the shape {shape}: give {expected}.")
+
+    # Which rows are hidden, and which are no vectors.
     hidden = vectors.isnan().all(dim=1)
-    if not vectors[~hidden].isfinite().all() or (hidden.any() and not can_hide):
-        raise UserError("a condition is not finite, or hidden where none can be: correct it.")
+    faults = {"is not finite in float32": ~hidden & ~vectors.isfinite().all(dim=1)}
+    if not can_hide:
+        faults["is hidden, but the priors need one"] = hidden
+    for fault, rows in faults.items():
+        if rows.any():
+            raise UserError(f"condition {int(rows.nonzero()[0])} (from 0) {fault}: correct it.")
     return vectors
 
 
@@ -87,6 +101,10 @@ def _named(row: Sequence[Any], size: int, names: Sequence[str]) -> list[float]:
     """A list of numbers as it is, one of names as a vector of 0 and 1."""
     if not all(isinstance(value, str | int | float) for value in row):
         raise UserError(f"a condition is {shorten(row)}: give numbers, or names of attributes.")
+
+    if not names and not _are_numbers(row):
+        what = f"a condition is {shorten(row)}, but the priors know no attributes"
+        raise UserError(f"{what}: give {describe_vectors(size)}.")
 
     # Where attributes are named by numbers, values are 0 and 1, or written with a point.
     is_row = _are_numbers(row) and len(row) == size

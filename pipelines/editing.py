@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ def known_outside(model: VQVAE2, images: Any, mask: Any) -> list[Known]:
 
 def _painted(mask: Any, images: Any, config: PreprocessingConfig) -> Tensor:
     """The white area `(H, W)` of a mask that was painted over these images."""
-    is_bool = isinstance(mask, np.ndarray) and mask.dtype == bool
-    picture = open_picture(mask * np.uint8(255) if is_bool else mask)
+    picture = open_picture(mask)
+    if isinstance(picture, np.ndarray) and picture.dtype == bool:
+        picture = picture * np.uint8(255)
     for one in images if isinstance(images, list | tuple) else [images]:
         is_prepared = isinstance(one, Tensor) or getattr(one, "ndim", 0) == 4
         size = config.height_width[::-1] if is_prepared else picture_size(open_picture(one))
@@ -64,7 +66,11 @@ def _painted(mask: Any, images: Any, config: PreprocessingConfig) -> Tensor:
             seen = "the mask has {} x {} pixels, and the image {} x {}"
             seen = seen.format(*picture_size(picture), *size)
             raise UserError(f"{seen}: paint the mask over the image itself.")
-    return load_picture(picture, for_masks(config))[0, 0] > 127
+    try:
+        return load_picture(picture, for_masks(config))[0, 0] > 127
+    except UserError:
+        name = f"the mask {mask}" if isinstance(mask, str | Path) else "the mask"
+        raise UserError(f"{name} is no 8-bit picture in black and white: convert it.") from None
 
 
 def for_masks(config: PreprocessingConfig) -> PreprocessingConfig:
@@ -78,8 +84,8 @@ def keep_levels(model: VQVAE2, images: Any, number: int) -> list[Known | None]:
     most = model.config.num_levels - 1
     if not most:
         raise UserError("a model of one level has no finer one to vary: give a mask.")
-    allowed = f"from 1 to {most}: finer levels vary"
-    check(number in range(1, most + 1), "keep_levels", number, allowed)
+    allowed = "1" if most == 1 else f"from 1 to {most}"
+    check(number in range(1, most + 1), "keep_levels", number, f"{allowed}: finer levels vary")
     codes = model.encode_images(images)
     kept = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes[:number]]
     return [*kept, *[None] * (len(codes) - number)]

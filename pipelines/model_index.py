@@ -11,10 +11,10 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.metrics import best_validation
 from vqvae2.common.runs import last_names, read_record
-from vqvae2.common.vocabulary import INDEX_NAME
+from vqvae2.common.vocabulary import IMPORT_RECORD, INDEX_NAME, TRAINING_RECORD
 
 RESTORE = "restore its files, or run vqvae2 assemble again"
-RECORD_NAMES = ("train_config.yaml", "import_config.yaml")
+RECORD_NAMES = (TRAINING_RECORD, IMPORT_RECORD)
 
 
 def part_folders(

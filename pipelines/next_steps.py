@@ -14,11 +14,12 @@ from prior.manifest import parse_level, read_manifest
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import read_record
+from vqvae2.common.vocabulary import EXTRACTION_RECORD, IMPORT_RECORD, TRAINING_RECORD
 from vqvae2.config import DataConfig, ImagesConfig
 
 logger = logging.getLogger(__name__)
 PHOTOS = ImagesConfig(path="PHOTOS")  # whatever they are
-RECORDS = ("extract_config.yaml", "import_config.yaml", "train_config.yaml")
+RECORDS = (EXTRACTION_RECORD, IMPORT_RECORD, TRAINING_RECORD)
 
 
 def show_next(command: str, config: Any, recipe: str | None) -> None:

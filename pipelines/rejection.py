@@ -6,7 +6,7 @@ import hashlib
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ def choose(
     # A choice that was made, for this set or for another one; or one among candidates drawn now.
     folder, state = Path(config.output_dir), processes()
     kept = [*map(int, run.notes.get(KEPT, "").split())]
-    if other := _record(Path(config.reject or ""), run):
-        kept = _choice_of(other, config, run)
+    if (others := chosen_elsewhere(config, run)) is not None:
+        kept = others
     elif len(kept) != config.num_images:
         network, columns = load_judge(config.reject or "", pipeline)
         keep, turn = config.keep or KEEP, [*labels] or [0]
@@ -117,9 +117,13 @@ def _record(folder: Path, run: RunRecord) -> dict[str, Any]:
     return read_record(path) if path.is_file() else {}
 
 
-def _choice_of(other: Mapping[str, Any], config: SampleConfig, run: RunRecord) -> list[int]:
-    """Another set's choice. Raises a `UserError` if that set is not drawn by the same settings."""
+def chosen_elsewhere(config: SampleConfig, run: RunRecord) -> list[int] | None:
+    """Another set's choice, if `reject` names one. Raises a `UserError` if that set is not drawn by
+    the same settings."""
     source = config.reject or ""
+    other = _record(Path(source), run)
+    if not other:
+        return None
     kept = [*map(int, other.get(KEPT, "").split())]
     if len(kept) != config.num_images:
         what = f"{source} records the choice of {len(kept)} images, not of {config.num_images}"
@@ -127,7 +131,11 @@ def _choice_of(other: Mapping[str, Any], config: SampleConfig, run: RunRecord) -
     facts = {key: value for key, value in run.facts.items() if key != HASH}
     settings = {"reject": other["reject"], "keep": config.keep or other["keep"]}
     same = dataclasses.replace(config, **settings)
-    dataclasses.replace(run, config=same, facts=facts).check(Path(source))
+    try:
+        dataclasses.replace(run, config=same, facts=facts).check(Path(source))
+    except UserError as error:
+        what = f"--reject {source} chose among other samples ({error.args[0].partition(': ')[0]})"
+        raise UserError(f"{what}: draw by the same settings, or give the classifier.") from None
     return kept
 
 

@@ -245,12 +245,18 @@ class Normal:
             what = f"{folder} does not know how unusual normal images are"
             raise UserError(f"{what}: run vqvae2 score --calibrate on some it was not trained on.")
         stored = from_dict(cls, read_json(path), str(path))
-        how = (stored.pipeline_hash, stored.labels, stored.redraws)
-        if how != (pipeline_hash, labels, redraws):
-            settings = f"labels = {stored.labels!r} and redraws = {stored.redraws}"
-            what = f"{path} is of another pipeline, or of {settings}"
+        if stored.pipeline_hash != pipeline_hash:
+            what = f"{path} is of other weights of the pipeline"
+            raise UserError(f"{what}: run vqvae2 score --calibrate again.")
+        if (stored.labels, stored.redraws) != (labels, redraws):
+            what = f"{path} is of {stored.settings}"
             raise UserError(f"{what}: give these, or run vqvae2 score --calibrate again.")
         return stored
+
+    @property
+    def settings(self) -> str:
+        """How images are scored that may be compared with these, in words."""
+        return f"labels = {self.labels!r} and redraws = {self.redraws}"
 
     def save(self, folder: Path) -> None:
         """Store it in a pipeline's folder."""

@@ -323,11 +323,15 @@ def _others_cost(prior: Prior, rows: Rows, what: str, places: range) -> str | No
     number = len(rows.codes)
     if not places or number < 2:
         return None
-    # The others' come from half of the rows away: neighbours are often of the same class.
-    others = list(rows.condition)
-    for i in places:
-        others[i] = others[i].roll(number // 2, dims=0)
-    if all(map(torch.equal, rows.condition, others)):
+    # The others' come from half of the rows away, as neighbours are often of the same class; where
+    # they repeat just so, from the next row.
+    for distance in (number // 2, 1):
+        others = list(rows.condition)
+        for i in places:
+            others[i] = others[i].roll(distance, dims=0)
+        if not all(map(torch.equal, rows.condition, others)):
+            break
+    else:
         return f"the {what} of all {number} rows are the same: there is nothing to use"
     own = probes.nats_per_code(prior, rows)
     other = probes.nats_per_code(prior, rows._replace(condition=others))

@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines import VQVAE2Pipeline
 from pipelines.cli import COMMANDS, RECIPES, flag_names, main, parse, split_command
 from pipelines.commands.completion import completion_script
-from pipelines.commands.reconstruct import file_names
+from pipelines.file_names import file_names
 from pipelines.next_steps import next_steps
 from prior import load_prior
 from tests.conftest import ROOT, edit_manifest, vqvae2, write_images
@@ -208,6 +208,12 @@ def test_no_two_images_are_reconstructed_to_one_file() -> None:
     files += ["v1.5/000001.png", "cat/1.jpg-2.png"]
     assert file_names(names, ".png") == files
     assert file_names(["/a/b/1.jpg", "/a/d/../c/1.jpg"], ".tif") == ["b/1.tif", "c/1.tif"]
+    long = [f"a/{'é' * 120}{i}.jpg" for i in range(2)]
+    made = file_names(long, ".coarse.png")
+    assert len({*made}) == 2
+    for name in made:
+        assert len(name.removeprefix("a/").encode()) <= 255
+        assert name.endswith(".coarse.png")
 
 
 def test_every_command_ends_with_what_comes_next(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.conftest import PARQUET, write_images
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import write_text
 from vqvae2.config import DataConfig, PreprocessingConfig
 from vqvae2.data import (
     ImageDataset,
@@ -356,3 +357,21 @@ def test_names_hash_tells_other_images_apart(tmp_path: Path, photos: Path) -> No
     folders = [write_images(tmp_path / name, number) for name, number in numbers.items()]
     few, same, more = (load(folder).facts()["image_names_hash"] for folder in folders)
     assert few == same != more
+
+
+def test_several_broken_pictures_are_named_at_once(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos", 30)
+    broken = sorted(folder.rglob("*.png"))[3:6]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(UserError) as refused:
+        load_images(DataConfig(path=str(folder)), GREY)
+    first, *others = [file.relative_to(folder).as_posix() for file in broken]
+    assert f"{first}: it cannot be read" in str(refused.value)
+    assert str(refused.value).endswith(f"; likewise {', '.join(others)}")
+
+
+def test_files_of_the_longest_names_are_written(tmp_path: Path) -> None:
+    name = "é" * 125 + ".png"
+    write_text(tmp_path / name, "x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

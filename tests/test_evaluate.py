@@ -116,7 +116,7 @@ def test_evaluations_are_compared_if_the_same_eyes_saw_them(
     alike = [shutil.copytree(evaluated, tmp_path / run / "evaluation") for run in ("x", "y")]
     command("evaluate", "--compare", *alike)
     assert f"{alike[0]} has the lowest" in capsys.readouterr().out  # not "evaluation"
-    assert "better" in (page / "index.html").read_text()
+    assert "better" in (page / "comparison.html").read_text()
     found["extractor"]["name"] = "inception"
     write(json.dumps(found))
     command("evaluate", "--compare", evaluated, better, code=2)
@@ -210,7 +210,8 @@ def test_guidance_is_swept_only_where_all_priors_know_it(facts: dict, number: in
         (["--vqvae", "x", "--num-samples", "50"], "num_samples is 50, but must be used where"),
         (["--compare", "x", "y", "--pipeline", "z"], "compare is ('x', 'y'), but must be used"),
         (["--compare", "x", "y"], "does not exist"),
-        (["--compare", "{inspected}"], "is no evaluation: give folders"),
+        (["--compare", "{inspected}", "x"], "is no evaluation: give folders"),
+        (["--compare", "x", "x"], "nothing to compare: give two or more"),
         (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
          "too few to judge"),
         (["--vqvae", "{run}/vqvae", "--data.path", "{photos}", "--features", "inception",
@@ -414,4 +415,4 @@ def test_evaluations_of_other_counts_are_compared_at_infinity(tmp_path: Path) ->
     assert "a<b has the lowest FD (x) at infinity." in text
     assert "1 ± 0.1" in text
     assert "Samples stand beside reconstructions" in text
-    assert "a<b" not in (tmp_path / "index.html").read_text()
+    assert "a<b" not in (tmp_path / "comparison.html").read_text()

@@ -106,7 +106,7 @@ print({found})
 def test_parts_that_were_frozen_stay_frozen() -> None:
     model = VQVAE2(VQVAE2Config(**SMALL)).train()
     model.quantizers.eval()
-    model.encode_images(some_bytes(2)[:, None] / 255.0)
+    model.encode_images(some_bytes(2)[:, None] / 127.5 - 1)
     assert model.training
     assert not any(module.training for module in model.quantizers.modules())
 

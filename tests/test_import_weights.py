@@ -61,7 +61,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
         "lacks what we call 'upsamplers.0.0.bias'": without("upsample_t.bias"),
         "'dec.blocks.0.weight' has shape": {**state, "dec.blocks.0.weight": torch.zeros(2, 2)},
         "not a state dict of tensors": {**state, "args": 1},
-        "of plain tensors": {"hidden": Path("code that would run")},
+        "of plain tensors.* save the weights alone": {"hidden": Path("code that would run")},
     }
     name = "dec.blocks.0.weight"
     weight = state[name]
@@ -81,7 +81,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
             import_weights(tmp_path / "x.pt", (64, 32))
     for text in (b"", b"no", b"a text\n" * 999, b"\x80\x02", CHECKPOINT.read_bytes()[:-999]):
         (tmp_path / "x.pt").write_bytes(text)
-        with pytest.raises(UserError, match=r"cannot be read .* save the weights alone"):
+        with pytest.raises(UserError, match=r"cannot be read .* it is damaged, or none"):
             import_weights(tmp_path / "x.pt", (64, 32))
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"image.size"):

@@ -308,7 +308,10 @@ def test_wrong_codes_masks_and_levels_are_one_sentence(
         (lambda: pipeline.decode([top, bottom], output_type="np"), "'pil' or 'pt'"),
         (lambda: pipeline.inpaint(path, Image.new("L", (9, 28))), "mask has 9 x 28 .* 28 x 28"),
         (lambda: pipeline.inpaint(path, torch.zeros(16, 16)), "of torch.float32 is .*torch.bool"),
-        (lambda: pipeline.variations(path, keep_levels=2), "keep_levels is 2, but must be from 1"),
+        (
+            lambda: pipeline.variations(path, keep_levels=2),
+            "keep_levels is 2, but must be 1",
+        ),
         (lambda: pipeline.variations(path, num_images=-1), "num_images"),
         (lambda: pipeline.log_likelihood(path, [0, 1]), "give one label, or one per image"),
         (lambda: pipeline.log_likelihood(path, "hat"), "names no class"),

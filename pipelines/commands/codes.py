@@ -19,10 +19,15 @@ from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
-from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, save_picture, sheet, to_pil
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS, describe_grids, describe_vectors
+from vqvae2.common.vocabulary import (
+    ORIGINAL,
+    SPLITS,
+    describe_grids,
+    describe_vectors,
+    first_names,
+)
 from vqvae2.model import VQVAE2
 
 logger = logging.getLogger(__name__)
@@ -74,12 +79,6 @@ def code_info(codes: Path) -> str:
     return "\n".join([f"{codes}: codes of {manifest.source or 'an unnamed source'}", *lines])
 
 
-def first_names(names: Sequence[str]) -> str:
-    """The first names, in one text: bag, coat, dress, ..."""
-    return ", ".join([*names[:12], *["..."] * (len(names) > 12)])
-
-
-@writes_output
 def view(config: CodesViewConfig) -> None:
     """Write a picture of decoded rows, and print which rows they are."""
     refuse_several_processes()
@@ -94,6 +93,8 @@ def view_rows(codes: Path, vqvae: str, output_dir: Path, rows: Sequence[int], sp
     `UserError` for another autoencoder, or no such row."""
     check(len(rows) >= 1, "rows", rows, "one number or more")
     manifest, device = read_manifest(codes), processes().device
+    if not manifest.num_rows(split):
+        raise UserError(f"{codes} has no rows in {split}: choose the other --split.")
     model = VQVAE2.from_pretrained(vqvae).to(device)
     refuse_mismatches(model, (), manifest)
     table, pictures, captions = read_rows(codes, manifest, split, rows), [], []

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipelines.codec import CODER_VERSION, Codec
-from pipelines.commands.reconstruct import below_their_folder, file_names
 from pipelines.config import CompressConfig, DecompressConfig
+from pipelines.file_names import below_their_folder, file_names
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.errors import UserError
@@ -118,7 +118,7 @@ def decompress(config: DecompressConfig) -> None:
             few = [grid[first : first + BATCH] for grid in grids]
             for image in codec.decode(few, imagine=imagined, first=first):
                 save_image(image, folder / next(files), settings.value_range, note)
-    logger.info(f"{folder}: {len(names):,} images of {len(contents):,} files.")
+    logger.info(f"{folder}: {len(names):,} images out of {len(contents):,} file(s).")
 
 
 def read_files(names: Sequence[str]) -> dict[Path, bytes]:

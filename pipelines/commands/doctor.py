@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.belonging import ADVICE, mismatches
 from pipelines.commands.codes import problems
-from pipelines.commands.extract import LANES, RECORD_NAME, encode_lanes
+from pipelines.commands.extract import LANES, encode_lanes
 from pipelines.config import DoctorConfig
 from pipelines.model_index import RESTORE, changed_parts, part_folders, prior_bits
 from prior.audit import (
@@ -35,7 +35,7 @@ from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
-from vqvae2.common.vocabulary import INDEX_NAME, ORIGINAL, SPLITS, describe_grids
+from vqvae2.common.vocabulary import EXTRACTION_RECORD, INDEX_NAME, ORIGINAL, SPLITS, describe_grids
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageTable, open_source
 from vqvae2.data.augmentation import view_change
@@ -105,7 +105,7 @@ def images_of(data: ImagesConfig, vqvae: VQVAE2) -> dict[str, ImageTable]:
 
 def recorded_images(codes: Path) -> ImagesConfig | None:
     """Where the record of an extraction says that the images are, if they are still there."""
-    record = codes / RECORD_NAME
+    record = codes / EXTRACTION_RECORD
     if not record.exists() or "data" not in (recorded := read_record(record)):
         return None
     data = from_dict(ImagesConfig, recorded["data"], str(record))
@@ -235,7 +235,7 @@ def check_extraction(
     vqvae: VQVAE2, folder: Path, manifest: Manifest, images: Mapping[str, ImageTable]
 ) -> str:
     """Some images, found by their ids and encoded again, get the codes that are stored."""
-    record = folder / RECORD_NAME
+    record = folder / EXTRACTION_RECORD
     bf16 = record.exists() and read_record(record).get("mixed_precision") == "bf16"
     levels, missing, changed = range(manifest.num_levels), 0, []
     wrong, total = [0 for _ in levels], [0 for _ in levels]

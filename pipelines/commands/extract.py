@@ -44,7 +44,7 @@ from vqvae2.common.torch_settings import (
     settings_restored,
     use_deterministic_algorithms,
 )
-from vqvae2.common.vocabulary import ORIGINAL, SPLITS
+from vqvae2.common.vocabulary import EXTRACTION_RECORD, ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, to_images, work_parts
 from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
@@ -52,7 +52,6 @@ from vqvae2.model import VQVAE2
 from vqvae2.training_record import read_training, same_place
 
 logger = logging.getLogger(__name__)
-RECORD_NAME = "extract_config.yaml"
 LANES = 32  # images encoded at once, always: a convolution's last bits depend on the batch size
 MOST_PIXELS_APART = 128 * 128  # of an image up to which each CPU encodes lanes of its own
 Batch = tuple[str, Tensor]
@@ -77,7 +76,9 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     output_dir, state = Path(config.output_dir), processes()
     set_threads(config.num_threads)
     model = VQVAE2.from_pretrained(config.vqvae)
-    run = RunRecord("extract", config, RECORD_NAME, facts={"encoder_hash": model.content_hash()})
+    run = RunRecord(
+        "extract", config, EXTRACTION_RECORD, facts={"encoder_hash": model.content_hash()}
+    )
     run.check(output_dir)
     warn_if_unfinished(Path(config.vqvae).expanduser())
     training = read_training(config.vqvae)

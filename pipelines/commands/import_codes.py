@@ -7,7 +7,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipelines.commands.codes import first_names
 from pipelines.config import ImportCodesConfig
 from pipelines.importers.rosinality_codes import Row, read_rows
 from prior.manifest import MANIFEST_NAME, SPLITS, Manifest, is_complete, write_manifest
@@ -18,6 +17,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.runs import RunRecord, last_names, versions
+from vqvae2.common.vocabulary import IMPORT_RECORD, first_names
 from vqvae2.data import is_held_out
 from vqvae2.model import VQVAE2
 
@@ -25,38 +25,31 @@ logger = logging.getLogger(__name__)
 
 
 @writes_output
-def command(config: ImportCodesConfig) -> None:
-    """Write the code dataset of an LMDB file, or do nothing if it is finished."""
+def import_codes(config: ImportCodesConfig) -> None:
+    """Write the code dataset of an LMDB file, or do nothing if it is finished. All rows are checked
+    before the first is written. Raises as `read_rows`, and a `UserError` if a row does not fit the
+    autoencoder, or all rows are held out."""
+    # The folder: new, or that of the same import.
     refuse_several_processes()
-    output_dir = Path(config.output_dir)
-    facts = {"encoder_hash": VQVAE2.from_pretrained(config.vqvae).content_hash()}
-    run = RunRecord("import-codes", config, "import_config.yaml", facts=facts)
-    run.check(output_dir)
-    if is_complete(output_dir):  # the file may have been removed
-        logger.info(f"{output_dir}: all codes are imported already.")
+    folder, path, vqvae = Path(config.output_dir), Path(config.lmdb), config.vqvae
+    model = VQVAE2.from_pretrained(vqvae)
+    facts = {"encoder_hash": model.content_hash()}
+    run = RunRecord("import-codes", config, IMPORT_RECORD, facts=facts)
+    run.check(folder)
+    if is_complete(folder):  # the file may have been removed
+        logger.info(f"{folder}: all codes are imported already.")
         return
-    import_codes(**vars(config), run=run)
+    if not (Path(vqvae) / IMPORT_RECORD).exists():
+        text = "%s was not imported (import-weights): did it make the codes? The file does not say."
+        logger.warning(text, vqvae)
 
-
-def import_codes(
-    lmdb: str | Path,
-    vqvae: str | Path,
-    output_dir: str | Path,
-    validation_fraction: float = 0.05,
-    shard_size: int = 8192,
-    *,
-    run: RunRecord | None = None,
-) -> None:
-    """Write the code dataset of an LMDB file (see `ImportCodesConfig`), and `run` before it. All
-    rows are checked before the first is written. Raises as `read_rows`, and a `UserError` if a row
-    does not fit the autoencoder, or all rows are held out."""
     # Read every row once to check it, and to decide which are held out.
-    folder, path, model = Path(output_dir), Path(lmdb), VQVAE2.from_pretrained(vqvae)
     names: list[str] = []
     for row in progress_bar(read_rows(path), desc="checking", unit="row"):
         _check(row, f"{path}: row {len(names)}", model, vqvae)
         names.append(row.name)
-    ids, held_out = _unique(names), [is_held_out(name, validation_fraction) for name in names]
+    ids = _unique(names)
+    held_out = [is_held_out(name, config.validation_fraction) for name in names]
     if all(held_out):
         raise UserError(f"{path}: all {len(names)} rows are held out: lower the fraction.")
 
@@ -68,17 +61,16 @@ def import_codes(
     # Write the shards of both splits; what an earlier import left unfinished goes first.
     for left in (folder / MANIFEST_NAME, *folder.glob("*/*.parquet")):
         left.unlink(missing_ok=True)
-    if run is not None:
-        run.write(folder)
+    run.write(folder)
     records: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         chosen = [i for i, out in enumerate(held_out) if out == (split == "validation")]
-        starts = range(0, len(chosen), shard_size)
+        starts = range(0, len(chosen), config.shard_size)
         for first in progress_bar(starts, desc=f"importing {split}", unit="shard"):
-            numbers = chosen[first : first + shard_size]
+            numbers = chosen[first : first + config.shard_size]
             levels = zip(*(row.codes for row in read_rows(path, numbers)), strict=True)
             record = write_shard(
-                folder / split / f"{first // shard_size:05d}.parquet",
+                folder / split / f"{first // config.shard_size:05d}.parquet",
                 ids=[ids[number] for number in numbers],
                 codes=[np.stack(level).reshape(len(numbers), -1) for level in levels],
                 codebook_sizes=model.config.codebook_size_per_level,
@@ -98,7 +90,7 @@ def import_codes(
         preprocessing=to_dict(model.config.image),
         train=tuple(records["train"]),
         validation=tuple(records["validation"]),
-        source=last_names(str(lmdb)),
+        source=last_names(config.lmdb),
         versions=versions(),
     )
     write_manifest(folder, manifest)

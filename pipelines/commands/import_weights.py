@@ -13,6 +13,7 @@ from vqvae2.common.config import to_dict
 from vqvae2.common.files import file_hash, write_text
 from vqvae2.common.lock import writes_output
 from vqvae2.common.runs import RunRecord
+from vqvae2.common.vocabulary import IMPORT_RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def command(config: ImportWeightsConfig) -> None:
     output_dir, checkpoint = Path(config.output_dir), Path(config.checkpoint)
     model = import_weights(checkpoint, config.image.size)
     facts = {"checkpoint_sha256": file_hash(checkpoint)}
-    run = RunRecord("import-weights", config, "import_config.yaml", facts=facts)
+    run = RunRecord("import-weights", config, IMPORT_RECORD, facts=facts)
     run.check(output_dir)
     if (output_dir / CONFIG_NAME).exists():  # the last file
         logger.info(f"{output_dir}: the weights are imported already.")

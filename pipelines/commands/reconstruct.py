@@ -1,14 +1,12 @@
 """`vqvae2 reconstruct`: images beside what the autoencoder makes of them."""
 
 import logging
-import os
-from collections.abc import Sequence
-from itertools import chain, count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
 from pipelines.config import ReconstructConfig
+from pipelines.file_names import file_names
 from pipelines.model_index import part_hash
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.errors import UserError
@@ -18,7 +16,6 @@ from vqvae2.common.pictures import file_suffix, save_image, save_picture
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.data import ImageDataset, load_table, to_images
-from vqvae2.data.decoding import PICTURE_SUFFIXES
 from vqvae2.inspection import reconstruction_sheet
 from vqvae2.model import VQVAE2
 from vqvae2.training_record import find_held_out, trained_on
@@ -94,25 +91,3 @@ def write_reconstructions(vqvae: VQVAE2, images: ImageDataset, output_dir: str |
     if state.is_main_process:
         save_picture(reconstruction_sheet(vqvae, images, state.device, num_images=32), shown)
     logger.info(f"{folder / 'images'}: {len(images)} reconstructions; {shown} compares some.")
-
-
-def below_their_folder(names: Sequence[str]) -> list[str]:
-    """Names as they are; absolute paths relative to the folder that holds all of them."""
-    if not all(map(os.path.isabs, names)):
-        return [*names]
-    root = os.path.commonpath(map(os.path.dirname, names))
-    return [os.path.relpath(name, root) for name in names]
-
-
-def file_names(names: Sequence[str], suffix: str) -> list[str]:
-    """A file for each image, below one folder: cat/1.png for cat/1.jpg; where another image has
-    that one, or has it but for capitals, cat/1.jpg.png or cat/1.jpg-2.png."""
-    files: dict[str, str] = {}
-    for name in below_their_folder(names):
-        parts = Path(name).parts
-        path = PurePosixPath(*(part for part in parts if part not in ("/", "..", "~")))
-        stem = path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path
-        tried = chain((stem, path), (f"{path}-{number}" for number in count(2)))
-        file = next(f for new in tried if (f := f"{new}{suffix}").casefold() not in files)
-        files[file.casefold()] = file
-    return list(files.values())

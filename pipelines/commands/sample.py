@@ -28,7 +28,7 @@ from pipelines.receipts import (
     load_pipeline,
     make_receipt,
 )
-from pipelines.rejection import choose, with_rejection
+from pipelines.rejection import choose, chosen_elsewhere, with_rejection
 from prior.sampling import SAMPLER_VERSION, Known, SamplingConfig, check_guidance, in_lanes
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import from_dict, to_dict
@@ -52,6 +52,8 @@ def sample(config: SampleConfig) -> None:
     # The settings, or a receipt's; the pipeline, and the codes of an image that is edited.
     wanted, file = None, config.receipt
     if file is not None:
+        if not (Path(file).is_file() and Path(file).suffix == ".json"):
+            raise UserError(f"--receipt {file} is no JSON file: give a set's {RECEIPT_NAME}.")
         wanted = from_dict(SetReceipt, read_json(Path(file)), file)
         settings = {field.name: getattr(wanted, field.name) for field in fields(SetConfig)}
         config = replace(config, receipt=None, **settings)
@@ -99,6 +101,8 @@ def sample(config: SampleConfig) -> None:
     run.check(folder)
     if config.reject is None:
         _refuse_fewer(folder, config.num_images)
+    else:
+        chosen_elsewhere(config, run)
     processes().wait_for_everyone()
     on_main_process(processes(), lambda: run.write(folder))
 

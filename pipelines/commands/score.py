@@ -20,14 +20,15 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.commands.reconstruct import file_names
 from pipelines.config import ScoreConfig
+from pipelines.file_names import file_names
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.scoring import ALL, BATCH, HEALED, NORMAL_NAME, Normal, Scores
 from vqvae2.common.accelerate import check_same_images, on_main_process, processes
 from vqvae2.common.artifact import content_hash
+from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
-from vqvae2.common.files import file_hash, remove_folder, whole_file, write_json
+from vqvae2.common.files import file_hash, read_json, remove_folder, whole_file, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import draw_panel
 from vqvae2.common.pictures import file_suffix, in_rows, save_image, save_picture, sheet, to_pil
@@ -260,6 +261,10 @@ def _store_normal(
                 text = "%s is of other images, and is kept: remove it to have these again."
                 logger.warning(text, home / NORMAL_NAME)
             return
+    with suppress(UserError, OSError):
+        before = from_dict(Normal, read_json(home / NORMAL_NAME), NORMAL_NAME)
+        if before.settings != normal.settings:
+            logger.warning("%s was of %s: it is replaced.", home / NORMAL_NAME, before.settings)
     normal.save(home)
 
 

@@ -1,6 +1,7 @@
 """The report of an evaluation: what the figures mean, in words; tables, pictures and plots."""
 
 import html
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -43,6 +44,7 @@ MEANINGS = {
     "in brackets": "95 % intervals",
 }
 ENOUGH = 1000  # images: the distance of fewer is mostly chance, which real ones have as well
+COMPARISON = "comparison.html"
 MAIN = ("distance", "kernel distance", "precision", "recall", "density", "coverage", "score")
 TITLES = {
     "file": "Against the statistics of a file",
@@ -430,9 +432,12 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
     """Evaluations side by side, as text, and as a page if a folder is given.
 
     Raises:
-        UserError: no evaluation, or evaluations by other extractors or of other images.
+        UserError: fewer than two, no evaluation, or evaluations by other extractors or of other
+            images.
     """
     # The figures of each.
+    if len({folder.resolve() for folder in folders}) < 2:
+        raise UserError("there is nothing to compare: give two or more evaluations.")
     found: dict[str, Figures] = {}
     alike = len({folder.name for folder in folders}) < len(folders)  # as runs/x/evaluation are
     for folder in folders:
@@ -454,6 +459,8 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
         column = limit
     best = min(rows, key=lambda name: _first(rows[name][column]))
     lines = [f"{best} has the lowest {_own_name(column, one['extractor'])}."]
+    if close := [name for name in rows if name != best and _may_be_alike(rows[name], rows[best])]:
+        lines.append(f"But what tells it from {', '.join(close)} may be chance.")
     if column == limit:
         lines.append("The counts differ, so the distances at infinity are compared.")
     if len({row["of"] for row in rows.values()}) > 1:
@@ -466,8 +473,17 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
             texts = "".join(f"<li>{html.escape(line)}" for line in each["summary"])
             body.append(f"<h2>{html.escape(name)}</h2><ul>{texts}</ul>")
         page = PAGE.format(title="Evaluations", body="\n".join(body))
-        write_text(Path(output_dir) / "index.html", page)
+        write_text(Path(output_dir) / COMPARISON, page)
     return "\n".join([*lines, "", _main(rows, one["extractor"], column)])
+
+
+def _may_be_alike(one: Row, other: Row) -> bool:
+    """Whether two distances at infinity differ by less than their errors, where both have any."""
+    given = one.get("distance at infinity"), other.get("distance at infinity")
+    if not all(isinstance(value, list) for value in given):
+        return False
+    (value, error), (other_value, other_error) = given  # type: ignore[misc]
+    return bool(abs(value - other_value) < math.hypot(error, other_error))
 
 
 def refuse_other_eyes(found: Mapping[str, Figures]) -> None:

@@ -32,11 +32,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     `OSError`, with `path` and the reason, if the disk is full, whatever a library makes of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    start = os.fsencode(path.name)[:40].decode(errors="ignore")  # names are of limited length
+    folder = path.with_name(f".{start}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     with _naming(path):
         folder.mkdir()
         try:
-            aside = folder / f".{path.name}"  # a suffix decides formats
+            aside = folder / f"new{path.suffix}"  # which decides formats
             yield aside
             with open(aside, "rb") as file:
                 os.fchmod(file.fileno(), folder.stat().st_mode & 0o666)  # as the umask says

@@ -8,6 +8,10 @@ ORIGINAL = "original"
 """The view of an image that is the image unchanged."""
 TRAINING_RECORD = "train_config.yaml"
 """The file in a training's folder that says what was trained, on what, and how."""
+IMPORT_RECORD = "import_config.yaml"
+"""The same in the folder of an import from another implementation."""
+EXTRACTION_RECORD = "extract_config.yaml"
+"""The same in the folder of a code dataset."""
 INDEX_NAME = "model_index.json"
 """The file in a pipeline's folder that names its models, which are folders in it."""
 MIN_HELD_OUT = 20
@@ -24,5 +28,9 @@ def describe_grids(grids: Sequence[Sequence[int]], sizes: Sequence[int]) -> list
 
 def describe_vectors(size: int, names: Sequence[str] = ()) -> str:
     """Condition vectors in words: 3 attributes (glasses, hat, smile)."""
-    first = ", ".join([*names[:12], *["..."] * (len(names) > 12)])
-    return f"{size} attributes ({first})" if names else f"vectors of {size} numbers"
+    return f"{size} attributes ({first_names(names)})" if names else f"vectors of {size} numbers"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first twelve of these names, such as classes."""
+    return ", ".join([*names[:12], *["..."] * (len(names) > 12)])

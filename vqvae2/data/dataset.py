@@ -30,6 +30,7 @@ from vqvae2.data.survey import Survey
 from vqvae2.data.table import ImageTable, PreparedPictures
 
 logger = logging.getLogger(__name__)
+MOST_NAMED = 10  # broken pictures; where there are more, all may be
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size
 
 
@@ -110,7 +111,7 @@ class ImageDataset(Dataset):
             choose: `no_change`, or a `Survey`'s.
 
         Raises:
-            BadImage: naming the first broken picture, unless they are skipped.
+            BadImage: naming the broken pictures, unless they are skipped.
         """
         if self.prepared is not None or not len(self):
             return []
@@ -132,10 +133,10 @@ class ImageDataset(Dataset):
         bar = progress_bar(results, "checking images", number, **options)
         for index, result in enumerate(bar):
             if isinstance(result, BadImage):
-                if not skip:
-                    results.close()
-                    raise result
                 broken.append(result)
+                if not skip and len(broken) == MOST_NAMED:
+                    results.close()
+                    break
                 continue
             if not good and result.nbytes * number <= CACHE_BYTES:
                 self.cache = torch.empty((number, *result.shape), dtype=result.dtype)
@@ -148,7 +149,9 @@ class ImageDataset(Dataset):
                 self.cache[len(good)] = result
             good.append(index)
 
-        # Leave broken ones out.
+        # Name broken ones, or leave them out.
+        if broken and not skip:
+            raise broken[0].together_with(broken[1:])
         if broken:
             kept = set(good)
             self.left_out = [row for i, row in enumerate(self.indices) if i not in kept]

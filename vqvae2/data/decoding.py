@@ -4,7 +4,7 @@ import io
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,13 @@ class BadImage(UserError):
 
     def __reduce__(self) -> Any:
         return BadImage, (str(self), self.name, self.reason)
+
+    def together_with(self, others: Sequence[Self]) -> "BadImage":
+        """The same, whose sentence names other ones, too."""
+        if not others:
+            return self
+        names = ", ".join(other.name for other in others)
+        return BadImage(f"{self}; likewise {names}", self.name, self.reason)
 
     @classmethod
     def of(cls, source: str, name: str, error: Exception) -> Self:
