@@ -64,7 +64,7 @@ def main() -> None:
         parser.error("--vqvae is needed, but for a folder with train/good")
     else:
         data = ImagesConfig(path=options.data)
-        held_out, _ = find_held_out(options.vqvae, data, settings, show_progress=False)
+        held_out, _ = find_held_out(options.vqvae, data, settings)
         table, unseen = load_table(data, settings), set(held_out.ids)
         rows = [i for i, name in enumerate(table.ids) if name not in unseen]
         train = pixels_of(ImageDataset(table, rows, settings), options.num_train)

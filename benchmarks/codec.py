@@ -65,9 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     pipeline = VQVAE2Pipeline.from_pretrained(options.pipeline)
     settings = pipeline.vqvae.config.image
-    held_out, _ = find_held_out(
-        options.vqvae, ImagesConfig(path=options.data), settings, show_progress=False
-    )
+    held_out, _ = find_held_out(options.vqvae, ImagesConfig(path=options.data), settings)
     sets = {"held-out images": held_out}
     if options.others:
         table = load_table(ImagesConfig(path=options.others), settings)

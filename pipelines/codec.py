@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from pipelines.editing import as_codes
-from pipelines.labels import hidden_unless_given
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.base import Prior
 from prior.sampling import Known, in_lanes
@@ -87,9 +86,9 @@ class Codec:
     @cached_property
     def hashes(self) -> list[bytes]:
         """What files are bound to: the whole pipeline; by frequency, the autoencoder alone."""
-        every = self.pipeline.content_hashes()
-        parts: Any = (every, {"vqvae_hash": every["vqvae_hash"]})
-        return [bytes.fromhex(content_hash(part, ()))[:8] for part in parts]
+        alone = {"vqvae_hash": self.pipeline.content_hashes()["vqvae_hash"]}
+        both = self.pipeline.content_hash(), content_hash(alone, ())
+        return [bytes.fromhex(digest)[:8] for digest in both]
 
     @torch.no_grad()
     def compress(
@@ -228,7 +227,7 @@ class Codec:
         if imagine:
             self.refuse_unhidden("draw")
             known = [Known(grid, torch.ones_like(grid, dtype=torch.bool)) for grid in codes]
-            labels = hidden_unless_given(None, can_hide=self.pipeline.can_hide_labels)
+            labels = self.pipeline.hidden_unless_given(None)
             options: Any = {"labels": labels, "first_index": first, "output_type": "pt"}
             return self.pipeline(number, known=[*known, *[None] * missing], **options).images
         if not model.config.level_dropout:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.artifact import content_hash
-from vqvae2.common.config import suggest
+from vqvae2.common.config import shown, suggest
 from vqvae2.common.errors import UserError
 from vqvae2.common.vocabulary import describe_vectors
 from vqvae2.data.decoding import readable
-from vqvae2.data.splits import shorten
 
 CONDITIONS_NAME = "conditions.npy"
 
@@ -59,7 +58,7 @@ def as_vectors(conditions: Any, size: int, names: Sequence[str], *, can_hide: bo
     expected = f"{describe_vectors(size, names)}, which the priors were trained with"
     if isinstance(conditions, list | tuple) and conditions and not _are_numbers(conditions):
         if any(not isinstance(row, list | tuple) for row in conditions):
-            what = f"the conditions begin with {shorten(conditions[0])}"
+            what = f"the conditions begin with {shown(conditions[0])}"
             raise UserError(f"{what}: give a list of numbers, or of names, for each image.")
         conditions = [_named(row, size, names) for row in conditions]
 
@@ -73,7 +72,7 @@ def as_vectors(conditions: Any, size: int, names: Sequence[str], *, can_hide: bo
             raise TypeError
         vectors = given.detach().cpu().to(torch.float32)
     except (TypeError, ValueError, RuntimeError):
-        what = f"the conditions {shorten(conditions)} are no rows of numbers"
+        what = f"the conditions {shown(conditions)} are no rows of numbers"
         raise UserError(f"{what}: give {expected}.") from None
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if not len(vectors):
@@ -100,10 +99,10 @@ def _are_numbers(row: Sequence[Any]) -> bool:
 def _named(row: Sequence[Any], size: int, names: Sequence[str]) -> list[float]:
     """A list of numbers as it is, one of names as a vector of 0 and 1."""
     if not all(isinstance(value, str | int | float) for value in row):
-        raise UserError(f"a condition is {shorten(row)}: give numbers, or names of attributes.")
+        raise UserError(f"a condition is {shown(row)}: give numbers, or names of attributes.")
 
     if not names and not _are_numbers(row):
-        what = f"a condition is {shorten(row)}, but the priors know no attributes"
+        what = f"a condition is {shown(row)}, but the priors know no attributes"
         raise UserError(f"{what}: give {describe_vectors(size)}.")
 
     # Where attributes are named by numbers, values are 0 and 1, or written with a point.
@@ -113,7 +112,7 @@ def _named(row: Sequence[Any], size: int, names: Sequence[str]) -> list[float]:
         return list(row)
     unknown = [name for name in row if str(name) not in names]
     if unknown:
-        what = f"no attribute is named {shorten(unknown[0])}"
+        what = f"no attribute is named {shown(unknown[0])}"
         raise UserError(f"{what} ({suggest(str(unknown[0]), names)}).")
     given = set(map(str, row))
     return [float(name in given) for name in names]

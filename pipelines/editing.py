@@ -12,9 +12,8 @@ from einops import reduce
 from torch import Tensor
 
 from prior.base import Prior
-from prior.probes import Rows, nats_per_row
+from prior.probes import nats_per_row, rows_for
 from prior.sampling import Known
-from prior.vector import with_vectors
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.config import PreprocessingConfig
@@ -145,11 +144,8 @@ def log_likelihood(
         fits = len(vectors) in (1, number)
         check(fits, "the number of conditions", len(vectors), f"1, or {number}, one per image")
         vectors = vectors.expand(number, -1)
-    for level, prior in enumerate(priors):
-        condition = with_vectors(prior.config, codes[:level], number, vectors)
-        *condition, own = [given.to(prior.device) for given in [*condition, codes[level]]]
-        given = classes.to(prior.device) if prior.config.num_classes else None
-        levels.append(-nats_per_row(prior, Rows(own, condition, given)).cpu())
+    for prior in priors:
+        levels.append(-nats_per_row(prior, rows_for(prior, codes, classes, vectors)).cpu())
     return torch.stack(levels, dim=1)
 
 

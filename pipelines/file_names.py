@@ -1,4 +1,4 @@
-"""Which file a command writes for each image: named after the image, in folders as its own."""
+"""Which file a command writes for each image: a sample's by its number, any other by its name."""
 
 import hashlib
 import os
@@ -43,3 +43,14 @@ def _of_legal_length(file: str) -> str:
     digest = hashlib.sha256(coded).hexdigest()[:8]
     start, end = (part.decode(errors="ignore") for part in (coded[:200], coded[-30:]))
     return os.path.join(folder, f"{start}-{digest}-{end}")
+
+
+def sample_name(index: int) -> str:
+    """The file of a sample, without a suffix: 000012."""
+    return f"{index:06d}"
+
+
+def sample_files(folder: Path) -> dict[int, Path]:
+    """The samples that are in a set's folder, in order."""
+    found = (folder / "images").glob(6 * "[0-9]" + "*")
+    return {int(file.stem): file for file in sorted(found, key=lambda file: int(file.stem))}

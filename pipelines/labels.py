@@ -8,16 +8,12 @@ from unicodedata import normalize
 import numpy as np
 from torch import Tensor
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
-from vqvae2.data.splits import few, shorten, whole_numbers
+from vqvae2.data.splits import few, whole_numbers
 
 Labels = int | str | Sequence[int | str] | np.ndarray | Tensor | None
 """A class by its number or name, several of them, or none."""
-
-
-def hidden_unless_given(labels: Labels, *, can_hide: bool) -> Labels:
-    """The labels to use for images that may show anything: "none" if none are given."""
-    return "none" if labels is None and can_hide else labels
 
 
 def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> list[int]:
@@ -49,8 +45,8 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
         if key not in numbers:
             allowed = "" if whole else f"a number from 0 to {len(names) - 1}, or "
             near = get_close_matches(str(label)[:100], names, n=1)
-            allowed += shorten(near[0]) if near else f"one of {few(names)}"
+            allowed += shown(near[0]) if near else f"one of {few(names)}"
             allowed += ", or none" * can_hide
-            raise UserError(f"label {shorten(label)} names no class, or two: give {allowed}.")
+            raise UserError(f"label {shown(label)} names no class, or two: give {allowed}.")
         places.append(numbers[key])
     return places or list(range(len(names)))

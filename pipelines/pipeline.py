@@ -13,7 +13,7 @@ from pipelines import editing, scoring
 from pipelines.belonging import refuse_mismatches
 from pipelines.conditions import as_vectors
 from pipelines.config import LANES
-from pipelines.labels import Labels, hidden_unless_given, label_numbers
+from pipelines.labels import Labels, label_numbers
 from pipelines.model_index import (
     RESTORE,
     changed_parts,
@@ -28,7 +28,7 @@ from prior.base import Prior
 from prior.registry import load_prior
 from prior.sampling import Known, SamplingConfig, image_seeds, in_lanes
 from prior.vector import with_vectors
-from vqvae2.common.artifact import local_folder
+from vqvae2.common.artifact import content_hash, local_folder
 from vqvae2.common.config import check, check_whole
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
@@ -122,6 +122,10 @@ class VQVAE2Pipeline:
         """A hash of each part: equal exactly if its configuration and weights are."""
         return {f"{name}_hash": part_hash(part) for name, part in self.parts.items()}
 
+    def content_hash(self) -> str:
+        """One hash of all parts."""
+        return content_hash(self.content_hashes(), ())
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes that label numbers stand for; empty if no prior has classes."""
@@ -209,7 +213,7 @@ class VQVAE2Pipeline:
         editing.check_known(known, self.priors, num_images)
         vectors = self.as_vectors(conditions)
         if vectors is not None:
-            labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
+            labels = self.hidden_unless_given(labels)
         numbers = self.label_numbers(labels)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         samplings = SamplingConfig.per_level(len(known), guidance_scale=guidance_scale, **settings)
@@ -302,7 +306,7 @@ class VQVAE2Pipeline:
             return drawn
 
         # The marked images only, each with its own label.
-        classes = editing.class_tensor(self.given_or_hidden(labels), len(images))[rows]
+        classes = editing.class_tensor(self.numbers_or_hidden(labels), len(images))[rows]
         options: Any = {"labels": self._names(classes), "output_type": "pt"}
         total = number * len(rows)
         painted = self.inpaint(images[rows], marked[rows], total, **options).images
@@ -313,7 +317,7 @@ class VQVAE2Pipeline:
         return drawn
 
     def _edit(self, known: Any, number: int, options: dict[str, Any]) -> PipelineOutput:
-        labels = hidden_unless_given(options.pop("labels", None), can_hide=self.can_hide_labels)
+        labels = self.hidden_unless_given(options.pop("labels", None))
         return self(
             number, known=editing.repeat_known(known, range(number)), labels=labels, **options
         )
@@ -323,12 +327,16 @@ class VQVAE2Pipeline:
         level; their sum is the joint one. (Codes do not hold all of an image's pixels.) One
         label for all images, or one per image; None hides them, where they can be. Likewise for
         conditions."""
-        given = self.given_or_hidden(labels), self.as_vectors(conditions)
+        given = self.numbers_or_hidden(labels), self.as_vectors(conditions)
         return editing.log_likelihood(self.priors, self.encode(images), *given)
 
-    def given_or_hidden(self, labels: Labels) -> list[int]:
+    def hidden_unless_given(self, labels: Labels) -> Labels:
+        """The labels to use for images that may show anything: "none" if none are given."""
+        return "none" if labels is None and self.can_hide_labels else labels
+
+    def numbers_or_hidden(self, labels: Labels) -> list[int]:
         """The numbers of labels, or of the hidden one if none are given."""
-        labels = hidden_unless_given(labels, can_hide=self.can_hide_labels)
+        labels = self.hidden_unless_given(labels)
         if labels is None and self.class_names:
             raise UserError("the priors cannot do without labels: give one, or one per image.")
         return self.label_numbers(labels)
@@ -347,7 +355,7 @@ class VQVAE2Pipeline:
         check_whole("redraws", redraws, 0)
         self.as_vectors(None)  # or say that they cannot be
         every = isinstance(labels, str) and labels == scoring.ALL and bool(self.class_names)
-        numbers = self.label_numbers(None) if every else self.given_or_hidden(labels)
+        numbers = self.label_numbers(None) if every else self.numbers_or_hidden(labels)
         images = as_images(images, self.vqvae.config.image).cpu()
         tried = [[number] for number in numbers] if every else [numbers]
         classes = [editing.class_tensor(own, len(images)) for own in tried]

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.conditions import vectors_hash
 from pipelines.config import DrawConfig, EditConfig, SetConfig
 from pipelines.editing import keep_levels, known_outside
-from pipelines.labels import Labels, hidden_unless_given
+from pipelines.labels import Labels
 from pipelines.pipeline import VQVAE2Pipeline
 from prior.sampling import SAMPLER_VERSION, Known
 from vqvae2.common.artifact import content_hash
@@ -102,7 +102,7 @@ def make_origin(pipeline: VQVAE2Pipeline, known: Sequence[Known | None] = ()) ->
     """What a pipeline draws here, now, around these given codes, has in common."""
     tensors = [(str(i), tensor) for i, level in enumerate(known) for tensor in level or ()]
     return Origin(
-        pipeline_hash=content_hash(pipeline.content_hashes(), ()),
+        pipeline_hash=pipeline.content_hash(),
         sampler_version=SAMPLER_VERSION,
         known_hash=content_hash({}, tensors) if known else None,
         device=pipeline.vqvae.device.type,
@@ -121,7 +121,7 @@ def make_receipt(
     """The receipt of a set with these settings, labels (which replace those of the settings) and
     conditions, that is drawn here. Raises a `UserError` for unknown labels."""
     if vectors is not None:
-        labels = hidden_unless_given(labels, can_hide=pipeline.can_hide_labels)
+        labels = pipeline.hidden_unless_given(labels)
     names, numbers = [*pipeline.class_names, "none"], pipeline.label_numbers(labels)
     own = to_dict(make_origin(pipeline, known))
     own["conditions_hash"] = vectors_hash(vectors)

@@ -16,6 +16,7 @@ from torch import nn
 from pipelines.config import SampleConfig
 from pipelines.evaluation.classifier import Classifier
 from pipelines.evaluation.network_files import load_network
+from pipelines.file_names import sample_files
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.artifact import WEIGHTS_NAME
@@ -87,8 +88,7 @@ def choose(
         draw(folder / "candidates", number)
 
         def rank() -> list[int]:
-            made = (folder / "candidates" / "images").glob(6 * "[0-9]" + "*")
-            files = sorted(made, key=lambda file: int(file.stem))[:number]
+            files = [*sample_files(folder / "candidates").values()][:number]
             wanted = [columns[turn[i % len(turn)]] for i in range(number)]
             scores = _scores(network.to(state.device), wanted, files, pipeline, state.device)
             return best(scores, turn, config.num_images, keep)
@@ -98,13 +98,13 @@ def choose(
     # The record comes first; then files, of which those that are missing can be drawn again.
     if state.is_main_process:
         dataclasses.replace(run, notes={KEPT: " ".join(map(str, kept))}).write(folder)
-        chosen = {f"{i:06d}" for i in kept}
-        for old in (folder / "images").glob(6 * "[0-9]" + "*"):
-            if old.stem not in chosen:
+        chosen = {*kept}
+        for index, old in sample_files(folder).items():
+            if index not in chosen:
                 old.unlink()
-        for made in (folder / "candidates" / "images").glob("*"):
+        for index, made in sample_files(folder / "candidates").items():
             new = folder / "images" / made.name
-            if made.stem in chosen and not new.exists():
+            if index in chosen and not new.exists():
                 with whole_file(new) as aside:
                     shutil.copyfile(made, aside)
     state.wait_for_everyone()

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prior.base import Prior
-from prior.probes import Rows, nats_per_position
-from prior.vector import with_vectors
+from prior.probes import nats_per_position, rows_for
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json
@@ -144,11 +143,8 @@ def score_codes(
     # How surprising each code is.
     bits: list[Tensor] = []
     expected: list[Tensor] = []
-    for level, prior in enumerate(priors):
-        condition = with_vectors(prior.config, codes[:level], len(png))
-        *condition, own = [grid.to(prior.device) for grid in [*condition, codes[level]]]
-        given = labels.to(prior.device) if prior.config.num_classes else None
-        both = nats_per_position(prior, Rows(own, condition, given))
+    for prior in priors:
+        both = nats_per_position(prior, rows_for(prior, codes, labels))
         for grids, nats in zip((bits, expected), both, strict=True):
             grids.append(nats.cpu() / math.log(2))
     excess = tuple(own - most for own, most in zip(bits, expected, strict=True))

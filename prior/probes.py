@@ -5,7 +5,7 @@ Letters: B batch, h w the level's code grid, T = h*w positions in raster order, 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,15 @@ def random_rows(prior: Prior, number: int) -> Rows:
         vectors[-1] = torch.nan
         condition.append(vectors.to(prior.device))
     return Rows(codes, condition, labels)
+
+
+def rows_for(
+    prior: Prior, codes: Sequence[Tensor], labels: Tensor, vectors: Tensor | None = None
+) -> Rows:
+    """What a prior reads of codes `(B, h, w)` of every level, coarse to fine, labels `(B,)` and
+    vectors `(B, V)` (None hides them), on its device."""
+    batch = {"codes": codes, "labels": labels, "vectors": vectors}
+    return send_to_device(rows_of(prior.config, batch), prior.device)
 
 
 def rows_of(config: PriorConfig, batch: Mapping[str, Any]) -> Rows:

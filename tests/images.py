@@ -24,7 +24,7 @@ UNCHANGED = {"train": [no_change], "validation": [no_change]}
 
 def load(path: Path | str, config: PreprocessingConfig = GREY, **options: object) -> ImageSplits:
     data = ImagesConfig(path=str(path), **options)  # type: ignore[arg-type]
-    return load_images(data, config, show_progress=False)
+    return load_images(data, config)
 
 
 def rows_of(splits: ImageSplits) -> tuple[torch.Tensor, list[str]]:

@@ -37,7 +37,7 @@ def load(
 ) -> ImageSplits:
     held_out = str(validation_path) if validation_path else None
     data = DataConfig(path=str(path), validation_path=held_out)
-    return load_images(data, config, show_progress=False)
+    return load_images(data, config)
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -346,7 +346,8 @@ def test_a_small_dev_shm_costs_time_and_no_run(
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    splits = load_images(DataConfig(path=str(photos)), GREY, num_workers=1, show_progress=False)
+    splits = load_images(DataConfig(path=str(photos)), GREY, check=False)
+    splits.train.check(shared=True)
     assert splits.train.cache is None
     assert "pixels are decoded anew in every epoch: unable to allocate" in caplog.text
     assert torch.equal(splits.train.pixels(5), load(photos).train.pixels(5))

@@ -54,7 +54,7 @@ def extract_on_two(run: Path, photos: Path, output_dir: Path, *more: object) -> 
 
 
 def load_splits(model: VQVAE2, photos: Path) -> ImageSplits:
-    return load_images(DataConfig(path=str(photos)), model.config.image, show_progress=False)
+    return load_images(DataConfig(path=str(photos)), model.config.image)
 
 
 def assert_same_codes(one: Path, other: Path) -> None:

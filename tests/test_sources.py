@@ -116,7 +116,7 @@ def test_python_data_give_the_same_rows(sources: dict[str, Path]) -> None:
     pairs = zip(expected[:, 0].numpy(), classes, strict=True)
     rows = ({"images": image, "labels": label} for image, label in pairs)
     for data in ({"images": expected, "labels": classes}, rows):
-        images, labels = rows_of(load_images(data, GREY, show_progress=False))
+        images, labels = rows_of(load_images(data, GREY))
         assert torch.equal(images, expected)
         assert labels == classes
 
@@ -167,7 +167,7 @@ def test_parts_hold_every_image_once_in_order(
     config = replace(GREY, size=(2,), validation_fraction=fraction)
     images = np.arange(number, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2)
     data = {"images": images, "labels": np.arange(number)}
-    splits = load_images(data, config, show_progress=False)
+    splits = load_images(data, config)
     parts = find_parts(data, config, size).parts
     shared = [part for rank in range(processes) for part in parts[rank::processes]]
     assert sorted(map(id, shared)) == sorted(map(id, parts))

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqvae2.common.fit import LossFunction
 from vqvae2.config import DiscriminatorConfig
 from vqvae2.data import to_images
 from vqvae2.discriminator import AdversarialOutput
 from vqvae2.distributed import sum_over_processes, world_size
 
-LossFunction = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (B, C, H, W) twice to their mean distance ()
 AdversarialTerm = Callable[[AdversarialOutput, Tensor], tuple[Tensor, dict[str, Tensor]]]
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vqvae2.common.artifact import read_weights
 from vqvae2.common.errors import UserError
+from vqvae2.common.pictures import as_rgb
 from vqvae2.config import PerceptualConfig
 from vqvae2.efficientnet import efficientnet_file, load_efficientnet
 
@@ -55,11 +56,6 @@ def load_perceptual(config: PerceptualConfig) -> "FeatureDistance":
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds no weights of a VGG ({reason}): give {URL}.") from None
     return FeatureDistance(network, layer_weights).requires_grad_(False).eval()
-
-
-def as_rgb(images: Tensor) -> Tensor:
-    """Three channels of `(B, C, H, W)`: grey (or grey + alpha) three times, else the first 3."""
-    return images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] < 3 else images[:, :3]
 
 
 class FeatureDistance(nn.Module):

@@ -32,13 +32,13 @@ def read_training(vqvae: str) -> dict[str, Any]:
 
 
 def find_held_out(
-    vqvae: str, data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool
+    vqvae: str, data: ImagesConfig, config: PreprocessingConfig
 ) -> tuple[ImageDataset, bool]:
     """What a model's training held out of these images, and whether they are its images at all. If
     not, or if no record tells, a warning says that it may have been trained on any of them."""
     training = read_training(vqvae)
     data = with_recorded_split(data, training)
-    images, facts = held_out_images(data, config, show_progress=show_progress)
+    images, facts = held_out_images(data, config)
     return images, are_its_images(vqvae, training, facts, data.path)
 
 

@@ -40,7 +40,13 @@ from vqvae2.common.files import read_json, write_json, write_text
 from vqvae2.common.loading import some_rows
 from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
-from vqvae2.common.metrics import best_validation, quality, training_seconds
+from vqvae2.common.metrics import (
+    RECOGNISABLE,
+    best_validation,
+    psnr_of,
+    quality,
+    training_seconds,
+)
 from vqvae2.common.pictures import sheet, to_pil
 from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.vocabulary import INDEX_NAME, describe_grids
@@ -299,8 +305,9 @@ def summary(rows: Mapping[str, Mapping[str, Any]], distance_name: str) -> list[s
         take.append(next(name for name in STRIDES if values[name] <= enough))
     answer = "In part" if min(gains) < 0 else "Yes"
     answer = answer if max(gains) > 0 else "No"
-    exactness = quality(min(rows["MSE"].values()))
-    if "beyond recognition" in exactness:
+    least = min(rows["MSE"].values())
+    exactness = quality(least)
+    if psnr_of(least) < RECOGNISABLE:
         answer = "Too early to say (no model has learned enough: give more --minutes). So far"
     lines = [f"Does hierarchy help these images? {answer}: {', and '.join(said)}."]
 
@@ -332,7 +339,7 @@ def reconstructions(config: CompareConfig) -> Image.Image:
     rows: dict[str, list[Image.Image]] = {}
     for name in STRIDES:
         model = VQVAE2.from_pretrained(folder_of(Path(config.output_dir), name) / "vqvae")
-        images = load_images(config.data, model.config.image, show_progress=False).validation
+        images = load_images(config.data, model.config.image).validation
         shown = some_rows(len(images), SHOWN)
         originals = to_images(images.__getitems__(shown)["images"])
         rows.setdefault("original", to_pil(originals))

@@ -11,6 +11,7 @@ from pipelines.commands.evaluate import quick_figures
 from pipelines.commands.run import run_stages, threads_for
 from pipelines.config import DemoConfig, PlanConfig
 from pipelines.evaluation.report import as_text
+from pipelines.file_names import sample_files
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.plan.stages import stages_of
 from pipelines.recipes import DEMO_IMAGES, demo_recipe
@@ -68,9 +69,8 @@ def demo(config: DemoConfig) -> None:
 def measure(root: Path, data: ImagesConfig) -> dict[str, Any]:
     """A few figures of samples and, beside them, of reconstructions and real images."""
     pipeline = VQVAE2Pipeline.from_pretrained(root / "pipeline").to(processes().device)
-    splits = load_images(data, pipeline.vqvae.config.image, show_progress=False)
-    files = sorted((root / "samples" / "images").glob(6 * "[0-9]" + "*"))
-    return quick_figures(pipeline, splits, files)
+    splits = load_images(data, pipeline.vqvae.config.image)
+    return quick_figures(pipeline, splits, [*sample_files(root / "samples").values()])
 
 
 def find_threads(root: Path, config: DemoConfig) -> int:

@@ -35,7 +35,7 @@ from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.runs import read_record
-from vqvae2.common.vocabulary import EXTRACTION_RECORD, INDEX_NAME, ORIGINAL, SPLITS, describe_grids
+from vqvae2.common.vocabulary import EXTRACTION_RECORD, INDEX_NAME, SPLITS, describe_grids
 from vqvae2.config import ImagesConfig
 from vqvae2.data import ImageDataset, ImageTable, open_source
 from vqvae2.data.augmentation import view_change
@@ -254,8 +254,7 @@ def check_extraction(
         pictures = ImageDataset(source, [indices[row["id"]] for row in rows], config)
         pixels = []
         for i, row in enumerate(rows):
-            is_original, change = row["view"] == ORIGINAL, partial(view_change, row["view"], config)
-            pixels.append(pictures.pixels(i) if is_original else pictures.changed(i, change))
+            pixels.append(pictures.changed(i, partial(view_change, row["view"], config)))
         for level, codes in enumerate(encode_lanes(vqvae, torch.stack(pixels), bf16=bf16)):
             different = codes != torch.tensor([row[column_name(level)] for row in rows])
             wrong[level] += int(different.sum())

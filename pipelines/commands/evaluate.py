@@ -138,7 +138,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     if config.pipeline is not None and pipeline is not None:
         training = pipeline.trainings.get("vqvae", {})
     data = with_recorded_split(config.data, training)
-    splits = load_images(data, settings, show_progress=state.is_main_process)
+    splits = load_images(data, settings)
     facts: dict[str, Any] = {"image_names_hash": splits.facts()["image_names_hash"]}
     if vqvae is not None:
         facts["vqvae_hash"] = part_hash(vqvae)
@@ -319,7 +319,7 @@ def _given_samples(
     if len(labels) == len(table):
         table = replace(table, labels=labels, class_names=splits.class_names)
     images = ImageDataset(table, range(len(table)), settings)
-    images.check(show_progress=processes().is_main_process)
+    images.check()
     if len(images) < FEWEST:
         what = f"{config.samples} has {len(images)} images"
         raise UserError(f"{what}, too few to judge: give at least {FEWEST}.")

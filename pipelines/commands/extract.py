@@ -128,7 +128,9 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     if config.mixed_precision == "bf16" and state.is_main_process:
         _report_changes(model, found.parts[0])
     views = {"train": config.views, "validation": (ORIGINAL,)}  # held-out images stay as they are
-    choices = {split: [_choice(view, model) for view in names] for split, names in views.items()}
+    choices: dict[str, list[Choice]] = {}
+    for split, names in views.items():
+        choices[split] = [partial(view_change, view, model.config.image) for view in names]
     options: Any = {"description": "extracting", "skip": config.data.on_error == "skip"}
     threads = one_thread_each() if apart else nullcontext(0)
     with threads as number, exact_convolutions():
@@ -158,10 +160,6 @@ def _notes(output_dir: Path) -> dict[Path, dict[str, Any]]:
         for record in manifest.shards(split):
             notes[output_dir / split / record.name] = to_dict(record)
     return notes
-
-
-def _choice(view: str, model: VQVAE2) -> Choice:
-    return no_change if view == ORIGINAL else partial(view_change, view, model.config.image)
 
 
 @torch.inference_mode()

@@ -53,11 +53,11 @@ def _inspect(config: InspectConfig, has_own_folder: bool) -> None:
         run.check(output_dir)
 
     # The held-out images, or all where there are not enough.
-    data, settings, show = config.data, model.config.image, state.is_main_process
-    images, own = find_held_out(config.vqvae, data, settings, show_progress=show)
+    data, settings = config.data, model.config.image
+    images, own = find_held_out(config.vqvae, data, settings)
     split = "held-out" if own else "other"
     if len(images) < 2 and not data.streaming:
-        images = load_images(data, settings, show_progress=False).train
+        images = load_images(data, settings).train
         split = "training" if own else "other"
     if len(images) < 2:
         what = f"{data.path} has {len(images)} images to look at, and codes are swapped"

@@ -34,8 +34,8 @@ def reconstruct(config: ReconstructConfig) -> None:
     facts = {"vqvae_hash": part_hash(model), **images.source.facts()}
     run = RunRecord("reconstruct", config, "reconstruct_config.yaml", facts=facts)
     run.check(output_dir)
-    skip, show = config.data.on_error == "skip", state.is_main_process
-    skipped = images.check(skip=skip, show_progress=show)
+    skip = config.data.on_error == "skip"
+    skipped = images.check(skip=skip)
     if not len(images):
         raise UserError(f"{config.data.path}: no image can be read: check data.path.")
     state.wait_for_everyone()
@@ -60,8 +60,7 @@ def _find_images(config: ReconstructConfig, model: VQVAE2) -> ImageDataset:
     """The first `num_images` images, or of those that the model's training held out."""
     data, settings = config.data, model.config.image
     if config.held_out:
-        show = processes().is_main_process
-        images, _ = find_held_out(config.vqvae, data, settings, show_progress=show)
+        images, _ = find_held_out(config.vqvae, data, settings)
         if not len(images):
             raise UserError(f"{data.path} has no held-out images: leave --held-out out.")
     else:

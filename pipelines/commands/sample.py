@@ -15,8 +15,9 @@ from torch import Tensor
 from pipelines.conditions import CONDITIONS_NAME, as_numbers, read_conditions
 from pipelines.config import SampleConfig, SetConfig
 from pipelines.editing import for_masks, repeat_known
-from pipelines.labels import Labels, hidden_unless_given
-from pipelines.pictures import sample_sheet
+from pipelines.file_names import sample_files, sample_name
+from pipelines.labels import Labels
+from pipelines.pictures import MOST_NAMES, sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.receipts import (
     RECEIPT_NAME,
@@ -64,7 +65,7 @@ def sample(config: SampleConfig) -> None:
     known = known_codes(config, pipeline.vqvae)
     labels: Labels = list(config.labels) or None
     if known:
-        labels = hidden_unless_given(labels, can_hide=pipeline.can_hide_labels)
+        labels = pipeline.hidden_unless_given(labels)
 
     # Refuse wrong settings, and another run's folder, before anything is written.
     names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
@@ -122,7 +123,7 @@ def sample(config: SampleConfig) -> None:
 
 def _refuse_fewer(folder: Path, number: int) -> None:
     """Raise a `UserError` where a set of more images would be left half described."""
-    there = [int(file.stem) for file in (folder / "images").glob(6 * "[0-9]" + "*")]
+    there = sample_files(folder)
     if max(there, default=-1) >= number:
         what = f"{folder} holds {len(there)} samples, more than --num-images {number}"
         raise UserError(f"{what}: ask for as many or more, or choose another --output-dir.")
@@ -154,7 +155,7 @@ def write_samples(
     settings = pipeline.vqvae.config.image
     suffix = file_suffix(settings.channels, settings.value_range)
     indices = range(num_images) if only is None else only
-    files = {i: folder / "images" / f"{i:06d}{suffix}" for i in indices}
+    files = {i: folder / "images" / f"{sample_name(i)}{suffix}" for i in indices}
 
     # Find the batches of which a file is missing, all processes before the first one writes.
     unfinished = []
@@ -193,7 +194,7 @@ def write_samples(
 
     # Show some of them by class, and collect all of them for evaluators.
     period = len(numbers) or 1
-    shown = [i for i in indices if i % period < 20][: max(64, 8 * min(20, period))]
+    shown = [i for i in indices if i % period < MOST_NAMES][: max(64, 8 * min(MOST_NAMES, period))]
     pictures = [to_pil(to_images(load_picture(str(files[i]), settings)))[0] for i in shown]
     names[-1] = "no label"
     rows = [names[numbers[i % period]] for i in shown] if numbers else []

@@ -25,13 +25,20 @@ from pipelines.file_names import file_names
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.scoring import ALL, BATCH, HEALED, NORMAL_NAME, Normal, Scores
 from vqvae2.common.accelerate import check_same_images, on_main_process, processes
-from vqvae2.common.artifact import content_hash
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, read_json, remove_folder, whole_file, write_json
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import draw_panel
-from vqvae2.common.pictures import file_suffix, in_rows, save_image, save_picture, sheet, to_pil
+from vqvae2.common.pictures import (
+    as_rgb,
+    file_suffix,
+    in_rows,
+    save_image,
+    save_picture,
+    sheet,
+    to_pil,
+)
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.skipped import list_skipped, report_skipped
 from vqvae2.common.threads import set_threads
@@ -69,12 +76,12 @@ def score(config: ScoreConfig) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(config.pipeline).to(state.device)
     home = Path(config.pipeline).expanduser()
     if config.labels != ALL or not pipeline.class_names:
-        pipeline.given_or_hidden(config.labels)  # or a UserError
+        pipeline.numbers_or_hidden(config.labels)  # or a UserError
     normal, thresholds, facts = None, (np.inf, HEALED), pipeline.content_hashes()
     if config.calibrate and not home.is_dir():
         raise UserError(f"{home} is no folder: download the pipeline before --calibrate.")
     if config.false_alarm_rate is not None:
-        normal = Normal.load(home, config.labels, config.redraws, _hash_of(pipeline))
+        normal = Normal.load(home, config.labels, config.redraws, pipeline.content_hash())
         thresholds = normal.thresholds(config.false_alarm_rate)
         facts["normal_hash"] = file_hash(home / NORMAL_NAME)
 
@@ -212,7 +219,7 @@ def heat(values: Tensor) -> list[Image.Image]:
 
 def edged(images: Tensor, marked: Tensor) -> Tensor:
     """Images `(B, C, H, W)` as RGB, with an edge around what is marked `(B, H, W)`."""
-    rgb = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    rgb = as_rgb(images)
     outside = F.max_pool2d(1 - marked[:, None].float(), 3, 1, 1).bool()
     return torch.where(marked[:, None] & outside, MARK.view(3, 1, 1), rgb)
 
@@ -253,7 +260,7 @@ def _store_normal(
     """Store in the pipeline's folder how unusual a table's images are, as normal ones; without
     `anew`, only if nothing of the kind is stored there."""
     values, places = (tuple(table[name].to_pylist()) for name in ("score", "worst_place"))
-    home, pipeline_hash = Path(config.pipeline).expanduser(), _hash_of(pipeline)
+    home, pipeline_hash = Path(config.pipeline).expanduser(), pipeline.content_hash()
     normal = Normal(config.labels, pipeline_hash, values, places, config.redraws)
     with suppress(UserError):
         if not anew:
@@ -266,10 +273,6 @@ def _store_normal(
         if before.settings != normal.settings:
             logger.warning("%s was of %s: it is replaced.", home / NORMAL_NAME, before.settings)
     normal.save(home)
-
-
-def _hash_of(pipeline: VQVAE2Pipeline) -> str:
-    return content_hash(pipeline.content_hashes(), ())
 
 
 def _histogram(table: pa.Table) -> Image.Image:

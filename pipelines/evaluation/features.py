@@ -22,8 +22,8 @@ from pipelines.model_index import part_hash
 from vqvae2.common.artifact import load_all_weights, read_weights
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import file_hash, whole_file
+from vqvae2.common.pictures import as_rgb, to_bytes
 from vqvae2.efficientnet import efficientnet_file, load_efficientnet, smooth_resize
-from vqvae2.perceptual import as_rgb
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # of the networks and resizing here: a new number where features change
@@ -218,11 +218,6 @@ class _Timm(nn.Module):
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-
-
 class _NetworkFile(nn.Module):
     """A network of another program."""
 
@@ -252,7 +247,7 @@ def kept_arrays(
 
     Args:
         images_hash: of the images' content: what it is kept by, with the extractor's identity.
-        compute: `Moments.to_arrays()`, features, or whatever else, by name.
+        compute: features, or whatever else, by name.
     """
     key = hashlib.sha256(f"{extractor.identity} {images_hash}".encode()).hexdigest()
     path = folder / f"{key[:32]}.npz"

@@ -4,7 +4,7 @@ Features may be of any type; distances are worked out in chunks of rows, so that
 grow with the square of the number of images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 from zipfile import BadZipFile
@@ -42,38 +42,16 @@ class Moments:
     def update(self, features: Tensor) -> None:
         """Add a batch `(B, D)`."""
         rows = features.detach().double().cpu()
-        centred = rows - rows.mean(dim=0)
-        self._add(len(rows), rows.mean(dim=0), centred.T @ centred)
-
-    def merge(self, other: "Moments") -> Self:
-        """Add what was accumulated elsewhere, as by another process; returns itself."""
-        self._add(other.count, other.mean, other.covariance * (other.count - 1))
-        return self
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub and LeVeque 1983, equation 2.1; `scatter` is not divided by anything yet."""
-        if count == 0:
-            return
+        count, mean = len(rows), rows.mean(dim=0)
+        centred = rows - mean
+        scatter = centred.T @ centred  # not divided by anything yet
+        # Chan, Golub and LeVeque 1983, equation 2.1.
         total, shift = self.count + count, mean - self.mean
         scatter = scatter + self.covariance * (self.count - 1)
         scatter = scatter + torch.outer(shift, shift) * (self.count * count / total)
         self.covariance = scatter / max(total - 1, 1)
         self.mean = self.mean + shift * (count / total)
         self.count = total
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """`mu`, `sigma` and `count`, as they stand in a file of statistics."""
-        mu, sigma = self.mean.numpy(), self.covariance.numpy()
-        return {"mu": mu, "sigma": sigma, "count": np.array(self.count)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """The reverse; `count` may be missing."""
-        moments = cls(0)
-        moments.mean = torch.from_numpy(np.asarray(arrays["mu"], dtype=np.float64))
-        moments.covariance = torch.from_numpy(np.asarray(arrays["sigma"], dtype=np.float64))
-        moments.count = int(arrays["count"]) if "count" in arrays else 0
-        return moments
 
     @classmethod
     def from_npz(cls, path: Path) -> Self:
@@ -82,9 +60,12 @@ class Moments:
         Raises:
             UserError: no such file, or one without a fitting `mu` and `sigma`.
         """
+        moments = cls(0)
         try:
             with np.load(path) as arrays:
-                moments = cls.from_arrays(arrays)
+                moments.mean = torch.from_numpy(np.asarray(arrays["mu"], dtype=np.float64))
+                moments.covariance = torch.from_numpy(np.asarray(arrays["sigma"], np.float64))
+                moments.count = int(arrays["count"]) if "count" in arrays else 0
         except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__  # NumPy's own words advise to run what a file may hold
             raise UserError(

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.commands.sample import codes_file, load_codes
-from pipelines.evaluation.features import LANES, Extractor, kept_arrays, to_bytes
+from pipelines.evaluation.features import LANES, Extractor, kept_arrays
 from pipelines.evaluation.metrics import Moments
 from pipelines.model_index import part_hash
 from pipelines.pipeline import VQVAE2Pipeline
 from vqvae2.common.accelerate import processes
 from vqvae2.common.loading import some_rows
 from vqvae2.common.messages import progress_bar
+from vqvae2.common.pictures import to_bytes
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data import ImageDataset, load_picture, to_images
 from vqvae2.data.vectors import Vectors

@@ -8,7 +8,7 @@ from torch.utils.benchmark import Timer
 from pipelines.config import PlanConfig
 from pipelines.plan.stages import PRECISIONS, Stage, stages_of, trace
 from vqvae2.common.accelerate import (
-    native_bf16,
+    chosen_precision,
     processes,
     refuse_several_processes,
     use_cpu,
@@ -55,9 +55,8 @@ def show_needs(config: PlanConfig, stages: list[Stage]) -> None:
         parts = config.num_devices * stage.config.gradient_accumulation_steps
         allowed = f"divisible by {config.num_devices} devices x accumulation steps = {parts}"
         check(batch_size % parts == 0, f"{stage.name}: batch_size", batch_size, allowed)
-        precision, rows = str(stage.config.mixed_precision), batch_size // parts
-        if precision == "auto":
-            precision = "bf16" if native_bf16() or not here else "no"
+        asked, rows = str(stage.config.mixed_precision), batch_size // parts
+        precision = chosen_precision(asked, kind) if here else asked.replace("auto", "bf16")
         num_parameters, flops, sizes = trace(stage, rows, precision)
         size = sum(sizes.values())
         advice, most_rows = advise(stage, rows, sizes, (memory - PROCESS) / OVERHEAD[kind])
@@ -152,9 +151,7 @@ def time_step(stage: Stage, rows: int, kind: str, precision: str) -> tuple[float
 def step_seconds(stage: Stage) -> float:
     """Seconds of a real step of a training, measured here: of this process's rows, as many at once
     as the training takes."""
-    kind, precision = "cpu" if use_cpu() else "cuda", str(stage.config.mixed_precision)
-    if precision == "auto":
-        precision = "bf16" if native_bf16() else "no"
+    kind, precision = processes().device.type, chosen_precision(stage.config.mixed_precision)
     parts = stage.config.gradient_accumulation_steps
     rows = max(1, stage.config.batch_size // parts // processes().num_processes)
     with alone():  # the other processes, if there are any, wait for what is chosen

@@ -21,13 +21,21 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # in which processes wait for one that has more to do
 
 
-def native_bf16() -> bool:
-    """Whether this machine computes in bfloat16 in hardware (emulated, it is slower than fp32)."""
-    if not use_cpu():
+def native_bf16(device_type: str = "") -> bool:
+    """Whether this machine ("cpu", "cuda", or what is used here) computes in bfloat16 in hardware
+    (emulated, it is slower than fp32)."""
+    if (device_type or ("cpu" if use_cpu() else "cuda")) == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # absent from older torch
     capabilities: dict[str, bool] = get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def chosen_precision(asked: str, device_type: str = "") -> str:
+    """The precision that is asked for; of "auto", "bf16" where it is `native_bf16`, else "no"."""
+    if asked != "auto":
+        return asked
+    return "bf16" if native_bf16(device_type) else "no"
 
 
 def keep_freed_memory() -> None:
@@ -119,9 +127,7 @@ def make_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     set_arithmetic()
 
     # Precision. An earlier training of this Python process may have run in another one.
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if native_bf16() else "no"
+    precision = chosen_precision(config.mixed_precision)
     if precision == "fp16" and use_cpu():
         raise UserError("mixed_precision is 'fp16', which needs CUDA: use 'bf16' or 'no' here.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:

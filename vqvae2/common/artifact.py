@@ -23,8 +23,14 @@ from vqvae2.common.vocabulary import INDEX_NAME, TRAINING_RECORD
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-ANOTHER = "the weights belong to another configuration"
 HASHES = "hashes"  # of the configuration and of the weights, in the metadata of the weights
+
+
+class OtherConfiguration(UserError):
+    """Weights that a model of another configuration has made."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}: the weights belong to another configuration.")
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -110,7 +116,7 @@ class Artifact(ModelHubMixin):
             weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
-                raise UserError(f"{path} {sizes}: the weights belong to another configuration.")
+                raise OtherConfiguration(f"{path} {sizes}")
         with torch.random.fork_rng(devices=[]):  # its first weights are random
             model = cls(config)
         load_weights(model, folder)  # type: ignore[arg-type]
@@ -170,9 +176,9 @@ def load_other_weights(model: Artifact, folder: Path) -> None:
     `UserError` says which of its settings are others."""
     try:
         load_weights(cast(nn.Module, model), folder)
-    except UserError as error:
-        is_another = ANOTHER in str(error) and (folder / CONFIG_NAME).is_file()
-        raise UserError(f"{error}{_other_settings(model, folder) if is_another else ''}") from None
+    except OtherConfiguration as error:
+        is_there = (folder / CONFIG_NAME).is_file()
+        raise UserError(f"{error}{_other_settings(model, folder) if is_there else ''}") from None
 
 
 def _other_settings(model: Artifact, folder: Path) -> str:
@@ -247,23 +253,21 @@ def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str
     """Raise a `UserError` unless these are weights for a model whose own are `expected`: the same
     names and shapes, numbers of the same kind, all finite. `place` begins the message."""
     for name in sorted(expected.keys() | state.keys()):
-        problem, cause = None, ANOTHER
         if name not in state:
-            problem = f"{place} lacks the weight {name!r}"
-        elif name not in expected:
-            problem = f"{place} holds the unknown weight {name!r}"
-        else:
-            given, own = state[name], expected[name]
-            shape, right = tuple(given.shape), tuple(own.shape)
-            allowed = FLOATS if own.dtype in FLOATS else (own.dtype,)
-            if shape != right:
-                problem = f"{place}: {name!r} has shape {shape} instead of {right}"
-            elif given.dtype not in allowed:
-                problem = f"{place}: {name!r} is of type {given.dtype} instead of {own.dtype}"
-            elif not given.to(own.dtype).isfinite().all():
-                problem, cause = f"{place}: {name!r} is not finite", "the file is unusable"
-        if problem:
-            raise UserError(f"{problem}: {cause}.")
+            raise OtherConfiguration(f"{place} lacks the weight {name!r}")
+        if name not in expected:
+            raise OtherConfiguration(f"{place} holds the unknown weight {name!r}")
+        given, own = state[name], expected[name]
+        shape, right = tuple(given.shape), tuple(own.shape)
+        allowed = FLOATS if own.dtype in FLOATS else (own.dtype,)
+        if shape != right:
+            what = f"{name!r} has shape {shape} instead of {right}"
+            raise OtherConfiguration(f"{place}: {what}")
+        if given.dtype not in allowed:
+            what = f"{name!r} is of type {given.dtype} instead of {own.dtype}"
+            raise OtherConfiguration(f"{place}: {what}")
+        if not given.to(own.dtype).isfinite().all():
+            raise UserError(f"{place}: {name!r} is not finite: the file is unusable.")
 
 
 def content_hash(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:

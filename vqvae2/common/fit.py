@@ -280,11 +280,11 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     # The steps that were made.
     if not (output_dir / WEIGHTS_NAME).exists():
         return False
-    end, path = config.num_steps, output_dir / "metrics.jsonl"
+    end = config.num_steps
     if stopped_early(output_dir, config.patience):
         end = min(end, int(validations(output_dir)[-1]["step"]))
     kept = saved_steps(output_dir / "checkpoints")
-    steps = kept or ([line["step"] for line in read_metrics(path)] if path.exists() else [])
+    steps = kept or [line["step"] for line in read_metrics(output_dir)]
     if steps and steps[-1] >= end:
         check_saved(output_dir)
         return True

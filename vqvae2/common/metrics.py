@@ -23,6 +23,8 @@ from vqvae2.common.pictures import font_for, save_picture, sheet
 from vqvae2.common.vocabulary import TRAINING_RECORD
 
 logger = logging.getLogger(__name__)
+METRICS_NAME = "metrics.jsonl"
+RECOGNISABLE = 18  # dB of PSNR, below which pictures are blurred beyond recognition
 Describe = Callable[[int, Mapping[str, Tensor], int], dict[str, float]]
 Points = Sequence[tuple[float, float]]
 PANEL, FRAME = (340, 240), (48, 34, 328, 216)  # width, height; left, top, right, bottom
@@ -45,7 +47,7 @@ class Metrics:
     def __init__(
         self, folder: Path, accelerator: Accelerator, config: TrainingConfig, describe: Describe
     ) -> None:
-        self.path, self.accelerator = folder / "metrics.jsonl", accelerator
+        self.path, self.accelerator = folder / METRICS_NAME, accelerator
         self.config, self.describe = config, describe
         self.sums: dict[str, Tensor] = {}
         self.count = 0  # batches in the sums
@@ -63,7 +65,7 @@ class Metrics:
 
     def _drop_later(self, step: int) -> None:
         if self.path.exists():
-            lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+            lines = [line for line in read_metrics(self.path.parent) if line["step"] <= step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
@@ -122,11 +124,13 @@ class Metrics:
             tracker.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for a last one that a killed run left unfinished.
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, but for a last one that a killed run left unfinished;
+    none without the file.
 
     Raises UserError: another line holds no figures of a step."""
-    *lines, _ = path.read_text().split("\n")
+    path = run / METRICS_NAME
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
     figures = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -141,7 +145,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def training_seconds(run: Path) -> float:
     """How long the steps of a run took, without validations and pauses."""
     seconds, images = 0.0, 0
-    for line in read_metrics(run / "metrics.jsonl"):
+    for line in read_metrics(run):
         if "images_per_second" in line:
             seconds += (line["images"] - images) / line["images_per_second"]
             images = line["images"]
@@ -150,8 +154,8 @@ def training_seconds(run: Path) -> float:
 
 def validations(run: Path) -> list[dict[str, float]]:
     """The held-out figures of a run, in order: step, and "loss" if the best weights are kept."""
-    found, path = [], run / "metrics.jsonl"
-    for line in read_metrics(path) if path.exists() else ():
+    found = []
+    for line in read_metrics(run):
         if any(name.startswith("validation/") for name in line):
             found.append({name.removeprefix("validation/"): x for name, x in line.items()})
     return found
@@ -185,9 +189,8 @@ def recorded_config(run: Path) -> TrainingConfig:
 
 def warn_if_unfinished(run: Path) -> None:
     """Warn that a model's training goes on, if its folder says so."""
-    path = run / "metrics.jsonl"
-    lines = read_metrics(path) if path.exists() and (run / TRAINING_RECORD).exists() else []
-    if not lines:
+    lines = read_metrics(run)
+    if not lines or not (run / TRAINING_RECORD).exists():
         return
     config, step = recorded_config(run), lines[-1]["step"]
     if step < config.num_steps and not stopped_early(run, config.patience):
@@ -230,17 +233,23 @@ def conclusion(run: Path, config: TrainingConfig) -> str:
 
 def quality(mse: float) -> str:
     """An error of images in [-1, 1] as a PSNR, and what it looks like."""
-    psnr = 10 * math.log10(4 / max(mse, 1e-10))
-    looks = "close to the originals"
-    if psnr < 25:
-        looks = "recognisable, without fine detail" if psnr >= 18 else "blurred beyond recognition"
+    psnr, looks = psnr_of(mse), "close to the originals"
+    if psnr < RECOGNISABLE:
+        looks = "blurred beyond recognition"
+    elif psnr < 25:
+        looks = "recognisable, without fine detail"
     return f"PSNR {psnr:.1f} dB ({looks})"
+
+
+def psnr_of(mse: float) -> float:
+    """The PSNR in dB of an error of images in [-1, 1]."""
+    return 10 * math.log10(4 / max(mse, 1e-10))
 
 
 def save_curves(run: Path) -> None:
     """Write a run's curves.png: a panel for each figure of both training and held-out data; where
     there is no held-out figure, for each of training."""
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(run)
     points: dict[str, Any] = {}  # name -> (step, value) of each line
     for line in lines:
         for name, value in line.items():

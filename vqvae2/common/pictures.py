@@ -21,12 +21,22 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 INTEGERS: dict[tuple[float, float], type] = {(0, 255): np.uint8, (0, 65535): np.uint16}
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8."""
+    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """Three channels of `(B, C, H, W)`: grey (or grey + alpha) three times, else the first 3."""
+    return images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] < 3 else images[:, :3]
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images `(B, C, H, W)` in [-1, 1] as 8-bit PIL images.
 
     The channels make them grey, grey + alpha, RGB or RGBA; of more than four, three are shown.
     """
-    pixels = (images.detach().float().clamp(-1, 1).add(1) * 127.5).round().byte().cpu()
+    pixels = to_bytes(images).cpu()
     if pixels.shape[1] not in MODES:
         pixels = pixels[:, :3]
     arrays = rearrange(pixels, "b c h w -> b h w c").numpy()

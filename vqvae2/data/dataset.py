@@ -99,7 +99,6 @@ class ImageDataset(Dataset):
         *,
         skip: bool = False,
         shared: bool = False,
-        show_progress: bool = True,
         choose: Choice = no_change,
     ) -> list[BadImage]:
         """Decode every picture once, so that a broken one stops the run at its start; and keep
@@ -127,10 +126,7 @@ class ImageDataset(Dataset):
         broken: list[BadImage] = []
         results = ordered(attempt, range(len(self)), num_threads=os.cpu_count() or 1)
         number = len(self)
-        options: dict[str, Any] = {"unit": "image", "leave": False}
-        if not show_progress:
-            options["disable"] = True
-        bar = progress_bar(results, "checking images", number, **options)
+        bar = progress_bar(results, "checking images", number, unit="image", leave=False)
         for index, result in enumerate(bar):
             if isinstance(result, BadImage):
                 broken.append(result)
@@ -274,8 +270,6 @@ def load_images(
     data: ImagesConfig | PythonImages,
     config: PreprocessingConfig,
     *,
-    num_workers: int = 0,
-    show_progress: bool = True,
     check: bool = True,
 ) -> ImageSplits:
     """Find, split and check the images that the configuration names, or take them from Python.
@@ -292,7 +286,7 @@ def load_images(
     if not check:
         return found
     skip = isinstance(data, ImagesConfig) and data.on_error == "skip"
-    return _checked(found, skip=skip, shared=num_workers > 0, show_progress=show_progress)
+    return _checked(found, skip=skip)
 
 
 def _checked(found: ImageSplits, **options: Any) -> ImageSplits:
@@ -312,7 +306,7 @@ def _checked(found: ImageSplits, **options: Any) -> ImageSplits:
 
 
 def held_out_images(
-    data: ImagesConfig, config: PreprocessingConfig, *, show_progress: bool = True
+    data: ImagesConfig, config: PreprocessingConfig
 ) -> tuple[ImageDataset, Mapping[str, str]]:
     """The held-out images of a table or stream, at hand; of a stream the first of them. And what a
     run on all of its images is bound to.
@@ -326,7 +320,7 @@ def held_out_images(
         images, facts = found.validation, found.facts()
     else:
         images, facts = _held_out_of_stream(opened, config), stream_facts(opened, config)
-    skipped = images.check(skip=data.on_error == "skip", show_progress=show_progress)
+    skipped = images.check(skip=data.on_error == "skip")
     if skipped:
         names = splits.few([bad.name for bad in skipped])
         logger.warning("left out of the held-out images, as they cannot be read: %s", names)

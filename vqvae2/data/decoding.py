@@ -14,8 +14,8 @@ import numpy as np
 from einops import rearrange
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
-from vqvae2.data.splits import shorten
 
 Picture = Image.Image | np.ndarray
 """What Pillow holds without loss, or an array (H, W) or (H, W, C) of anything else: more bits,
@@ -119,7 +119,7 @@ def read_cell(cell: Any) -> Picture:
     if isinstance(cell, dict):
         path = cell.get("path") or ""
         if cell.get("bytes") is None and path:
-            what = f"it names the file {shorten(path)}, but only files below a local table are read"
+            what = f"it names the file {shown(path)}, but only files below a local table are read"
             raise UserError(f"{what}: store pictures in the table, or give a list of files (.csv).")
         cell = cell.get("bytes")
     if isinstance(cell, Path):

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 from vqvae2.data.decoding import readable
 from vqvae2.data.paths import fault_of, find_file
 from vqvae2.data.sources import Sources, make_table
-from vqvae2.data.splits import shorten
 from vqvae2.data.stream import find_columns
 from vqvae2.data.table import ImageTable, open_parquet
 
@@ -47,7 +47,7 @@ def open_metadata(
     names = [name for table in listed if isinstance(table, ImageTable) for name in table.ids]
     for other in names:
         if os.path.isabs(other) or {"..", "~"} & {*Path(other).parts}:
-            what = f"{paths[0]} names {shorten(other)}, which lies outside of its folder"
+            what = f"{paths[0]} names {shown(other)}, which lies outside of its folder"
             raise UserError(f"{what}: give the list itself as data.path, if it is yours.")
     number = len(ids) - len(names)
     if own is not None and number > 0:
@@ -81,7 +81,7 @@ def open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources:
         for row in rows:
             file = find_file(path.parent / os.path.expanduser(str(row[image])), listings)
             if fault := fault_of(file):
-                what = f"{path} names {shorten(str(row[image]))}, which {fault}"
+                what = f"{path} names {shown(str(row[image]))}, which {fault}"
                 raise UserError(f"{what}: paths start at the list.")
             files.append(file)
             prefix = "" if path.parent == root else f"{path.parent.relative_to(root).as_posix()}/"

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import ImageColor
 from torch.utils.data import ConcatDataset
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import looks_like_path
 from vqvae2.config import ImagesConfig, PreprocessingConfig
@@ -32,7 +33,7 @@ from vqvae2.data.paths import (
     scan,
 )
 from vqvae2.data.sources import Sources, make_table, numbered
-from vqvae2.data.splits import few, shorten
+from vqvae2.data.splits import few
 from vqvae2.data.stream import (
     NO_LABELS,
     ImageStream,
@@ -421,7 +422,7 @@ def _open_table(
         if "id" in features:
             ids = list(table["id"])
             if wrong := [name for name in ids if type(name) not in (str, int)]:
-                what = f"{path} has the id {shorten(wrong[0])}"
+                what = f"{path} has the id {shown(wrong[0])}"
                 raise UserError(f"{what}: give each image a name, or rename the column.")
             ids = list(map(str, ids))
         elif isinstance(table, ParquetTable):

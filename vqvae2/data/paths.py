@@ -9,9 +9,9 @@ from fnmatch import filter as matching
 from pathlib import Path
 from unicodedata import normalize
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.data.decoding import PICTURE_SUFFIXES, readable
-from vqvae2.data.splits import shorten
 from vqvae2.data.stream import is_junk
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def expand_ranges(pattern: str) -> list[str]:
     for first, last, after in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
         numbers = range(int(first), int(last) + 1)
         if len(names) * len(numbers) > MAX_SHARDS:
-            what = f"{shorten(pattern)} stands for more than {MAX_SHARDS:,} files"
+            what = f"{shown(pattern)} stands for more than {MAX_SHARDS:,} files"
             raise UserError(f"{what}: give smaller ranges.")
         digits = [str(number).zfill(len(first)) for number in numbers]
         names = [name + number + after for name in names for number in digits]

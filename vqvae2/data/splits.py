@@ -11,13 +11,13 @@ import hashlib
 import logging
 import os
 import re
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import SAMPLE_NAME
 from vqvae2.common.vocabulary import MIN_HELD_OUT
@@ -31,9 +31,6 @@ SPLIT_WORDS = {  # as `datasets` reads the names of folders and files
 }
 NUM_MARKS = 128
 MAX_NAME = 4096  # characters: what is longer is no name
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 100
-shorten = SHORT.repr
 
 
 def split_of(word: str) -> str | None:
@@ -146,7 +143,7 @@ def number_classes(
     elif numbers is not None and -1 in numbers and set(numbers) != {-1, 1}:
         bad.append(-1)
     if bad:
-        what = f"{source} does not give every row a class (found {shorten(bad[0])})"
+        what = f"{source} does not give every row a class (found {shown(bad[0])})"
         what_to_do = "fill it in, or leave labels alone with --data.label-column none"
         raise UserError(f"{what}: {what_to_do}.")
 
@@ -176,7 +173,7 @@ def find_class(name: str, numbers: Mapping[str, int]) -> int | None:
 
 def few(names: Collection[object]) -> str:
     """The first names and the number of all, for a sentence."""
-    first = ", ".join(shorten(name).strip("'\"") for name in islice(names, 5))
+    first = ", ".join(shown(name).strip("'\"") for name in islice(names, 5))
     return first if len(names) <= 5 else f"{first}, ... ({len(names):,})"
 
 
@@ -202,12 +199,12 @@ def check_names(names: Iterable[str], source: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            what = f"{source} names {shorten(name)} more than once"
+            what = f"{source} names {shown(name)} more than once"
             raise UserError(f"{what}: give each its own name.")
         if not name.isascii() and re.search("[\ud800-\udfff]", name):
-            raise UserError(f"{source} holds {shorten(name)}, which is not UTF-8: rename it.")
+            raise UserError(f"{source} holds {shown(name)}, which is not UTF-8: rename it.")
         if len(name) > MAX_NAME or "\0" in name:
-            what = f"{source} holds {shorten(name)}, which is no name"
+            what = f"{source} holds {shown(name)}, which is no name"
             raise UserError(f"{what}: give one of at most {MAX_NAME:,} characters, without NUL.")
         seen.add(name)
 

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from vqvae2.common.accelerate import use_cpu
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.common.loading import ordered
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change, random_change
 from vqvae2.data.decoding import PICTURE_SUFFIXES, BadImage, first_line, readable
-from vqvae2.data.splits import few, is_held_out, marked, shorten
+from vqvae2.data.splits import few, is_held_out, marked
 from vqvae2.data.vectors import read_vector
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class ImageStream:
                 label = None if self.data.label_column == NO_LABELS else row.label
                 is_class = isinstance(label, int) and 0 <= label < MAX_CLASSES
                 if contents and label is not None and not is_class:
-                    what = f"{url} has the label {shorten(label)}, but classes of a stream are"
+                    what = f"{url} has the label {shown(label)}, but classes of a stream are"
                     what += f" numbers below {MAX_CLASSES:,}"
                     raise UserError(f"{what}: number them, or add --data.label-column none.")
                 yield row._replace(label=int(label) if isinstance(label, bool) else label)
@@ -212,7 +213,7 @@ def _say_unused(path: str, columns: Sequence[str]) -> None:
     text = (
         "%s: no classes: the columns %s are not used (--data.label-column %s, if it names classes)."
     )
-    logger.info(text, path, few(columns), shorten(columns[0]).strip("'"))
+    logger.info(text, path, few(columns), shown(columns[0]).strip("'"))
 
 
 def features_of(schema: Any) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def _parquet_rows(
             for cells in batch.to_pylist():
                 name = cells["id"] if has_ids else next(generated)
                 if type(name) not in (str, int) or str(name) in seen:
-                    what = f"{url} has the id {shorten(name)} twice, or one that is no name"
+                    what = f"{url} has the id {shown(name)} twice, or one that is no name"
                     raise UserError(f"{what}: give each image a name, or rename the column.")
                 seen.add(str(name))
                 condition = cells.get(data.condition_column)

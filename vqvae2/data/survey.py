@@ -18,17 +18,17 @@ CUT = 0.25  # share of a picture's area whose loss a person would mind
 FLAT = 4.0  # standard deviation of 8-bit values below which nothing can be seen in a picture
 MANY = 0.1  # share of the pictures from which a loss is worth a line
 MOST_COMPARED = 1 << 20  # pictures: their checksums take 100 MiB
-FINDINGS = {  # what was counted -> the share, and the number, of which more are worth this line
-    "cut": (0, 0, "lose more than a quarter of their area by cropping: --image.fit pad shows"
+FINDINGS = {  # what was counted -> the share of which more are worth this line
+    "cut": (0, "lose more than a quarter of their area by cropping: --image.fit pad shows"
             " all of them"),
-    "vanished": (0, 0, "are transparent, and cannot be seen on {0}: set --image.background {1}, or"
+    "vanished": (0, "are transparent, and cannot be seen on {0}: set --image.background {1}, or"
                  " --image.channels 4 to keep what is transparent"),
-    "flat": (0, 0, "are of one colour, with nothing to be seen in them: check them"),
-    "enlarged": (MANY, 0, "are enlarged 4 times or more to {3} x {2} pixels: a smaller --image.size"
+    "flat": (0, "are of one colour, with nothing to be seen in them: check them"),
+    "enlarged": (MANY, "are enlarged 4 times or more to {3} x {2} pixels: a smaller --image.size"
                  " shows as much, and is faster"),
-    "copies": (MANY, 0, "are copies of others: held-out ones may have been trained on, and then"
+    "copies": (MANY, "are copies of others: held-out ones may have been trained on, and then"
                " look better than new images would"),
-    "grey": (0.999, 0, "are grey: --image.channels 1 is faster, and makes no colours"),
+    "grey": (0.999, "are grey: --image.channels 1 is faster, and makes no colours"),
 }  # fmt: skip
 
 
@@ -89,8 +89,8 @@ class Survey:
         found = sum(gather_object([self.counts]), Counter()) if shared else self.counts
         background = self.config.background
         other = "white" if background == "black" else "black"
-        for name, (share, least, text) in FINDINGS.items():
-            if found[name] > max(share * found["all"], least):
+        for name, (share, text) in FINDINGS.items():
+            if found[name] > share * found["all"]:
                 line = "%s: %d of %d pictures " + text.format(
                     background, other, *self.config.height_width
                 )

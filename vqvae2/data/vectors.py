@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from vqvae2.common.config import shown
 from vqvae2.common.errors import UserError
 from vqvae2.common.vocabulary import LONGEST_VECTOR
 from vqvae2.data.decoding import readable
-from vqvae2.data.splits import check_names, few, shorten
+from vqvae2.data.splits import check_names, few
 
 logger = logging.getLogger(__name__)
 ONE_KIND = "fill all rows in one way: a number, or as many floats in each, or a list of names"
@@ -69,7 +70,7 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
     of_names = any(isinstance(cell, str) and ";" in cell for cell in cells)
     for cell in cells:
         if (row := _as_list(cell, of_names=of_names)) is None:
-            what = f"{column} is {shorten(cell)} in row {len(rows)}"
+            what = f"{column} is {shown(cell)} in row {len(rows)}"
             raise UserError(f"{what}: {ONE_KIND}.")
         rows.append(row)
     kinds = {type(value) for value in chain.from_iterable(rows)}
@@ -78,7 +79,7 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
         if not kinds <= {float, int, bool} or len(sizes) != 1:
             kind = [len(rows[0]), str in map(type, rows[0])]
             others = (row for row in rows if [len(row), str in map(type, row)] != kind)
-            what = f"{column} holds {shorten(rows[0])}, but also {shorten(next(others, rows[-1]))}"
+            what = f"{column} holds {shown(rows[0])}, but also {shown(next(others, rows[-1]))}"
             raise UserError(f"{what}: {ONE_KIND}.")
         values = np.array(rows, np.float32)
         if not np.isfinite(values).all():
@@ -92,7 +93,7 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
             raise UserError(f"{column} holds {found}: {ONE_KIND}.")
         for number, row in enumerate(rows):
             if len(set(row)) < len(row):
-                what = f"{column} holds {shorten(row)} in row {number}: as attributes, one is twice"
+                what = f"{column} holds {shown(row)} in row {number}: as attributes, one is twice"
                 raise UserError(f"{what}. Write values with a point (1.0), attributes once.")
         known = sorted(set(chain.from_iterable(rows)))
         names = tuple(map(str, known))
@@ -119,7 +120,7 @@ def read_vector(cell: Any, source: str) -> np.ndarray:
             cell = np.load(io.BytesIO(cell), allow_pickle=False)
     values = _as_list(cell, of_names=False)
     if values is None or any(isinstance(value, str) for value in values):
-        what = f"{source} has the condition {shorten(cell)}"
+        what = f"{source} has the condition {shown(cell)}"
         raise UserError(f"{what}: of a stream it must be a number or a list of numbers.")
     vector = np.array(values, np.float32)
     if not (1 <= len(vector) <= LONGEST_VECTOR and np.isfinite(vector).all()):
