@@ -31,8 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.commands.extract import encode_lanes, extract
+from pipelines.commands.extract import extract
 from pipelines.config import ExtractConfig, PlanConfig
+from pipelines.encoding import encode_lanes
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.plan.command import OVERHEAD
 from pipelines.plan.stages import stages_of, trace

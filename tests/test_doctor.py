@@ -20,8 +20,8 @@ import prior.audit
 import prior.probes
 import prior.training
 from pipelines.commands.doctor import check_round_trip, examine, load
-from pipelines.commands.extract import encode_lanes
 from pipelines.config import DoctorConfig
+from pipelines.encoding import encode_lanes
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import KVCache, Slots, attend
 from prior.audit import audit, check_attention, check_vector_helps, stop_if_unsound

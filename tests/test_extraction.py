@@ -19,7 +19,8 @@ from PIL import Image
 
 from pipelines.cli import parse
 from pipelines.commands import extract as extracting
-from pipelines.commands.extract import encode_lanes, extract
+from pipelines.commands.extract import extract
+from pipelines.encoding import encode_lanes
 from prior.manifest import CodeDataset, read_manifest
 from prior.shards import smallest_type
 from tests.conftest import (

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pipelines.commands.extract import encode_lanes
+from pipelines.encoding import encode_lanes
 from tests.pretended_gpu import GPU, pretended_gpu
 from vqvae2.common.accelerate import native_bf16, processes
 from vqvae2.common.loading import ShuffledLoader

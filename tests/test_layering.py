@@ -24,6 +24,7 @@ PACKAGES = ("vqvae2", "prior", "pipelines", "scripts")
 FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 WITHOUT_SCRIPT = {"demo", "inspect", "doctor", "plan", "import-weights", "import-codes"}
 WITHOUT_SCRIPT |= {"completion", "compress", "decompress"}
+RUN_OTHERS = {"run", "compare", "demo"}  # commands that run other commands
 HELP = """
 import sys
 from pipelines.cli import main
@@ -55,6 +56,12 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not within(imported, OURS) or within(imported, ALLOWED[package]), (
             f"{module} imports {imported}"
         )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").rglob("*.py")), ids=str)
+def test_commands_are_known_to_those_alone_that_run_others(path: Path) -> None:
+    known = [name for name in imports_of(path) if within(name, ("pipelines.commands",))]
+    assert not known or path.stem in RUN_OTHERS, f"{path} imports {known}"
 
 
 def test_every_subcommand_for_several_processes_has_its_script() -> None:

@@ -19,10 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from pipelines import VQVAE2Pipeline
 from pipelines.commands.assemble import assemble
 from pipelines.commands.doctor import examine, load
-from pipelines.commands.sample import write_samples
 from pipelines.config import AssembleConfig, DoctorConfig, SetConfig
 from pipelines.editing import keep_levels, known_outside, repeat_known
 from pipelines.receipts import make_receipt
+from pipelines.samples import write_samples
 from prior import (
     Known,
     PixelSNAILConfig,

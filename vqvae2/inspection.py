@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqvae2.codebook_stats import carriers, perplexity, usage, verdict
 from vqvae2.common.loading import some_rows
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, sheet, to_pil
@@ -17,6 +18,8 @@ from vqvae2.model import VQVAE2
 from vqvae2.quantizers import Quantizer
 
 BATCH = 64  # images
+Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value
+ERRORS = ("kept", "shuffled", "most frequent", "alone kept")
 
 
 class InformationSplit(NamedTuple):
@@ -176,3 +179,37 @@ def code_patches(images: ImageDataset, codes: Tensor, code: int, *, number: int)
 
 def _load(images: ImageDataset, rows: Sequence[int], device: torch.device) -> Tensor:
     return to_images(images.__getitems__(rows)["images"].to(device))
+
+
+def make_figures(names: Sequence[str], found: Inspection) -> Figures:
+    """The tables of numbers."""
+    split, levels = found.split, {}
+    codebooks: dict[str, dict[str, float]] = {}
+    for level, (name, counts) in enumerate(zip(names, found.counts, strict=True)):
+        used = round(usage(counts) * len(counts))
+        codebooks[name] = {"codes": len(counts), "used": used, "perplexity": perplexity(counts)}
+        codebooks[name]["codes that carry 95 %"] = carriers(counts)
+        errors = split.kept, split.shuffled[level], split.neutral[level], split.alone[level]
+        levels[name] = dict(zip(ERRORS, errors, strict=True))
+    quality = {"MSE": split.kept, "PSNR (dB)": found.psnr, "SSIM": found.ssim}
+    return {
+        "Reconstruction": {"all levels": quality},
+        "Codebooks": codebooks,
+        "Information split: MSE with a level's codes ...": levels,
+    }
+
+
+def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
+    """What the figures mean, and which setting to change where something is wrong."""
+    sentences = [verdict(name, counts)[1] for name, counts in zip(names, found.counts, strict=True)]
+    ratios = [shuffled / max(found.split.kept, 1e-12) for shuffled in found.split.shuffled]
+    if max(ratios) < 1.05:
+        return [*sentences, "No level carries anything yet: train longer."]
+    for name, ratio in zip(names, ratios, strict=True):
+        other = "another image's codes there"
+        judged = f"is needed: {other} multiply the error by {ratio:.1f}."
+        if ratio < 1.05:
+            judged = f"carries almost nothing: {other} change the error by {ratio - 1:.1%}; make "
+            judged += "the other levels' grids (model.strides) or codebook_sizes smaller."
+        sentences.append(f"{name}: {judged}")
+    return sentences

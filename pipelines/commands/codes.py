@@ -2,19 +2,18 @@
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from einops import rearrange
 
 from pipelines.belonging import refuse_mismatches
 from pipelines.config import CodesInfoConfig, CodesVerifyConfig, CodesViewConfig
-from prior.manifest import Manifest, check_range, read_manifest, read_rows, read_shard
-from prior.shards import ShardRecord, check_file, column_name, content_hash, flat_values, row_groups
+from prior.manifest import read_manifest, read_rows, read_shard
+from prior.shards import column_name, flat_values
+from prior.verification import problems
 from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.config import check
@@ -23,7 +22,6 @@ from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, save_picture, sheet, to_pil
 from vqvae2.common.vocabulary import (
     ORIGINAL,
-    SPLITS,
     describe_grids,
     describe_vectors,
     first_names,
@@ -32,7 +30,6 @@ from vqvae2.model import VQVAE2
 
 logger = logging.getLogger(__name__)
 DECODED_AT_ONCE = 32
-BAR = {"unit": "shard", "delay": 3, "leave": False}
 
 
 def info(config: CodesInfoConfig) -> None:
@@ -48,7 +45,7 @@ def code_info(codes: Path) -> str:
     counts = [torch.zeros(size, dtype=torch.int64) for size in manifest.codebook_sizes]
     columns = [column_name(level) for level in range(manifest.num_levels)]
     shards, on_disk = manifest.all_shards, 0
-    for split, shard in progress_bar(shards, "counting codes", **BAR):
+    for split, shard in progress_bar(shards, "counting codes", unit="shard", delay=3, leave=False):
         for table in read_shard(codes, manifest, split, shard, columns):
             for level, column in enumerate(columns):
                 values = torch.from_numpy(flat_values(table[column]).astype(np.int64))
@@ -125,54 +122,3 @@ def verify(config: CodesVerifyConfig) -> int:
     verdict = f"{sound} ({manifest.codes_hash[:12]}), none twice."
     print(f"\n{number} problem(s)." if number else verdict)
     return int(number > 0)
-
-
-def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """A sentence for everything that is wrong with the shards of a code dataset."""
-    for split in SPLITS:
-        # Each file for itself.
-        shards = manifest.shards(split)
-        for path in sorted((folder / split).glob("*.parquet")):
-            if path.name not in {shard.name for shard in shards}:
-                yield f"{path} is not in the manifest, but other readers would read it: remove it."
-        keys: dict[Path, np.ndarray] = {}
-        for shard in progress_bar(shards, f"verifying {split}", **BAR):
-            path = folder / split / shard.name
-            try:
-                check_file(path, shard)
-                tables = row_groups(path, manifest.schema)
-                table = pa.concat_tables([manifest.schema.empty_table(), *tables])
-                names = zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
-                keys[path] = np.fromiter(map(hash, names), np.int64)
-                yield from _problems_of(path, manifest, shard, table)
-            except UserError as error:
-                yield str(error)
-
-        # Rows whose id and view another row of the split has.
-        all_keys = np.concatenate([np.zeros(0, np.int64), *keys.values()])
-        unique, counts = np.unique(all_keys, return_counts=True)
-        for path, own in keys.items() if len(unique) < len(all_keys) else ():
-            rows = np.flatnonzero(np.isin(own, unique[counts > 1]))
-            if len(rows):
-                seen = f"{len(rows)} rows, the first of them row {rows[0]}, have an id and view"
-                yield f"{path}: {seen} that another row of the split has: rename images."
-
-
-def _problems_of(
-    path: Path, manifest: Manifest, shard: ShardRecord, table: pa.Table
-) -> Iterator[str]:
-    """What is wrong with the rows of a shard whose bytes are those that were recorded."""
-    rows, found = len(table), content_hash([table])
-    if (rows, found) != (shard.rows, shard.content_hash):
-        says = f"the manifest says {shard.rows} and {shard.content_hash[:12]}"
-        yield f"{path} holds {rows} rows of content hash {found[:12]}, but {says}: extract again."
-    views = (ORIGINAL,) if path.parent.name == "validation" else manifest.views
-    counts = Counter(table["view"].to_pylist())
-    if set(counts) - set(views) or len({counts[view] for view in views}) > 1:
-        expected = f"expected equally many of {', '.join(views)}"
-        yield f"{path} holds rows of these views: {dict(counts)}, {expected}: extract again."
-    for name in manifest.schema.names:
-        try:
-            check_range(path, manifest, name, table[name])
-        except UserError as error:
-            yield str(error)

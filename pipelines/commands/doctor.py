@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pipelines.belonging import ADVICE, mismatches
-from pipelines.commands.codes import problems
-from pipelines.commands.extract import LANES, encode_lanes
 from pipelines.config import DoctorConfig
+from pipelines.encoding import LANES, encode_lanes
 from pipelines.model_index import RESTORE, changed_parts, part_folders, prior_bits
 from prior.audit import (
     audit,
@@ -27,6 +26,7 @@ from prior.manifest import CodeDataset, Manifest, read_manifest, read_rows
 from prior.probes import dataset_rows, nats_per_code, spread
 from prior.registry import load_prior
 from prior.shards import column_name
+from prior.verification import problems
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.artifact import local_folder

@@ -13,7 +13,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from pipelines.commands.sample import write_samples
 from pipelines.conditions import vectors_hash
 from pipelines.config import EvaluateConfig, SetConfig
 from pipelines.evaluation import figures as measure
@@ -32,6 +31,7 @@ from pipelines.model_index import part_hash
 from pipelines.pictures import MOST_NAMES, sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.receipts import converted, make_receipt
+from pipelines.samples import write_samples
 from prior.sampling import SAMPLER_VERSION, Known
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes

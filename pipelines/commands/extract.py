@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from pipelines.config import ExtractConfig
+from pipelines.encoding import LANES, encode_lanes
 from prior.manifest import MANIFEST_NAME, Manifest, is_complete, read_manifest, write_manifest
 from prior.shards import ShardRecord, smallest_type, write_shard
 from vqvae2.codebook_stats import warn_of_few
@@ -45,14 +45,13 @@ from vqvae2.common.torch_settings import (
     use_deterministic_algorithms,
 )
 from vqvae2.common.vocabulary import EXTRACTION_RECORD, ORIGINAL, SPLITS
-from vqvae2.data import PythonImages, to_images, work_parts
+from vqvae2.data import PythonImages, work_parts
 from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 from vqvae2.model import VQVAE2
 from vqvae2.training_record import read_training, same_place
 
 logger = logging.getLogger(__name__)
-LANES = 32  # images encoded at once, always: a convolution's last bits depend on the batch size
 MOST_PIXELS_APART = 128 * 128  # of an image up to which each CPU encodes lanes of its own
 Batch = tuple[str, Tensor]
 """A split, and pixels `(B, C, H, W)` of it."""
@@ -160,24 +159,6 @@ def _notes(output_dir: Path) -> dict[Path, dict[str, Any]]:
         for record in manifest.shards(split):
             notes[output_dir / split / record.name] = to_dict(record)
     return notes
-
-
-@torch.inference_mode()
-@exact_convolutions()
-def encode_lanes(model: VQVAE2, pixels: Tensor, *, bf16: bool = False) -> list[Tensor]:
-    """Codes `(B, h*w)` of every level, coarse to fine, of at most `LANES` images `(B, C, H, W)`.
-
-    The batch is filled up with black images, so that an image's codes do not depend on the others.
-    Raises a `UserError` for features that are not finite.
-    """
-    padding = pixels.new_zeros(LANES - len(pixels), *pixels.shape[1:])
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        levels = model.encode(to_images(torch.cat([pixels, padding]).to(model.device)))
-    ends = [torch.stack(level.embeddings.aminmax()) for level in levels]  # a NaN is both
-    if not all(end.isfinite().all() for end in ends):
-        what = "the autoencoder's features are not finite"
-        raise UserError(f"{what}: restore or retrain it, or extract with --mixed-precision no.")
-    return [rearrange(level.codes[: len(pixels)], "b h w -> b (h w)").cpu() for level in levels]
 
 
 class _Rows:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from pipelines.config import InspectConfig
 from pipelines.pictures import embedded
-from vqvae2.codebook_stats import carriers, level_name, perplexity, usage, verdict
+from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_json, write_text
@@ -20,13 +20,19 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.pictures import save_picture, sheet, to_pil
 from vqvae2.common.runs import RunRecord
 from vqvae2.data import ImageDataset, load_images, to_images
-from vqvae2.inspection import Inspection, code_patches, decode_level, inspect
+from vqvae2.inspection import (
+    Figures,
+    Inspection,
+    code_patches,
+    decode_level,
+    inspect,
+    make_figures,
+    make_verdicts,
+)
 from vqvae2.model import VQVAE2
 from vqvae2.training_record import find_held_out
 
 SHOWN_IMAGES, SHOWN_CODES, SHOWN_PATCHES = 8, 8, 8
-Figures = dict[str, dict[str, dict[str, float]]]  # title of a table -> row -> column -> value
-ERRORS = ("kept", "shuffled", "most frequent", "alone kept")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font-family:sans-serif;margin:2rem auto;max-width:62rem}}
 pre{{white-space:pre-wrap}}</style><pre>{text}</pre>
@@ -95,40 +101,6 @@ def write_report(
         save_picture(picture, output_dir / f"{file_name}.png")
     write_text(output_dir / "index.html", make_page(title, text, [*pictures.values()]))
     return text
-
-
-def make_figures(names: Sequence[str], found: Inspection) -> Figures:
-    """The tables of numbers."""
-    split, levels = found.split, {}
-    codebooks: dict[str, dict[str, float]] = {}
-    for level, (name, counts) in enumerate(zip(names, found.counts, strict=True)):
-        used = round(usage(counts) * len(counts))
-        codebooks[name] = {"codes": len(counts), "used": used, "perplexity": perplexity(counts)}
-        codebooks[name]["codes that carry 95 %"] = carriers(counts)
-        errors = split.kept, split.shuffled[level], split.neutral[level], split.alone[level]
-        levels[name] = dict(zip(ERRORS, errors, strict=True))
-    quality = {"MSE": split.kept, "PSNR (dB)": found.psnr, "SSIM": found.ssim}
-    return {
-        "Reconstruction": {"all levels": quality},
-        "Codebooks": codebooks,
-        "Information split: MSE with a level's codes ...": levels,
-    }
-
-
-def make_verdicts(names: Sequence[str], found: Inspection) -> list[str]:
-    """What the figures mean, and which setting to change where something is wrong."""
-    sentences = [verdict(name, counts)[1] for name, counts in zip(names, found.counts, strict=True)]
-    ratios = [shuffled / max(found.split.kept, 1e-12) for shuffled in found.split.shuffled]
-    if max(ratios) < 1.05:
-        return [*sentences, "No level carries anything yet: train longer."]
-    for name, ratio in zip(names, ratios, strict=True):
-        other = "another image's codes there"
-        judged = f"is needed: {other} multiply the error by {ratio:.1f}."
-        if ratio < 1.05:
-            judged = f"carries almost nothing: {other} change the error by {ratio - 1:.1%}; make "
-            judged += "the other levels' grids (model.strides) or codebook_sizes smaller."
-        sentences.append(f"{name}: {judged}")
-    return sentences
 
 
 @torch.no_grad()

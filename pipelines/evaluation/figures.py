@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.commands.inspect import make_figures, make_verdicts
 from pipelines.evaluation.metrics import (
     at_infinity,
     bootstrap,
@@ -19,7 +18,7 @@ from pipelines.evaluation.metrics import (
 from pipelines.evaluation.sets import Seen
 from vqvae2.codebook_stats import level_name, perplexity
 from vqvae2.common.loading import some_rows
-from vqvae2.inspection import Inspection
+from vqvae2.inspection import Inspection, make_figures, make_verdicts
 from vqvae2.model import VQVAE2
 
 MOST_NEIGHBOURS = 10_000  # images of a set whose neighbours are looked for

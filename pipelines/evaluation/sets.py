@@ -13,11 +13,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.commands.sample import codes_file, load_codes
 from pipelines.evaluation.features import LANES, Extractor, kept_arrays
 from pipelines.evaluation.metrics import Moments
 from pipelines.model_index import part_hash
 from pipelines.pipeline import VQVAE2Pipeline
+from pipelines.samples import codes_file, load_codes
 from vqvae2.common.accelerate import processes
 from vqvae2.common.loading import some_rows
 from vqvae2.common.messages import progress_bar

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 import prior.training
 from pipelines.cli import load_recipe, recipe_section
-from pipelines.commands.extract import LANES
 from pipelines.config import DemoConfig, ExtractConfig, PlanConfig
+from pipelines.encoding import LANES
 from pipelines.recipes import DEMO_IMAGES, demo_recipe
 from prior import attention
 from prior.config import TrainPriorConfig
