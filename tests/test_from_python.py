@@ -204,7 +204,7 @@ def test_what_cannot_be_drawn_is_named() -> None:
         ),
         ({"known": Known(grid.int(), mask)}, "known codes .*int32"),
         ({"known": Known(grid[:1], mask)}, r"known codes .*\(1, 4, 4\)"),
-        ({"known": Known(grid + 16, mask)}, "range from 16 to 16, but must be below 16"),
+        ({"known": Known(grid + 16, mask)}, "range from 0 to 16, but must be below 16"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
