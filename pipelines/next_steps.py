@@ -14,7 +14,7 @@ from prior.manifest import parse_level, read_manifest
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.runs import read_record
-from vqvae2.common.vocabulary import EXTRACTION_RECORD, IMPORT_RECORD, TRAINING_RECORD
+from vqvae2.common.vocabulary import EXTRACTION_RECORD, IMPORT_RECORD, INDEX_NAME, TRAINING_RECORD
 from vqvae2.config import DataConfig, ImagesConfig
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,10 @@ def next_steps(command: str, config: Any) -> Iterator[list[str]]:
         if command == "import-weights":
             target = ["--data.path", "PHOTOS", "--output-dir", beside(out, "vqvae", "finetuned")]
             yield ["train", "--config", str(Path(out) / FINE_TUNING), *target]
+        if (Path(vqvae).expanduser().parent / INDEX_NAME).exists():  # a pipeline's, which stays
+            if command == "reconstruct":
+                yield ["inspect", *made_of, "--output-dir", f"{out}_report"]
+            return
         if command != "inspect":
             yield ["inspect", *made_of]
         views = record_of(codes).get("views", [])  # if they are extracted already
