@@ -96,6 +96,45 @@ class Positions(nn.Module):
         return rearrange(self.rows[:, None] + self.columns[None], "h w c -> (h w) c")
 
 
+class CodesAbove(nn.Module):
+    """Features of the three codes in the row above a position (left of it, above it, right of it),
+    each by a linear map of its embedding. Attention alone needs long to find these, which tell
+    most of what a code will be."""
+
+    slots: Tensor
+
+    def __init__(self, grid: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.maps = nn.Linear(width, 3 * width, bias=False)
+        self.register_buffer("slots", slots_above(grid), persistent=False)
+
+    def tables(self, embedding: Tensor) -> Tensor:
+        """The features `(3, K + 1, W)` of each code at each of the three places: as there are fewer
+        codes than positions in a batch, they are mapped first, and looked up then."""
+        return rearrange(self.maps(embedding), "k (place w) -> place k w", place=3)
+
+    def look_up(self, tables: Tensor, read: Tensor, places: Tensor | slice) -> Tensor:
+        """Features `(B, W', W)` of these W' positions (`(B, W')`, or a slice for all images), by
+        codes `(B, T + 1)`, of which number t is the one before position t."""
+        slots = self.slots[places]  # (B, W', 3) or (W', 3)
+        lanes = torch.arange(len(read), device=read.device)[:, None, None]
+        codes = read[lanes, slots]  # (B, W', 3)
+        features = [F.embedding(codes[..., i], table) for i, table in enumerate(tables)]
+        return torch.stack(features).sum(dim=0)
+
+
+def slots_above(grid: tuple[int, ...]) -> Tensor:
+    """Which codes lie above left, above and above right of each position, `(T, 3)`: 1 + their
+    position in raster order, or 0 for outside of the grid."""
+    rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    slots = []
+    for aside in (-1, 0, 1):
+        column = columns + aside
+        inside = (rows > 0) & (column >= 0) & (column < grid[1])
+        slots.append(torch.where(inside, (rows - 1) * grid[1] + column + 1, 0))
+    return torch.stack(slots, dim=-1).flatten(0, 1)
+
+
 class ConditionNetwork(nn.Module):
     """Reads the codes of all coarser levels, from coarse to fine: a level's codes are added to what
     the levels before it gave, blocks that see the whole grid read the sum, and each position is
@@ -135,7 +174,9 @@ class ConditionNetwork(nn.Module):
 class SamplingState(NamedTuple):
     """What the transformer keeps between positions."""
 
-    background: Tensor  # (B, T, W): a position's input, but for the code before it
+    background: Tensor  # (B, T, W): a position's input, but for the level's own codes
+    read: Tensor  # (B, T + 1): the code before each position, K for none
+    above: Tensor | None  # features of codes in the row above, see `CodesAbove.tables`
     blocks: list[tuple[Block, KVCache]]  # with packed weights; with its keys and values
     output: nn.Module  # from features to logits, with packed weights
 
@@ -157,6 +198,7 @@ class TransformerPrior(Prior):
         # A position's input. The last code means "before the first position", the last label none.
         self.codebook_size = config.codebook_sizes[-1]
         self.embedding = nn.Embedding(self.codebook_size + 1, width)
+        self.above = CodesAbove(grid, width) if network.reads_above else None
         self.positions = Positions(grid[0], grid[1], width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.vector = VectorNetwork(config.vector_size, width) if config.vector_size else None
@@ -180,9 +222,11 @@ class TransformerPrior(Prior):
     def forward(self, codes: Tensor, condition: Any = (), labels: Any = None) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         # Position t reads the code at t - 1.
-        flat = rearrange(codes, "b h w -> b (h w)")
-        before = F.pad(flat[:, :-1], (1, 0), value=self.codebook_size)
-        x = self.embedding(before) + self.background(len(codes), condition, labels)  # (B, T, W)
+        read = F.pad(rearrange(codes, "b h w -> b (h w)"), (1, 0), value=self.codebook_size)
+        x = self.embedding(read[:, :-1]) + self.background(len(codes), condition, labels)
+        if self.above is not None:  # and those of the row above
+            tables = self.above.tables(self.embedding.weight)
+            x = x + self.above.look_up(tables, read, slice(None))  # (B, T, W)
         for block in self.blocks:
             if self.training and self.config.network.checkpoint_activations:
                 x = checkpoint(block, x, self.angles, use_reentrant=False)
@@ -216,20 +260,27 @@ class TransformerPrior(Prior):
         dtype: torch.dtype = torch.float32,
         window: int = 1,
     ) -> SamplingState:
-        """Run the condition network once, and pack the weights; see `Prior.start`."""
+        """Compute once what depends on no code of this level, and pack the weights; see
+        `Prior.start`."""
         blocks, rows = [], batch_size * window
         for block in cast(Sequence[Block], self.blocks):
             cache = KVCache(self.config.num_positions, window=block.window, dtype=dtype)
             blocks.append((cast(Block, pack_linears(block, rows, dtype)), cache))
         output = pack_linears(nn.Sequential(self.norm, self.head), rows, dtype)
         background = self.background(batch_size, condition, labels)
-        return SamplingState(background, blocks, output)
+        shape = (batch_size, self.config.num_positions + 1)
+        read = torch.full(shape, self.codebook_size, device=self.device)
+        above = self.above.tables(self.embedding.weight) if self.above is not None else None
+        return SamplingState(background, read, above, blocks, output)
 
     def step(self, state: SamplingState, positions: Any, previous: Tensor) -> Tensor:
         """Logits `(B, W, K)` of windows of positions; see `Prior.step`."""
         places = positions[:, None] + torch.arange(previous.shape[1], device=previous.device)
         lanes = torch.arange(len(places), device=places.device)[:, None]
         x = self.embedding(previous) + state.background[lanes, places]  # (B, W, width)
+        if self.above is not None and state.above is not None:
+            state.read.scatter_(1, places, previous)
+            x = x + self.above.look_up(state.above, state.read, places)
         angles = self.angles[:, places][:, :, None]  # (2, B, 1, W, d)
         slots = state.blocks[0][1].slots(places, self.config.network.num_heads, x)
         for block, cache in state.blocks:

@@ -64,10 +64,11 @@ def recipe_only(default: Any) -> Any:
     return field(default=default, metadata={"recipe_only": True})
 
 
-def added(default: Any, *, recipe_only: bool = False) -> Any:
-    """A model's field that was added later: at its default, which describes earlier models, it is
-    not written, so that their hashes stay the same."""
-    return field(default=default, metadata={"added": True, "recipe_only": recipe_only})
+def added(default: Any, *, earlier: Any = MISSING, recipe_only: bool = False) -> Any:
+    """A model's field that was added later: the value that describes earlier models (by default the
+    default) is not written, so that their hashes stay the same, and is meant where none is."""
+    earlier = default if earlier is MISSING else earlier
+    return field(default=default, metadata={"earlier": earlier, "recipe_only": recipe_only})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ def _written_fields(config: Any) -> dict[str, Any]:
     written = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        if not f.metadata.get("added") or value != f.default:
+        if value != f.metadata.get("earlier", MISSING):
             written[f.name] = value
     return written
 
@@ -265,6 +266,8 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
         if name in data or (is_dataclass(hints[name]) and missing is not MISSING):
             given = data.get(name, {})
             values[name] = _convert(hints[name], given, f"{where}: {name}", missing)
+        elif "earlier" in f.metadata:
+            values[name] = f.metadata["earlier"]
         elif required and missing is MISSING:
             raise UserError(f"{where}: the key {name!r} is missing; add it.")
         elif required:
@@ -383,10 +386,9 @@ def differences(
     hints = typing.get_type_hints(cls)
     changed: list[tuple[str, Any, Any]] = []
     for f in fields(cls):
-        is_added = f.metadata.get("added")
-        if f.name not in old and not is_added:  # the record is older than the field
+        default = f.metadata.get("earlier", MISSING)
+        if f.name not in old and default is MISSING:  # the record is older than the field
             continue
-        default = f.default if is_added else None
         before, after = old.get(f.name, default), new.get(f.name, default)
         if is_dataclass(hints[f.name]) and isinstance(before, dict) and isinstance(after, dict):
             changed += differences(hints[f.name], before, after, f"{prefix}{f.name}.")
