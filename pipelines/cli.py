@@ -145,7 +145,8 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return f"error: {what}: check the path, its permissions and the free space.", 2
     except (MemoryError, RuntimeError) as error:
-        if OTHER_ENDED.search(str(error)):
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if OTHER_ENDED.search(str(error)) and not is_alone:
             return "another process of this job has ended: what it says is why.", 2
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise

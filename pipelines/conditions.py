@@ -75,7 +75,7 @@ def as_vectors(conditions: Any, size: int, names: Sequence[str], *, can_hide: bo
         what = f"the conditions {shown(conditions)} are no rows of numbers"
         raise UserError(f"{what}: give {expected}.") from None
     vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if not len(vectors):
+    if vectors.ndim and not len(vectors):
         raise UserError(f"there are no conditions: give {expected}.")
     if vectors.ndim != 2 or vectors.shape[1] != size:
         shape = tuple(vectors.shape)

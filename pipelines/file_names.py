@@ -52,5 +52,6 @@ def sample_name(index: int) -> str:
 
 def sample_files(folder: Path) -> dict[int, Path]:
     """The samples that are in a set's folder, in order."""
-    found = (folder / "images").glob(6 * "[0-9]" + "*")
-    return {int(file.stem): file for file in sorted(found, key=lambda file: int(file.stem))}
+    files = (folder / "images").glob(6 * "[0-9]" + "*")
+    found = {int(file.stem): file for file in files if file.stem.isdecimal()}
+    return dict(sorted(found.items()))

@@ -1,6 +1,6 @@
 """What a user means by a label: a class by its name or number, or none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 from unicodedata import normalize
@@ -20,8 +20,11 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
     """Class names or numbers as numbers; "none", the hidden label, is the number after the
     last class. None: all classes. Without classes, no numbers. A `UserError` names a label
     that is unknown."""
-    all_labels: Any = labels
-    several = [] if labels is None else [labels] if np.ndim(all_labels) == 0 else [*all_labels]
+    is_one = isinstance(labels, str) or getattr(labels, "ndim", 1) == 0
+    if is_one or not isinstance(labels, Iterable):
+        several: list[Any] = [] if labels is None else [labels]
+    else:
+        several = [*labels]
     given = [one.item() if isinstance(one, np.generic | Tensor) else one for one in several]
     if given and not names:
         what = f"labels are {few(given)}, but the priors have no classes"

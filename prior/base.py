@@ -186,13 +186,14 @@ class Prior(Artifact, nn.Module, ABC):
         # What is asked for.
         config, codebook_size = self.config, self.config.codebook_sizes[-1]
         sampling = sampling or SamplingConfig()
+        seeds = seeds.tolist() if isinstance(seeds, Tensor) else [*seeds]
         check_inputs(config, batch_size, condition, labels, sampling, seeds, known)
         check(window >= 0, "window", window, "0 or more")
         if known is not None and bool(known.mask.all()):
             return known.codes
 
         # An image's noise comes from its seed (an int64 holds 64 bits of it, whatever the sign).
-        numbers = torch.from_numpy(np.array([*seeds], dtype=np.uint64).view(np.int64))
+        numbers = torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
         noise = Noise(numbers.to(self.device), config.level, config.num_positions, codebook_size)
         guesses = Guesses(noise, config.num_positions, sampling, known)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prior.config import PriorConfig
-from vqvae2.common.config import Config, check
+from vqvae2.common.config import Config, check, check_whole
 from vqvae2.common.errors import UserError
 
 # Of what the same seed gives. 1 inverted the cumulative distribution; since 3 some PixelSNAILs draw
@@ -64,7 +64,8 @@ class SamplingConfig(Config):
         no value, leaves the default. A `UserError` names a wrong value or number of values."""
         levels: list[dict[str, Any]] = [{} for _ in range(num_levels)]
         for name, value in settings.items():
-            values = list(value) if isinstance(value, Sequence | np.ndarray) else [value]
+            given = value.tolist() if isinstance(value, np.ndarray) else value
+            values = list(given) if isinstance(given, Sequence) else [given]
             if len(values) == 1:
                 values *= num_levels
             if values and len(values) != num_levels:
@@ -99,8 +100,8 @@ def check_inputs(
     seeds: Sequence[int],
     known: Known | None,
 ) -> None:
-    """Raise a `UserError` for what the prior cannot draw, or not by: a wrong shape, type or value
-    of the condition, labels, seeds and known codes, or guidance that it is not made for."""
+    """Raise a `UserError` for what the prior cannot draw from: a wrong shape, type or value of the
+    condition, labels, seeds or known codes, or guidance that it is not made for."""
     # The shapes of the condition, and the range of the labels.
     check(batch_size >= 1, "batch_size", batch_size, "at least 1")
     classes, level = config.num_classes, config.level
@@ -123,7 +124,9 @@ def check_inputs(
     # Seeds and known codes.
     if len(seeds) != batch_size:
         raise UserError(f"there are {len(seeds)} seeds for {batch_size} images: give one each.")
-    check(all(0 <= seed < 2**64 for seed in seeds), "seeds", seeds, "from 0 to 2**64 - 1")
+    for seed in seeds:
+        check_whole("a seed", seed, 0)
+        check(seed < 2**64, "a seed", seed, "at most 2**64 - 1")
     if known is not None:
         _check_known(config, batch_size, known)
 
@@ -140,7 +143,8 @@ def _check_known(config: PriorConfig, batch_size: int, known: Known) -> None:
     given = known.codes.where(known.mask, 0)
     if not bool(((given >= 0) & (given < size)).all()):  # waits for a GPU once
         low, high = int(given.min()), int(given.max())
-        raise UserError(f"known codes range from {low} to {high}, but must be below {size}.")
+        allowed = f"from 0 to {size - 1}"
+        raise UserError(f"known codes range from {low} to {high}, but must be {allowed}.")
 
 
 def check_guidance(config: PriorConfig, sampling: SamplingConfig) -> None:

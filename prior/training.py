@@ -41,8 +41,8 @@ from vqvae2.common.vocabulary import MIN_HELD_OUT, SPLITS, TRAINING_RECORD, desc
 logger = logging.getLogger(__name__)
 
 
-@writes_output
 @settings_restored()
+@writes_output
 def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     """Train the prior of one level; continue the run, or do nothing if it is finished. `draw` is
     `fit`'s. Raises a `UserError` for no such level or codes, an unsound prior (`prior.audit`) or

@@ -42,7 +42,8 @@ def test_an_image_has_as_many_bits_in_each_model(
 
 def test_each_model_trains_as_long_on_the_same_threads(tmp_path: Path) -> None:
     """Steps that are dearer are fewer; a recipe of the user's own holds for all."""
-    (tmp_path / "mine.yaml").write_text("train-prior: {transformer: {dropout: 0.3}}")
+    text = "{train-prior: {transformer: {dropout: 0.3}}, prior_2: {batch_size: 16}}"
+    (tmp_path / "mine.yaml").write_text(text)
     data = ImagesConfig(path=str(write_images(tmp_path / "photos", 150)))
     config = CompareConfig(
         data=data, output_dir="out", minutes=2, recipe=str(tmp_path / "mine.yaml")
@@ -58,9 +59,10 @@ def test_each_model_trains_as_long_on_the_same_threads(tmp_path: Path) -> None:
         recipes = {name: yaml.safe_load(t) for name, t in compare.make_recipes(config).items()}
     for name, recipe in recipes.items():
         stages = ["train", *(f"prior_{level}" for level in range(len(compare.STRIDES[name])))]
-        assert [key for key in recipe if "prior_" in key or key == "train"] == stages
+        assert {key for key in recipe if "prior_" in key or key == "train"} == {*stages}
         assert {recipe[key]["num_threads"] for key in (*stages, "extract", "evaluate")} == {1}
         assert {recipe[key]["transformer"]["dropout"] for key in stages[1:]} == {0.3}
+        assert [key for key in stages if recipe[key]["batch_size"] == 16] == stages[3:]
         spent = sum(
             recipe[key]["num_steps"] * 0.1 * recipe[key]["batch_size"] / 32 * (len(key) % 3 + 1)
             for key in stages

@@ -4,7 +4,7 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from pipelines import VQVAE2Pipeline
 from pipelines.labels import label_numbers
@@ -74,6 +74,20 @@ def test_a_training_gives_back_random_numbers_and_settings(tmp_path: Path) -> No
     assert found[0] == found[1]
 
 
+def test_trainings_give_back_torchs_precision(tmp_path: Path) -> None:
+    config = TrainVQVAEConfig(
+        data=DataConfig(path="-"), model=VQVAE2Config(**SMALL), output_dir=str(tmp_path / "run"),
+        num_steps=1, batch_size=4, num_threads=1,
+    )  # fmt: skip
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        train(config, images={"images": some_bytes()})
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_torchs_own_settings_of_precision_stay_and_can_be_read() -> None:
     """In processes of their own: torch refuses to tell of settings that contradict each other."""
     program = """
@@ -91,8 +105,8 @@ print({found})
     cases = [("torch.set_float32_matmul_precision('high')", "torch.get_float32_matmul_precision()")]
     if hasattr(torch.backends, "fp32_precision"):
         for value in ("ieee", "tf32"):
-            for place in ("torch.backends", "torch.backends.cudnn.conv"):
-                name = f"{place}.fp32_precision"
+            for place in ("", ".cudnn.conv", ".cuda.matmul", ".mkldnn.matmul"):
+                name = f"torch.backends{place}.fp32_precision"
                 cases.append((f"{name} = '{value}'", name))
     for setting, name in cases:
         text = program.format(setting=setting, found=name)
@@ -145,6 +159,16 @@ class Endless(Dataset):
         return {"images": torch.full((16, 16), index, dtype=torch.uint8), "labels": index % 3}
 
 
+class Stream(IterableDataset):
+    """With a length, but no numbered rows."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"images": image} for image in some_bytes())
+
+
 def test_images_in_memory_may_be_of_many_kinds() -> None:
     images = torch.from_numpy(some_bytes())
     kinds: list[PythonImages] = [
@@ -157,6 +181,7 @@ def test_images_in_memory_may_be_of_many_kinds() -> None:
         assert len(load_images(kind, GREY).train) == 37
     numbers = images.bfloat16().requires_grad_()
     assert len(load_images(numbers, replace(GREY, value_range=(0.0, 256.0))).train) == 37
+    assert len(load_images(Stream(), GREY).train) == 37
     splits = load_images(Endless(), GREY)
     assert (len(splits.train), splits.class_names) == (37, ("0", "1", "2"))
 
@@ -165,7 +190,7 @@ def test_images_in_memory_of_other_kinds_are_named() -> None:
     images = some_bytes()
     cases: list[tuple[Any, str]] = [
         ({"images": images, "label": [1] * 40}, "'label', which is unknown.* mean 'labels'"),
-        ([{"images": images[0], "class": 1}], "'class', which is unknown"),
+        ([{"images": images[0]}, {"images": images[0], "class": 1}], "'class', which is unknown"),
         ([(images[0], 1)], "row 0 is of type tuple, but must be a mapping"),
         ([], "holds no image"),
         (images[:0], "holds no image"),
@@ -197,14 +222,16 @@ def test_what_cannot_be_drawn_is_named() -> None:
     mask[:, 0] = True
     cases: list[tuple[dict[str, Any], str]] = [
         ({"seeds": [1]}, "1 seeds for 2 images"),
-        ({"seeds": [1, -1]}, "from 0 to 2"),
+        ({"seeds": [1, -1]}, "0 or more"),
+        ({"seeds": [1, 2**64]}, "at most 2"),
+        ({"seeds": [1, 1.5]}, "a whole number"),
         (
             {"known": Known(grid, mask.float())},
             r"known mask .*float32.* must be a tensor torch\.bool",
         ),
         ({"known": Known(grid.int(), mask)}, "known codes .*int32"),
         ({"known": Known(grid[:1], mask)}, r"known codes .*\(1, 4, 4\)"),
-        ({"known": Known(grid + 16, mask)}, "range from 0 to 16, but must be below 16"),
+        ({"known": Known(grid + 16, mask)}, "range from 0 to 16, but must be from 0 to 15"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -238,7 +265,7 @@ def test_a_vector_without_a_direction_is_not_rotated() -> None:
 def test_labels_may_be_numbers_of_any_library() -> None:
     names = ("cat", "dog")
     labels: list[Any] = [1, "dog", np.int64(1), np.array([1]), torch.tensor(1), [torch.tensor(1)]]
-    for given in labels:
+    for given in (*labels, {"dog"}, {"dog": 0}.keys(), (label for label in ["dog"])):
         assert label_numbers(given, names, can_hide=False) == [1]
 
 

@@ -1,8 +1,9 @@
 """The order of training rows: shuffled, shared between processes, reachable at any position."""
 
+import ctypes
 import multiprocessing
-import os
 import signal
+import subprocess
 import time
 from itertools import chain, islice
 
@@ -82,14 +83,36 @@ class Slow(Dataset):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_loaders_outlive_a_signal_to_all_processes_of_a_job(number: int) -> None:
-    """A training, which gets it too, needs them until its state is saved."""
+    """A training, which gets it too, needs them until its state is saved. (From the training alone
+    SIGTERM would mean the end.)"""
     expected = [batch.tolist() for batch in islice(ShuffledLoader(Slow(), 2).start_at(0), 8)]
     batches = ShuffledLoader(Slow(), 2, num_workers=2).start_at(0)
     found = [next(batches).tolist()]
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid or 0, number)
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     found += [batch.tolist() for batch in islice(batches, 7)]
     assert found == expected
+
+
+class Stuck(Slow):
+    """Its processes hang in C, where no handler of Python's runs."""
+
+    def __getitem__(self, index: int) -> int:
+        if index % 2:
+            mutex = ctypes.create_string_buffer(64)
+            lock = ctypes.CDLL(None).pthread_mutex_lock
+            lock(mutex)
+            lock(mutex)
+        return index
+
+
+def test_loaders_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    batches = ShuffledLoader(Stuck(), 2, num_workers=1).start_at(0)
+    (worker,) = multiprocessing.active_children()
+    del batches
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 def test_work_on_threads_keeps_its_order_and_never_runs_far_ahead() -> None:

@@ -49,6 +49,7 @@ from prior.probes import fresh_copy
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
 from prior.training import make_loss, prior_config
+from prior.transformer import slots_above
 from tests.pretended_graph import pretended_graph
 from vqvae2.common.errors import UserError
 
@@ -78,7 +79,9 @@ TRANSFORMER = TransformerConfig(
 )
 FAMILY = {
     "transformer": TRANSFORMER,
-    "transformer, window": dataclasses.replace(TRANSFORMER, num_layers=8, attention_rows=1),
+    "transformer, window": dataclasses.replace(
+        TRANSFORMER, num_layers=8, attention_rows=1, reads_above=False
+    ),
     "pixelsnail": PixelSNAILConfig(
         width=16,
         residual_channels=12,
@@ -333,6 +336,25 @@ def test_a_saved_prior_is_loaded_as_its_family(family: str, tmp_path: Path) -> N
     assert type(again) is type(prior)
     assert again.config == prior.config
     assert torch.equal(again(*inputs(prior)), prior(*inputs(prior)))
+
+
+@torch.no_grad()
+def test_a_prior_of_before_the_codes_above_were_read_is_as_it_was(tmp_path: Path) -> None:
+    network = dataclasses.replace(TRANSFORMER, reads_above=False)
+    prior = perturbed(TransformerPriorConfig(level=0, network=network, **PRIORS["top"]))
+    prior.save_pretrained(tmp_path)
+    assert "reads_above" not in (tmp_path / "config.json").read_text()
+    again = load_prior(tmp_path)
+    assert again.config == prior.config
+    assert torch.equal(again(*inputs(prior)), prior(*inputs(prior)))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (2, 2), (3, 4)])
+def test_the_codes_above_a_position_are_those_of_the_grid(grid: tuple[int, int]) -> None:
+    """Left of it, above it and right of it, in the row above; 0 means none."""
+    numbers = F.pad(torch.arange(1, 1 + grid[0] * grid[1]).view(grid), (1, 1, 1, 0))
+    above = numbers[:-1].unfold(1, 3, 1)  # (h, w, 3)
+    assert torch.equal(slots_above(grid), above.flatten(0, 1))
 
 
 def test_every_family_is_tested() -> None:
@@ -846,6 +868,8 @@ def test_sizes_that_are_not_given_suit_the_number_of_rows(
     assert chosen.num_layers <= more.num_layers
     assert chosen.dropout >= more.dropout
     assert asked.like(chosen).for_rows(0) == chosen
+    old = dataclasses.replace(chosen, reads_above=False)
+    assert asked.like(old).for_rows(0) == old
 
 
 def test_a_fine_tuned_prior_has_the_sizes_of_its_first_weights(tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ def test_attributes_named_by_numbers_are_names_and_values_are_values() -> None:
     ):
         vectors = as_vectors([row], 3, names, can_hide=True)
         assert vectors.tolist() == [expected]
+    with pytest.raises(UserError, match=r"the shape \(\)"):
+        as_vectors(1.0, 3, names, can_hide=True)
     for row in (["3", ["5"]], [{"7": 1}]):
         with pytest.raises(UserError, match="give numbers, or names of attributes"):
             as_vectors([row], 3, names, can_hide=True)

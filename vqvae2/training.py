@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 Trained = VQVAE2 | CodeNoise | AdversarialPair
 
 
-@writes_output
 @settings_restored()
+@writes_output
 def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> None:
     """Train the autoencoder; continue the run, or do nothing if it is finished.
 

@@ -18,6 +18,7 @@ from vqvae2.codebook_stats import level_name, perplexity, usage
 from vqvae2.common.accelerate import processes, refuse_several_processes
 from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
+from vqvae2.common.lock import writes_output
 from vqvae2.common.messages import progress_bar
 from vqvae2.common.pictures import in_rows, num_columns, save_picture, sheet, to_pil
 from vqvae2.common.vocabulary import (
@@ -76,6 +77,7 @@ def code_info(codes: Path) -> str:
     return "\n".join([f"{codes}: codes of {manifest.source or 'an unnamed source'}", *lines])
 
 
+@writes_output
 def view(config: CodesViewConfig) -> None:
     """Write a picture of decoded rows, and print which rows they are."""
     refuse_several_processes()

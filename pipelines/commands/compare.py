@@ -145,7 +145,8 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     choice, given, seen = choose_for(config, MULTIPLE)
     for level in (0, 1):  # any level's are like those of the last
         choice.recipe[f"prior_{level}"]["transformer"] |= SMALL
-    recipe, stages = with_given(choice.recipe, given, seen, settings_of(config))
+    own = _of_levels(given, 2)
+    recipe, stages = with_given(choice.recipe, own, seen, settings_of(config))
     model: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
     if model.strides != STRIDES["two levels"] or model.quantizer.kind == "fsq":
         what = f"the recipe {config.recipe} sets model.strides, or the quantizer fsq"
@@ -161,7 +162,7 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     threads, drafts = threads_for(stages[0]), {}
     for name, sizes in equal_sizes(model).items():
         levels = {"strides": [*STRIDES[name]], "codebook_sizes": [*sizes]}
-        own = merged(given, {"train": {"model": levels}})
+        own = merged(_of_levels(given, len(STRIDES[name])), {"train": {"model": levels}})
         recipe, stages = with_given(choice.recipe, own, seen, settings_of(config))
         network: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
         reasons = [*choice.reasons, f"but, to compare, {name}: {network.summary()}"]
@@ -184,6 +185,12 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
             num_images=seen.number,
         )
     return recipes
+
+
+def _of_levels(given: dict[str, Any], number: int) -> dict[str, Any]:
+    """A recipe without its sections for the priors of levels that others of the models have."""
+    others = {f"prior_{level}" for level in range(number, len(STRIDES))}
+    return {name: section for name, section in given.items() if name not in others}
 
 
 def equal_sizes(model: VQVAE2Config) -> dict[str, tuple[int, ...]]:

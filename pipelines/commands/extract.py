@@ -57,8 +57,8 @@ Batch = tuple[str, Tensor]
 """A split, and pixels `(B, C, H, W)` of it."""
 
 
-@writes_output
 @settings_restored()
+@writes_output
 def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> None:
     """Write the code dataset; continue it, or do nothing if it is finished.
 

@@ -460,7 +460,7 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
     best = min(rows, key=lambda name: _first(rows[name][column]))
     lines = [f"{best} has the lowest {_own_name(column, one['extractor'])}."]
     if close := [name for name in rows if name != best and _may_be_alike(rows[name], rows[best])]:
-        lines.append(f"But what tells it from {', '.join(close)} may be chance.")
+        lines.append(f"Its lead over {', '.join(close)} may be chance.")
     if column == limit:
         lines.append("The counts differ, so the distances at infinity are compared.")
     if len({row["of"] for row in rows.values()}) > 1:
@@ -478,12 +478,12 @@ def compare(folders: Sequence[Path], output_dir: str) -> str:
 
 
 def _may_be_alike(one: Row, other: Row) -> bool:
-    """Whether two distances at infinity differ by less than their errors, where both have any."""
+    """Whether two distances at infinity may be equal (with 95 %), where both have an error."""
     given = one.get("distance at infinity"), other.get("distance at infinity")
     if not all(isinstance(value, list) for value in given):
         return False
     (value, error), (other_value, other_error) = given  # type: ignore[misc]
-    return bool(abs(value - other_value) < math.hypot(error, other_error))
+    return bool(abs(value - other_value) < 1.96 * math.hypot(error, other_error))
 
 
 def refuse_other_eyes(found: Mapping[str, Figures]) -> None:

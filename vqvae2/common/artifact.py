@@ -26,11 +26,11 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 HASHES = "hashes"  # of the configuration and of the weights, in the metadata of the weights
 
 
+OTHERS = "the weights belong to another configuration."
+
+
 class OtherConfiguration(UserError):
     """Weights that a model of another configuration has made."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem}: the weights belong to another configuration.")
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -116,7 +116,7 @@ class Artifact(ModelHubMixin):
             weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
-                raise OtherConfiguration(f"{path} {sizes}")
+                raise OtherConfiguration(f"{path} {sizes}: {OTHERS}")
         with torch.random.fork_rng(devices=[]):  # its first weights are random
             model = cls(config)
         load_weights(model, folder)  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ def check_saved(folder: Path) -> None:
     read."""
     try:
         with safe_open(folder / WEIGHTS_NAME, "pt"):
-            read_json(folder / CONFIG_NAME)
+            json.loads((folder / CONFIG_NAME).read_bytes())
     except Exception as error:  # of many kinds, for the header may say anything
         what = f"{folder}: the model is damaged ({str(error)[:200]})"
         raise UserError(f"{what}: restore it, or train anew in another folder.") from None
@@ -254,18 +254,18 @@ def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str
     names and shapes, numbers of the same kind, all finite. `place` begins the message."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
-            raise OtherConfiguration(f"{place} lacks the weight {name!r}")
+            raise OtherConfiguration(f"{place} lacks the weight {name!r}: {OTHERS}")
         if name not in expected:
-            raise OtherConfiguration(f"{place} holds the unknown weight {name!r}")
+            raise OtherConfiguration(f"{place} holds the unknown weight {name!r}: {OTHERS}")
         given, own = state[name], expected[name]
         shape, right = tuple(given.shape), tuple(own.shape)
         allowed = FLOATS if own.dtype in FLOATS else (own.dtype,)
         if shape != right:
             what = f"{name!r} has shape {shape} instead of {right}"
-            raise OtherConfiguration(f"{place}: {what}")
+            raise OtherConfiguration(f"{place}: {what}: {OTHERS}")
         if given.dtype not in allowed:
             what = f"{name!r} is of type {given.dtype} instead of {own.dtype}"
-            raise OtherConfiguration(f"{place}: {what}")
+            raise OtherConfiguration(f"{place}: {what}: {OTHERS}")
         if not given.to(own.dtype).isfinite().all():
             raise UserError(f"{place}: {name!r} is not finite: the file is unusable.")
 

@@ -37,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     with _naming(path):
         folder.mkdir()
         try:
-            aside = folder / f"new{path.suffix}"  # which decides formats
+            aside = folder / f"new{path.suffix[:20]}"  # which decides formats
             yield aside
             with open(aside, "rb") as file:
                 os.fchmod(file.fileno(), folder.stat().st_mode & 0o666)  # as the umask says

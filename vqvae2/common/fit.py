@@ -80,8 +80,8 @@ def fit(
     """Train `model` for `config.num_steps` steps, continuing from a checkpoint in `output_dir`.
 
     Args:
-        model: an `Artifact`, or a module with a `save_pretrained(folder)` of its own. See
-            `make_optimizer` for how it may divide its parameters.
+        model: an `Artifact`, or a module whose own `save_pretrained(folder)` writes the same files.
+            See `make_optimizer` for how it may divide its parameters.
         loss_fn: `loss_fn(model, batch)` gives the loss to minimise and figures to report (tensors
             on the device, averaged over steps and processes).
         loader: batches of `batch_size / gradient_accumulation_steps` rows over all processes.
@@ -267,7 +267,7 @@ def is_finished(output_dir: Path, config: TrainingConfig) -> bool:
     model. (To save space, its checkpoints may have been removed: then its metrics tell.)
 
     Raises:
-        UserError: there is a model, but it is damaged, or nothing to continue from is there; or a
+        UserError: there is a model, but it is damaged, or there is nothing to continue from; or a
             link leads out of the run.
     """
     # What is written here must not arrive elsewhere, and what was half written is of no use.

@@ -3,6 +3,7 @@
 So a resumed run sees the rows that it would have seen without the interruption.
 """
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import count
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -89,12 +91,20 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Of a loader's own process: what is sent to all processes of a job (Ctrl-C, a time limit) is
-    the training's to answer, which needs its loaders until its state is saved. At SIGTERM, with
-    which it also ends a loader that hangs, this many seconds are left."""
+    """Of a loader's own process: go on at what is sent to all processes of a job (Ctrl-C, a time
+    limit), for the training needs its loaders until it has saved its state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_LEFT))
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_wait_for_sigterm, daemon=True).start()
+
+
+def _wait_for_sigterm() -> None:
+    """At SIGTERM, end: at once if the training has sent it, which does so to loaders that hang
+    (in C perhaps, where no handler of Python's would run); else so many seconds later."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        signal.alarm(SECONDS_LEFT)
+    os._exit(0)
 
 
 def _as_it_is(batch: Any) -> Any:

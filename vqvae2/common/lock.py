@@ -58,6 +58,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         if state.num_processes > 1:
             (problem,) = broadcast_object_list([problem])
         if problem is not None:
+            problem.told_by_first = not state.is_main_process  # type: ignore[union-attr]
             raise problem
         yield
         state.wait_for_everyone()

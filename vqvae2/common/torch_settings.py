@@ -25,8 +25,8 @@ def set_arithmetic() -> None:
 
 
 class _Exact:
-    """What convolutions were like before somebody needed them exact; and who still does: in
-    threads, contexts may overlap."""
+    """What convolutions were like before they had to be exact, and for how many contexts they still
+    have to: in threads, these may overlap."""
 
     def __init__(self) -> None:
         self.lock, self.number = Lock(), 0
@@ -77,7 +77,7 @@ def settings_restored() -> Iterator[None]:
     products = None
     with suppress(RuntimeError):  # settings that contradict each other
         products = torch.get_float32_matmul_precision()
-    convolutions = _read(_full_precision())
+    others = _read([*_full_precision(), *_products()])
     try:
         yield
     finally:
@@ -89,7 +89,7 @@ def settings_restored() -> Iterator[None]:
         use_deterministic_algorithms(deterministic)
         if products is not None:
             torch.set_float32_matmul_precision(products)
-        _change(convolutions)
+        _change(others)
 
 
 @contextmanager
@@ -112,6 +112,14 @@ def _full_precision() -> Iterator[Setting]:
     for kind in ("conv", "rnn"):
         if hasattr(cudnn, kind):
             yield getattr(cudnn, kind), "fp32_precision", "ieee"
+
+
+def _products() -> Iterator[Setting]:
+    """Settings of torch 2.9 for the products of matrices, which would win over the older one."""
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        place = getattr(backend, "matmul", None)
+        if hasattr(place, "fp32_precision"):
+            yield place, "fp32_precision", "ieee"
 
 
 def _read(settings: Iterable[Setting]) -> list[Setting]:

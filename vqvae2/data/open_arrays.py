@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from vqvae2.common.config import suggest
 from vqvae2.common.errors import UserError
@@ -53,11 +53,7 @@ def open_arrays(
         data = {"images": data}
     if not isinstance(data, Mapping):
         data = _columns(_rows(data, name), name)
-    if "images" not in data:
-        raise UserError(f"{name} has the keys {list(data)}, but 'images' is missing: add it.")
-    if unknown := [key for key in data if key not in ARRAYS]:
-        what = f"{name} has the key {unknown[0]!r}, which is unknown: leave it out"
-        raise UserError(f"{what} ({suggest(unknown[0], ARRAYS)}).")
+    _check_keys(list(data), name)
     try:
         images = _as_array(data["images"])
     except ValueError:
@@ -90,8 +86,9 @@ def open_arrays(
 
 
 def _rows(data: Any, name: str) -> list[Mapping[str, Any]]:
-    """All rows; of a dataset of torch's, which has a length, but no end."""
-    has_length = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    """All rows; of a dataset of torch's with numbered rows, which has a length, but no end."""
+    is_stream = isinstance(data, IterableDataset)
+    has_length = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not is_stream
     rows = [data[i] for i in range(len(data))] if has_length else list(data)
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -105,11 +102,20 @@ def _columns(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[Any
     if not rows:
         raise UserError(f"{name} holds no image: give some.")
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    _check_keys(keys, name)
     for i, row in enumerate(rows):
         missing = [key for key in keys if row.get(key) is None]
         if missing:
             raise UserError(f"{name}: row {i} has no {missing[0]!r}, but others have: add it.")
     return {key: [row[key] for row in rows] for key in keys}
+
+
+def _check_keys(keys: Sequence[Any], name: str) -> None:
+    if "images" not in keys:
+        raise UserError(f"{name} has the keys {keys}, but 'images' is missing: add it.")
+    if unknown := [key for key in keys if key not in ARRAYS]:
+        what = f"{name} has the key {unknown[0]!r}, which is unknown: leave it out"
+        raise UserError(f"{what} ({suggest(unknown[0], ARRAYS)}).")
 
 
 def _as_array(values: Any) -> np.ndarray:
