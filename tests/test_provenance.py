@@ -253,11 +253,11 @@ def test_attributes_travel_from_the_data_to_the_images(
     assert not top.config.num_classes
     config = prior_config(TrainPriorConfig(codes=str(folder), level="1", output_dir=""), manifest)
     small = dataclasses.replace(config.network, width=32, num_layers=1)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     bottom = make_prior(dataclasses.replace(config, network=small))
     with torch.no_grad():  # so little training hardly makes a difference between conditions
         for parameter in bottom.vector.parameters():
-            parameter.mul_(30)
+            parameter.mul_(100)
     VQVAE2Pipeline(VQVAE2.from_pretrained(run / "vqvae"), [top, bottom]).save_pretrained(
         tmp_path / "pipeline"
     )
