@@ -369,7 +369,33 @@ def test_several_broken_pictures_are_named_at_once(tmp_path: Path) -> None:
         load_images(DataConfig(path=str(folder)), GREY)
     first, *others = [file.relative_to(folder).as_posix() for file in broken]
     assert f"{first}: it cannot be read" in str(refused.value)
-    assert str(refused.value).endswith(f"; likewise {', '.join(others)}")
+    assert str(refused.value).endswith(f"; besides, {', '.join(others)} cannot be used")
+
+
+def test_columns_that_nothing_could_be_read_from_are_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos", 6)
+    images, labels = np.zeros((40, 16, 16), np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", frames=images, y=labels)
+    pattern = f"{next(folder.rglob('*.png')).parent}/*.png"
+    wrong = {"label_column": "lable", "image_column": "imgs"}
+    for path in (folder, tmp_path / "a.npz", pattern):
+        for name, column in wrong.items():
+            with pytest.raises(UserError, match=f"no {name[:5]} column '{column}'"):
+                load_images(DataConfig(path=str(path), **{name: column}), GREY)  # type: ignore[arg-type]
+    data = DataConfig(path=str(tmp_path / "a.npz"), image_column="frames", label_column="y")
+    assert load_images(data, GREY).class_names == ("0", "1")
+
+
+def test_one_picture_is_not_taken_for_a_stack_of_narrow_ones(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros((40, 48, 3), np.uint8))
+    with pytest.raises(UserError, match=r"that is one image; give \(1, 40, 48, 3\)"):
+        load_images(DataConfig(path=str(tmp_path / "one.npy")), GREY)
+
+
+def test_a_mistyped_file_is_not_looked_for_on_the_hub() -> None:
+    for name in ("there/none.npz", "there/none.png", "there/none.csv"):
+        with pytest.raises(UserError, match="does not exist"):
+            load_images(DataConfig(path=name), GREY)
 
 
 def test_files_of_the_longest_names_are_written(tmp_path: Path) -> None:

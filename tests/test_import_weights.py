@@ -81,7 +81,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
             import_weights(tmp_path / "x.pt", (64, 32))
     for text in (b"", b"no", b"a text\n" * 999, b"\x80\x02", CHECKPOINT.read_bytes()[:-999]):
         (tmp_path / "x.pt").write_bytes(text)
-        with pytest.raises(UserError, match=r"cannot be read .* it is damaged, or none"):
+        with pytest.raises(UserError, match=r"cannot be read .* it is damaged, or no checkpoint"):
             import_weights(tmp_path / "x.pt", (64, 32))
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"image.size"):

@@ -46,6 +46,7 @@ from vqvae2.inspection import reconstruction_sheet
 from vqvae2.losses import Perceptual, assignments, make_adversarial_term, make_loss
 from vqvae2.model import VQVAE2
 from vqvae2.perceptual import load_perceptual, perceptual_file
+from vqvae2.training_record import read_training, same_place
 
 logger = logging.getLogger(__name__)
 Trained = VQVAE2 | CodeNoise | AdversarialPair
@@ -57,7 +58,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     """Train the autoencoder; continue the run, or do nothing if it is finished.
 
     Args:
-        images: in place of `config.data.path`: {"images", "labels"}, or an iterable of such rows.
+        images: in place of `config.data.path`: see `vqvae2.data.load_images`.
 
     Raises:
         UserError: bad data, or an output folder that holds another run.
@@ -71,6 +72,7 @@ def train(config: TrainVQVAEConfig, *, images: PythonImages | None = None) -> No
     record.check(output_dir)
     if on_main_process(accelerator, partial(is_finished, output_dir, config)):
         logger.info("%s: %s.", output_dir, conclusion(output_dir, config))
+        _warn_of_other_images(config)
         return
     if config.discriminator.weight and accelerator.mixed_precision == "fp16":
         raise UserError("with a discriminator, gradients vanish in fp16: use bf16 or no.")
@@ -207,6 +209,14 @@ def with_finetuned_model(config: TrainVQVAEConfig) -> TrainVQVAEConfig:
         problem = f"the settings of the model differ from those of {config.init_from}"
         raise UserError(f"{problem}, whose decoder is fine-tuned: leave out --model and --image.")
     return replace(config, model=model)
+
+
+def _warn_of_other_images(config: TrainVQVAEConfig) -> None:
+    """Of a run that is finished: its images are not opened again, as they may be gone."""
+    recorded = read_training(config.output_dir).get("data", {}).get("path")
+    if not same_place(recorded, config.data.path):
+        text = "%s was trained on %s, and nothing here on %s: choose another --output-dir for that."
+        logger.warning(text, config.output_dir, recorded, config.data.path)
 
 
 def _list_skipped(output_dir: Path, process_index: int, name: str, reason: str) -> None:

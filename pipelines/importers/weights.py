@@ -77,7 +77,9 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
         fault = f"{checkpoint} cannot be read as a checkpoint of plain tensors"
         if "can still be loaded" not in str(error):  # torch's words for one with other objects
             reason = str(error).split("\n", maxsplit=1)[0].split(". ")[0] or type(error).__name__
-            raise UserError(f"{fault} ({reason}): it is damaged, or none; copy it again.") from None
+            raise UserError(
+                f"{fault} ({reason}): it is damaged, or no checkpoint: copy it again."
+            ) from None
         safe = "if it holds more and you trust it, save the weights alone, in Python: torch.save("
         safe += "torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
         raise UserError(f"{fault}: {ADVICE}; {safe}.") from None

@@ -50,8 +50,10 @@ class BadImage(UserError):
         """The same, whose sentence names other ones, too."""
         if not others:
             return self
-        names = ", ".join(other.name for other in others)
-        return BadImage(f"{self}; likewise {names}", self.name, self.reason)
+        names, advice = ", ".join(other.name for other in others), "--data.on-error skip"
+        more = "" if advice in str(self) else f" ({advice} leaves out what cannot be read)"
+        sentence = f"{str(self).rstrip('.')}; besides, {names} cannot be used{more}"
+        return BadImage(sentence, self.name, self.reason)
 
     @classmethod
     def of(cls, source: str, name: str, error: Exception) -> Self:

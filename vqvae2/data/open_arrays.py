@@ -11,27 +11,37 @@ from torch.utils.data import Dataset, IterableDataset
 
 from vqvae2.common.config import suggest
 from vqvae2.common.errors import UserError
+from vqvae2.config import ImagesConfig
 from vqvae2.data.decoding import readable
 from vqvae2.data.sources import Sources, make_table, numbered
+from vqvae2.data.stream import NO_LABELS
 
 PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]] | Dataset[Any] | np.ndarray | Tensor
 """{"images", "labels", "conditions"} of arrays or tensors, rows of that (also as a dataset of
 torch's), or the images alone."""
 
 ARRAYS = ("images", "labels", "conditions")
+MOST_BANDS = 4  # of an image; no image is so narrow
 
 
-def open_array_file(path: Path, channels: int, condition_column: str | None) -> Sources:
+def open_array_file(path: Path, channels: int, columns: ImagesConfig) -> Sources:
     """A stack in a .npy file (mapped from the disk), or `images` (and `labels`, and a condition
-    column) in a .npz file."""
+    column) in a .npz file, by these names or those of the columns."""
     with readable(str(path), "read as arrays"):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         is_archive = isinstance(loaded, np.lib.npyio.NpzFile)
         arrays = dict(loaded.items()) if is_archive else {"images": loaded}
-    if condition_column is not None:
-        found = arrays.pop(condition_column, None)
+    if columns.condition_column is not None:
+        found = arrays.pop(columns.condition_column, None)
         arrays.pop("conditions", None)
         arrays |= {} if found is None else {"conditions": found}
+    label_column = None if columns.label_column == NO_LABELS else columns.label_column
+    for key, column in (("image", columns.image_column), ("label", label_column)):
+        if column is not None and column not in arrays:
+            what = f"{path} has the arrays {list(arrays)}, but no {key} column {column!r}"
+            raise UserError(f"{what} ({suggest(column, arrays)}): correct --data.{key}-column.")
+        if column is not None:
+            arrays[f"{key}s"] = arrays.pop(column)
     number = len(arrays.get("images", ()))
     for name, array in arrays.items():
         if name not in ARRAYS and array.ndim and len(array) == number:
@@ -60,6 +70,9 @@ def open_arrays(
         raise UserError(f"{name} has images of several shapes: resize them to one.") from None
     if not images.size:
         raise UserError(f"{name} holds no image: give some.")
+    if images.ndim == 3 and images.shape[-1] <= MOST_BANDS:
+        what = f"{name} has images of shape {images.shape}: that is one image"
+        raise UserError(f"{what}; give {(1, *images.shape)}, by array[None].")
     if images.ndim not in (3, 4):
         expected = "(N, H, W), (N, H, W, C) or (N, C, H, W)"
         raise UserError(f"{name} has images of shape {images.shape}: reshape them to {expected}.")

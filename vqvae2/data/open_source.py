@@ -45,6 +45,8 @@ from vqvae2.data.stream import (
 from vqvae2.data.table import ImageTable, ParquetTable, TableColumn, open_parquet
 
 logger = logging.getLogger(__name__)
+# Suffixes of files, which no dataset of the Hub ends in.
+FILES = PICTURE_SUFFIXES | LISTS | {".npz", ".parquet", ".arrow", ".tar", ".gz"}
 
 KINDS = (
     "a picture, an image folder, a list (.txt, .csv, .tsv, .jsonl), .parquet, .arrow or .tar "
@@ -116,6 +118,15 @@ def _open_files(data: ImagesConfig, config: PreprocessingConfig) -> Sources:
     return Sources(train, held_out)
 
 
+def _refuse_columns(data: ImagesConfig, name: str, what: str) -> None:
+    """Raise a `UserError` where columns are named of images that have none."""
+    label_column = None if data.label_column == NO_LABELS else data.label_column
+    for key, column in (("image", data.image_column), ("label", label_column)):
+        if column is not None:
+            problem = f"{name} holds {what}, which have no {key} column {column!r}"
+            raise UserError(f"{problem}: leave --data.{key}-column out.")
+
+
 def _can_stream(path: str) -> bool:
     return "://" in path or path.endswith(".parquet")
 
@@ -161,7 +172,8 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     # Names that are not local: URLs are streamed; a Hub dataset is downloaded, or streamed.
     local = find_file(Path(os.path.expanduser(path)), {})
     is_pattern = PATTERN.search(path) is not None and not local.exists()
-    is_hub_id = not (local.exists() or is_pattern or looks_like_path(path) or "://" in path)
+    is_file = looks_like_path(path) or local.suffix.lower() in FILES
+    is_hub_id = not (local.exists() or is_pattern or is_file or "://" in path)
     if "://" in path or (is_hub_id and data.streaming):
         url = f"hf://datasets/{path}/**/*.parquet" if is_hub_id else path
         return _open_stream(path, expand_url(url), data)
@@ -173,6 +185,7 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
         if (local / PREPARED).exists():
             from vqvae2.data.prepared import open_prepared
 
+            _refuse_columns(data, path, "prepared images")
             return open_prepared(local, data.condition_column)
         if any((local / name).exists() for name in SAVED):
             return _open_tables(path, [], data, saved=True)
@@ -198,11 +211,14 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
     if suffixes <= LISTS and len(files) == 1:
         return open_list(files, files[0].parent, data)
     if suffixes <= {".npy", ".npz"} and len(files) == 1:
-        return open_array_file(files[0], channels, data.condition_column)
+        return open_array_file(files[0], channels, data)
     if {suffix.lower() for suffix in suffixes} <= PICTURE_SUFFIXES - {".npy"}:
         folder = os.path.commonpath([file.parent for file in files])
         ids = [file.relative_to(folder).as_posix() for file in files]
+        _refuse_columns(data, path, "picture files")
         return make_table(path, ids, files, files=files)
+    if suffixes == {".npy"}:
+        raise UserError(f"{path} names several .npy files: give their folder, or one stack.")
     raise UserError(f"{path} is of an unknown kind ({', '.join(sorted(suffixes))}): give {KINDS}.")
 
 
@@ -337,6 +353,7 @@ def _open_pictures(root: Path, data: ImagesConfig) -> Sources:
         return listed
 
     # Class folders.
+    _refuse_columns(data, str(root), "picture files without a list (metadata.csv, ...)")
     loose = [name for name in ids if "/" not in name]
     if loose and len(loose) < len(ids):
         logger.info("%s: no classes, because %s lies in no class folder.", root, loose[0])

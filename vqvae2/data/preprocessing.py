@@ -172,7 +172,9 @@ def _prepare_array(
     accepted = (1, 3) if config.channels == 3 else (config.channels,)
     if array.ndim != 3 or array.shape[-1] not in accepted:
         what = f"it is an array of shape {array.shape}, but expected (H, W, {config.channels})"
-        raise UserError(f"{what}: set image.channels, or convert it.")
+        is_first = array.ndim == 3 and array.shape[0] in accepted
+        advice = "transpose it" if is_first else "set image.channels, or convert it"
+        raise UserError(f"{what}: {advice}.")
 
     # Each band is resized by itself, in floating point unless it holds plain bytes.
     of_bytes = array.dtype == np.uint8 and config.value_range == BYTES

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from vqvae2.config import PreprocessingConfig
 from vqvae2.data.augmentation import Change
 from vqvae2.data.decoding import Picture
+from vqvae2.data.preprocessing import BYTES
 
 logger = logging.getLogger(__name__)
 CUT = 0.25  # share of a picture's area whose loss a person would mind
@@ -23,7 +24,7 @@ FINDINGS = {  # what was counted -> the share of which more are worth this line
             " all of them"),
     "vanished": (0, "are transparent, and cannot be seen on {0}: set --image.background {1}, or"
                  " --image.channels 4 to keep what is transparent"),
-    "flat": (0, "are of one colour, with nothing to be seen in them: check them"),
+    "flat": (0, "are of one colour, with nothing to be seen in them: check them{4}"),
     "enlarged": (MANY, "are enlarged 4 times or more to {3} x {2} pixels: a smaller --image.size"
                  " shows as much, and is faster"),
     "copies": (MANY, "are copies of others: held-out ones may have been trained on, and then"
@@ -89,9 +90,13 @@ class Survey:
         found = sum(gather_object([self.counts]), Counter()) if shared else self.counts
         background = self.config.background
         other = "white" if background == "black" else "black"
+        ranges = ""
+        if self.config.value_range != BYTES:
+            low, high = self.config.value_range
+            ranges = f", and --image.value-range {low:g} {high:g}"
         for name, (share, text) in FINDINGS.items():
             if found[name] > share * found["all"]:
                 line = "%s: %d of %d pictures " + text.format(
-                    background, other, *self.config.height_width
+                    background, other, *self.config.height_width, ranges
                 )
                 logger.warning(line + ".", source, found[name], found["all"])
