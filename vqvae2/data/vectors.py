@@ -78,8 +78,10 @@ def read_vectors(cells: Sequence[Any], source: str) -> Vectors:
         sizes = {len(row) for row in rows}
         if not kinds <= {float, int, bool} or len(sizes) != 1:
             kind = [len(rows[0]), str in map(type, rows[0])]
-            others = (row for row in rows if [len(row), str in map(type, row)] != kind)
-            what = f"{column} holds {shown(rows[0])}, but also {shown(next(others, rows[-1]))}"
+            same = [[len(row), str in map(type, row)] == kind for row in rows]
+            other = same.index(False) if False in same else len(rows) - 1
+            one, another = (shown(row) if row else "nothing" for row in (rows[0], rows[other]))
+            what = f"{column} holds {one} in row 0, but {another} in row {other}"
             raise UserError(f"{what}: {ONE_KIND}.")
         values = np.array(rows, np.float32)
         if not np.isfinite(values).all():
