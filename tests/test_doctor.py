@@ -1,5 +1,6 @@
 """The audit finds what it is for: a planted bug fails its checks and no other; the healthy pass."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -93,10 +94,23 @@ class FirstSeesAll(TransformerPrior):
         return logits + F.pad(mean, (0, logits.shape[3] - 1, 0, logits.shape[2] - 1))
 
 
+class Below(TransformerPrior):
+    """Of the neighbouring codes, those of its own row are read instead of those above."""
+
+    def __init__(self, config: TransformerPriorConfig) -> None:
+        super().__init__(config)
+        assert self.above is not None
+        self.above.slots += config.grids[-1][1]
+
+
 class Shifted(TransformerPrior):
     """The input is shifted by another number of positions than one."""
 
     by = 0
+
+    def __init__(self, config: TransformerPriorConfig) -> None:
+        network = dataclasses.replace(config.network, reads_above=False)
+        super().__init__(dataclasses.replace(config, network=network))
 
     def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]
         flat = codes.flatten(1)
@@ -196,6 +210,7 @@ PLANTED = {
     LeakBehindZeros: {"causality": SEES, "cache": ""},
     Plane: {"causality": SEES, "cache": ""},
     FirstSeesAll: {"causality": SEES, "cache": "at row 0, column 0"},
+    Below: {"causality": "changes the logits at row 0, column 0", "cache": ""},
     Shifted: {"causality": SEES, "cache": ""},
     ShiftedByTwo: {"causality": "does not change the logits at row 0, column 1", "cache": ""},
     ConditionNotInSteps: {"cache": "Samples would not be what was learned"},
