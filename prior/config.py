@@ -46,9 +46,9 @@ class TransformerOptions(Config):
     """Blocks of the network that reads the coarser levels' codes; they see all positions."""
     dropout: float | None = None
     """Dropout after attention and MLP. By default 0.2 below 4,000 training rows, else 0.1."""
-    reads_above: bool = True
-    """Feed each position the codes above it, too (left, straight and right), instead of leaving it
-    to attention to find them: it learns sooner."""
+    reads_neighbours: bool = True
+    """Feed each position the codes that touch it, left and above, which attention alone would have
+    to find: it learns sooner."""
     attention_rows: int = 0
     """Attend to this many rows above only, to save memory and time on large grids; 0 for all."""
     checkpoint_activations: bool = False
@@ -71,7 +71,7 @@ class TransformerOptions(Config):
         """With the sizes of another network where none are given. Raises a `UserError` if they do
         not suit each other."""
         names = ("width", "num_layers", "num_heads", "dropout")
-        missing = ["reads_above", *(name for name in names if getattr(self, name) is None)]
+        missing = ["reads_neighbours", *(name for name in names if getattr(self, name) is None)]
         return replace(self, **{name: getattr(other, name) for name in missing})
 
     def for_rows(self, number: int) -> "TransformerConfig":
@@ -87,7 +87,7 @@ class TransformerOptions(Config):
             num_heads=self.num_heads or heads,
             num_condition_layers=self.num_condition_layers,
             dropout=dropout if self.dropout is None else self.dropout,
-            reads_above=self.reads_above,
+            reads_neighbours=self.reads_neighbours,
             attention_rows=self.attention_rows,
             checkpoint_activations=self.checkpoint_activations,
         )
@@ -101,7 +101,7 @@ class TransformerConfig(TransformerOptions):
     num_layers: int = 8
     num_heads: int = 4
     dropout: float = 0.1
-    reads_above: bool = added(True, earlier=False)
+    reads_neighbours: bool = added(True, earlier=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,42 +96,42 @@ class Positions(nn.Module):
         return rearrange(self.rows[:, None] + self.columns[None], "h w c -> (h w) c")
 
 
-class CodesAbove(nn.Module):
-    """Features of the three codes in the row above a position (left of it, above it, right of it),
-    each by a linear map of its embedding. Attention alone needs long to find these, which tell
-    most of what a code will be."""
+class Neighbours(nn.Module):
+    """Features of the four codes before a position that touch it (left of it, and the three above),
+    by a linear map of their embeddings. They tell most of what a code will be, and attention alone
+    would need long to find them."""
 
     slots: Tensor
 
     def __init__(self, grid: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.maps = nn.Linear(width, 3 * width, bias=False)
-        self.register_buffer("slots", slots_above(grid), persistent=False)
+        self.map = nn.Linear(4 * width, width, bias=False)
+        self.register_buffer("slots", neighbour_slots(grid), persistent=False)
 
     def tables(self, embedding: Tensor) -> Tensor:
-        """The features `(3, K + 1, W)` of each code at each of the three places: as there are fewer
-        codes than positions in a batch, they are mapped first, and looked up then."""
-        return rearrange(self.maps(embedding), "k (place w) -> place k w", place=3)
+        """The features `(4, K + 1, W)` of each code at each of the places: as there are fewer codes
+        than positions in a batch, they are mapped first, and looked up then."""
+        return torch.stack([F.linear(embedding, part) for part in self.map.weight.chunk(4, dim=1)])
 
     def look_up(self, tables: Tensor, read: Tensor, places: Tensor | slice) -> Tensor:
         """Features `(B, W', W)` of these W' positions (`(B, W')`, or a slice for all images), by
         codes `(B, T + 1)`, of which number t is the one before position t."""
-        slots = self.slots[places]  # (B, W', 3) or (W', 3)
+        slots = self.slots[places]  # (B, W', 4) or (W', 4)
         lanes = torch.arange(len(read), device=read.device)[:, None, None]
-        codes = read[lanes, slots]  # (B, W', 3)
+        codes = read[lanes, slots]  # (B, W', 4)
         features = [F.embedding(codes[..., i], table) for i, table in enumerate(tables)]
         return torch.stack(features).sum(dim=0)
 
 
-def slots_above(grid: tuple[int, ...]) -> Tensor:
-    """Which codes lie above left, above and above right of each position, `(T, 3)`: 1 + their
+def neighbour_slots(grid: tuple[int, ...]) -> Tensor:
+    """Which codes lie left, above left, above and above right of each position, `(T, 4)`: 1 + their
     position in raster order, or 0 for outside of the grid."""
     rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     slots = []
-    for aside in (-1, 0, 1):
-        column = columns + aside
-        inside = (rows > 0) & (column >= 0) & (column < grid[1])
-        slots.append(torch.where(inside, (rows - 1) * grid[1] + column + 1, 0))
+    for up, aside in ((0, -1), (1, -1), (1, 0), (1, 1)):
+        row, column = rows - up, columns + aside
+        inside = (row >= 0) & (column >= 0) & (column < grid[1])
+        slots.append(torch.where(inside, row * grid[1] + column + 1, 0))
     return torch.stack(slots, dim=-1).flatten(0, 1)
 
 
@@ -176,7 +176,7 @@ class SamplingState(NamedTuple):
 
     background: Tensor  # (B, T, W): a position's input, but for the level's own codes
     read: Tensor  # (B, T + 1): the code before each position, K for none
-    above: Tensor | None  # features of codes in the row above, see `CodesAbove.tables`
+    neighbours: Tensor | None  # see `Neighbours.tables`
     blocks: list[tuple[Block, KVCache]]  # with packed weights; with its keys and values
     output: nn.Module  # from features to logits, with packed weights
 
@@ -198,7 +198,7 @@ class TransformerPrior(Prior):
         # A position's input. The last code means "before the first position", the last label none.
         self.codebook_size = config.codebook_sizes[-1]
         self.embedding = nn.Embedding(self.codebook_size + 1, width)
-        self.above = CodesAbove(grid, width) if network.reads_above else None
+        self.neighbours = Neighbours(grid, width) if network.reads_neighbours else None
         self.positions = Positions(grid[0], grid[1], width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.vector = VectorNetwork(config.vector_size, width) if config.vector_size else None
@@ -224,9 +224,9 @@ class TransformerPrior(Prior):
         # Position t reads the code at t - 1.
         read = F.pad(rearrange(codes, "b h w -> b (h w)"), (1, 0), value=self.codebook_size)
         x = self.embedding(read[:, :-1]) + self.background(len(codes), condition, labels)
-        if self.above is not None:  # and those of the row above
-            tables = self.above.tables(self.embedding.weight)
-            x = x + self.above.look_up(tables, read, slice(None))  # (B, T, W)
+        if self.neighbours is not None:
+            tables = self.neighbours.tables(self.embedding.weight)
+            x = x + self.neighbours.look_up(tables, read, slice(None))  # (B, T, W)
         for block in self.blocks:
             if self.training and self.config.network.checkpoint_activations:
                 x = checkpoint(block, x, self.angles, use_reentrant=False)
@@ -270,17 +270,19 @@ class TransformerPrior(Prior):
         background = self.background(batch_size, condition, labels)
         shape = (batch_size, self.config.num_positions + 1)
         read = torch.full(shape, self.codebook_size, device=self.device)
-        above = self.above.tables(self.embedding.weight) if self.above is not None else None
-        return SamplingState(background, read, above, blocks, output)
+        tables = None
+        if self.neighbours is not None:
+            tables = self.neighbours.tables(self.embedding.weight)
+        return SamplingState(background, read, tables, blocks, output)
 
     def step(self, state: SamplingState, positions: Any, previous: Tensor) -> Tensor:
         """Logits `(B, W, K)` of windows of positions; see `Prior.step`."""
         places = positions[:, None] + torch.arange(previous.shape[1], device=previous.device)
         lanes = torch.arange(len(places), device=places.device)[:, None]
         x = self.embedding(previous) + state.background[lanes, places]  # (B, W, width)
-        if self.above is not None and state.above is not None:
+        if self.neighbours is not None and state.neighbours is not None:
             state.read.scatter_(1, places, previous)
-            x = x + self.above.look_up(state.above, state.read, places)
+            x = x + self.neighbours.look_up(state.neighbours, state.read, places)
         angles = self.angles[:, places][:, :, None]  # (2, B, 1, W, d)
         slots = state.blocks[0][1].slots(places, self.config.network.num_heads, x)
         for block, cache in state.blocks:

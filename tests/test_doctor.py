@@ -95,12 +95,13 @@ class FirstSeesAll(TransformerPrior):
 
 
 class Below(TransformerPrior):
-    """Of the neighbouring codes, those of its own row are read instead of those above."""
+    """The neighbouring codes that are read lie a row too low."""
 
     def __init__(self, config: TransformerPriorConfig) -> None:
         super().__init__(config)
-        assert self.above is not None
-        self.above.slots += config.grids[-1][1]
+        assert self.neighbours is not None
+        slots = self.neighbours.slots
+        slots.add_(config.grids[-1][1]).clamp_(max=config.num_positions)
 
 
 class Shifted(TransformerPrior):
@@ -109,7 +110,7 @@ class Shifted(TransformerPrior):
     by = 0
 
     def __init__(self, config: TransformerPriorConfig) -> None:
-        network = dataclasses.replace(config.network, reads_above=False)
+        network = dataclasses.replace(config.network, reads_neighbours=False)
         super().__init__(dataclasses.replace(config, network=network))
 
     def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]

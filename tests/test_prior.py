@@ -49,7 +49,7 @@ from prior.probes import fresh_copy
 from prior.registry import FAMILIES, load_prior, make_prior
 from prior.rms_norm import rms_norm
 from prior.training import make_loss, prior_config
-from prior.transformer import slots_above
+from prior.transformer import neighbour_slots
 from tests.pretended_graph import pretended_graph
 from vqvae2.common.errors import UserError
 
@@ -80,7 +80,7 @@ TRANSFORMER = TransformerConfig(
 FAMILY = {
     "transformer": TRANSFORMER,
     "transformer, window": dataclasses.replace(
-        TRANSFORMER, num_layers=8, attention_rows=1, reads_above=False
+        TRANSFORMER, num_layers=8, attention_rows=1, reads_neighbours=False
     ),
     "pixelsnail": PixelSNAILConfig(
         width=16,
@@ -339,22 +339,22 @@ def test_a_saved_prior_is_loaded_as_its_family(family: str, tmp_path: Path) -> N
 
 
 @torch.no_grad()
-def test_a_prior_of_before_the_codes_above_were_read_is_as_it_was(tmp_path: Path) -> None:
-    network = dataclasses.replace(TRANSFORMER, reads_above=False)
+def test_a_prior_of_before_neighbours_were_read_is_as_it_was(tmp_path: Path) -> None:
+    network = dataclasses.replace(TRANSFORMER, reads_neighbours=False)
     prior = perturbed(TransformerPriorConfig(level=0, network=network, **PRIORS["top"]))
     prior.save_pretrained(tmp_path)
-    assert "reads_above" not in (tmp_path / "config.json").read_text()
+    assert "reads_neighbours" not in (tmp_path / "config.json").read_text()
     again = load_prior(tmp_path)
     assert again.config == prior.config
     assert torch.equal(again(*inputs(prior)), prior(*inputs(prior)))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (2, 2), (3, 4)])
-def test_the_codes_above_a_position_are_those_of_the_grid(grid: tuple[int, int]) -> None:
-    """Left of it, above it and right of it, in the row above; 0 means none."""
+def test_neighbours_are_those_of_the_grid(grid: tuple[int, int]) -> None:
+    """Left of a position, and the three above it; 0 means none."""
     numbers = F.pad(torch.arange(1, 1 + grid[0] * grid[1]).view(grid), (1, 1, 1, 0))
-    above = numbers[:-1].unfold(1, 3, 1)  # (h, w, 3)
-    assert torch.equal(slots_above(grid), above.flatten(0, 1))
+    left, above = numbers[1:, :-2, None], numbers[:-1].unfold(1, 3, 1)  # (h, w, 1), (h, w, 3)
+    assert torch.equal(neighbour_slots(grid), torch.cat([left, above], dim=2).flatten(0, 1))
 
 
 def test_every_family_is_tested() -> None:
@@ -868,7 +868,7 @@ def test_sizes_that_are_not_given_suit_the_number_of_rows(
     assert chosen.num_layers <= more.num_layers
     assert chosen.dropout >= more.dropout
     assert asked.like(chosen).for_rows(0) == chosen
-    old = dataclasses.replace(chosen, reads_above=False)
+    old = dataclasses.replace(chosen, reads_neighbours=False)
     assert asked.like(old).for_rows(0) == old
 
 
