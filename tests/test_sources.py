@@ -165,7 +165,7 @@ def test_parts_hold_every_image_once_in_order(
     """Whatever the parts' size and the number of processes that share them."""
     assume(not all(is_held_out(f"{i:09d}", fraction) for i in range(number)))
     config = replace(GREY, size=(2,), validation_fraction=fraction)
-    images = np.arange(number, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2)
+    images = np.arange(number, dtype=np.uint8)[:, None, None].repeat(5, 1).repeat(5, 2)
     data = {"images": images, "labels": np.arange(number)}
     splits = load_images(data, config)
     parts = find_parts(data, config, size).parts
