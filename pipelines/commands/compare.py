@@ -189,7 +189,7 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
 
 def _of_levels(given: dict[str, Any], number: int) -> dict[str, Any]:
     """A recipe without its sections for the priors of levels that others of the models have."""
-    others = {f"prior_{level}" for level in range(number, len(STRIDES))}
+    others = {f"prior_{level}" for level in range(number, max(map(len, STRIDES.values())))}
     return {name: section for name, section in given.items() if name not in others}
 
 

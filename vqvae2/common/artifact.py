@@ -26,11 +26,11 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 HASHES = "hashes"  # of the configuration and of the weights, in the metadata of the weights
 
 
-OTHERS = "the weights belong to another configuration."
-
-
 class OtherConfiguration(UserError):
     """Weights that a model of another configuration has made."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}: the weights belong to another configuration."
 
 
 def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
@@ -116,7 +116,7 @@ class Artifact(ModelHubMixin):
             weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
-                raise OtherConfiguration(f"{path} {sizes}: {OTHERS}")
+                raise OtherConfiguration(f"{path} {sizes}")
         with torch.random.fork_rng(devices=[]):  # its first weights are random
             model = cls(config)
         load_weights(model, folder)  # type: ignore[arg-type]
@@ -254,18 +254,18 @@ def check_weights(place: Any, expected: Mapping[str, Tensor], state: Mapping[str
     names and shapes, numbers of the same kind, all finite. `place` begins the message."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
-            raise OtherConfiguration(f"{place} lacks the weight {name!r}: {OTHERS}")
+            raise OtherConfiguration(f"{place} lacks the weight {name!r}")
         if name not in expected:
-            raise OtherConfiguration(f"{place} holds the unknown weight {name!r}: {OTHERS}")
+            raise OtherConfiguration(f"{place} holds the unknown weight {name!r}")
         given, own = state[name], expected[name]
         shape, right = tuple(given.shape), tuple(own.shape)
         allowed = FLOATS if own.dtype in FLOATS else (own.dtype,)
         if shape != right:
             what = f"{name!r} has shape {shape} instead of {right}"
-            raise OtherConfiguration(f"{place}: {what}: {OTHERS}")
+            raise OtherConfiguration(f"{place}: {what}")
         if given.dtype not in allowed:
             what = f"{name!r} is of type {given.dtype} instead of {own.dtype}"
-            raise OtherConfiguration(f"{place}: {what}: {OTHERS}")
+            raise OtherConfiguration(f"{place}: {what}")
         if not given.to(own.dtype).isfinite().all():
             raise UserError(f"{place}: {name!r} is not finite: the file is unusable.")
 

@@ -13,10 +13,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from vqvae2.common.accelerate import processes
+from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import expand_path
 from vqvae2.common.errors import UserError
 
@@ -48,18 +47,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another command holds it; on every process of this launch.
     """
-    state, problem = processes(), None
+    state = processes()
     with ExitStack() as stack:
-        if state.is_main_process:
-            try:
-                stack.enter_context(_locked(folder))
-            except (UserError, OSError) as error:
-                problem = error
-        if state.num_processes > 1:
-            (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            problem.told_by_first = not state.is_main_process  # type: ignore[union-attr]
-            raise problem
+        on_main_process(state, lambda: stack.enter_context(_locked(folder)))
         yield
         state.wait_for_everyone()
         if state.is_main_process:

@@ -14,7 +14,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 from vqvae2.data.decoding import readable
 from vqvae2.data.sources import Sources, make_table, numbered
-from vqvae2.data.stream import NO_LABELS
+from vqvae2.data.stream import named_columns
 
 PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]] | Dataset[Any] | np.ndarray | Tensor
 """{"images", "labels", "conditions"} of arrays or tensors, rows of that (also as a dataset of
@@ -35,13 +35,11 @@ def open_array_file(path: Path, channels: int, columns: ImagesConfig) -> Sources
         found = arrays.pop(columns.condition_column, None)
         arrays.pop("conditions", None)
         arrays |= {} if found is None else {"conditions": found}
-    label_column = None if columns.label_column == NO_LABELS else columns.label_column
-    for key, column in (("image", columns.image_column), ("label", label_column)):
-        if column is not None and column not in arrays:
+    for key, column in named_columns(columns).items():
+        if column not in arrays:
             what = f"{path} has the arrays {list(arrays)}, but no {key} column {column!r}"
             raise UserError(f"{what} ({suggest(column, arrays)}): correct --data.{key}-column.")
-        if column is not None:
-            arrays[f"{key}s"] = arrays.pop(column)
+        arrays[f"{key}s"] = arrays.pop(column)
     number = len(arrays.get("images", ()))
     for name, array in arrays.items():
         if name not in ARRAYS and array.ndim and len(array) == number:

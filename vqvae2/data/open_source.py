@@ -40,6 +40,7 @@ from vqvae2.data.stream import (
     StreamRow,
     features_of,
     find_columns,
+    named_columns,
     shard_stem,
 )
 from vqvae2.data.table import ImageTable, ParquetTable, TableColumn, open_parquet
@@ -120,11 +121,9 @@ def _open_files(data: ImagesConfig, config: PreprocessingConfig) -> Sources:
 
 def _refuse_columns(data: ImagesConfig, name: str, what: str) -> None:
     """Raise a `UserError` where columns are named of images that have none."""
-    label_column = None if data.label_column == NO_LABELS else data.label_column
-    for key, column in (("image", data.image_column), ("label", label_column)):
-        if column is not None:
-            problem = f"{name} holds {what}, which have no {key} column {column!r}"
-            raise UserError(f"{problem}: leave --data.{key}-column out.")
+    for key, column in named_columns(data).items():
+        problem = f"{name} holds {what}, which have no {key} column {column!r}"
+        raise UserError(f"{problem}: leave --data.{key}-column out.")
 
 
 def _can_stream(path: str) -> bool:

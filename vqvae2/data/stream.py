@@ -38,6 +38,7 @@ AHEAD = 3  # batches that are decoded while one is trained on
 MOST_LANES = 256  # shards that are open at once; systems allow a thousand files
 MAX_CLASSES = 1 << 20
 NO_LABELS = "none"  # as data.label_column: leave labels alone
+
 IMAGE_COLUMNS = ("image", "img", "images", "png", "jpg", "jpeg", "webp")
 LABEL_COLUMNS = ("label", "cls")
 LIKE_CLASSES = re.compile("class|label|categor|target", re.IGNORECASE)
@@ -46,6 +47,12 @@ JUNK = {  # folders that nobody made
     *("#recycle", "#snapshot", "RECYCLER", "RECYCLED", "$RECYCLE.BIN", "$Recycle.Bin"),
     *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp"),
 }
+
+
+def named_columns(data: ImagesConfig) -> dict[str, str]:
+    """The columns of images and labels that are named, by "image" and "label"."""
+    columns = {"image": data.image_column, "label": data.label_column}
+    return {key: name for key, name in columns.items() if name and name != NO_LABELS}
 
 
 class StreamRow(NamedTuple):
