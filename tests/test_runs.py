@@ -225,13 +225,16 @@ def test_a_lock_leaves_nothing_and_may_be_taken_again_by_its_holder(tmp_path: Pa
 def test_every_process_of_a_launch_ends_with_the_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = [UserError("process 4711 is writing")]
+    def told(outcome: list) -> None:
+        outcome[1] = UserError("process 4711 is writing")
+
     monkeypatch.setattr(
         lock, "processes", lambda: SimpleNamespace(is_main_process=False, num_processes=2)
     )
-    monkeypatch.setattr(lock, "broadcast_object_list", lambda _: refused)
-    with pytest.raises(UserError, match="4711"), only_writer(tmp_path):
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", told)
+    with pytest.raises(UserError, match="4711") as refused, only_writer(tmp_path):
         pass
+    assert refused.value.told_by_first  # so that one process alone prints it
 
 
 def test_what_killed_commands_left_is_removed(tmp_path: Path) -> None:
