@@ -227,8 +227,8 @@ def choose(
     )
     if mirrored and flips == "auto":
         reasons.append(
-            "mirrored images as further ones, because there are few (--flips no: where left and"
-            " right matter)"
+            "mirrored images as further ones to learn from, because there are few; samples are not"
+            " mirrored (--flips no: without them)"
         )
 
     # The sections of the recipe.

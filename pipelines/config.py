@@ -618,7 +618,8 @@ class ChosenConfig(Config):
     image: ChosenImageConfig = field(default_factory=ChosenImageConfig)
     """How files become images."""
     flips: Literal["auto", "yes", "no"] = "auto"
-    """Whether to train on mirrored images too; auto: if there are fewer than 20,000 images."""
+    """Whether to train on mirrored images too; auto: if there are fewer than 20,000 images. Priors
+    are told which are mirrored, and sample none of these."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,10 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
 
     def draw(prior: Prior) -> Image.Image:
         batch = send_to_device(real_rows(), prior.device)
-        codes, (_, condition, labels) = list(batch["codes"]), rows_of(prior.config, batch)
-        codes[level] = prior.sample(number, condition, labels, seeds=image_seeds(0, 0, number))
+        codes, rows = list(batch["codes"]), rows_of(prior.config, batch)
+        codes[level] = prior.sample(
+            number, rows.condition, rows.labels, seeds=image_seeds(0, 0, number)
+        )
         with torch.no_grad():
             return sample_sheet(to_pil(model.decode_codes(codes)))
 

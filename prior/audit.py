@@ -39,7 +39,8 @@ def audit(prior: Prior, device: torch.device | None = None) -> Iterator[Finding]
     yield check_weights(prior)
     fresh = probes.fresh_copy(prior, device, noise=True)
     checks = [check_forward, check_causality, check_cache, check_condition_matters]
-    checks += [check_labels_matter, check_vector_matters, check_gradients, check_start_loss]
+    checks += [check_labels_matter, check_vector_matters, check_views_matter]
+    checks += [check_gradients, check_start_loss]
     yield from filter(None, (run(fresh) for run in checks))
     yield from filter(None, [check_attention(prior, device)])
 
@@ -232,6 +233,20 @@ def check_vector_matters(prior: Prior) -> str | None:
     return f"{seen}: every position's logits change"
 
 
+@check("views", "The prior cannot tell views apart: feed the view to every position.")
+def check_views_matter(prior: Prior) -> str | None:
+    """Every view changes every position's logits, against the original. Nothing to check where the
+    prior is not told views."""
+    names, grid = prior.config.views, prior.config.grids[-1]
+    if not names:
+        return None
+    rows = probes.random_rows(prior, min(len(names), probes.affordable_rows(prior)))
+    views = 1 + torch.tensor(spread(len(names), len(rows.codes)), device=prior.device)
+    causes = [f"the original to the view {names[view - 1]}" for view in views.tolist()]
+    demand(probes.changed_logits(prior, rows, views=views), True, causes, grid)
+    return f"tried {len(views)} of {len(names)} views: every position's logits change"
+
+
 @check("gradients", "Use every weight in forward or remove it, and look for divisions by zero.")
 def check_gradients(prior: Prior) -> str | None:
     """Every trained weight receives a finite gradient. Nothing to check on grids of one row or
@@ -239,6 +254,8 @@ def check_gradients(prior: Prior) -> str | None:
     if min(prior.config.grids[-1]) < 2:
         return None
     rows = probes.random_rows(prior, 2)
+    if prior.config.views:
+        rows = rows._replace(views=torch.tensor([1, len(prior.config.views)], device=prior.device))
     weights = {name: weight for name, weight in prior.named_parameters() if weight.requires_grad}
     with torch.enable_grad():
         loss = F.cross_entropy(prior(*rows).float(), rows.codes)

@@ -54,7 +54,11 @@ class Prior(Artifact, nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, codes: Tensor, condition: Sequence[Tensor] = (), labels: Tensor | None = None
+        self,
+        codes: Tensor,
+        condition: Sequence[Tensor] = (),
+        labels: Tensor | None = None,
+        views: Tensor | None = None,
     ) -> Tensor:
         """Logits `(B, K, h, w)`, which at each position depend only on the codes before it.
 
@@ -63,6 +67,8 @@ class Prior(Artifact, nn.Module, ABC):
             condition: the codes of all coarser levels, coarse to fine, `(B, h', w')` each; then, if
                 the prior reads vectors, those, `(B, V)` floats, of NaN where they are hidden.
             labels: `(B,)` int64 if the prior has classes; `num_classes` means no label.
+            views: `(B,)` int64 if the prior is told views: 0 for the original, which is meant, too,
+                if none are given; else 1 + the place in `config.views`.
         """
 
     @abstractmethod

@@ -17,7 +17,12 @@ from vqvae2.common.config import (
     check_share,
     may_change,
 )
-from vqvae2.common.vocabulary import LONGEST_VECTOR, describe_grids, describe_vectors
+from vqvae2.common.vocabulary import (
+    LONGEST_VECTOR,
+    ORIGINAL,
+    describe_grids,
+    describe_vectors,
+)
 
 LONGEST_SIDE = 4096  # rows or columns of codes
 MOST_LEVELS = 16
@@ -170,6 +175,7 @@ class PriorConfig(Config):
     codes_hash: str = ""  #: content hash of the code dataset that it was trained on
     vector_size: int = added(0)  #: length V of the vectors it is conditioned on besides; 0 for none
     vector_names: tuple[str, ...] = added(())  #: of attributes, what the V places stand for
+    views: tuple[str, ...] = added(())  #: of images, besides the original, that it is told apart
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,6 +186,8 @@ class PriorConfig(Config):
         check_codes(self)
         check_vectors(self)
         check_share(self, "label_dropout")
+        different = len({ORIGINAL, *self.views}) == 1 + len(self.views)
+        check(different, "views", self.views, f"different views, and not {ORIGINAL}")
         for coarse, fine in zip(self.grids[:-1], self.grids[1:], strict=True):
             fits = all(f % c == 0 for c, f in zip(coarse, fine, strict=True))
             check(fits, "grids", self.grids, "whole multiples of the next coarser grid")
@@ -246,6 +254,10 @@ class TrainPriorConfig(TrainingConfig):
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them. (Condition vectors are used in
     any case, with labels or without.)"""
+    view_conditional: bool = True
+    """Where rows are mirrored and cropped images, too (`vqvae2 extract --views`), tell the prior
+    which view each is: it learns from all of them, and samples originals. (A fine-tuning does as
+    its first weights.)"""
     label_dropout: float = 0.1
     """Share of rows whose label is hidden in training, which classifier-free guidance needs;
     likewise for condition vectors, together with the label or alone."""

@@ -91,6 +91,12 @@ class Manifest:
             return 0
         return numbers[0] * numbers[1] * numbers[-1]
 
+    @property
+    def other_views(self) -> tuple[str, ...]:
+        """What priors can be told of training rows: the views besides the original, in order; none
+        where no rows are original, for then that view, which is sampled, would not be learned."""
+        return tuple(v for v in self.views if v != ORIGINAL) if ORIGINAL in self.views else ()
+
     def shards(self, split: str) -> tuple[ShardRecord, ...]:
         """The shards of "train" or "validation", in order."""
         return self.train if split == "train" else self.validation
@@ -178,8 +184,10 @@ def parse_level(level: str, num_levels: int) -> int:
 class CodeDataset(Dataset):
     """One split of a code dataset ("train" or "validation"), as batches {"codes": one `(B, h, w)`
     int64 per level, "labels": `(B,)` int64 if there are classes, "vectors": `(B, V)` float32 if
-    there are conditions}: all levels, or `num_levels` from the top. Arguments and errors are those
-    of `load_columns`. A `DataLoader` needs `collate_fn=dict`, as batches come whole."""
+    there are conditions, "views": `(B,)` int64 if training rows are of several, 0 for the original
+    and 1 + the place in `Manifest.other_views`}: all levels, or `num_levels` from the top.
+    Arguments and errors are those of `load_columns`. A `DataLoader` needs `collate_fn=dict`, as
+    batches come whole."""
 
     def __init__(
         self,
@@ -195,6 +203,7 @@ class CodeDataset(Dataset):
         columns = load_columns(Path(folder), manifest, split, number, cache_dir)
         self.codes = [columns[column_name(level)] for level in range(number)]
         self.labels, self.vectors = columns.get("label"), columns.get("vector")
+        self.views = columns.get("view")
 
     def __len__(self) -> int:
         return len(self.codes[0])
@@ -210,6 +219,8 @@ class CodeDataset(Dataset):
             batch["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
         if self.vectors is not None:
             batch["vectors"] = torch.from_numpy(self.vectors[chosen])
+        if self.views is not None:
+            batch["views"] = torch.from_numpy(self.views[chosen].astype(np.int64))
         return batch
 
     def counts(self, level: int, *, step: int = 1) -> np.ndarray:
@@ -232,7 +243,7 @@ def load_columns(
     folder: Path, manifest: Manifest, split: str, num_levels: int, cache_dir: Path | None = None
 ) -> dict[str, np.ndarray]:
     """Columns of a split, in the types that shards have: `(N, h*w)` codes, `(N,)` labels,
-    `(N, V)` condition vectors.
+    `(N, V)` condition vectors, `(N,)` numbers of views in training rows, if there are several.
 
     They are in memory if they take at most `MEMORY_BYTES`, else decoded once into mapped files in
     `cache_dir` (or .decoded beside the shards), by content hash; remove them when nothing trains.
@@ -248,6 +259,8 @@ def load_columns(
         layout["label"] = ((rows,), np.dtype(np.int32))
     if manifest.vector_size:
         layout["vector"] = ((rows, manifest.vector_size), np.dtype(np.float32))
+    if manifest.other_views and split == "train":
+        layout["view"] = ((rows,), shards.smallest_type(1 + len(manifest.other_views)))
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in layout.items()}
     if sum(sizes.values()) <= MEMORY_BYTES:
         columns = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
@@ -302,8 +315,23 @@ def _decode(folder: Path, manifest: Manifest, split: str, columns: dict[str, np.
         for table in read_shard(folder, manifest, split, shard, list(columns)):
             end = first + len(table)
             for name, array in columns.items():
-                array[first:end] = flat_values(table[name]).reshape(len(table), *array.shape[1:])
+                if name == "view":
+                    values = _view_numbers(folder / split / shard.name, manifest, table[name])
+                else:
+                    values = flat_values(table[name])
+                array[first:end] = values.reshape(len(table), *array.shape[1:])
             first = end
+
+
+def _view_numbers(path: Path, manifest: Manifest, column: pa.ChunkedArray) -> np.ndarray:
+    """0 for each row of the original, 1 + the place in `other_views` for each of another view.
+    Raises a `UserError` for a view that the manifest does not name."""
+    encoded, order = column.combine_chunks().dictionary_encode(), (ORIGINAL, *manifest.other_views)
+    names = encoded.dictionary.to_pylist()
+    if unknown := sorted(set(names) - set(order)):
+        shown = ", ".join(order)
+        raise UserError(f"{path} holds rows of the view {unknown[0]!r}, not {shown}: {REMAKE}.")
+    return np.array([order.index(name) for name in names])[flat_values(encoded.indices)]
 
 
 def read_shard(

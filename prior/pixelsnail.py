@@ -19,7 +19,7 @@ from prior.causal_conv import CausalConv, CausalConvSteps, Conv3x3
 from prior.config import PixelSNAILConfig, PixelSNAILPriorConfig
 from prior.cuda_graphs import at
 from prior.packed_linear import pack_linears
-from prior.vector import VectorNetwork
+from prior.vector import VectorNetwork, ViewNetwork
 
 Layer = Callable[[int, int], nn.Module]  # from numbers of input and output features
 read_earlier = partial(attend, causal=True)
@@ -187,7 +187,9 @@ class PixelSNAIL(Prior):
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.condition = ConditionNetwork(config) if config.level else None
         self.vector = VectorNetwork(config.vector_size, width) if config.vector_size else None
-        context = width if classes or config.level or config.vector_size else 0
+        self.views = ViewNetwork(len(config.views), width) if config.views else None
+        read = (self.labels, self.condition, self.vector, self.views)
+        context = width if any(part is not None for part in read) else 0
 
         # The causal network and its head.
         self.stem = CausalConv(width, width, network.kernel_size, strict=True)
@@ -203,9 +205,11 @@ class PixelSNAIL(Prior):
         _initialise(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster here
 
-    def forward(self, codes: Tensor, condition: Any = (), labels: Any = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Any = (), labels: Any = None, views: Any = None
+    ) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
-        context = self.context(len(codes), condition, labels)
+        context = self.context(len(codes), condition, labels, views)
         places = self.places.expand(len(codes), -1, -1)
         embedded = self.embedding(codes)
         before = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0))  # position t reads code t - 1
@@ -218,14 +222,18 @@ class PixelSNAIL(Prior):
         """The optimizer's groups: all by AdamW, for with Muon it learned more slowly."""
         return [{"params": list(self.parameters()), "muon": False}]
 
-    def context(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
-        """The class, vector and coarser codes: `(B, h, w, W)`; on the top level `(B, 1, 1, W)`."""
+    def context(
+        self, batch_size: int, condition: Sequence[Tensor], labels: Any, views: Any = None
+    ) -> Tensor:
+        """The class, vector, view and coarser codes: `(B, h, w, W)`; on the top `(B, 1, 1, W)`."""
         context = self.places.new_zeros(batch_size, 1, 1, self.config.network.width)
         if self.labels is not None:
             context = self.labels(labels)[:, None, None]
         if self.vector is not None:
             *condition, vectors = condition
             context = context + self.vector(vectors)[:, None, None]
+        if self.views is not None and views is not None:
+            context = context + self.views(views)[:, None, None]
         return context if self.condition is None else self.condition(condition, context)
 
     def attention(self) -> Attention | None:

@@ -25,11 +25,12 @@ WORK = 1e11  # multiplications in one forward: about a second on two CPU cores
 
 class Rows(NamedTuple):
     """What a prior reads: codes `(B, h, w)`, all coarser levels' codes (and vectors `(B, V)`, if it
-    has any: `Prior.forward`), labels `(B,)` or None."""
+    has any: `Prior.forward`), labels `(B,)` or None, and views `(B,)` or None for originals."""
 
     codes: Tensor
     condition: list[Tensor]
     labels: Tensor | None
+    views: Tensor | None = None
 
 
 def random_rows(prior: Prior, number: int) -> Rows:
@@ -63,7 +64,10 @@ def rows_of(config: PriorConfig, batch: Mapping[str, Any]) -> Rows:
     *condition, codes = batch["codes"][: config.level + 1]
     labels = batch["labels"] if config.num_classes else None
     condition = with_vectors(config, condition, len(codes), batch.get("vectors"))
-    return Rows(codes, condition, labels)
+    views = None
+    if config.views:  # of a dataset without others, all are originals
+        views = batch.get("views", torch.zeros(len(codes), dtype=torch.int64, device=codes.device))
+    return Rows(codes, condition, labels, views)
 
 
 def dataset_rows(prior: Prior, codes: CodeDataset, number: int) -> Rows:
@@ -165,7 +169,8 @@ def _logits(prior: Prior, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     dropout."""
     for few in torch.arange(len(rows.codes), device=prior.device).split(affordable_rows(prior)):
         labels = rows.labels[few] if rows.labels is not None else None
+        views = rows.views[few] if rows.views is not None else None
         condition = [given[few] for given in rows.condition]
         with evaluating(prior):
-            logits = prior(rows.codes[few], condition, labels)
+            logits = prior(rows.codes[few], condition, labels, views)
         yield rows.codes[few], logits.float()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from prior import PixelSNAILPriorConfig, PriorConfig, TrainPriorConfig, TransformerPriorConfig
 from prior.audit import stop_if_unsound, warn_of_noise
 from prior.base import Prior, nats_of
-from prior.config import TransformerOptions
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
 from prior.registry import load_prior, make_prior
@@ -36,7 +35,13 @@ from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion
 from vqvae2.common.runs import RunRecord
 from vqvae2.common.torch_settings import settings_restored
-from vqvae2.common.vocabulary import MIN_HELD_OUT, SPLITS, TRAINING_RECORD, describe_vectors
+from vqvae2.common.vocabulary import (
+    MIN_HELD_OUT,
+    ORIGINAL,
+    SPLITS,
+    TRAINING_RECORD,
+    describe_vectors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +143,8 @@ def prior_config(
 ) -> PriorConfig:
     """The prior that the configuration asks for, over the codes that the manifest describes, and
     for this many training rows (by default those that it counts). Raises a `UserError` for a class
-    of the name that means the hidden label."""
-    level = parse_level(config.level, manifest.num_levels)
+    of the name that means the hidden label, and for other views than the first weights know."""
+    level, start = parse_level(config.level, manifest.num_levels), _first_prior(config)
     if config.class_conditional and config.label_dropout and "none" in manifest.class_names:
         what = "a class is named 'none', which in sampling means the hidden label"
         raise UserError(f"{what}: rename its folder and extract again, or set label_dropout 0.")
@@ -153,24 +158,40 @@ def prior_config(
         "codes_hash": manifest.codes_hash,
         "vector_size": manifest.vector_size,
         "vector_names": manifest.vector_names,
+        "views": _views(config, manifest, start),
     }
     if config.family == "pixelsnail":
         return PixelSNAILPriorConfig(network=config.pixelsnail, **facts)
     rows = manifest.num_train if num_rows is None else num_rows
-    return TransformerPriorConfig(network=_transformer(config).for_rows(rows), **facts)
-
-
-def _transformer(config: TrainPriorConfig) -> TransformerOptions:
-    """What is asked for; in a fine-tuning, with the sizes of the prior that it starts from (which a
-    run that has begun has, too, even if the other is gone)."""
-    start = None
-    if config.init_from is not None:
-        own = Path(str(config.output_dir))
-        with suppress(UserError):  # of a folder without a prior, which loading its weights explains
-            start = load_prior(own if (own / CONFIG_NAME).exists() else config.init_from).config
+    options = config.transformer
     if isinstance(start, TransformerPriorConfig):
-        return config.transformer.like(start.network)
-    return config.transformer
+        options = options.like(start.network)  # its sizes, where none are given
+    return TransformerPriorConfig(network=options.for_rows(rows), **facts)
+
+
+def _first_prior(config: TrainPriorConfig) -> PriorConfig | None:
+    """The configuration of the prior that a fine-tuning starts from (which a run that has begun
+    has, too, even if the other is gone)."""
+    if config.init_from is None:
+        return None
+    own = Path(str(config.output_dir))
+    with suppress(UserError):  # of a folder without a prior, which loading its weights explains
+        return load_prior(own if (own / CONFIG_NAME).exists() else config.init_from).config
+    return None
+
+
+def _views(
+    config: TrainPriorConfig, manifest: Manifest, start: PriorConfig | None
+) -> tuple[str, ...]:
+    """The views that the prior is told apart; in a fine-tuning those that its first weights know,
+    of which the rows must be, if they are of several."""
+    if start is None:
+        return manifest.other_views if config.view_conditional else ()
+    if start.views and manifest.other_views not in ((), start.views):
+        known, here = (" ".join((ORIGINAL, *v)) for v in (start.views, manifest.other_views))
+        seen = f"{config.codes} holds the views {here}, but {config.init_from} knows {known}"
+        raise UserError(f"{seen}: extract with --views {known}, or with {ORIGINAL} alone.")
+    return start.views
 
 
 def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
@@ -178,7 +199,7 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
     labels and vectors are hidden, and some codes replaced by random ones where they are read."""
 
     def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        codes, condition, labels = rows_of(config, batch)
+        codes, condition, labels, views = rows_of(config, batch)
         share = torch.full(codes.shape[:1], config.label_dropout, device=codes.device)
         if labels is not None and config.label_dropout:
             hidden = torch.rand(labels.shape, device=labels.device) < config.label_dropout
@@ -191,7 +212,7 @@ def make_loss(config: PriorConfig, *, token_corruption: float) -> LossFunction:
         if token_corruption:
             wrong = torch.rand(codes.shape, device=codes.device) < token_corruption
             read = torch.where(wrong, torch.randint_like(codes, config.codebook_sizes[-1]), codes)
-        logits = model(read, condition, labels).float()
+        logits = model(read, condition, labels, views).float()
         nats = nats_of(logits, codes).mean()  # in a fixed order on CUDA
         return nats, {"bits_per_code": nats / math.log(2)}
 
@@ -217,7 +238,7 @@ def evaluate(
     totals = torch.zeros(len(hides), dtype=torch.float64, device=accelerator.device)
     for first in range(0, len(own_rows), batch_size):
         batch = codes.__getitems__(own_rows[first : first + batch_size])
-        given, condition, labels = rows_of(config, send_to_device(batch, accelerator.device))
+        given, condition, labels, _ = rows_of(config, send_to_device(batch, accelerator.device))
         for place, is_hidden in enumerate(hides):
             if is_hidden:
                 condition[-1] = torch.full_like(condition[-1], torch.nan)

@@ -19,7 +19,7 @@ from prior.config import TransformerConfig, TransformerPriorConfig
 from prior.dropout import add_dropped
 from prior.packed_linear import pack_linears
 from prior.rms_norm import RMSNorm, rms_norm
-from prior.vector import VectorNetwork
+from prior.vector import VectorNetwork, ViewNetwork
 
 
 class Block(nn.Module):
@@ -202,6 +202,7 @@ class TransformerPrior(Prior):
         self.positions = Positions(grid[0], grid[1], width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.vector = VectorNetwork(config.vector_size, width) if config.vector_size else None
+        self.views = ViewNetwork(len(config.views), width) if config.views else None
         self.condition = ConditionNetwork(config) if config.level else None
 
         # The causal network itself.
@@ -219,11 +220,13 @@ class TransformerPrior(Prior):
                 nn.init.normal_(module.from_heads.weight, std=small)
                 nn.init.normal_(module.down.weight, std=small)
 
-    def forward(self, codes: Tensor, condition: Any = (), labels: Any = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Any = (), labels: Any = None, views: Any = None
+    ) -> Tensor:
         """Logits `(B, K, h, w)` of codes `(B, h, w)`; see `Prior.forward`."""
         # Position t reads the code at t - 1.
         read = F.pad(rearrange(codes, "b h w -> b (h w)"), (1, 0), value=self.codebook_size)
-        x = self.embedding(read[:, :-1]) + self.background(len(codes), condition, labels)
+        x = self.embedding(read[:, :-1]) + self.background(len(codes), condition, labels, views)
         if self.neighbours is not None:
             tables = self.neighbours.tables(self.embedding.weight)
             x = x + self.neighbours.look_up(tables, read, slice(None))  # (B, T, W)
@@ -234,8 +237,10 @@ class TransformerPrior(Prior):
                 x = block(x, self.angles)
         return rearrange(self.head(self.norm(x)), "b (h w) k -> b k h w", h=codes.shape[1])
 
-    def background(self, batch_size: int, condition: Sequence[Tensor], labels: Any) -> Tensor:
-        """The place, class, vector and coarser codes at every position, `(B, T, W)`."""
+    def background(
+        self, batch_size: int, condition: Sequence[Tensor], labels: Any, views: Any = None
+    ) -> Tensor:
+        """The place, class, vector, view and coarser codes at every position, `(B, T, W)`."""
         where = self.positions().expand(batch_size, -1, -1)
         context = torch.zeros_like(where[:, :1])
         if self.labels is not None:
@@ -243,6 +248,8 @@ class TransformerPrior(Prior):
         if self.vector is not None:
             *condition, vectors = condition
             context = context + self.vector(vectors)[:, None]
+        if self.views is not None and views is not None:
+            context = context + self.views(views)[:, None]
         coarser = self.condition(condition, context) if self.condition is not None else 0
         return where + context + coarser
 

@@ -1,10 +1,12 @@
-"""What a prior reads besides codes and a class: a vector of numbers, or of attributes."""
+"""What a prior reads besides codes and a class: a vector of numbers or of attributes; and while it
+is trained, which view of its image a row is."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class VectorNetwork(nn.Module):
@@ -35,6 +37,20 @@ class VectorNetwork(nn.Module):
         hidden = vectors.isnan().any(dim=1, keepdim=True)
         given = torch.where(hidden, 0, (vectors - self.mean) * self.scale)
         return self.affine(torch.cat([given, hidden.to(given.dtype)], dim=1))
+
+
+class ViewNetwork(nn.Module):
+    """Views `(B,)` to features `(B, W)`, to be added to the class's. The original, 0, has none:
+    where no view is given, it is meant. So a prior learns from mirrored and cropped images, too,
+    and samples none of them (distribution augmentation, Jun et al. 2020, section 3)."""
+
+    def __init__(self, number: int, width: int) -> None:
+        super().__init__()
+        self.others = nn.Parameter(torch.zeros(number, width))
+
+    def forward(self, views: Tensor) -> Tensor:
+        """See the class."""
+        return F.embedding(views, F.pad(self.others, (0, 0, 1, 0)))
 
 
 def with_vectors(

@@ -50,8 +50,10 @@ def write_dataset(
     grids: Grids = ((2, 3), (4, 6)),
     sizes: tuple[int, ...] = (17, 300),
     classes: int = 3,
+    views: tuple[str, ...] = ("original",),
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """A code dataset of random codes, all of it in train/; the codes and labels."""
+    """A code dataset of random codes, all of it in train/, whose rows are of these views in turn;
+    the codes and labels."""
     codes, labels = random_codes(rows, grids, sizes), np.arange(rows) % max(classes, 1)
     shards = []
     for number, first in enumerate(range(0, rows, shard_size)):
@@ -62,6 +64,7 @@ def write_dataset(
             codes=[level[part] for level in codes],
             codebook_sizes=sizes,
             labels=labels[part] if classes else None,
+            views=[views[i % len(views)] for i in range(rows)[part]],
         )
         shards.append(shard)
     manifest = Manifest(
@@ -72,6 +75,7 @@ def write_dataset(
         rows_hash="",
         preprocessing=PREPROCESSING,
         train=tuple(shards),
+        views=views,
     )
     write_manifest(folder, manifest)
     return codes, labels
@@ -252,6 +256,22 @@ def test_codes_larger_than_memory_are_the_same_codes(
     CodeDataset(tmp_path / "codes", manifest, "train", num_levels=1, cache_dir=tmp_path / "cache")
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
     assert len(CodeDataset(tmp_path / "codes", manifest, "validation")) == 0
+
+
+def test_training_rows_say_which_view_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = ("flip", "original", "top_left", "flip_top_left")
+    write_dataset(tmp_path, views=views)
+    for memory in (prior.manifest.MEMORY_BYTES, 0):
+        monkeypatch.setattr(prior.manifest, "MEMORY_BYTES", memory)
+        batch = read_train(tmp_path).__getitems__([0, 1, 2, 3, 45, 46])
+        assert batch["views"].tolist() == [1, 0, 2, 3, 0, 2]
+    edit_manifest(tmp_path, views=("original", "flip", "top_left"))
+    with pytest.raises(UserError, match="holds rows of the view 'flip_top_left', not original, f"):
+        read_train(tmp_path)
+    edit_manifest(tmp_path, views=("flip", "top_left", "flip_top_left"))  # no original to sample
+    assert "views" not in read_train(tmp_path).__getitems__([0, 1])
 
 
 def test_a_cache_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,9 @@ class LeakBehindZeros(LeakyMask):
 class Plane(TransformerPrior):
     """A one-hot input whose whole plane is set: every position knows which codes occur (vvvm23)."""
 
-    def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(
+        self, codes: Tensor, condition: Any = (), labels: Any = None, views: Any = None
+    ) -> Tensor:
         bag = self.embedding(codes.flatten(1)).mean(dim=1)
         return super().forward(codes, condition, labels) + self.head(bag)[:, :, None, None]
 
@@ -88,7 +90,9 @@ class Plane(TransformerPrior):
 class FirstSeesAll(TransformerPrior):
     """A first position with all keys masked attends to all of them (kamenbliznashki)."""
 
-    def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(
+        self, codes: Tensor, condition: Any = (), labels: Any = None, views: Any = None
+    ) -> Tensor:
         logits = super().forward(codes, condition, labels)
         mean = self.head(self.embedding(codes.flatten(1)).mean(dim=1))[:, :, None, None]
         return logits + F.pad(mean, (0, logits.shape[3] - 1, 0, logits.shape[2] - 1))
@@ -113,7 +117,9 @@ class Shifted(TransformerPrior):
         network = dataclasses.replace(config.network, reads_neighbours=False)
         super().__init__(dataclasses.replace(config, network=network))
 
-    def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(
+        self, codes: Tensor, condition: Any = (), labels: Any = None, views: Any = None
+    ) -> Tensor:
         flat = codes.flatten(1)
         read = F.pad(flat[:, : flat.shape[1] - self.by], (self.by, 0), value=self.codebook_size)
         x = self.embedding(read) + self.background(len(codes), condition, labels)
@@ -142,7 +148,7 @@ class ConditionNotInSteps(TransformerPrior):
 class ConditionIgnored(TransformerPrior):
     """The condition network is there and not used."""
 
-    def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def background(self, batch_size: int, condition: Any, labels: Any, views: Any = None) -> Tensor:
         assert self.labels is not None
         return self.positions().expand(batch_size, -1, -1) + self.labels(labels)[:, None]
 
@@ -150,7 +156,7 @@ class ConditionIgnored(TransformerPrior):
 class ConditionInPart(TransformerPrior):
     """Of the coarser level only the first row is used."""
 
-    def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def background(self, batch_size: int, condition: Any, labels: Any, views: Any = None) -> Tensor:
         first_rows = [codes[:, :1].expand_as(codes) for codes in condition]
         return super().background(batch_size, first_rows, labels)
 
@@ -158,7 +164,7 @@ class ConditionInPart(TransformerPrior):
 class ConditionNotEverywhere(TransformerPrior):
     """The first position does not depend on the condition."""
 
-    def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def background(self, batch_size: int, condition: Any, labels: Any, views: Any = None) -> Tensor:
         everywhere = super().background(batch_size, condition, labels)
         nowhere = super().background(batch_size, zeros_like(condition), labels)
         return torch.cat([nowhere[:, :1], everywhere[:, 1:]], dim=1)
@@ -167,7 +173,7 @@ class ConditionNotEverywhere(TransformerPrior):
 class LabelIgnored(TransformerPrior):
     """All classes are the same one."""
 
-    def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def background(self, batch_size: int, condition: Any, labels: Any, views: Any = None) -> Tensor:
         assert labels is not None
         return super().background(batch_size, condition, torch.zeros_like(labels))
 
@@ -183,7 +189,9 @@ class Unused(TransformerPrior):
 class ChangesItself(TransformerPrior):
     """A mask that is written into the weight at every forward."""
 
-    def forward(self, codes: Tensor, condition=(), labels=None) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(
+        self, codes: Tensor, condition: Any = (), labels: Any = None, views: Any = None
+    ) -> Tensor:
         self.head.weight.data[0] = 0
         return super().forward(codes, condition, labels)
 
@@ -244,7 +252,7 @@ def test_a_planted_bug_fails_its_check_and_no_other(kind: type[TransformerPrior]
 class VectorNotEverywhere(TransformerPrior):
     """The first position does not read the vector."""
 
-    def background(self, batch_size: int, condition, labels: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def background(self, batch_size: int, condition: Any, labels: Any, views: Any = None) -> Tensor:
         hidden = [*condition[:-1], torch.full_like(condition[-1], torch.nan)]
         without = super().background(batch_size, hidden, labels)[:, :1]
         whole = super().background(batch_size, condition, labels)
@@ -260,6 +268,19 @@ def test_a_vector_must_reach_every_position_and_help() -> None:
     finding = check_vector_helps(deaf, random_rows(deaf, 4))
     assert not finding.passed
     assert "has not learned to use its condition" in finding.message
+
+
+class ViewIgnored(TransformerPrior):
+    """No position reads the view."""
+
+    def background(self, batch_size: int, condition: Any, labels: Any, views: Any = None) -> Tensor:
+        return super().background(batch_size, condition, labels)
+
+
+def test_a_view_must_reach_every_position() -> None:
+    found = failures(make(ViewIgnored, views=("flip",)))
+    assert found.keys() == {"views", "gradients"}
+    assert "changing the original to the view flip does not change the logits" in found["views"]
 
 
 HEALTHY = {

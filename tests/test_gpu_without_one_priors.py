@@ -37,7 +37,7 @@ GRIDS, CODES, BATCH = ((1, 2), (2, 4)), 8, 4
 def config_of(family: str, level: int) -> Any:
     kind = PixelSNAILPriorConfig if family == "pixelsnail" else TransformerPriorConfig
     facts: Any = {"class_names": ("a", "b"), "label_dropout": 0.1, "network": NETWORKS[family]}
-    levels = level + 1
+    facts["views"], levels = ("flip", "top_left"), level + 1
     return kind(level=level, grids=GRIDS[:levels], codebook_sizes=(CODES,) * levels, **facts)
 
 
@@ -69,6 +69,7 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
         codes = [torch.randint(CODES, (BATCH, *grid)) for grid in GRIDS]
         labels = torch.randint(2, (BATCH,))
         batch = {"codes": [grid.to(GPU) for grid in codes], "labels": labels.to(GPU)}
+        batch["views"] = torch.randint(3, (BATCH,)).to(GPU)
         watch.waits.clear()
         with torch.autocast("cuda", torch.bfloat16):
             loss, figures = make_loss(config, token_corruption=0.1)(prior, batch)

@@ -71,6 +71,7 @@ PRIORS: dict[str, dict] = {
         "class_names": ABC,
         "label_dropout": 0.1,
         "vector_size": 3,
+        "views": ("flip", "top_left"),
     },
 }
 # Family -> a small network of it.
@@ -161,7 +162,8 @@ def everything_before(length: int) -> Tensor:
 
 def loss_of(prior: Prior) -> Tensor:
     codes, condition, labels = inputs(prior)
-    return F.cross_entropy(prior(codes, condition, labels), codes)
+    views = torch.arange(BATCH) if prior.config.views else None
+    return F.cross_entropy(prior(codes, condition, labels, views), codes)
 
 
 @torch.no_grad()
@@ -284,13 +286,46 @@ def test_a_vector_alone_reaches_every_position_and_guides(family: str) -> None:
         prior.sample(3, seeds=SEEDS)
 
 
+@each_family
+@each_prior
+@torch.no_grad()
+def test_a_view_reaches_every_position_and_none_means_the_original(family: str, name: str) -> None:
+    prior = make(family, facts={**PRIORS[name], "views": ("flip", "top_left")})
+    original = prior(*inputs(prior))
+    assert torch.equal(prior(*inputs(prior), torch.zeros(BATCH).long()), original)
+    seen = [original]
+    for view in (1, 2):
+        seen.append(prior(*inputs(prior), torch.full((BATCH,), view)))
+        assert all((seen[-1] != before).any(dim=1).all() for before in seen[:-1])
+    assert {finding.passed for finding in audit(prior)} == {True}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_samples_are_of_the_original_view_where_a_prior_is_told_views(told: bool) -> None:
+    """Half of the rows are mirrored ones: all codes of these are 9, and of the others 4."""
+    views = torch.arange(32) % 2
+    batch = {"codes": [torch.where(views == 1, 9, 4)[:, None, None].expand(-1, 4, 5)]}
+    facts = {**PRIORS["top"], **({"views": ("flip",)} if told else {})}
+    prior = make("transformer", facts=facts).train()
+    loss_fn = make_loss(prior.config, token_corruption=0.0)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=0.01)
+    for _ in range(60):
+        loss_fn(prior, {**batch, "views": views})[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    drawn = prior.sample(40, seeds=range(40))
+    shares = [(drawn == code).double().mean().item() for code in (4, 9)]
+    assert shares[0] > 0.95 if told else min(shares) > 0.2
+
+
 def test_vectors_are_hidden_with_labels_and_alone() -> None:
     config = make("transformer", "third of three, classes").config
     grids = [torch.zeros(4000, *grid, dtype=torch.int64) for grid in config.grids]
     batch = {"codes": grids, "labels": torch.zeros(4000).long(), "vectors": torch.ones(4000, 3)}
     seen: dict[str, Tensor] = {}
 
-    def model(codes: Tensor, condition: list[Tensor], labels: Tensor) -> Tensor:
+    def model(codes: Tensor, condition: list[Tensor], labels: Tensor, views: Tensor) -> Tensor:
+        assert not views.any()  # the batch names none
         seen.update(label=labels == 3, vector=condition[-1].isnan().all(dim=1))
         return torch.zeros(4000, 7, 4, 4)
 
@@ -844,7 +879,7 @@ def test_a_class_named_as_the_hidden_label_is_refused() -> None:
     manifest: Any = SimpleNamespace(
         **facts, class_names=("cat", "none"), encoder_hash="", codes_hash="", vector_size=0
     )
-    manifest.vector_names, manifest.num_train = (), 100
+    manifest.vector_names, manifest.other_views, manifest.num_train = (), (), 100
     config = TrainPriorConfig(codes="x", level="0", output_dir="y")
     with pytest.raises(UserError, match="a class is named 'none'"):
         prior_config(config, manifest)
@@ -889,6 +924,32 @@ def test_a_fine_tuned_prior_has_the_sizes_of_its_first_weights(tmp_path: Path) -
     assert prior_config(gone, manifest, num_rows=10**6).network.width == 256
     begun = dataclasses.replace(gone, output_dir=str(tmp_path / "few"))
     assert prior_config(begun, manifest, num_rows=10**6).network == expected
+
+
+def test_a_prior_is_told_views_of_the_rows_or_those_of_its_first_weights(tmp_path: Path) -> None:
+    facts: Any = {"grids": ((4, 4),), "codebook_sizes": (16,), "class_names": ()}
+    facts |= {"encoder_hash": "", "rows_hash": "", "preprocessing": None}
+    config = TrainPriorConfig(codes="x", level="0", output_dir="y")
+
+    def views(*names: str, **changes: Any) -> tuple[str, ...]:
+        return prior_config(
+            dataclasses.replace(config, **changes), Manifest(**facts, views=names)
+        ).views
+
+    assert views("original") == views("flip", "top_left") == ()  # of which none is the original
+    assert views("flip", "original", "top_left") == ("flip", "top_left")
+    assert views("flip", "original", view_conditional=False) == ()
+    for name, known in {"none": ("original",), "flip": ("original", "flip")}.items():
+        first = prior_config(config, Manifest(**facts, views=known), num_rows=10)
+        make_prior(first).save_pretrained(tmp_path / name)
+    none, flip = ({"init_from": str(tmp_path / name)} for name in ("none", "flip"))
+    assert views("original", "flip", **none) == ()
+    assert views("original", **flip) == views("flip", "original", **flip) == ("flip",)
+    sentence = "holds the views original top_left, but .*flip knows original flip: extract with"
+    with pytest.raises(UserError, match=sentence):
+        views("original", "top_left", **flip)
+    with pytest.raises(UserError, match="views"):
+        dataclasses.replace(first, views=("flip", "original"))
 
 
 @pytest.mark.parametrize(
