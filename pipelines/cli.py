@@ -24,11 +24,13 @@ from vqvae2.common.config import (
     check,
     expand_paths,
     from_dict,
+    merged,
     read_yaml,
     shown,
     suggest,
 )
 from vqvae2.common.errors import Stopped, UserError
+from vqvae2.common.files import read_json
 from vqvae2.common.messages import is_first_process, show_messages
 from vqvae2.config import ImagesConfig, PrepareConfig, PreprocessingConfig, TrainVQVAEConfig
 
@@ -260,8 +262,8 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     # Take the defaults from the recipe. For some commands, the recipe itself is a setting.
     section: dict[str, Any] = {}
     if recipe is not None:
-        level = _take_flag(arguments, "--level")[1] or ""
-        section = recipe_section(load_recipe(recipe), command, level)
+        level, codes = (_take_flag(arguments, flag)[1] or "" for flag in ("--level", "--codes"))
+        section = recipe_section(load_recipe(recipe), command, level, codes)
     if issubclass(config_class, configs.PlanConfig | configs.ChosenConfig):
         section = {**section, "recipe": recipe or ""}
     if recipe and issubclass(config_class, configs.ChosenConfig):
@@ -379,16 +381,25 @@ def load_recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
-def recipe_section(recipe: dict[str, Any], command: str, level: str = "") -> dict[str, Any]:
-    """A recipe's settings for a subcommand; those for train-prior may differ by level (`prior_0`
-    is the top's, the last one the bottom's)."""
+def recipe_section(
+    recipe: dict[str, Any], command: str, level: str = "", codes: str = ""
+) -> dict[str, Any]:
+    """A recipe's settings for a subcommand; those for train-prior may differ by level: `prior_0` is
+    the top's. Which is the bottom's, the code dataset says, or if it is not there, the recipe."""
     section = recipe.get(command) or {}
-    priors = [name for name in recipe if name.startswith("prior_")]
-    priors.sort(key=lambda name: int(name.removeprefix("prior_")))
-    if command != "train-prior" or not priors:
+    if command != "train-prior":
         return section
-    name = {"top": priors[0], "bottom": priors[-1]}.get(level, f"prior_{level}")
-    return {**section, **(recipe.get(name) or {})}
+    numbers = {"top": 0, "bottom": _num_levels(recipe, codes or section.get("codes", "")) - 1}
+    return merged(section, recipe.get(f"prior_{numbers.get(level, level)}") or {})
+
+
+def _num_levels(recipe: dict[str, Any], codes: str) -> int:
+    manifest = Path(os.path.expanduser(codes), "manifest.json")
+    with contextlib.suppress(UserError, KeyError, TypeError):  # which the command explains
+        return len(read_json(manifest)["grids"])
+    strides = merged({"model": {"strides": (2, 4)}}, recipe.get("train") or {})["model"]["strides"]
+    named = [int(name.removeprefix("prior_")) for name in recipe if name.startswith("prior_")]
+    return max(len(strides), 1 + max(named, default=0))
 
 
 def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:

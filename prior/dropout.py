@@ -11,9 +11,10 @@ FULL_RANGE = torch.iinfo(torch.int64).min, None  # all values, so that all bytes
 def add_dropped(x: Tensor, branch: Tensor, share: float, *, training: bool) -> Tensor:
     """x + dropout(branch), of one shape: a residual connection.
 
-    On a CPU a byte decides over each feature, so that `share` is rounded to a multiple of 1/256.
+    On a CPU a byte decides over each feature, so that `share` is rounded to a multiple of 1/256;
+    but not where it is compiled, for torch.compile cannot trace that.
     """
-    if not training or share == 0 or x.device.type != "cpu":
+    if not training or share == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x + F.dropout(branch, share, training)
     dropped = min(max(1, round(256 * share)), 255)
     numbers = torch.empty(-(-branch.numel() // BYTES), dtype=torch.int64).random_(*FULL_RANGE)

@@ -283,7 +283,10 @@ class PixelSNAIL(Prior):
         x = state.stem.output(places)  # (B, W)
 
         coordinates = at(self.places, position).expand(len(x), -1, -1)  # (B, 1, 2)
-        at_once = torch.as_tensor(position, device=x.device).expand(len(x), 1)
+        # (As a tensor from the CPU, a number would make the host wait for the GPU.)
+        if not isinstance(position, Tensor):
+            position = torch.full((1,), position, device=x.device)
+        at_once = position.expand(len(x), 1)
         slots = None
         for residuals, attention, cache in state.blocks:
             for residual in residuals:

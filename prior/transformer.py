@@ -111,7 +111,10 @@ class Neighbours(nn.Module):
     def tables(self, embedding: Tensor) -> Tensor:
         """The features `(4, K + 1, W)` of each code at each of the places: as there are fewer codes
         than positions in a batch, they are mapped first, and looked up then."""
-        return torch.stack([F.linear(embedding, part) for part in self.map.weight.chunk(4, dim=1)])
+        parts = self.map.weight.chunk(4, dim=1)
+        tables = torch.stack([F.linear(embedding, part) for part in parts])
+        # Not in bf16: there the sum of a frequent code's gradients would soon stop growing.
+        return tables.to(embedding.dtype)
 
     def look_up(self, tables: Tensor, read: Tensor, places: Tensor | slice) -> Tensor:
         """Features `(B, W', W)` of these W' positions (`(B, W')`, or a slice for all images), by

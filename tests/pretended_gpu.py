@@ -34,12 +34,13 @@ REFUSED |= {aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.max_unpool2d
 
 
 class Watch(TorchDispatchMode):
-    """Counts, by place, where the host waits for the device, and invents what it waited for; and
-    where an operation is called that has no deterministic form."""
+    """Counts, by place, where the host waits for the device, and invents what it waited for; where
+    a copy comes from the CPU; and where an operation is called that has no deterministic form."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.arrivals: Counter[str] = Counter()  # of copies from the CPU
         self.refused: Counter[str] = Counter()
         self.calls: Counter[Any] = Counter()  # of operators, wherever they are called
 
@@ -52,13 +53,15 @@ class Watch(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
 
-        # A wait is a look at a value, or a copy to the CPU.
+        # A wait is a look at a value, or a copy to the CPU. One from it is quick, if there are few.
         first = args[0] if args else None
         on_gpu = isinstance(first, Tensor) and first.device.type == "cuda"
         target = kwargs.get("device") if operator is aten._to_copy else None
-        is_copy = target is not None and torch.device(target).type == "cpu"
+        is_copy = target is not None and torch.device(target).type != first.device.type
         if on_gpu and (operator in WAITS or is_copy):
             self.waits[_place()] += 1
+        elif is_copy:
+            self.arrivals[_place()] += 1
         self.calls[operator] += 1
         is_sum = operator is aten.cumsum and first.is_floating_point()
         is_mean = operator is aten.nll_loss2d_forward and args[3] != 0  # no reduction is 0

@@ -57,9 +57,9 @@ def small_prior(family: str) -> Prior:
     return TransformerPrior(TransformerPriorConfig(**facts, network=network))
 
 
-def by_steps(prior: Prior, rows: tuple) -> Tensor:
+def by_steps(prior: Prior, rows: Rows) -> Tensor:
     """Logits `(T, B, K)` as decoding computes them."""
-    own, condition, labels = rows
+    own, condition, labels, _ = rows
     step = prior.make_stepper(len(own), condition, labels, compiled=False)
     before, logits = torch.full((len(own), 1), prior.config.codebook_sizes[-1]), []
     for position, row in enumerate(own.flatten(1).T):
@@ -75,7 +75,7 @@ def test_one_pass_and_single_steps_give_the_same_integers(family: str) -> None:
     prior = fresh_copy(small_prior(family), noise=True).double()
     rows = random_rows(prior, 8)
     at_once = prior(*rows).flatten(2).permute(2, 0, 1)
-    two = tuple(part and [part[0][:2]] if isinstance(part, list) else part[:2] for part in rows)
+    two = Rows(rows.codes[:2], [level[:2] for level in rows.condition], rows.labels[:2])
     for logits, other in ((by_steps(prior, rows), at_once), (by_steps(prior, two), at_once[:, :2])):
         for scale in (lambda x: x.softmax(-1) * 2**16, scaled_probabilities):
             nudge = safest_nudge(scale(other))

@@ -1,6 +1,7 @@
 """Configuration is strict: what is not understood is refused, with the key and what is allowed."""
 
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
@@ -173,6 +174,21 @@ def test_recipes_speak_per_level() -> None:
         assert recipe_section(recipe, "train-prior", level) == recipe[name]
     many: dict[str, dict] = {f"prior_{level}": {"seed": level} for level in range(12)}
     assert recipe_section(many, "train-prior", "bottom") == {"seed": 11}
+
+
+def test_a_section_is_of_its_level_alone_and_says_what_differs(tmp_path: Path) -> None:
+    top, second = {"prior_0": {"seed": 1}}, {"prior_1": {"seed": 2}}
+    assert recipe_section(top, "train-prior", "bottom") == {}
+    assert recipe_section(second, "train-prior", "top") == {}
+    assert recipe_section(second, "train-prior", "bottom") == {"seed": 2}
+    (tmp_path / "manifest.json").write_text(json.dumps({"grids": [[2, 2], [4, 4], [8, 8]]}))
+    assert recipe_section(second, "train-prior", "bottom", str(tmp_path)) == {}
+    three = {"train": {"model": {"strides": [2, 2, 2]}}, **second}
+    assert recipe_section(three, "train-prior", "bottom") == {}
+    both = {"train-prior": {"transformer": {"width": 64, "dropout": 0.1}, "num_steps": 5}}
+    both["prior_1"] = {"transformer": {"dropout": 0.3}}
+    expected = {"transformer": {"width": 64, "dropout": 0.3}, "num_steps": 5}
+    assert recipe_section(both, "train-prior", "1") == expected
 
 
 @pytest.mark.parametrize("name", recipe_names())

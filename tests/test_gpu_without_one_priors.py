@@ -71,10 +71,12 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
         batch = {"codes": [grid.to(GPU) for grid in codes], "labels": labels.to(GPU)}
         batch["views"] = torch.randint(3, (BATCH,)).to(GPU)
         watch.waits.clear()
+        watch.arrivals.clear()
         with torch.autocast("cuda", torch.bfloat16):
             loss, figures = make_loss(config, token_corruption=0.1)(prior, batch)
         assert {tensor.device for tensor in (loss, *figures.values())} == {GPU}
         assert not watch.waits
+        assert not watch.arrivals
 
         # Validation waits for its sum alone, however many batches there are.
         prior.eval()
@@ -84,8 +86,8 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
         assert "bits_per_code" in evaluate(prior, held_out, alone, unigram_bits=1.0, batch_size=1)
         assert watch.waits.total() == 1
 
-        # Sampling looks at the labels' range and the result: nothing waits at a position, and with
-        # windows only every fourth call.
+        # Sampling looks at the labels' range and the result, and brings the seeds: nothing waits or
+        # arrives at a position, and with windows it waits only every fourth call.
         filters: Any = {"top_k": 4, "top_p": 0.9, "min_p": 0.01}
         given, seeds = (BATCH, batch["codes"][:1], batch["labels"]), range(BATCH)
         for compiled, bf16, settings in (
@@ -94,10 +96,12 @@ def test_a_prior_lies_on_one_device_and_neither_training_nor_positions_wait(fami
             (True, True, {"temperature": 0.0}),
         ):
             watch.waits.clear()
+            watch.arrivals.clear()
             sampling = SamplingConfig(**settings)
             how: Any = {"sampling": sampling, "bf16": bf16, "compiled": compiled}
             assert prior.sample(*given, seeds=seeds, window=1, **how).device == GPU
             assert watch.waits.total() <= 3
+            assert watch.arrivals.total() <= 1
             watch.waits.clear()
             assert prior.sample(*given, seeds=seeds, window=4, **how).device == GPU
             assert watch.waits.total() <= 3 + prior.config.num_positions // 4

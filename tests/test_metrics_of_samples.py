@@ -46,7 +46,7 @@ def correlated(number: int, seed: int) -> Tensor:
 def test_moments_of_batches_are_those_of_all_rows_at_once() -> None:
     rows = correlated(500, 1) * 100 + 1000
     merged = Moments(16)
-    for batch in (*rows[:301].split(64), rows[301:302], rows[302:]):
+    for batch in (rows[:0], *rows[:301].split(64), rows[301:302], rows[:0], rows[302:]):
         merged.update(batch)
     assert merged.count == 500
     torch.testing.assert_close(merged.mean, rows.double().mean(dim=0), rtol=1e-12, atol=0)

@@ -17,7 +17,7 @@ import yaml
 from pipelines.cli import COMMANDS, load_recipe, main, recipe_names, recipe_section
 from pipelines.config import PlanConfig
 from pipelines.plan.command import advise, in_words, verdict
-from pipelines.plan.stages import Stage, stages_of, trace
+from pipelines.plan.stages import Stage, stages_of, trace, trainings_of
 from prior import attention
 from prior.config import TrainPriorConfig
 from tests.conftest import ROOT
@@ -116,6 +116,18 @@ def test_a_recipe_is_planned_in_seconds_without_its_memory(name: str) -> None:
         assert all(80e6 < int(line.split()[1].replace(",", "")) < 90e6 for line in lines[1:])
     else:
         assert text.count("DOES NOT FIT: use --gradient-accumulation-steps") >= len(lines) - 1
+
+
+def test_group_norm_of_a_gpu_is_planned_in_fp32() -> None:
+    """That is what CUDA's autocast computes it in, and what it keeps."""
+    model = {"network": "resnet", "hidden_channels": 32, "image": {"size": [64]}}
+    (stage, *_) = trainings_of({"train": {"model": model, "data": {"path": "photos"}}}, "recipe")
+
+    def activations(precision: str, kind: str) -> float:
+        return trace(stage, 4, precision, kind)[2]["activations"]
+
+    assert activations("bf16", "cuda") > 1.3 * activations("bf16", "cpu")
+    assert activations("no", "cuda") == activations("no", "cpu")
 
 
 def test_recipes_have_the_grids_and_sizes_that_they_promise() -> None:

@@ -535,6 +535,26 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert not (add_dropped(x, branch, 0.001, training=True) != 0).all()
 
 
+@pytest.mark.parametrize("family", ["transformer", "pixelsnail"])
+def test_gradients_in_bf16_are_nearly_those_of_fp32(family: str) -> None:
+    """Also of a code that is far more frequent than others: sums of bf16 numbers stop growing."""
+    facts: Any = {"grids": ((4, 4), (16, 16)), "codebook_sizes": (16, 64), "label_dropout": 0.1}
+    prior = make(family, facts={**facts, "class_names": ABC, "views": ("flip",)})
+    torch.manual_seed(0)
+    top, codes = torch.randint(16, (32, 4, 4)), torch.randint(64, (32, 16, 16))
+    codes = torch.where(torch.rand(codes.shape) < 0.7, 3, codes)
+    labels, views = torch.randint(4, (32,)), torch.randint(2, (32,))
+    gradients = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = prior(codes, [torch.where(top < 12, 5, top)], labels, views)
+        loss = F.cross_entropy(logits.float(), codes)
+        gradients.append(torch.autograd.grad(loss, list(prior.parameters())))
+    names = [name for name, _ in prior.named_parameters()]
+    for name, exact, rounded in zip(names, *gradients, strict=True):
+        assert (rounded - exact).norm() <= 0.15 * exact.norm(), name
+
+
 def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
     gradients = []
     for again in (False, True):

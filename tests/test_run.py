@@ -12,10 +12,10 @@ from PIL import Image
 from pipelines import choices
 from pipelines.choices import choose, look
 from pipelines.cli import parse
-from pipelines.commands.run import make_recipe, merged, parse_time, step_seconds
+from pipelines.commands.run import make_recipe, parse_time, step_seconds
 from pipelines.config import RunConfig
 from tests.conftest import command, write_images
-from vqvae2.common.config import read_yaml
+from vqvae2.common.config import merged, read_yaml
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.config import ImagesConfig

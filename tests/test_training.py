@@ -160,6 +160,18 @@ def test_fit_from_python_continues_exactly(tmp_path: Path) -> None:
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
+def test_a_picture_that_needs_too_much_memory_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, config = small_model(), TrainingConfig(batch_size=4, num_steps=4, picture_every=2)
+    draw = mock.Mock(side_effect=[torch.OutOfMemoryError, Image.new("RGB", (8, 8))])
+    loss = make_loss("mse", model.config.codebook_size_per_level)
+    accelerator, loader = make_accelerator(config, tmp_path), ShuffledLoader(Images(), 4)
+    fit(accelerator, model, loss, loader, config, tmp_path, draw=draw)
+    assert [path.stem for path in (tmp_path / "images").iterdir()] == ["step_00000004"]
+    assert "no picture at step 2, for too little memory" in caplog.text
+
+
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

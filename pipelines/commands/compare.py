@@ -19,7 +19,6 @@ from pipelines.commands.run import (
     RECIPE,
     choose_for,
     finished,
-    merged,
     recipe_facts,
     run_stages,
     settings_of,
@@ -34,7 +33,7 @@ from pipelines.pictures import embedded
 from pipelines.plan.command import step_seconds
 from prior.manifest import read_manifest
 from vqvae2.common.accelerate import on_main_process, processes
-from vqvae2.common.config import check, to_dict
+from vqvae2.common.config import check, merged, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json, write_json, write_text
 from vqvae2.common.loading import some_rows

@@ -33,7 +33,7 @@ from vqvae2.common.accelerate import (
     use_cpu,
 )
 from vqvae2.common.artifact import WEIGHTS_NAME, content_hash
-from vqvae2.common.config import from_dict, shown, to_dict
+from vqvae2.common.config import from_dict, merged, shown, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import write_text
 from vqvae2.common.lock import writes_output
@@ -218,16 +218,6 @@ def parse_time(text: str) -> float:
     if not 0 < seconds < 1e10:
         raise UserError(f"budget is {shown(text)}: give a time such as 30m or 2h.")
     return seconds
-
-
-def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings, of which those that are given win."""
-    result = dict(chosen)
-    for key, value in given.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
-    return result
 
 
 def with_given(

@@ -41,6 +41,8 @@ class Moments:
 
     def update(self, features: Tensor) -> None:
         """Add a batch `(B, D)`."""
+        if not len(features):
+            return
         rows = features.detach().double().cpu()
         count, mean = len(rows), rows.mean(dim=0)
         centred = rows - mean

@@ -57,7 +57,7 @@ def show_needs(config: PlanConfig, stages: list[Stage]) -> None:
         check(batch_size % parts == 0, f"{stage.name}: batch_size", batch_size, allowed)
         asked, rows = str(stage.config.mixed_precision), batch_size // parts
         precision = chosen_precision(asked, kind) if here else asked.replace("auto", "bf16")
-        num_parameters, flops, sizes = trace(stage, rows, precision)
+        num_parameters, flops, sizes = trace(stage, rows, precision, kind)
         size = sum(sizes.values())
         advice, most_rows = advise(stage, rows, sizes, (memory - PROCESS) / OVERHEAD[kind])
         bar.update()

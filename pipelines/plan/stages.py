@@ -229,11 +229,14 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
 
-def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, float]]:
+def trace(
+    stage: Stage, rows: int, precision: str, kind: str = "cpu"
+) -> tuple[int, int, dict[str, float]]:
     """Number of parameters, FLOPs of forward and backward of this many rows, and GiB by purpose.
 
     The step is the real one under `FakeTensorMode` (meta tensors know no autocast, and torch's
-    `MemTracker` is slower), as if on a CPU: for a GPU, which fuses operations, an approximation.
+    `MemTracker` is slower), as if on a CPU: for a GPU ("cuda"), which fuses operations, an
+    approximation. Its autocast computes group norm in fp32, whose input and output are kept.
     Several devices take no more each: the gradients are views of the buckets that they exchange.
     """
     with torch.device("meta"):
@@ -247,6 +250,8 @@ def trace(stage: Stage, rows: int, precision: str) -> tuple[int, int, dict[str, 
         for module in model.modules():
             if isinstance(module, Quantizer):  # its codebook's updates read values: there are none
                 module.eval()
+            if isinstance(module, nn.GroupNorm) and kind == "cuda":
+                module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
         loss = stage.loss(model, stage.make_batch(rows), precision)
         activations = meter.alive - constant
         if loss.requires_grad:

@@ -280,6 +280,16 @@ def from_dict(cls: type[T], data: Any, where: str, *, missing: Any = MISSING) ->
         raise UserError(f"{where}: {error}") from None
 
 
+def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, of which those that are given win."""
+    result = dict(chosen)
+    for key, value in given.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
 def suggest(word: Any, known: Collection[str]) -> str:
     """'did you mean ...' for a near miss of a known word, else the nearest of the known words."""
     word = word[:100] if isinstance(word, str) else ""

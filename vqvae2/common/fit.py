@@ -140,13 +140,19 @@ def fit(
     agreement = _Agreement(accelerator)
 
     def show(step: int) -> None:
-        if draw is not None:
-            # Sampling needs cumulative sums, which torch refuses to compute deterministically.
-            use_deterministic_algorithms(False)
+        if draw is None:
+            return
+        # Sampling needs cumulative sums, which torch refuses to compute deterministically.
+        use_deterministic_algorithms(False)
+        try:
             picture = draw(result.eval())
+        except torch.OutOfMemoryError:  # it may need more than a step, and training goes before
+            logger.warning("%s: no picture at step %d, for too little memory.", output_dir, step)
+            return
+        finally:
             use_deterministic_algorithms(config.deterministic)
-            save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
-            metrics.write_picture(step, picture)
+        save_picture(picture, output_dir / "images" / f"{step_name(step)}.png")
+        metrics.write_picture(step, picture)
 
     def save_last() -> None:
         if evaluate is None or not (output_dir / WEIGHTS_NAME).exists():

@@ -130,7 +130,7 @@ def orthogonalise_each(matrices: list[Tensor]) -> list[Tensor]:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices `(N, rows, columns)` to the nearest ones with singular values of about one, by a
     Newton-Schulz iteration; in bf16 where that is fast, as it need not be exact."""
-    in_bf16 = matrices.dtype == torch.float32 and native_bf16()
+    in_bf16 = matrices.dtype == torch.float32 and native_bf16(matrices.device.type)
     x = matrices.bfloat16() if in_bf16 else matrices
     if is_tall := x.shape[1] > x.shape[2]:
         x = x.mT
