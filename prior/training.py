@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from prior.base import Prior, nats_of
 from prior.manifest import CodeDataset, Manifest, parse_level, read_manifest
 from prior.probes import rows_of
 from prior.registry import load_prior, make_prior
+from prior.vector import VectorNetwork
 from vqvae2.common.accelerate import (
     check_same_images,
     describe_place,
@@ -81,7 +82,9 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     train, validation = open_codes(config, manifest, network.level + 1, accelerator)
     if train.vectors is not None and config.init_from is None:
         values = torch.from_numpy(train.vectors[:: 1 + len(train) // 100_000].copy())
-        cast(Any, model).vector.normalise_as(values, attributes=bool(network.vector_names))
+        for module in model.modules():
+            if isinstance(module, VectorNetwork):
+                module.normalise_as(values, attributes=bool(network.vector_names))
     if network.num_classes and train.labels is not None:
         counts = np.bincount(train.labels, minlength=network.num_classes)
         if not counts.all():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 COLLAPSED = 0.1  # a perplexity below this times K is called a collapse
+SIZES = "codebook_sizes (of fsq: fsq_levels)"
 
 
 def perplexity(counts: Tensor) -> float:
@@ -45,8 +46,8 @@ def verdict(name: str, counts: Tensor, num_features: int | None = None) -> tuple
     if num_features is not None and num_features < size:
         too_few = f"all images have only {num_features} features, too few images to fill it"
     if too_few:
-        return False, f"{use}, but {too_few}: use more images or smaller codebook_sizes."
-    advice = "lower learning_rate, raise model.quantizer.revival_threshold, or lower codebook_sizes"
+        return False, f"{use}, but {too_few}: use more images or smaller {SIZES}."
+    advice = f"lower learning_rate, raise model.quantizer.revival_threshold, or lower {SIZES}"
     return False, f"{use}: it has collapsed; {advice}."
 
 
@@ -54,7 +55,7 @@ def warn_of_few(number: int, sizes: Sequence[int]) -> None:
     """Say that a codebook has more codes than there are training images, if one has."""
     if number < max(sizes):
         text = "only %d training images for %d codes, which may memorise them: use more images"
-        logger.warning(f"{text}, or smaller codebook_sizes.", number, max(sizes))
+        logger.warning(f"{text}, or smaller {SIZES}.", number, max(sizes))
 
 
 class CodebookWatch:

@@ -41,6 +41,9 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module, ABC):
     """Features `(B, D, h, w)` in, `Quantized` out; `lookup` is the way back from codes."""
 
+    codebook_size: int
+    """K."""
+
     @abstractmethod
     def forward(self, features: Tensor) -> Quantized:
         """Quantize; in training mode the codebook learns."""
@@ -268,6 +271,7 @@ class FSQuantizer(Quantizer):
         super().__init__()
         sizes = (config or QuantizerConfig()).fsq_levels
         assert (math.prod(sizes), len(sizes)) == (codebook_size, dim), "both follow from levels"
+        self.codebook_size = codebook_size
         levels = torch.tensor(sizes)
         self.register_buffer("levels", levels, persistent=False)
         basis = torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(dim=0)])

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipelines.belonging import ADVICE, mismatches
 from pipelines.config import DoctorConfig
@@ -197,8 +196,9 @@ def check_belonging(
 def check_round_trip(quantizer: Quantizer, name: str, num_features: int | None = None) -> str:
     """Every code of a level comes back from looking it up and quantizing, with its embedding; or
     as one nearly equal, where all images have fewer features, if known, than there are codes."""
-    size = int(getattr(quantizer, "codebook_size", 0)) or int(cast(Tensor, quantizer.levels).prod())
-    codes = torch.arange(size, device=next(quantizer.buffers()).device)[None, :, None]  # (1, K, 1)
+    size, tensors = quantizer.codebook_size, [*quantizer.parameters(), *quantizer.buffers()]
+    device = tensors[0].device if tensors else None
+    codes = torch.arange(size, device=device)[None, :, None]  # (1, K, 1)
     back = quantizer.eval()(quantizer.features_of(codes))
     changed = (back.codes != codes).flatten().nonzero().flatten().tolist()
     few = num_features is not None and num_features < size
