@@ -50,6 +50,9 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
             near = get_close_matches(str(label)[:100], names, n=1)
             allowed += shown(near[0]) if near else f"one of {few(names)}"
             allowed += ", or none" * can_hide
-            raise UserError(f"label {shown(label)} names no class, or two: give {allowed}.")
+            what = "names no class"
+            if str(label) in numbers:  # the number was taken out above
+                what = "is the number of one class and the name of another"
+            raise UserError(f"label {shown(label)} {what}: give {allowed}.")
         places.append(numbers[key])
     return places or list(range(len(names)))
