@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from prior.attention import Attention
@@ -34,7 +34,7 @@ def nats_of(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(rows, codes.flatten(), reduction="none").view_as(codes)
 
 
-class Prior(Artifact, nn.Module, ABC):
+class Prior(Artifact, ABC):
     """A distribution over one level's codes, given those of all coarser levels, and perhaps a
     class label and a condition vector.
 

@@ -280,7 +280,7 @@ def test_a_path_never_goes_to_the_network(monkeypatch: pytest.MonkeyPatch, tmp_p
     def ask(*args: object, **options: object) -> None:
         pytest.fail("asked the network")
 
-    monkeypatch.setattr("vqvae2.common.artifact.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     absolute = str(tmp_path / "none")
@@ -297,10 +297,35 @@ def test_the_hub_is_asked_for_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             raise ConnectionError
         return str(tmp_path)
 
-    monkeypatch.setattr("vqvae2.common.artifact.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert isinstance(VQVAE2.from_pretrained("someone/model"), VQVAE2)
     with pytest.raises(UserError, match="someone/else is neither a local folder nor a repository"):
         VQVAE2.from_pretrained("someone/else")
+
+
+def test_a_model_is_uploaded_as_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            sent["token"] = token
+
+        def create_repo(self, repo_id: str, **options: object) -> Any:
+            sent["created"] = {"repo_id": repo_id, **options}
+            return mock.Mock(repo_id=f"someone/{repo_id}")
+
+        def upload_folder(self, folder_path: str, **options: object) -> str:
+            sent["files"] = sorted(path.name for path in Path(folder_path).iterdir())
+            sent["model"] = VQVAE2.from_pretrained(folder_path)
+            return f"https://hub/{options['repo_id']}/{options['revision']}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = small_model()
+    url = model.push_to_hub("faces", private=True, token="secret", branch="v2")
+    assert url == "https://hub/someone/faces/v2"
+    assert sent["created"] == {"repo_id": "faces", "private": True, "exist_ok": True}
+    assert (sent["token"], sent["files"]) == ("secret", ["config.json", "model.safetensors"])
+    assert sent["model"].content_hash() == model.content_hash()
 
 
 def test_the_hash_is_of_what_decides_the_codes() -> None:

@@ -32,7 +32,7 @@ class VQVAE2Output(NamedTuple):
 NETWORKS: dict[str, Any] = {"paper": paper, "resnet": resnet}  # each makes the same three parts
 
 
-class VQVAE2(Artifact, nn.Module):
+class VQVAE2(Artifact):
     """A hierarchy of vector-quantized autoencoders.
 
     Going up, each level's encoder reads the features of the next finer level. Coming down, each

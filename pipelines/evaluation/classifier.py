@@ -68,7 +68,7 @@ class ClassifierConfig:
         return 2 ** max(1, round(math.log2(min(self.size) / 16)))
 
 
-class Classifier(Artifact, nn.Module):
+class Classifier(Artifact):
     """Convolutions whose means over all positions, at every scale, are the features: fine detail
     (noise, blur) shows in the first ones, what is depicted in the last."""
 

@@ -5,13 +5,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
         return path
     if looks_like_path(str(name)):
         raise UserError(f"{name} is not a folder: check the path, or make it by the earlier step.")
+    from huggingface_hub import snapshot_download  # 0.2 s, which only the Hub's users wait
+
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds; the user needs one sentence
@@ -55,11 +57,11 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
         raise UserError(f"{problem} ({type(error).__name__}: {first_line}).") from None
 
 
-class Artifact(ModelHubMixin):
+class Artifact(nn.Module):
     """A model that saves as a folder, loads back strictly, and can be pushed to the Hub.
 
-    Subclasses are `nn.Module`s made from one dataclass, their `config_class`, whose `summary()`
-    says in a few words what they are.
+    Subclasses are made from one dataclass, their `config_class`, whose `summary()` says in a few
+    words what they are.
     """
 
     config_class: ClassVar[type]
@@ -73,17 +75,38 @@ class Artifact(ModelHubMixin):
     @property
     def num_parameters(self) -> int:
         """How many numbers the network learns."""
-        return sum(weight.numel() for weight in cast(nn.Module, self).parameters())
+        return sum(weight.numel() for weight in self.parameters())
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(cast(nn.Module, self).parameters()).device
+        return next(self.parameters()).device
 
-    def save_pretrained(self, save_directory: str | Path, **for_the_mixin: Any) -> None:
-        """Write `config.json` and `model.safetensors`; `push_to_hub(repo_id)` does, and uploads."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload a model of vqvae2",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hub (`namespace/name`), which
+        is made if it is not there. Returns the URL of the commit; raises as `HfApi` does."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=branch
+            )
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
         folder = Path(save_directory).expanduser()
-        state: dict[str, Tensor] = self.state_dict()  # type: ignore[attr-defined]
+        state: dict[str, Tensor] = self.state_dict()
         state = {name: tensor.contiguous() for name, tensor in state.items()}
         config = {"architecture": type(self).__name__, **to_dict(self.config)}
         hashes = f"{content_hash(config, ())} {content_hash({}, state.items())}"
@@ -92,7 +115,7 @@ class Artifact(ModelHubMixin):
         write_json(folder / CONFIG_NAME, config)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:  # type: ignore[override]
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
         """Load a local folder, or a Hub repository (`namespace/name`), for evaluation on the CPU.
 
         Raises:
@@ -113,15 +136,15 @@ class Artifact(ModelHubMixin):
         # A configuration that was changed could ask for more memory than there is.
         path = folder / WEIGHTS_NAME
         if path.is_file() and _saved_hashes(path)[:1] != [config_hash]:
-            weights, needed = path.stat().st_size, state_bytes(partial(cls, config))  # type: ignore[arg-type]
+            weights, needed = path.stat().st_size, state_bytes(partial(cls, config))
             if needed > 8 * weights:
                 sizes = f"has {weights:,} bytes, but {CONFIG_NAME} asks for {needed:,}"
                 raise OtherConfiguration(f"{path} {sizes}")
         with torch.random.fork_rng(devices=[]):  # its first weights are random
             model = cls(config)
-        load_weights(model, folder)  # type: ignore[arg-type]
+        load_weights(model, folder)
         _check_hash(folder / CONFIG_NAME, 0, config_hash)
-        return model.eval()  # type: ignore[attr-defined]
+        return model.eval()
 
 
 def state_bytes(make_model: Callable[[], nn.Module]) -> int:
@@ -175,7 +198,7 @@ def load_other_weights(model: Artifact, folder: Path) -> None:
     """Load the weights that another run has made, as `load_weights` does; if they do not fit, the
     `UserError` says which of its settings are others."""
     try:
-        load_weights(cast(nn.Module, model), folder)
+        load_weights(model, folder)
     except OtherConfiguration as error:
         is_there = (folder / CONFIG_NAME).is_file()
         raise UserError(f"{error}{_other_settings(model, folder) if is_there else ''}") from None
