@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import inspect
 import io
@@ -17,7 +18,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 from pipelines import config as configs
 from vqvae2.common.config import (
@@ -160,9 +161,11 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
         return "interrupted; run the same command again to continue.", 130
 
 
-def run_script(command: str) -> None:
-    """Run a subcommand with a script's own arguments; what the files of scripts/ call."""
-    sys.exit(main([command, *sys.argv[1:]]))
+def run_script(command: str | None = None) -> NoReturn:
+    """All that a process does: run a subcommand, by default the one that is its first argument."""
+    code = main([*filter(None, [command]), *sys.argv[1:]])
+    gc.freeze()  # or Python would search torch's objects for garbage before it ends, for 0.4 s
+    sys.exit(code)
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -432,4 +435,4 @@ def _leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script()

@@ -1,8 +1,6 @@
 """`python -m vqvae2` is the command `vqvae2`."""
 
-import sys
-
-from pipelines.cli import main
+from pipelines.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script()
