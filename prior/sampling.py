@@ -65,7 +65,8 @@ class SamplingConfig(Config):
         levels: list[dict[str, Any]] = [{} for _ in range(num_levels)]
         for name, value in settings.items():
             given = value.tolist() if isinstance(value, np.ndarray) else value
-            values = list(given) if isinstance(given, Sequence) else [given]
+            is_one = isinstance(given, str) or not isinstance(given, Sequence)
+            values = [given] if is_one else list(given)
             if len(values) == 1:
                 values *= num_levels
             if values and len(values) != num_levels:

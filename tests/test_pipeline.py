@@ -411,6 +411,8 @@ def test_known_codes_that_do_not_fit_are_refused(pipeline: VQVAE2Pipeline) -> No
         pipeline(3, known=known)
     with pytest.raises(UserError, match="give one per level"):
         pipeline(1, known=known[:1])
+    with pytest.raises(UserError, match="temperature is 'hot'"):
+        pipeline(1, temperature="hot")
     with pytest.raises(UserError, match="from 0 to 15"):
         pipeline(1, known=[Known(known[0].codes + 16, known[0].mask), None])
 
