@@ -392,17 +392,18 @@ def recipe_section(
     section = recipe.get(command) or {}
     if command != "train-prior":
         return section
-    numbers = {"top": 0, "bottom": _num_levels(recipe, codes or section.get("codes", "")) - 1}
-    return merged(section, recipe.get(f"prior_{numbers.get(level, level)}") or {})
+    if level == "bottom":
+        level = str(_num_levels(recipe, codes or section.get("codes", "")) - 1)
+    return merged(section, recipe.get(f"prior_{0 if level == 'top' else level}") or {})
 
 
 def _num_levels(recipe: dict[str, Any], codes: str) -> int:
-    manifest = Path(os.path.expanduser(codes), "manifest.json")
     with contextlib.suppress(UserError, KeyError, TypeError):  # which the command explains
-        return len(read_json(manifest)["grids"])
-    strides = merged({"model": {"strides": (2, 4)}}, recipe.get("train") or {})["model"]["strides"]
+        return len(read_json(Path(os.path.expanduser(codes), "manifest.json"))["grids"])
+    model = (recipe.get("train") or {}).get("model")
+    strides = model.get("strides") if isinstance(model, dict) else None
     named = [int(name.removeprefix("prior_")) for name in recipe if name.startswith("prior_")]
-    return max(len(strides), 1 + max(named, default=0))
+    return max(len(strides) if isinstance(strides, list) else 2, 1 + max(named, default=0))
 
 
 def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], str | None]:

@@ -43,6 +43,10 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
     places = []
     for label in given:
         key = label
+        if isinstance(label, int) and label not in numbers and str(label) in numbers:
+            own, other = shown(names[label]), shown(str(label))
+            what = f"label {label} is the number of the class {own}, and the name of another"
+            raise UserError(f"{what}: give the name, {own} or {other}.")
         if isinstance(label, str) and label not in numbers:
             key = normalize("NFC", label)
         if key not in numbers:
@@ -50,9 +54,6 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
             near = get_close_matches(str(label)[:100], names, n=1)
             allowed += shown(near[0]) if near else f"one of {few(names)}"
             allowed += ", or none" * can_hide
-            what = "names no class"
-            if str(label) in numbers:  # the number was taken out above
-                what = "is the number of one class and the name of another"
-            raise UserError(f"label {shown(label)} {what}: give {allowed}.")
+            raise UserError(f"label {shown(label)} names no class: give {allowed}.")
         places.append(numbers[key])
     return places or list(range(len(names)))

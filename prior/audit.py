@@ -119,6 +119,7 @@ def check_cache(prior: Prior, rows: Rows | None = None) -> str:
     and on small grids `sample` draws from these. In float64: in float32 a deep network may amplify
     rounding until it looks like a bug."""
     prior, rows = copy.deepcopy(prior).double(), rows or probes.random_rows(prior, 2)
+    rows = rows._replace(views=None)  # samples are of the original
     grid, length = prior.config.grids[-1], prior.config.num_positions
 
     # The logits of the steps, one position at a time and in windows.

@@ -16,6 +16,7 @@ from vqvae2.common.config import (
     check_between,
     check_share,
     may_change,
+    newer,
 )
 from vqvae2.common.vocabulary import (
     LONGEST_VECTOR,
@@ -51,7 +52,7 @@ class TransformerOptions(Config):
     """Blocks of the network that reads the coarser levels' codes; they see all positions."""
     dropout: float | None = None
     """Dropout after attention and MLP. By default 0.2 below 4,000 training rows, else 0.1."""
-    reads_neighbours: bool = True
+    reads_neighbours: bool = newer(True, before=False)
     """Feed each position the codes that touch it, left and above, which attention alone would have
     to find: it learns sooner."""
     attention_rows: int = 0
@@ -254,7 +255,7 @@ class TrainPriorConfig(TrainingConfig):
     class_conditional: bool = True
     """Condition on the class labels where the code dataset has them. (Condition vectors are used in
     any case, with labels or without.)"""
-    view_conditional: bool = True
+    view_conditional: bool = newer(True, before=False)
     """Where rows are mirrored and cropped images, too (`vqvae2 extract --views`), tell the prior
     which view each is: it learns from all of them, and samples originals. (A fine-tuning does as
     its first weights.)"""

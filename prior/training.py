@@ -28,13 +28,13 @@ from vqvae2.common.accelerate import (
     on_main_process,
 )
 from vqvae2.common.artifact import CONFIG_NAME, check_memory
-from vqvae2.common.config import shown
+from vqvae2.common.config import as_begun, shown
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished, load_first_weights
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.lock import writes_output
 from vqvae2.common.metrics import best_validation, conclusion
-from vqvae2.common.runs import RunRecord
+from vqvae2.common.runs import RunRecord, read_record
 from vqvae2.common.torch_settings import settings_restored
 from vqvae2.common.vocabulary import (
     MIN_HELD_OUT,
@@ -55,6 +55,8 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     another run's folder, and `Stopped` at SIGTERM or Ctrl-C, when the state is saved."""
     # Open the manifest and the run folder, which may hold this run.
     output_dir = Path(config.output_dir)
+    if (output_dir / TRAINING_RECORD).exists():
+        config = as_begun(config, read_record(output_dir / TRAINING_RECORD))
     manifest = read_manifest(Path(config.codes))
     if not manifest.num_train:
         raise UserError(f"{config.codes} holds no rows to train on: extract codes of more images.")
@@ -190,8 +192,8 @@ def _views(
     of which the rows must be, if they are of several."""
     if start is None:
         return manifest.other_views if config.view_conditional else ()
-    if start.views and manifest.other_views not in ((), start.views):
-        known, here = (" ".join((ORIGINAL, *v)) for v in (start.views, manifest.other_views))
+    if start.views and {*manifest.views} not in ({ORIGINAL}, {ORIGINAL, *start.views}):
+        known, here = " ".join((ORIGINAL, *start.views)), " ".join(manifest.views)
         seen = f"{config.codes} holds the views {here}, but {config.init_from} knows {known}"
         raise UserError(f"{seen}: extract with --views {known}, or with {ORIGINAL} alone.")
     return start.views

@@ -185,6 +185,9 @@ def test_a_section_is_of_its_level_alone_and_says_what_differs(tmp_path: Path) -
     assert recipe_section(second, "train-prior", "bottom", str(tmp_path)) == {}
     three = {"train": {"model": {"strides": [2, 2, 2]}}, **second}
     assert recipe_section(three, "train-prior", "bottom") == {}
+    for train in ({"model": None}, {"model": {"strides": 4}}, None):  # train says what is wrong
+        wrong = {"train": train, "train-prior": {"codes": 5}, **second}
+        assert recipe_section(wrong, "train-prior", "bottom") == {"codes": 5, "seed": 2}
     both = {"train-prior": {"transformer": {"width": 64, "dropout": 0.1}, "num_steps": 5}}
     both["prior_1"] = {"transformer": {"dropout": 0.3}}
     expected = {"transformer": {"width": 64, "dropout": 0.3}, "num_steps": 5}

@@ -15,26 +15,29 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 import prior.attention
 import prior.audit
 import prior.probes
 import prior.training
-from pipelines.commands.doctor import check_round_trip, examine, load
+from pipelines.commands.doctor import check_round_trip, examine, examine_prior, load
 from pipelines.config import DoctorConfig
 from pipelines.encoding import encode_lanes
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import KVCache, Slots, attend
 from prior.audit import audit, check_attention, check_vector_helps, stop_if_unsound
 from prior.base import Prior
-from prior.manifest import read_manifest
-from prior.probes import random_rows
-from prior.registry import load_prior
+from prior.manifest import CodeDataset, read_manifest
+from prior.probes import fresh_copy, random_rows
+from prior.registry import load_prior, make_prior
+from prior.training import prior_config
 from tests.conftest import command, edit_manifest, edit_shard, vqvae2
 from vqvae2 import VQVAE2
 from vqvae2.common.checks import Finding
 from vqvae2.common.errors import UserError
 from vqvae2.common.metrics import best_validation
+from vqvae2.common.vocabulary import SPLITS
 from vqvae2.config import QuantizerConfig
 from vqvae2.quantizers import CodebookQuantizer, make_quantizer
 
@@ -693,13 +696,48 @@ def test_codes_are_encoded_again_in_the_precision_that_made_them(
     assert (False in seen, True in seen) == (True, True)
 
 
+@pytest.fixture(scope="module")
+def views(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes of the views original, flip and top_left."""
+    codes = tmp_path_factory.mktemp("views") / "codes"
+    given = ("--vqvae", run / "vqvae", "--data.path", photos, "--shard-size", 50)
+    command("extract", *given, "--views", "original", "flip", "top_left", "--output-dir", codes)
+    return codes
+
+
+def test_rows_of_several_views_do_not_alarm(views: Path) -> None:
+    """Nothing is held out, so that the checks read training rows: mirrored ones, too."""
+    manifest = read_manifest(views)
+    rows = {split: CodeDataset(views, manifest, split) for split in SPLITS}
+    rows["validation"] = Subset(rows["validation"], [])
+    settings = TrainPriorConfig(codes=str(views), level="bottom", output_dir="x")
+    for known in (("flip", "top_left"), ("top_left",)):
+        config = dataclasses.replace(prior_config(settings, manifest), views=known)
+        prior = fresh_copy(make_prior(config), noise=True)
+        found = list(examine_prior(prior, manifest, rows))
+        assert [finding.passed for finding in found if "cache" in finding.name] == [True, True]
+
+
+def test_a_training_of_an_earlier_version_goes_on_as_it_was(views: Path, tmp_path: Path) -> None:
+    given = ("--config", "tiny", "--codes", views, "--level", "top", "--output-dir", tmp_path)
+    before = ("--no-view-conditional", "--transformer.no-reads-neighbours")
+    command("train-prior", *given, *before, "--num-steps", 2)
+    record = tmp_path / "train_config.yaml"
+    settings = yaml.safe_load(record.read_text())
+    del settings["view_conditional"], settings["transformer"]["reads_neighbours"]
+    record.write_text(yaml.safe_dump(settings))
+    for number in (4, 6):
+        command("train-prior", *given, "--num-steps", number)
+    config = load_prior(tmp_path).config
+    assert isinstance(config, TransformerPriorConfig)
+    assert (config.views, config.network.reads_neighbours) == ((), False)
+
+
 def test_views_are_no_repeats_and_are_encoded_as_they_were(
-    run: Path, photos: Path, tmp_path: Path
+    run: Path, views: Path, tmp_path: Path
 ) -> None:
+    codes = shutil.copytree(views, tmp_path / "codes")
     shutil.copytree(run / "vqvae", tmp_path / "vqvae")
-    codes, vqvae = tmp_path / "codes", ("--vqvae", run / "vqvae")
-    views = ("--views", "original", "flip", "top_left", "--shard-size", 50)
-    command("extract", *vqvae, "--data.path", photos, "--output-dir", codes, *views)
     command("codes", "verify", "--codes", codes)
     assert failed(tmp_path, "vqvae", "codes") == {}
 

@@ -448,7 +448,7 @@ def test_a_label_has_one_meaning(
             return
         what = "names no class"
         if label == 3:
-            what = "label 3 is the number of one class and the name of another"
+            what = "number of the class 'c', and the name of another: give the name, 'c' or '3'"
         with pytest.raises(UserError, match=what) as error:
             pipeline.label_numbers(label)
         assert len(str(error.value)) < 200

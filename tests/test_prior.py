@@ -968,6 +968,8 @@ def test_a_prior_is_told_views_of_the_rows_or_those_of_its_first_weights(tmp_pat
     sentence = "holds the views original top_left, but .*flip knows original flip: extract with"
     with pytest.raises(UserError, match=sentence):
         views("original", "top_left", **flip)
+    with pytest.raises(UserError, match=r"holds the views flip, but .*flip knows original flip"):
+        views("flip", **flip)
     with pytest.raises(UserError, match="views"):
         dataclasses.replace(first, views=("flip", "original"))
 

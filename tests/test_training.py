@@ -169,7 +169,7 @@ def test_a_picture_that_needs_too_much_memory_ends_no_training(
     accelerator, loader = make_accelerator(config, tmp_path), ShuffledLoader(Images(), 4)
     fit(accelerator, model, loss, loader, config, tmp_path, draw=draw)
     assert [path.stem for path in (tmp_path / "images").iterdir()] == ["step_00000004"]
-    assert "no picture at step 2, for too little memory" in caplog.text
+    assert "memory is short, so there is no picture at step 2" in caplog.text
 
 
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(

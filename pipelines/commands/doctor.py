@@ -162,6 +162,8 @@ def examine_prior(
         return
     held_out = datasets["validation"] if len(datasets["validation"]) > 1 else datasets["train"]
     few, rows = (dataset_rows(prior, held_out, number) for number in (2, MOST_ROWS))
+    if manifest is not None and manifest.other_views != prior.config.views:
+        rows = rows._replace(views=None)  # they are other views' numbers
     yield check_cache(prior, few)._replace(name="cache on real codes")
     yield from filter(None, [check_condition_helps(prior, rows), check_vector_helps(prior, rows)])
     alone = held_out.unigram_bits(prior.config.level, datasets["train"])

@@ -188,7 +188,8 @@ class TrainingState:
             logger.warning("%s is not whole, so an older state is taken: %s", folder, problems[0])
         if steps:
             advice = f"restore one, or give --init-from {self.folder.parent} to a new --output-dir"
-            raise UserError(f"{self.folder}: no state in it is whole ({problems[0]}) {advice}.")
+            problem = problems[0].rstrip(".")
+            raise UserError(f"{self.folder}: no state in it is whole ({problem}): {advice}.")
         return False
 
     def _steps(self) -> list[int]:

@@ -71,6 +71,25 @@ def added(default: Any, *, earlier: Any = MISSING, recipe_only: bool = False) ->
     return field(default=default, metadata={"earlier": earlier, "recipe_only": recipe_only})
 
 
+def newer(default: Any, *, before: Any) -> Any:
+    """A setting of a command that was added later: until then all was as with the value `before`,
+    with which `as_begun` continues a run."""
+    return field(default=default, metadata={"before": before})
+
+
+def as_begun(config: T, record: Mapping[str, Any]) -> T:
+    """A run's settings, by its record: what was added after the run was begun is as it was then,
+    where it is left at its default now."""
+    changes: dict[str, Any] = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        value, before = getattr(config, f.name), f.metadata.get("before", MISSING)
+        if is_dataclass(value) and isinstance(record.get(f.name), Mapping):
+            changes[f.name] = as_begun(value, record[f.name])
+        elif before is not MISSING and value == f.default:
+            changes[f.name] = record.get(f.name, before)
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
     """How a model is trained: what the training loop, `vqvae2.common.fit.fit`, needs to know."""

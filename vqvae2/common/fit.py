@@ -147,7 +147,8 @@ def fit(
         try:
             picture = draw(result.eval())
         except torch.OutOfMemoryError:  # it may need more than a step, and training goes before
-            logger.warning("%s: no picture at step %d, for too little memory.", output_dir, step)
+            text = "%s: memory is short, so there is no picture at step %d; training goes on."
+            logger.warning(text, output_dir, step)
             return
         finally:
             use_deterministic_algorithms(config.deterministic)
