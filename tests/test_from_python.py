@@ -91,16 +91,25 @@ def test_trainings_give_back_torchs_precision(tmp_path: Path) -> None:
 def test_torchs_own_settings_of_precision_stay_and_can_be_read() -> None:
     """In processes of their own: torch refuses to tell of settings that contradict each other."""
     program = """
+import os
 import torch
 from vqvae2.common.torch_settings import exact_convolutions, set_arithmetic, settings_restored
-{setting}
-with settings_restored():
-    set_arithmetic()
-    torch.get_float32_matmul_precision()
-    with exact_convolutions(), exact_convolutions():
-        assert torch.backends.cudnn.deterministic
-assert not torch.backends.cudnn.deterministic
-print({found})
+
+def check(setting, name):
+    exec(setting)
+    with settings_restored():
+        set_arithmetic()
+        torch.get_float32_matmul_precision()
+        with exact_convolutions(), exact_convolutions():
+            assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.deterministic
+    assert repr(eval(name)) in setting, eval(name)
+
+for case in {cases}:
+    if os.fork() == 0:
+        check(*case)
+        os._exit(0)
+    assert os.wait()[1] == 0, case
 """
     cases = [("torch.set_float32_matmul_precision('high')", "torch.get_float32_matmul_precision()")]
     if hasattr(torch.backends, "fp32_precision"):
@@ -108,13 +117,9 @@ print({found})
             for place in ("", ".cudnn.conv", ".cuda.matmul", ".mkldnn.matmul"):
                 name = f"torch.backends{place}.fp32_precision"
                 cases.append((f"{name} = '{value}'", name))
-    for setting, name in cases:
-        text = program.format(setting=setting, found=name)
-        done = subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() in setting
+    text = program.format(cases=cases)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_parts_that_were_frozen_stay_frozen() -> None:

@@ -120,7 +120,7 @@ def test_a_recipe_is_planned_in_seconds_without_its_memory(name: str) -> None:
 
 def test_group_norm_of_a_gpu_is_planned_in_fp32() -> None:
     """That is what CUDA's autocast computes it in, and what it keeps."""
-    model = {"network": "resnet", "hidden_channels": 32, "image": {"size": [64]}}
+    model = {"network": "resnet", "hidden_channels": 16, "image": {"size": [32]}}
     (stage, *_) = trainings_of({"train": {"model": model, "data": {"path": "photos"}}}, "recipe")
 
     def activations(precision: str, kind: str) -> float:
