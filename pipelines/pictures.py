@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
@@ -27,14 +28,14 @@ from vqvae2.model import VQVAE2
 
 def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
     """For `fit`: draws samples of one level's prior, in place of that level in up to 32 held-out
-    rows, whose other levels stay. Raises a `UserError` if another autoencoder made the codes."""
+    rows, or if there are none, original ones of the training, whose other levels stay. Raises a
+    `UserError` if another autoencoder made the codes."""
     folder = Path(config.codes)
     manifest = read_manifest(folder)
     model = VQVAE2.from_pretrained(vqvae).to(processes().device)
     refuse_mismatches(model, (), manifest)
     level = parse_level(config.level, manifest.num_levels)
     split = "validation" if manifest.num_validation else "train"
-    number = min(32, manifest.num_rows(split))
 
     @cache
     def real_rows() -> dict[str, Any]:
@@ -42,14 +43,14 @@ def make_sample_drawer(config: TrainPriorConfig, vqvae: str) -> Draw:
         # decoded what it reads itself, if that is too large for memory.
         where = config.codes_cache and Path(config.codes_cache)
         rows = CodeDataset(folder, manifest, split, cache_dir=where or None)
-        return rows.__getitems__(some_rows(len(rows), 32))
+        originals = np.arange(len(rows)) if rows.views is None else np.flatnonzero(rows.views == 0)
+        return rows.__getitems__(originals[some_rows(len(originals), 32)].tolist())
 
     def draw(prior: Prior) -> Image.Image:
         batch = send_to_device(real_rows(), prior.device)
         codes, rows = list(batch["codes"]), rows_of(prior.config, batch)
-        codes[level] = prior.sample(
-            number, rows.condition, rows.labels, seeds=image_seeds(0, 0, number)
-        )
+        seeds = image_seeds(0, 0, len(codes[0]))
+        codes[level] = prior.sample(len(seeds), rows.condition, rows.labels, seeds=seeds)
         with torch.no_grad():
             return sample_sheet(to_pil(model.decode_codes(codes)))
 

@@ -24,6 +24,7 @@ import prior.training
 from pipelines.commands.doctor import check_round_trip, examine, examine_prior, load
 from pipelines.config import DoctorConfig
 from pipelines.encoding import encode_lanes
+from pipelines.pictures import make_sample_drawer
 from prior import TrainPriorConfig, TransformerConfig, TransformerPrior, TransformerPriorConfig
 from prior.attention import KVCache, Slots, attend
 from prior.audit import audit, check_attention, check_vector_helps, stop_if_unsound
@@ -705,17 +706,40 @@ def views(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return codes
 
 
+def settings_for(codes: Path) -> TrainPriorConfig:
+    return TrainPriorConfig(codes=str(codes), level="bottom", output_dir="x")
+
+
 def test_rows_of_several_views_do_not_alarm(views: Path) -> None:
     """Nothing is held out, so that the checks read training rows: mirrored ones, too."""
     manifest = read_manifest(views)
     rows = {split: CodeDataset(views, manifest, split) for split in SPLITS}
     rows["validation"] = Subset(rows["validation"], [])
-    settings = TrainPriorConfig(codes=str(views), level="bottom", output_dir="x")
     for known in (("flip", "top_left"), ("top_left",)):
-        config = dataclasses.replace(prior_config(settings, manifest), views=known)
+        config = dataclasses.replace(prior_config(settings_for(views), manifest), views=known)
         prior = fresh_copy(make_prior(config), noise=True)
         found = list(examine_prior(prior, manifest, rows))
         assert [finding.passed for finding in found if "cache" in finding.name] == [True, True]
+
+
+def test_pictures_are_drawn_beside_original_rows_alone(
+    views: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again nothing is held out."""
+    nothing = dataclasses.replace(read_manifest(views), validation=())
+    monkeypatch.setattr("pipelines.pictures.read_manifest", lambda folder: nothing)
+    prior, seen = make_prior(prior_config(settings_for(views), nothing)).eval(), []
+
+    def sample(number: int, condition: list[Tensor], *labels: Tensor, **options: Any) -> Tensor:
+        seen.append(condition[0])
+        return torch.zeros(number, *nothing.grids[1], dtype=torch.int64)
+
+    monkeypatch.setattr(prior, "sample", sample)
+    make_sample_drawer(settings_for(views), str(run / "vqvae"))(prior)
+    rows = CodeDataset(views, nothing, "train").__getitems__(range(nothing.num_train))
+    originals = {tuple(row.flatten().tolist()) for row in rows["codes"][0][rows["views"] == 0]}
+    assert len(seen[0]) == 32
+    assert {tuple(row.flatten().tolist()) for row in seen[0]} <= originals
 
 
 def test_a_training_of_an_earlier_version_goes_on_as_it_was(views: Path, tmp_path: Path) -> None:
