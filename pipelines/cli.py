@@ -163,7 +163,7 @@ def _run(arguments: Sequence[str]) -> tuple[str, int]:
 
 def run_script(command: str | None = None) -> NoReturn:
     """All that a process does: run a subcommand, by default the one that is its first argument."""
-    code = main([*filter(None, [command]), *sys.argv[1:]])
+    code = main(([command] if command else []) + sys.argv[1:])
     gc.freeze()  # or Python would search torch's objects for garbage before it ends, for 0.4 s
     sys.exit(code)
 

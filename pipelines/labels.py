@@ -43,7 +43,8 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
     places = []
     for label in given:
         key = label
-        if isinstance(label, int) and label not in numbers and str(label) in numbers:
+        is_number = isinstance(label, int) and 0 <= label < len(names)
+        if is_number and label not in numbers and str(label) in numbers:  # it was taken out above
             own, other = shown(names[label]), shown(str(label))
             what = f"label {label} is the number of the class {own}, and the name of another"
             raise UserError(f"{what}: give the name, {own} or {other}.")

@@ -435,6 +435,8 @@ def test_labels_are_names_or_numbers(pipeline: VQVAE2Pipeline) -> None:
         (["007", "8"], "7", 0),
         (["3", "a", "b", "c"], 3, None),  # a name, and another's place
         (["3", "a", "b", "c"], 1, 1),
+        (["5", "a", "-1"], 5, None),  # a name, and nobody's place
+        (["5", "a", "-1"], -1, None),
         (["cafe\u0301", "th\xe9"], "caf\xe9", 0),
         ([str(i) + "x" for i in range(9999)], "y", None),
     ],
