@@ -43,8 +43,8 @@ def label_numbers(labels: Labels, names: Sequence[str], *, can_hide: bool) -> li
     places = []
     for label in given:
         key = label
-        is_number = isinstance(label, int) and 0 <= label < len(names)
-        if is_number and label not in numbers and str(label) in numbers:  # it was taken out above
+        is_known = label in numbers or str(label) not in numbers
+        if isinstance(label, int) and 0 <= label < len(names) and not is_known:  # deleted above
             own, other = shown(names[label]), shown(str(label))
             what = f"label {label} is the number of the class {own}, and the name of another"
             raise UserError(f"{what}: give the name, {own} or {other}.")
