@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -343,8 +343,16 @@ def _annotate_for_tyro(config_class: type, for_help: bool) -> None:
         elif dataclasses.is_dataclass(hint) or not texts.get(field.name):
             continue
         else:
-            annotation = Annotated[hint, arg(help=texts[field.name])]
+            text = texts[field.name]
+            described = arg(help=text, help_behavior_hint=partial(_default_hint, text))
+            annotation = Annotated[hint, described]
         config_class.__annotations__[field.name] = annotation
+
+
+def _default_hint(text: str, value: str) -> str:
+    """The words for a flag's default behind its text, which may name it itself."""
+    says_it = "By default" in text and value in ("", "None")
+    return "" if says_it else f"(default: {value or 'none'})"
 
 
 def suggest_flag(flag: str, known: Sequence[str]) -> str:

@@ -590,3 +590,11 @@ def test_guidance_that_a_prior_cannot_give_is_refused_before_anything_is_written
     run_here("sample", *words, "--guidance-scale", 2, code=2)
     assert "the prior of level 1 was trained without label dropout" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    run_here("sample", "--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "one per level. (default: none)" in shown  # an empty list
+    assert "By default all classes. --output-dir" in shown  # once is enough
+    assert "(default: 1.0)" in shown
