@@ -439,7 +439,7 @@ class EvaluateConfig(DrawConfig, PartsConfig):
     lpips_file: str | None = may_change(None)
     """VGG weights with LPIPS's (as `perceptual.weights_file`): adds LPIPS to stage 1."""
     sweep: bool = may_change(False)
-    """Also compare settings (temperature, top-p, guidance), and name the best and its flags."""
+    """Also compare settings (temperatures, top-p, guidance), and name the best and its flags."""
     compare: tuple[str, ...] = may_change(())
     """Evaluations that were made before, to show side by side instead of making one."""
 

@@ -50,7 +50,7 @@ def evaluated(flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("evaluated") / "one"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "TEMPERATURES", (0.5, 1.0))
-        patch.setattr(evaluate, "TOP_PS", (1.0,))
+        patch.setattr(evaluate, "TOP_PS", ())
         patch.setattr(evaluate, "GUIDANCES", (1.0,))
         patch.setattr(classifier, "FEWEST_STEPS", 10)
         patch.setattr(classifier, "CELLS", 0)
@@ -70,11 +70,11 @@ def test_the_report_stands_alone_and_says_what_to_do(evaluated: Path) -> None:
     assert found["against"]["held-out images"]["samples"]["reference count"] == 30
     for key in ("levels", "memorised", "stage 1", "prior gaps", "accuracy", "reconstructions"):
         assert found[key], key
-    assert len(found["sweep"]) == 2
+    assert [row["temperature"] for row in found["sweep"]] == ["0.5", "1.0", "1.0 0.5"]
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 5 + bool(found.get("rejection"))
     text = " ".join(found["summary"])
-    for words in ("FD (classifier) of the samples is", "lose", "look like real", "Of 2 settings"):
+    for words in ("FD (classifier) of the samples is", "lose", "look like real", "Of 3 settings"):
         assert words in text
     assert "FID" not in text
 
@@ -382,6 +382,11 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
             {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0, "distance": 12.3, "count": 9},
             {"temperature": 0.9, "top_p": 1.0, "guidance_scale": 2.0, "distance": 10, "count": 9}]),
          "sample with --temperature 0.9 --guidance-scale 2.0"),
+        (lambda f: f.update(sweep=[
+            {"temperature": "1.0", "top_p": 1.0, "guidance_scale": 1.0, "distance": 9, "count": 9},
+            {"temperature": "1.0 0.8", "top_p": 1.0, "guidance_scale": 1.0, "distance": 7,
+             "count": 9}]),
+         "sample with --temperature 1.0 0.8."),
     ],
 )  # fmt: skip
 def test_the_summary_says_who_loses_and_what_to_do(

@@ -57,7 +57,7 @@ MOST_OF_SETTING = 1000  # samples of each setting that a sweep compares
 MOST_LEARNED = 5000  # images of each kind that a classifier learns from, and
 MOST_BYTES = 1 << 28  # in all, but a hundred are enough
 MOST_OF_LEVEL = 500  # samples that say which prior loses
-TEMPERATURES, TOP_PS, GUIDANCES = (0.8, 0.9, 1.0), (1.0, 0.95), (1.0, 1.5, 2.0)
+TEMPERATURES, TOP_PS, GUIDANCES = (0.8, 0.9, 1.0), (0.95,), (1.0, 1.5, 2.0)  # of a sweep
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -97,7 +97,7 @@ class Subject:
         labels: Sequence[int] | None = None,
         vectors: Tensor | None = None,
         known: Sequence[Known | None] = (),
-        **settings: float,
+        **settings: tuple[float, ...],
     ) -> ImageSet:
         """Samples in a folder of this name, made where they are missing; of each class, if no
         labels are given, as many as it has among the training images, and with their conditions."""
@@ -109,8 +109,7 @@ class Subject:
             rows = order.tolist()[:number]
             numbers = [train.label(i) or 0 for i in rows] if self.same_classes and names else []
             vectors = ImageSet.of_dataset("", train).choose(rows).vectors_for(self.pipeline)
-        changed = {key: (value,) for key, value in settings.items()}
-        chosen = converted(SetConfig, config, num_images=number, labels=(), **changed)
+        chosen = converted(SetConfig, config, num_images=number, labels=(), **settings)
         given: Any = {"labels": [names[i] for i in numbers] or None, "known": known}
         given["vectors"] = vectors = self.pipeline.as_vectors(vectors)
         receipt = make_receipt(self.pipeline, chosen, **given)
@@ -436,17 +435,27 @@ def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Fi
     guidances = GUIDANCES if _can_be_guided(subject) else (1.0,)
     rows = []
     number = min(config.num_samples, MOST_OF_SETTING)
-    for guidance, top_p, temperature in product(guidances, TOP_PS, TEMPERATURES):
-        settings: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "guidance_scale": guidance,
-        }
-        name = f"sweep/temperature_{temperature}_top_p_{top_p}_guidance_{guidance}"
-        seen = subject.see(subject.sample(config, name, number, **settings))
+    varied = _temperatures_and_top_ps(len(subject.pipeline.priors))
+    for guidance, (temperatures, top_p) in product(guidances, varied):
+        words = " ".join(map(str, temperatures))
+        name = f"sweep/temperature_{words.replace(' ', '_')}_top_p_{top_p}_guidance_{guidance}"
+        how: Any = {"temperature": temperatures, "top_p": (top_p,), "guidance_scale": (guidance,)}
+        seen = subject.see(subject.sample(config, name, number, **how))
         if processes().is_main_process:
+            settings = {"temperature": words, "top_p": top_p, "guidance_scale": guidance}
             rows.append({**settings, **measure.compare_briefly(reference, seen)})
     return rows
+
+
+def _temperatures_and_top_ps(num_levels: int) -> list[tuple[tuple[float, ...], float]]:
+    """What a sweep varies: the temperature of all levels; that of the finest one, which draws
+    details, so that a low one costs little variety; or top-p."""
+    varied: list[tuple[tuple[float, ...], float]]
+    varied = [((temperature,), 1.0) for temperature in TEMPERATURES]
+    if num_levels > 1:
+        coarser = (1.0,) * (num_levels - 1)
+        varied += [((*coarser, finest), 1.0) for finest in TEMPERATURES if finest != 1]
+    return [*varied, *(((1.0,), top_p) for top_p in TOP_PS)]
 
 
 def _stage_1(subject: Subject, distance: Any) -> tuple[Figures, Image]:

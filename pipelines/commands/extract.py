@@ -57,6 +57,12 @@ Batch = tuple[str, Tensor]
 """A split, and pixels `(B, C, H, W)` of it."""
 
 
+def check_views(views: Sequence[str]) -> None:
+    """Raise a `UserError` for views of unknown names."""
+    unknown = sorted(set(views) - set(known_views()))
+    check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
+
+
 @settings_restored()
 @writes_output
 def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> None:
@@ -70,8 +76,7 @@ def extract(config: ExtractConfig, *, images: PythonImages | None = None) -> Non
     """
     # The autoencoder and the images must be those of the run that the folder holds. What can be
     # compared before the images are looked through is compared first.
-    unknown = sorted(set(config.views) - set(known_views()))
-    check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
+    check_views(config.views)
     output_dir, state = Path(config.output_dir), processes()
     set_threads(config.num_threads)
     model = VQVAE2.from_pretrained(config.vqvae)

@@ -15,16 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tyro
 import yaml
 
 from pipelines.choices import MULTIPLE, Choice, Look, choose, flipped, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
+from pipelines.commands.extract import check_views
 from pipelines.config import ChosenConfig, PlanConfig, RunConfig
 from pipelines.next_steps import flags
 from pipelines.plan.command import show_needs, step_seconds
 from pipelines.plan.stages import Stage, trainings_of
 from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
+from prior.sampling import SamplingConfig
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import (
     on_main_process,
@@ -234,7 +237,21 @@ def with_given(
     for stage in stages[1:]:
         own = merged(for_all, given.get(stage.name) or {})
         recipe[stage.name] = merged(prior, own)
+    _check_later_stages(recipe, len(stages) - 1, where)
     return recipe, trainings_of(recipe, where, num_classes=num_classes)
+
+
+def _check_later_stages(recipe: dict[str, Any], num_levels: int, where: str) -> None:
+    """Raise a `UserError` for impossible settings of what is not a training: before the trainings,
+    which take hours."""
+    configs: dict[str, Any] = {}
+    for command in ("extract", "reconstruct", "sample"):
+        section = recipe_section(recipe, command)
+        configs[command] = from_dict(COMMANDS[command][0], section, where, missing=tyro.MISSING)
+    check_views(configs["extract"].views)
+    names = [field.name for field in fields(SamplingConfig)]
+    settings = {name: getattr(configs["sample"], name) for name in names}
+    SamplingConfig.per_level(num_levels, **settings)
 
 
 def set_steps(section: dict[str, Any], steps: int) -> None:

@@ -289,8 +289,9 @@ def _flags(row: Row) -> str:
     """A row's settings as flags of `vqvae2 sample`, if they are not 1."""
     words = []
     for key in ("temperature", "top_p", "guidance_scale"):
-        if row[key] != 1:
-            words += [f"--{key.replace('_', '-')}", str(row[key])]
+        values = str(row[key]).split()
+        if any(float(value) != 1 for value in values):
+            words += [f"--{key.replace('_', '-')}", *values]
     return shlex.join(words)
 
 
@@ -409,20 +410,30 @@ def as_text(rows: Mapping[str, Row]) -> str:
 
 
 def _plot(rows: Sequence[Row], distance_name: str) -> Image:
-    """Precision against recall, and the distance against recall: a row of both per top-p."""
+    """Precision against recall, and the distance against recall: a row of both for each kind of
+    setting."""
     panels: list[list[Image]] = []
-    for top_p in dict.fromkeys(row.get("top_p") for row in rows):
+    for kind in dict.fromkeys(map(_kind, rows)):
         panels.append([])
         for column in ("precision", "distance"):
             curves: dict[str, Points] = {}
             for row in rows:
-                if row.get("top_p") == top_p:
-                    name = f"guidance {row['guidance_scale']}" if "top_p" in row else "kept"
+                if _kind(row) == kind:
+                    name = f"guidance {row['guidance_scale']}" if kind else "kept"
                     curves[name] = [*curves.get(name, ()), (row["recall"], row[column])]
             title = distance_name if column == "distance" else column
-            title += f", top-p {top_p}" if top_p else ""
+            title += f", {kind}" if kind else ""
             panels[-1].append(draw_panel(title, curves, x_name="recall"))
     return sheet(panels)
+
+
+def _kind(row: Row) -> str:
+    """Which setting a row of a sweep varies; nothing for other rows."""
+    if row.get("top_p", 1) != 1:
+        return f"top-p {row['top_p']}"
+    several = " " in str(row.get("temperature", ""))
+    words = "the finest level's temperature" if several else "temperature"
+    return words if "temperature" in row else ""
 
 
 # Several evaluations
