@@ -379,8 +379,10 @@ def set_of(found: dict[str, Any], name: str) -> dict[str, Any]:
          "expected": 0.05}}), set_of(f, "samples").update(density=[0.2, 0, 1])),
          "cannot be said: samples do not look like real images yet"),
         (lambda f: f.update(sweep=[
-            {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0, "distance": 12.3, "count": 9},
-            {"temperature": 0.9, "top_p": 1.0, "guidance_scale": 2.0, "distance": 10, "count": 9}]),
+            {"temperature": "1.0", "top_p": 1.0, "guidance_scale": 1.0, "distance": 12,
+             "count": 9},
+            {"temperature": "0.9", "top_p": 1.0, "guidance_scale": 2.0, "distance": 10,
+             "count": 9}]),
          "sample with --temperature 0.9 --guidance-scale 2.0"),
         (lambda f: f.update(sweep=[
             {"temperature": "1.0", "top_p": 1.0, "guidance_scale": 1.0, "distance": 9, "count": 9},

@@ -42,7 +42,7 @@ recall: the share of real images that look like one of these
 {figures}
 
 Sample more:  vqvae2 sample --pipeline {root}/pipeline --labels sneaker bag --guidance-scale 2 \\
-    --seed 1 --output-dir {root}/more"""
+    --temperature 1.0 0.8 --seed 1 --output-dir {root}/more"""
 
 
 @writes_output

@@ -289,7 +289,7 @@ def _flags(row: Row) -> str:
     """A row's settings as flags of `vqvae2 sample`, if they are not 1."""
     words = []
     for key in ("temperature", "top_p", "guidance_scale"):
-        values = str(row[key]).split()
+        values = str(row[key]).split()  # a temperature per level
         if any(float(value) != 1 for value in values):
             words += [f"--{key.replace('_', '-')}", *values]
     return shlex.join(words)
@@ -411,16 +411,18 @@ def as_text(rows: Mapping[str, Row]) -> str:
 
 def _plot(rows: Sequence[Row], distance_name: str) -> Image:
     """Precision against recall, and the distance against recall: a row of both for each kind of
-    setting."""
+    setting, whose curves end at a temperature and top-p of 1."""
     panels: list[list[Image]] = []
-    for kind in dict.fromkeys(map(_kind, rows)):
+    kinds = [kind for kind in dict.fromkeys(map(_kind, rows)) if kind != "1"]
+    for kind in kinds or ["1"]:
         panels.append([])
+        ordered = [row for row in rows if _kind(row) == kind]
+        ordered += [row for row in rows if _kind(row) == "1" != kind]
         for column in ("precision", "distance"):
             curves: dict[str, Points] = {}
-            for row in rows:
-                if _kind(row) == kind:
-                    name = f"guidance {row['guidance_scale']}" if kind else "kept"
-                    curves[name] = [*curves.get(name, ()), (row["recall"], row[column])]
+            for row in ordered:
+                name = f"guidance {row['guidance_scale']}" if kind else "kept"
+                curves[name] = [*curves.get(name, ()), (row["recall"], row[column])]
             title = distance_name if column == "distance" else column
             title += f", {kind}" if kind else ""
             panels[-1].append(draw_panel(title, curves, x_name="recall"))
@@ -428,12 +430,15 @@ def _plot(rows: Sequence[Row], distance_name: str) -> Image:
 
 
 def _kind(row: Row) -> str:
-    """Which setting a row of a sweep varies; nothing for other rows."""
-    if row.get("top_p", 1) != 1:
+    """Which setting a row of a sweep varies, or "1" for none; nothing for other rows."""
+    if "temperature" not in row:
+        return ""
+    temperatures = row["temperature"].split()
+    if row["top_p"] != 1:
         return f"top-p {row['top_p']}"
-    several = " " in str(row.get("temperature", ""))
-    words = "the finest level's temperature" if several else "temperature"
-    return words if "temperature" in row else ""
+    if len(temperatures) > 1:
+        return "the finest level's temperature"
+    return "1" if float(temperatures[0]) == 1 else "temperature"
 
 
 # Several evaluations

@@ -280,7 +280,8 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
     low, high = _range(y for points in curves.values() for _, y in points[len(points) // 20 :])
 
     # The curves, and their names in the same colours.
-    for i, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+    at = float(left)
+    for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
         x, y = np.array(points, dtype=float).T
         across = left + (right - left) * ((x - first) / (last - first))
         down = bottom - (bottom - top) * ((y.clip(low, high) - low) / (high - low))
@@ -288,7 +289,8 @@ def draw_panel(title: str, curves: dict[str, Points], *, x_name: str = "step") -
         draw.line(pixels, fill=colour, width=2, joint="curve")
         for end in range(2, len(pixels) + 1, 2) if len(points) < 20 else [len(pixels)]:
             draw.circle(pixels[end - 2 : end], 2, fill=colour)
-        draw.text((left + 70 * i, 18), name, fill=colour, font=font)
+        draw.text((at, 18), name, fill=colour, font=font)
+        at += draw.textlength(name, font) + 8
 
     # The title and the ends of both axes.
     draw.text((left, 4), title, "black", font)
