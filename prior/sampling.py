@@ -70,7 +70,9 @@ class SamplingConfig(Config):
             if len(values) == 1:
                 values *= num_levels
             if values and len(values) != num_levels:
-                number = f"{name} has {len(values)} values, but there are {num_levels} levels"
+                number = (
+                    f"{name} has {len(values)} values, but the number of levels is {num_levels}"
+                )
                 raise UserError(f"{number}: give one value, or one per level.")
             for level, of_level in zip(levels, values, strict=False):
                 if of_level is not None:

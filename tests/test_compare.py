@@ -41,8 +41,10 @@ def test_an_image_has_as_many_bits_in_each_model(
 
 
 def test_each_model_trains_as_long_on_the_same_threads(tmp_path: Path) -> None:
-    """Steps that are dearer are fewer; a recipe of the user's own holds for all."""
-    text = "{train-prior: {transformer: {dropout: 0.3}}, prior_2: {batch_size: 16}}"
+    """Steps that are dearer are fewer; a recipe of the user's own holds for all, but for settings
+    that suit one number of levels."""
+    text = "train-prior: {transformer: {dropout: 0.3}}\nprior_2: {batch_size: 16}\n"
+    text += "sample: {temperature: [1.0, 0.8], guidance_scale: [1.5]}\n"
     (tmp_path / "mine.yaml").write_text(text)
     data = ImagesConfig(path=str(write_images(tmp_path / "photos", 150)))
     config = CompareConfig(
@@ -62,6 +64,7 @@ def test_each_model_trains_as_long_on_the_same_threads(tmp_path: Path) -> None:
         assert {key for key in recipe if "prior_" in key or key == "train"} == {*stages}
         assert {recipe[key]["num_threads"] for key in (*stages, "extract", "evaluate")} == {1}
         assert {recipe[key]["transformer"]["dropout"] for key in stages[1:]} == {0.3}
+        assert recipe["sample"] == {"num_threads": 1, "guidance_scale": [1.5]}
         assert [key for key in stages if recipe[key]["batch_size"] == 16] == stages[3:]
         spent = sum(
             recipe[key]["num_steps"] * 0.1 * recipe[key]["batch_size"] / 32 * (len(key) % 3 + 1)

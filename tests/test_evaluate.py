@@ -176,6 +176,30 @@ def test_a_rare_class_costs_the_accuracy_score_alone(caplog: pytest.LogCaptureFi
     assert "no accuracy score: one class" in caplog.text
 
 
+def test_a_sweep_lowers_the_finest_temperature_alone_too() -> None:
+    settings = {levels: evaluate._temperatures_and_top_ps(levels) for levels in (1, 2, 3)}
+    assert [len(each) for each in settings.values()] == [4, 6, 6]
+    assert [each for each in settings[3] if len(each[0]) > 1] == [
+        ((1.0, 1.0, 0.8), 1.0),
+        ((1.0, 1.0, 0.9), 1.0),
+    ]
+    assert ((1.0,), 0.95) in settings[1]
+
+
+def test_a_swept_row_is_told_by_what_it_varies() -> None:
+    found = {"guidance_scale": 1.5, "precision": 0.5, "recall": 0.5, "distance": 1.0}
+    kinds = {
+        ("1.0", 1.0): "1",
+        ("0.9", 1.0): "temperature",
+        ("1.0 0.9", 1.0): "the finest level's temperature",
+        ("1.0", 0.95): "top-p 0.95",
+    }
+    rows = [{"temperature": t, "top_p": top_p, **found} for t, top_p in kinds]
+    assert [report._kind(row) for row in rows] == [*kinds.values()]
+    plain, whole = report._plot(rows[:1], "FD"), report._plot(rows, "FD")
+    assert whole.height > 2 * plain.height  # a row of panels for each kind
+
+
 @pytest.mark.parametrize(
     ("facts", "number"),
     [

@@ -283,7 +283,10 @@ def test_impossible_settings_are_named_before_anything_is_written(
         ("prior_2: {num_steps: 5}", f"recipe {mine} has a section prior_2, but its priors are"),
         ("extract: {views: [original, flop]}", "views is ['flop'], but must be among"),
         ("sample: {temprature: 0.9}", f"recipe {mine}: unknown key 'temprature' (did you mean"),
-        ("sample: {top_k: [9, 9, 9]}", "top_k has 3 values, but there are 2 levels"),
+        (
+            "sample: {top_k: [9, 9, 9]}",
+            f"recipe {mine}: top_k has 3 values, but the number of levels is 2",
+        ),
     ):
         mine.write_text(recipe)
         command(*run, "--config", mine, code=2)

@@ -187,9 +187,14 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
 
 
 def _of_levels(given: dict[str, Any], number: int) -> dict[str, Any]:
-    """A recipe without its sections for the priors of levels that others of the models have."""
+    """A recipe without its sections for the priors of levels that others of the models have, and
+    without what it says of each level's sampling: all models are sampled alike."""
     others = {f"prior_{level}" for level in range(number, max(map(len, STRIDES.values())))}
-    return {name: section for name, section in given.items() if name not in others}
+    own = {name: section for name, section in given.items() if name not in others}
+    if isinstance(own.get("sample"), dict):
+        settings = own["sample"].items()
+        own["sample"] = {key: x for key, x in settings if not isinstance(x, list) or len(x) == 1}
+    return own
 
 
 def equal_sizes(model: VQVAE2Config) -> dict[str, tuple[int, ...]]:

@@ -430,7 +430,7 @@ def _can_be_guided(subject: Subject) -> bool:
 
 
 def _sweep(subject: Subject, config: EvaluateConfig, reference: Seen) -> list[Figures]:
-    """Figures of each combination of settings."""
+    """Figures of several temperatures and top-ps, at each guidance scale."""
     assert subject.pipeline is not None
     guidances = GUIDANCES if _can_be_guided(subject) else (1.0,)
     rows = []

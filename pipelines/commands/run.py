@@ -251,7 +251,10 @@ def _check_later_stages(recipe: dict[str, Any], num_levels: int, where: str) -> 
     check_views(configs["extract"].views)
     names = [field.name for field in fields(SamplingConfig)]
     settings = {name: getattr(configs["sample"], name) for name in names}
-    SamplingConfig.per_level(num_levels, **settings)
+    try:
+        SamplingConfig.per_level(num_levels, **settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def set_steps(section: dict[str, Any], steps: int) -> None:

@@ -62,7 +62,7 @@ INTRODUCTIONS = {
     "of held-out images are (closer), beside the share of held-out images that are (expected).",
     "prior gaps": "A prior that knows training images much better has memorised them.",
     "accuracy": "Accuracy on held-out images of a classifier that was trained on each.",
-    "sweep": "Each combination of settings, with equally many samples.",
+    "sweep": "Temperatures, or a top-p, at each guidance scale, with equally many samples.",
     "rejection": "Of more and more candidates, those that the classifier finds likeliest to be of "
     "their class (vqvae2 sample --reject), always equally many. The classifier judges itself here, "
     "so look at what happens to recall.",
