@@ -494,7 +494,7 @@ train-prior --config tiny --codes {other} --level top --output-dir {x}/prior_0 -
 sample --pipeline {x}/pipeline --seed 1 --output-dir {samples} -> seed = 0 | 1
 SAMPLE {parts} --labels hat -> label 'hat' | from 0 to 2 | bag
 SAMPLE {parts} --labels 3 -> label '3' | from 0 to 2
-SAMPLE {parts} --temperature 1 1 1 -> temperature has 3 values | 2 levels
+SAMPLE {parts} --temperature 1 1 1 -> temperature has 3 values | number of levels is 2
 SAMPLE {parts} --top-p 2 -> top_p is 2.0 | (0, 1]
 SAMPLE {parts} --seed -1 -> seed | -1 | 0 or more
 SAMPLE {parts} --num-images 0 -> num_images | 0 | at least 1
