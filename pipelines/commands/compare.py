@@ -145,6 +145,9 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     for level in (0, 1):  # any level's are like those of the last
         choice.recipe[f"prior_{level}"]["transformer"] |= SMALL
     own = _of_levels(given, 2)
+    if own.get("sample") != given.get("sample"):
+        left_out = "what the recipe says of each level's sampling is left out"
+        choice.reasons.append(f"{left_out}: all models are sampled alike")
     recipe, stages = with_given(choice.recipe, own, seen, settings_of(config))
     model: VQVAE2Config = stages[0].config.model  # type: ignore[attr-defined]
     if model.strides != STRIDES["two levels"] or model.quantizer.kind == "fsq":
