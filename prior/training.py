@@ -28,7 +28,7 @@ from vqvae2.common.accelerate import (
     on_main_process,
 )
 from vqvae2.common.artifact import CONFIG_NAME, check_memory
-from vqvae2.common.config import as_begun, shown
+from vqvae2.common.config import as_begun, from_dict, shown, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.fit import Draw, LossFunction, fit, is_finished, load_first_weights
 from vqvae2.common.loading import ShuffledLoader
@@ -45,6 +45,7 @@ from vqvae2.common.vocabulary import (
 )
 
 logger = logging.getLogger(__name__)
+BEGUN = "fine_tuned"  # in the record of a fine-tuning: the prior's configuration
 
 
 @settings_restored()
@@ -65,6 +66,8 @@ def train_prior(config: TrainPriorConfig, *, draw: Draw | None = None) -> None:
     facts = {key: getattr(manifest, key) for key in ("encoder_hash", "rows_hash", "codes_hash")}
     notes = {f"codes_{key}": getattr(manifest, key) for key in ("source", "versions")}
     notes["codes_views"] = list(manifest.views)
+    if config.init_from is not None:  # whose sizes and views count, even if it is gone one day
+        notes[BEGUN] = to_dict(network)
     check_same_images(facts, manifest.num_train + manifest.num_validation)
     run = RunRecord("train-prior", config, TRAINING_RECORD, facts=facts, notes=notes)
     run.check(output_dir)
@@ -175,11 +178,15 @@ def prior_config(
 
 
 def _first_prior(config: TrainPriorConfig) -> PriorConfig | None:
-    """The configuration of the prior that a fine-tuning starts from (which a run that has begun
-    has, too, even if the other is gone)."""
+    """The configuration of the prior that a fine-tuning starts from; or of one like it, that of a
+    run that has begun."""
     if config.init_from is None:
         return None
     own = Path(str(config.output_dir))
+    record = own / TRAINING_RECORD
+    if record.exists() and BEGUN in (begun := read_record(record)):
+        kind = PixelSNAILPriorConfig if config.family == "pixelsnail" else TransformerPriorConfig
+        return from_dict(kind, begun[BEGUN], f"{record}: {BEGUN}")
     with suppress(UserError):  # of a folder without a prior, which loading its weights explains
         return load_prior(own if (own / CONFIG_NAME).exists() else config.init_from).config
     return None
@@ -192,7 +199,7 @@ def _views(
     of which the rows must be, if they are of several."""
     if start is None:
         return manifest.other_views if config.view_conditional else ()
-    if start.views and {*manifest.views} not in ({ORIGINAL}, {ORIGINAL, *start.views}):
+    if start.views and {*manifest.views} != {ORIGINAL} and manifest.other_views != start.views:
         known, here = " ".join((ORIGINAL, *start.views)), " ".join(manifest.views)
         seen = f"{config.codes} holds the views {here}, but {config.init_from} knows {known}"
         raise UserError(f"{seen}: extract with --views {known}, or with {ORIGINAL} alone.")

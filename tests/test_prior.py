@@ -970,6 +970,12 @@ def test_a_prior_is_told_views_of_the_rows_or_those_of_its_first_weights(tmp_pat
         views("original", "top_left", **flip)
     with pytest.raises(UserError, match=r"holds the views flip, but .*flip knows original flip"):
         views("flip", **flip)
+    first = prior_config(config, Manifest(**facts, views=("original", "flip", "top_left")))
+    make_prior(first).save_pretrained(tmp_path / "two")
+    two = {"init_from": str(tmp_path / "two")}
+    assert views("flip", "original", "top_left", **two) == ("flip", "top_left")
+    with pytest.raises(UserError, match="extract with --views original flip top_left"):
+        views("original", "top_left", "flip", **two)  # rows are numbered in this order
     with pytest.raises(UserError, match="views"):
         dataclasses.replace(first, views=("flip", "original"))
 

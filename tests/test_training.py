@@ -29,6 +29,7 @@ from tests.worker_two_processes import Images, small_model
 from vqvae2.common.accelerate import make_accelerator, native_bf16
 from vqvae2.common.config import TrainingConfig
 from vqvae2.common.errors import UserError
+from vqvae2.common.files import read_json
 from vqvae2.common.fit import fit, is_finished, learning_rate, update_average
 from vqvae2.common.loading import ShuffledLoader
 from vqvae2.common.metrics import PANEL, best_validation, conclusion, save_curves
@@ -170,6 +171,20 @@ def test_a_picture_that_needs_too_much_memory_ends_no_training(
     fit(accelerator, model, loss, loader, config, tmp_path, draw=draw)
     assert [path.stem for path in (tmp_path / "images").iterdir()] == ["step_00000004"]
     assert "memory is short, so there is no picture at step 2" in caplog.text
+
+
+def test_a_fine_tuning_continues_without_its_first_weights(run: Path, tmp_path: Path) -> None:
+    """Before it has a model of its own, too."""
+    first, later = shutil.copytree(run / "prior_0", tmp_path / "first"), tmp_path / "later"
+    flags: list[object] = ["train-prior", "--codes", run / "codes", "--level", "top"]
+    flags += ["--init-from", first, "--num-steps", 40, "--validate-every", 40, "--batch-size", 8]
+    flags += ["--checkpoint-every", 1, "--log-every", 1, "--output-dir", later]
+    kill_when(lambda: line_count(later) >= 3, *flags, number=signal.SIGTERM)
+    assert not (later / "model.safetensors").exists()
+    shutil.rmtree(first)
+    command(*flags)
+    width = read_json(later / "config.json")["network"]["width"]
+    assert width == read_json(run / "prior_0" / "config.json")["network"]["width"] < 128
 
 
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(
