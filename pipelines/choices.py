@@ -40,6 +40,8 @@ class Look:
     """Images in all, without those that the source holds out itself."""
     has_own_split: bool = False
     class_names: tuple[str, ...] = ()
+    has_conditions: bool = False
+    """Whether a column of conditions comes with them."""
     prepared: PreprocessingConfig | None = None
     """How they were prepared already; then the following was not looked at."""
     aspects: np.ndarray = field(default_factory=lambda: np.ones(1))
@@ -86,7 +88,8 @@ def look(
     assumed = PreprocessingConfig(background=background, channels=channels or 3)
     opened = open_source(data, assumed)
     table: ImageTable = refuse_stream(opened.train)
-    seen = Look(len(table), opened.held_out is not None, table.class_names)
+    has_conditions = data.condition_column is not None
+    seen = Look(len(table), opened.held_out is not None, table.class_names, has_conditions)
     if isinstance(table.cells, PreparedPictures):
         return replace(seen, prepared=table.cells.config)
 

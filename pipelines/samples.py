@@ -12,13 +12,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pipelines.conditions import CONDITIONS_NAME, as_numbers
+from pipelines.config import DrawConfig
 from pipelines.editing import repeat_known
 from pipelines.file_names import sample_name
 from pipelines.labels import Labels
 from pipelines.pictures import MOST_NAMES, sample_sheet
 from pipelines.pipeline import VQVAE2Pipeline
 from pipelines.receipts import RECEIPT_NAME, ImageReceipt, SetReceipt, call_options, converted
-from prior.sampling import Known, in_lanes
+from prior.config import PriorConfig
+from prior.sampling import Known, SamplingConfig, check_guidance, in_lanes
 from vqvae2.common.accelerate import processes
 from vqvae2.common.config import to_dict
 from vqvae2.common.errors import UserError
@@ -30,6 +32,17 @@ from vqvae2.data import load_picture, read_picture_file, to_images
 
 NPZ_NAME = "samples.npz"
 logger = logging.getLogger(__name__)
+
+
+def samplings_of(config: DrawConfig, priors: Sequence[PriorConfig]) -> list[SamplingConfig]:
+    """How the codes of each level are drawn. Raises a `UserError` for settings that do not suit the
+    number of levels, or guidance of priors that cannot be guided."""
+    names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
+    settings = {name: getattr(config, name) for name in names}
+    samplings = SamplingConfig.per_level(len(priors), **settings)
+    for prior, sampling in zip(priors, samplings, strict=True):
+        check_guidance(prior, sampling)
+    return samplings
 
 
 def write_samples(

@@ -126,6 +126,7 @@ def test_the_answer_follows_from_the_figures(
     [
         (150, ("--image.size", 40), "", "image.size is (40, 40), but must be divisible by 16"),
         (30, (), "", "too few to hold some out"),
+        (40, (), "train: {model: {image: {validation_fraction: 0.2}}}", "has 32 training images"),
         (150, (), "train: {model: {strides: [4]}}", "compare chooses grids and codebooks itself"),
         (150, ("--minutes", 0), "", "minutes is 0.0, but must be at least 0.01"),
     ],

@@ -23,7 +23,7 @@ from vqvae2.config import ImagesConfig
 
 def make_pictures(folder: Path, sizes: list[tuple[int, int]], mode: str = "RGB") -> Path:
     """Coloured noise of these sizes (width, height)."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i, (width, height) in enumerate(sizes):
         pixels = generator.integers(0, 255, (height, width, 3), np.uint8)
@@ -158,7 +158,9 @@ def test_all_stages_run_once_and_an_edited_recipe_wins(
     mine.write_text(yaml.safe_dump({"train": train, "prior_0": small}))
     capsys.readouterr()
     command(*start, "--config", mine, "--output-dir", root, code=2)
-    assert "another recipe" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "another recipe" in message
+    assert "edit the recipe.yaml that it holds" in message
 
 
 def test_a_recipe_comes_before_what_is_chosen_and_flags_before_both(tmp_path: Path) -> None:
@@ -275,7 +277,9 @@ def test_few_pictures_are_kept_of_many(
 def test_impossible_settings_are_named_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, output = make_pictures(tmp_path / "a", [(32, 32)] * 30), tmp_path / "run"
+    folder, output = tmp_path / "images", tmp_path / "run"
+    for name in ("red", "green"):
+        make_pictures(folder / name, [(32, 32)] * 15)
     mine = tmp_path / "mine.yaml"
     run = ("run", "--data.path", folder, "--output-dir", output)
     for recipe, message in (
@@ -287,6 +291,19 @@ def test_impossible_settings_are_named_before_anything_is_written(
             "sample: {top_k: [9, 9, 9]}",
             f"recipe {mine}: top_k has 3 values, but the number of levels is 2",
         ),
+        ("assemble: {foo: 1}", f"recipe {mine}: unknown key 'foo'"),
+        ("evaluate: {num_sample: 200}", f"recipe {mine}: unknown key 'num_sample' (did you mean"),
+        ("evaluate: {num_samples: 5}", f"recipe {mine}: num_samples is 5, but must be at least 20"),
+        (
+            "{prior_1: {label_dropout: 0}, sample: {guidance_scale: [2.0]}}",
+            f"recipe {mine}: guidance_scale is 2.0, but the prior of level 1 was trained without "
+            "label dropout",
+        ),
+        ("sample: {labels: [blue]}", "label 'blue' names no class: give a number from 0 to 1, or"),
+        ("{prior_0: {label_dropout: 0}, sample: {labels: [none]}}", "label 'none' names no class"),
+        ("sample: {attributes: [hat]}", "but the priors were trained without: omit them"),
+        ("sample: {conditions: there.npy}", "there.npy"),
+        ("sample: {reject: there}", "reject is 'there', but must be a file or folder that exists"),
     ):
         mine.write_text(recipe)
         command(*run, "--config", mine, code=2)

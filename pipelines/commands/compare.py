@@ -28,7 +28,7 @@ from pipelines.commands.run import (
 )
 from pipelines.config import CompareConfig
 from pipelines.evaluation import report
-from pipelines.evaluation.figures import Figures
+from pipelines.evaluation.figures import Figures, refuse_too_few
 from pipelines.pictures import embedded
 from pipelines.plan.command import step_seconds
 from prior.manifest import read_manifest
@@ -156,9 +156,11 @@ def make_recipes(config: CompareConfig) -> dict[str, str]:
     for side in model.image.height_width:
         allowed = f"divisible by {MULTIPLE}, which three levels need"
         check(side % MULTIPLE == 0, "image.size", model.image.height_width, allowed)
-    if not (seen.has_own_split or model.image.validation_fraction):
+    held_out_share = 0 if seen.has_own_split else model.image.validation_fraction
+    if not (seen.has_own_split or held_out_share):
         what = f"{config.data.path} has {seen.number} images, too few to hold some out"
         raise UserError(f"{what}, by which compare judges: give more, or --data.validation-path.")
+    refuse_too_few(config.data.path, round((1 - held_out_share) * seen.number))
 
     # They differ in their levels alone, and in how many steps they make.
     threads, drafts = threads_for(stages[0]), {}

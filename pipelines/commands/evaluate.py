@@ -24,7 +24,7 @@ from pipelines.evaluation.classifier import (
     made_classifier,
 )
 from pipelines.evaluation.features import Extractor, make_extractor
-from pipelines.evaluation.figures import FEWEST, MANY, Figures
+from pipelines.evaluation.figures import FEWEST, MANY, Figures, refuse_too_few
 from pipelines.evaluation.metrics import Moments, frechet_distance
 from pipelines.evaluation.sets import ImageSet, Seen, see
 from pipelines.model_index import part_hash
@@ -296,10 +296,7 @@ def _prepared_as(samples: str | None) -> PreprocessingConfig:
 
 
 def _check_number(splits: ImageSplits) -> None:
-    number = len(splits.train)
-    if number < 2 * FEWEST:
-        what = f"{splits.train.source.name} has {number} training images"
-        raise UserError(f"{what}, too few to compare with: give at least {2 * FEWEST}.")
+    refuse_too_few(splits.train.source.name, len(splits.train))
     if len(splits.validation) < FEWEST:
         text = "%d images are held out, too few to compare with: only the training images are used."
         logger.warning(text, len(splits.validation))

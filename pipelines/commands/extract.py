@@ -31,7 +31,7 @@ from vqvae2.common.accelerate import (
     on_main_process,
     processes,
 )
-from vqvae2.common.config import check, from_dict, to_dict
+from vqvae2.common.config import from_dict, to_dict
 from vqvae2.common.errors import UserError
 from vqvae2.common.files import read_json
 from vqvae2.common.loading import ordered
@@ -46,7 +46,7 @@ from vqvae2.common.torch_settings import (
 )
 from vqvae2.common.vocabulary import EXTRACTION_RECORD, ORIGINAL, SPLITS
 from vqvae2.data import PythonImages, work_parts
-from vqvae2.data.augmentation import Choice, known_views, no_change, view_change
+from vqvae2.data.augmentation import Choice, check_views, no_change, view_change
 from vqvae2.data.work_parts import Part, Parts, ReadItem, note_path
 from vqvae2.model import VQVAE2
 from vqvae2.training_record import read_training, same_place
@@ -55,12 +55,6 @@ logger = logging.getLogger(__name__)
 MOST_PIXELS_APART = 128 * 128  # of an image up to which each CPU encodes lanes of its own
 Batch = tuple[str, Tensor]
 """A split, and pixels `(B, C, H, W)` of it."""
-
-
-def check_views(views: Sequence[str]) -> None:
-    """Raise a `UserError` for views of unknown names."""
-    unknown = sorted(set(views) - set(known_views()))
-    check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
 
 
 @settings_restored()

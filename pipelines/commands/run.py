@@ -15,19 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tyro
 import yaml
 
 from pipelines.choices import MULTIPLE, Choice, Look, choose, flipped, look
 from pipelines.cli import COMMANDS, function_of, load_recipe, recipe_section
-from pipelines.commands.extract import check_views
 from pipelines.config import ChosenConfig, PlanConfig, RunConfig
+from pipelines.later_stages import check_later_stages
 from pipelines.next_steps import flags
 from pipelines.plan.command import show_needs, step_seconds
 from pipelines.plan.stages import Stage, trainings_of
 from prior.audit import check_beats_frequencies
 from prior.manifest import read_manifest
-from prior.sampling import SamplingConfig
 from vqvae2.codebook_stats import level_name
 from vqvae2.common.accelerate import (
     on_main_process,
@@ -106,8 +104,9 @@ def show_plan(config: RunConfig) -> None:
     recipe = yaml.safe_load(text)
     image = recipe["train"]["model"]["image"]
     share = 0 if seen.has_own_split else image.get("validation_fraction", 0.05)
-    num_images, num_classes = round((1 - share) * seen.number), len(seen.class_names)
-    stages = trainings_of(recipe, settings_of(config), num_images, num_classes)
+    num_images, num_vectors = round((1 - share) * seen.number), int(seen.has_conditions)
+    known = settings_of(config), num_images, seen.class_names, num_vectors
+    stages = trainings_of(recipe, *known)
     show_needs(PlanConfig(planned=None), stages)
 
 
@@ -116,9 +115,6 @@ def make_recipe(config: RunConfig) -> tuple[str, Look]:
     parse_time(config.budget)  # before anything is read
     choice, given, seen = choose_for(config)
     recipe, stages = with_given(choice.recipe, given, seen, settings_of(config))
-    nothing_to_guide = not seen.class_names and config.data.condition_column is None
-    if nothing_to_guide and (recipe.get("sample") or {}).pop("guidance_scale", None):
-        choice.reasons.append("no guidance: the images have no classes")
     threads = threads_for(stages[0])
     spend = partial(finished, budget=config.budget, threads=threads, num_images=seen.number)
     return spend(recipe, stages, choice.reasons, timed=step_seconds), seen
@@ -152,6 +148,12 @@ def choose_for(
         value_range = None
     seen = look(config.data, image.background or "white", image.channels, value_range)
     choice = choose(seen, on_gpu=not use_cpu(), given=asked, flips=config.flips, multiple=multiple)
+    drawing: Any = recipe.get("sample")
+    guided = isinstance(drawing, dict) and "guidance_scale" in drawing
+    if guided and not (seen.class_names or seen.has_conditions):
+        recipe = {**recipe, "sample": {**drawing}}
+        del recipe["sample"]["guidance_scale"]
+        choice.reasons.append("no guidance: the images have no classes")
     if config.recipe:
         choice.reasons.insert(0, f"where the recipe {config.recipe} says otherwise, it counts")
     return choice, recipe, seen
@@ -232,29 +234,15 @@ def with_given(
     chosen, given = {**chosen}, {**given}
     prior, for_all = chosen.pop("prior_1"), given.pop("train-prior", None) or {}
     recipe = merged(chosen, {name: section or {} for name, section in given.items()})
-    num_classes = len(seen.class_names)
-    stages = trainings_of(recipe, where, num_classes=num_classes)
+    known: dict[str, Any] = {"class_names": seen.class_names}
+    known["vector_size"] = int(seen.has_conditions)
+    stages = trainings_of(recipe, where, **known)
     for stage in stages[1:]:
         own = merged(for_all, given.get(stage.name) or {})
         recipe[stage.name] = merged(prior, own)
-    _check_later_stages(recipe, len(stages) - 1, where)
-    return recipe, trainings_of(recipe, where, num_classes=num_classes)
-
-
-def _check_later_stages(recipe: dict[str, Any], num_levels: int, where: str) -> None:
-    """Raise a `UserError` for impossible settings of what is not a training: before the trainings,
-    which take hours."""
-    configs: dict[str, Any] = {}
-    for command in ("extract", "reconstruct", "sample"):
-        section = recipe_section(recipe, command)
-        configs[command] = from_dict(COMMANDS[command][0], section, where, missing=tyro.MISSING)
-    check_views(configs["extract"].views)
-    names = [field.name for field in fields(SamplingConfig)]
-    settings = {name: getattr(configs["sample"], name) for name in names}
-    try:
-        SamplingConfig.per_level(num_levels, **settings)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    stages = trainings_of(recipe, where, **known)
+    check_later_stages(recipe, stages, seen, where)
+    return recipe, stages
 
 
 def set_steps(section: dict[str, Any], steps: int) -> None:

@@ -20,8 +20,8 @@ from pipelines.receipts import (
     make_receipt,
 )
 from pipelines.rejection import choose, chosen_elsewhere, with_rejection
-from pipelines.samples import write_samples
-from prior.sampling import SAMPLER_VERSION, SamplingConfig, check_guidance
+from pipelines.samples import samplings_of, write_samples
+from prior.sampling import SAMPLER_VERSION
 from vqvae2.common.accelerate import on_main_process, processes
 from vqvae2.common.config import from_dict
 from vqvae2.common.errors import UserError
@@ -57,12 +57,7 @@ def sample(config: SampleConfig) -> None:
         labels = pipeline.hidden_unless_given(labels)
 
     # Refuse wrong settings, and another run's folder, before anything is written.
-    names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale")
-    samplings = SamplingConfig.per_level(
-        len(pipeline.priors), **{name: getattr(config, name) for name in names}
-    )
-    for prior, sampling in zip(pipeline.priors, samplings, strict=True):
-        check_guidance(prior.config, sampling)
+    samplings_of(config, [prior.config for prior in pipeline.priors])
     given, beside = config.conditions, Path(file or "receipt").with_name(CONDITIONS_NAME)
     if wanted is not None and wanted.conditions_hash and not (config.attributes or given):
         if not beside.exists():

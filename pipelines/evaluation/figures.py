@@ -17,15 +17,24 @@ from pipelines.evaluation.metrics import (
 )
 from pipelines.evaluation.sets import Seen
 from vqvae2.codebook_stats import level_name, perplexity
+from vqvae2.common.errors import UserError
 from vqvae2.common.loading import some_rows
 from vqvae2.inspection import Inspection, make_figures, make_verdicts
 from vqvae2.model import VQVAE2
 
 MOST_NEIGHBOURS = 10_000  # images of a set whose neighbours are looked for
 FEWEST, MANY = 20, 500  # images of a class or set that say anything, and much
+
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)  # of the candidates that rejection keeps
 
 Figures = dict[str, Any]
+
+
+def refuse_too_few(name: str, number: int) -> None:
+    """Raise a `UserError` for a source of so few training images that they say nothing."""
+    if number < 2 * FEWEST:
+        what = f"{name} has {number} training images, too few to compare with"
+        raise UserError(f"{what}: give at least {2 * FEWEST}.")
 
 
 def compare(real: Seen, fake: Seen) -> Figures:

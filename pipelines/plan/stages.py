@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,8 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         if command.finetune == "decoder" and _is_there(str(command.init_from)):
             command = with_finetuned_model(command)
         train = command
-    network, number, num_classes = train.model, plan.num_images, plan.num_classes
+    network, number = train.model, plan.num_images
+    class_names: Sequence[str] = [*map(str, range(plan.num_classes))]
     if isinstance(command, ExtractConfig) and _is_there(command.vqvae):
         network = VQVAE2.from_pretrained(command.vqvae).config
 
@@ -83,8 +84,8 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         except UserError as error:
             what = "the images cannot be counted, so correct this or give --num-images"
             raise UserError(f"{what}: {error}") from None
-        number, num_classes = len(found.train), len(found.class_names)
-        others = f"{len(found.validation):,} held out, {num_classes or 'no'} classes"
+        number, class_names = len(found.train), found.class_names
+        others = f"{len(found.validation):,} held out, {len(class_names) or 'no'} classes"
         print(f"{number:,} training images, {others}")
 
     # One stage, or all of the recipe.
@@ -94,23 +95,28 @@ def stages_of(plan: PlanConfig) -> list[Stage]:
         return [_autoencoder_stage(train, number)]
     if isinstance(command, TrainPriorConfig):
         there = _is_there(os.path.abspath(command.codes))
-        codes = read_manifest(Path(command.codes)) if there else _codes_of(network, num_classes)
+        codes = read_manifest(Path(command.codes)) if there else _codes_of(network, class_names)
         return [_prior_stage(command, codes, number or codes.num_train or None)]
-    return trainings_of(recipe, where, number, num_classes)
+    return trainings_of(recipe, where, number, class_names)
 
 
 def trainings_of(
-    recipe: dict[str, Any], where: str, num_images: int | None = None, num_classes: int = 0
+    recipe: dict[str, Any],
+    where: str,
+    num_images: int | None = None,
+    class_names: Sequence[str] = (),
+    vector_size: int = 0,
 ) -> list[Stage]:
-    """The trainings of a recipe: the autoencoder's and each level's prior. `where` begins the
-    message of a `UserError` about a setting."""
+    """The trainings of a recipe: the autoencoder's and each level's prior, on images with these
+    classes and with vectors of this size. `where` begins the message of a `UserError` about a
+    setting."""
     train = _autoencoder_of(recipe, where)
     names = [f"prior_{level}" for level in range(train.model.num_levels)]
     for name in recipe:
         if name.startswith("prior_") and name not in names:
             raise UserError(f"{where} has a section {name}, but its priors are {', '.join(names)}.")
     stages = [_autoencoder_stage(train, num_images)]
-    codes = _codes_of(train.model, num_classes)
+    codes = _codes_of(train.model, class_names, vector_size)
     num_rows = num_images and num_images * len(recipe_section(recipe, "extract").get("views", [""]))
     for level in map(str, range(train.model.num_levels)):
         section = {**recipe_section(recipe, "train-prior", level), "level": level}
@@ -124,11 +130,12 @@ def _autoencoder_of(recipe: dict[str, Any], where: str) -> TrainVQVAEConfig:
     return from_dict(TrainVQVAEConfig, section, where, missing=tyro.MISSING)
 
 
-def _codes_of(network: VQVAE2Config, num_classes: int) -> Manifest:
+def _codes_of(network: VQVAE2Config, class_names: Sequence[str], vector_size: int = 0) -> Manifest:
     """What a code dataset of this autoencoder will say of itself."""
     unknown: dict[str, Any] = {"encoder_hash": "", "rows_hash": "", "preprocessing": None}
-    sizes, classes = network.codebook_size_per_level, tuple(map(str, range(num_classes)))
-    return Manifest(grids=network.grids, codebook_sizes=sizes, class_names=classes, **unknown)
+    facts: dict[str, Any] = {"class_names": tuple(class_names), "vector_size": vector_size}
+    sizes = network.codebook_size_per_level
+    return Manifest(grids=network.grids, codebook_sizes=sizes, **facts, **unknown)
 
 
 def _is_there(place: str) -> bool:

@@ -128,6 +128,8 @@ class RunRecord:
                 problem = f"holds a run of {HASHED.get(match[1], 'another ' + match[1])}"
                 problem += f" ({key} {str(before)[:12]}, here {str(after)[:12]})"
                 advice = "restore what that was made from, remove the folder to make it anew"
+                if match[1] == "recipe":  # of which a run holds a copy of its own
+                    advice = "restore that (to change the run, edit the recipe.yaml that it holds)"
             raise UserError(f"{folder} {problem}: {advice}, or choose another --output-dir.")
 
         # The same images, by the marks of most: a few may have been repaired meanwhile.

@@ -3,7 +3,7 @@
 import errno
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqvae2.common.config import check
 from vqvae2.common.errors import UserError
 from vqvae2.common.vocabulary import ORIGINAL
 from vqvae2.config import AugmentationConfig, PreprocessingConfig
@@ -102,6 +103,12 @@ def random_change(
 def known_views() -> list[str]:
     """The names of all views."""
     return [ORIGINAL, "flip", *CORNERS, *(f"flip_{corner}" for corner in CORNERS)]
+
+
+def check_views(views: Sequence[str]) -> None:
+    """Raise a `UserError` for views of unknown names."""
+    unknown = sorted(set(views) - set(known_views()))
+    check(not unknown, "views", unknown, f"among {', '.join(known_views())}")
 
 
 def view_change(view: str, image: PreprocessingConfig, size: tuple[int, int]) -> Change:
