@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -292,7 +294,13 @@ def test_a_cache_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UserError, match=sentence):
             read_train(tmp_path)
 
-    # A broken file is named; and `datasets` does not see any of it.
+    # It is read through only where it was written to; a broken file is named; and `datasets` does
+    # not see any of it.
+    read_train(tmp_path)
+    with mock.patch("prior.manifest.file_hash", side_effect=AssertionError):
+        read_train(tmp_path)
+    for file in (tmp_path / ".decoded").rglob("*.npy"):  # as copied
+        os.utime(file, ns=(1, 1))
     read_train(tmp_path)
     (cached,) = (tmp_path / ".decoded").rglob("codes_1.npy")
     sentence = r"codes_1.npy is broken .* remove it, and it is made again"

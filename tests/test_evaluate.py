@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipelines.commands import evaluate
@@ -238,6 +239,8 @@ def test_guidance_is_swept_only_where_all_priors_know_it(facts: dict, number: in
         (["--compare", "x", "x"], "nothing to compare: give two or more"),
         (["--samples", "{photos}/bag/0000.png", "--data.path", "{photos}", "--output-dir", "{out}"],
          "too few to judge"),
+        (["--samples", "{deep}", "--data.path", "{photos}", "--output-dir", "{out}"],
+         "holds pictures that are not of 8 bits"),
         (["--vqvae", "{run}/vqvae", "--data.path", "{photos}", "--features", "inception",
           "--output-dir", "{out}"], "inception needs --weights-file"),
     ],
@@ -253,6 +256,9 @@ def test_what_cannot_be_evaluated(
     inspected = tmp_path / "inspected"
     write_json(inspected / "report" / "figures.json", {"mse": 1.0})
     places = {"run": run, "photos": photos, "out": tmp_path / "out", "inspected": inspected}
+    places["deep"] = tmp_path / "deep"
+    places["deep"].mkdir()
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(places["deep"] / "0.tif")
     command("evaluate", *(word.format(**places) for word in words), code=2)
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

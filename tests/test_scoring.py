@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import VQVAE2Pipeline, scoring
-from pipelines.commands import score
+from pipelines.commands import compress, score
 from pipelines.scoring import ALL, Normal
 from tests.conftest import command, two_processes
 from vqvae2.common.errors import UserError
@@ -247,7 +247,8 @@ def test_images_are_compressed_by_one_process(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     two = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("vqvae2.common.accelerate.processes", lambda: two)
+    there = compress.refuse_several_processes.__module__  # imported before, with what is real
+    monkeypatch.setattr(f"{there}.processes", lambda: two)
     own = ("--pipeline", run / "pipeline", "--output-dir", tmp_path / "out")
     command("compress", few, *own, code=2)
     assert "this command runs in one process" in capsys.readouterr().err

@@ -288,11 +288,13 @@ def _prepared_as(samples: str | None) -> PreprocessingConfig:
     if not table.is_of_files:
         raise UserError(f"{samples} is no folder of pictures: give one, or --vqvae beside it.")
     picture = read_picture_file(str(table.files[0]))
+    mode = getattr(picture, "mode", "I")
+    if mode.startswith(("I", "F")):  # of 16 bits or more, or an array
+        what = f"{samples} holds pictures that are not of 8 bits, whose black and white are unknown"
+        raise UserError(f"{what}: give --vqvae or --pipeline beside it, which says what they are.")
     width, height = picture_size(picture)
     known = {mode: channels for channels, mode in MODES.items()}
-    return PreprocessingConfig(
-        size=(height, width), channels=known.get(getattr(picture, "mode", "RGB"), 3)
-    )
+    return PreprocessingConfig(size=(height, width), channels=known.get(mode, 3))
 
 
 def _check_number(splits: ImageSplits) -> None:

@@ -131,8 +131,9 @@ def _find(config: ScoreConfig, pipeline: VQVAE2Pipeline) -> Parts:
                     held_out.append(replace(part, splits=SPLITS[1:], items=items))
             return replace(found, parts=tuple(held_out))
         logger.warning(
-            "%s: these are not the pipeline's training images. Any that it was trained on look "
-            "less unusual than new ones, so leave them out.",
+            "%s: these are not the images that the pipeline was trained on, or not all of them. "
+            "Any that it was trained on look less unusual than new ones: leave them out, or give "
+            "its --data.path and --data.validation-path, of which it takes those held out.",
             config.data.path,
         )
     return work_parts.find_parts(config.data, replace(settings, validation_fraction=0), PART_SIZE)
@@ -232,6 +233,9 @@ def _finish(job: _Job, rows: Path) -> None:
     tables = [table for path in paths if len(table := pq.read_table(path))]
     list_skipped(folder, work_parts.skipped_images(paths))
     if not tables:
+        if job.config.calibrate:
+            what = f"{found.source}: the training held out none of these images"
+            raise UserError(f"{what}: calibrate on others, which it has not seen.")
         raise UserError(f"{found.source}: no image is left to score: check data.path.")
     table = pa.concat_tables(tables).replace_schema_metadata(None)
     save_picture(_histogram(table), folder / "histogram.png")

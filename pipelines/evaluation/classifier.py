@@ -213,7 +213,7 @@ def made_classifier(
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     state, place = processes(), Path(folder) / f"classifier_{name}"
 
-    def make() -> None:
+    def make() -> Classifier:
         try:
             check_saved(place)
         except UserError:
@@ -221,9 +221,9 @@ def made_classifier(
                 logger.warning("%s is damaged, and made again.", place)
             options = {"class_names": class_names, "seed": seed, "device": state.device}
             train_classifier(images, labels, **options).save_pretrained(place)
+        return Classifier.from_pretrained(place)
 
-    on_main_process(state, make)
-    return Classifier.from_pretrained(place), place
+    return on_main_process(state, make), place  # the folder may lie on the first machine alone
 
 
 def images_hash(images: Images) -> str:
