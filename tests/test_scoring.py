@@ -173,7 +173,9 @@ def test_what_is_unusual_is_marked_drawn_anew_and_shown(
     assert len(read_json(folder / "normal.json")["scores"]) == len(held_out)
     command("score", few, *own, tmp_path / "newer", "--calibrate")
     newer = read_json(folder / "normal.json")
-    capsys.readouterr()
+    assert (
+        "these are not the images that the pipeline was trained on, or" in capsys.readouterr().err
+    )
     command("score", photos, *own, tmp_path / "normal", "--calibrate")  # says so, and leaves it
     assert read_json(folder / "normal.json") == newer
     assert "is of other images, and is kept" in capsys.readouterr().err
