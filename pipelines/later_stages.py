@@ -20,6 +20,7 @@ from vqvae2.common.config import check, from_dict
 from vqvae2.common.errors import UserError
 from vqvae2.data.augmentation import check_views
 
+OTHERS = {"vqvae", "priors", "samples", "compare"}  # what evaluate may be of, beside a pipeline
 LATER = ("extract", "assemble", "reconstruct", "sample", "evaluate")
 
 
@@ -32,8 +33,8 @@ def check_later_stages(
     configs: dict[str, Any] = {}
     for command in LATER:
         section = recipe_section(recipe, command)
-        if command == "evaluate":  # it will be of a pipeline, which allows for more settings
-            section = {"pipeline": "pipeline", **section}
+        if command == "evaluate" and not OTHERS & {*section}:
+            section = {"pipeline": "pipeline", **section}  # which allows for more settings
         configs[command] = from_dict(COMMANDS[command][0], section, where, missing=tyro.MISSING)
 
     # What must suit the images and the priors.
@@ -47,12 +48,14 @@ def check_later_stages(
 
 
 def _check_sampling(config: SampleConfig, priors: Sequence[PriorConfig], seen: Look) -> None:
+    # Guidance, and labels: the hidden one, too, where all priors with classes know it.
     samplings_of(config, priors)
-    can_hide = all(prior.label_dropout > 0 for prior in priors)
     class_names = max((prior.class_names for prior in priors), key=len)
+    can_hide = all(prior.label_dropout > 0 for prior in priors if prior.num_classes)
     label_numbers(config.labels or None, class_names, can_hide=can_hide)
 
     # Files; the length of conditions is known when codes are extracted.
+    can_hide = all(prior.label_dropout > 0 for prior in priors)
     given = read_conditions(config.conditions, config.attributes)
     if given is None or not seen.has_conditions:
         as_vectors(given, int(seen.has_conditions), (), can_hide=can_hide)

@@ -301,6 +301,7 @@ def test_impossible_settings_are_named_before_anything_is_written(
         ),
         ("sample: {labels: [blue]}", "label 'blue' names no class: give a number from 0 to 1, or"),
         ("{prior_0: {label_dropout: 0}, sample: {labels: [none]}}", "label 'none' names no class"),
+        ("evaluate: [5]", "evaluate"),
         ("sample: {attributes: [hat]}", "but the priors were trained without: omit them"),
         ("sample: {conditions: there.npy}", "there.npy"),
         ("sample: {reject: there}", "reject is 'there', but must be a file or folder that exists"),
@@ -314,6 +315,17 @@ def test_impossible_settings_are_named_before_anything_is_written(
     ):
         command(*run, flag, value, code=2)
         assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_class_by_the_name_of_the_hidden_label_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("none", "some"):
+        make_pictures(tmp_path / "images" / name, [(32, 32)] * 15)
+    output = tmp_path / "run"
+    command("run", "--data.path", tmp_path / "images", "--output-dir", output, code=2)
+    assert "a class is named 'none'" in capsys.readouterr().err
     assert not output.exists()
 
 

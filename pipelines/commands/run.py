@@ -234,13 +234,11 @@ def with_given(
     chosen, given = {**chosen}, {**given}
     prior, for_all = chosen.pop("prior_1"), given.pop("train-prior", None) or {}
     recipe = merged(chosen, {name: section or {} for name, section in given.items()})
-    known: dict[str, Any] = {"class_names": seen.class_names}
-    known["vector_size"] = int(seen.has_conditions)
-    stages = trainings_of(recipe, where, **known)
-    for stage in stages[1:]:
+    for stage in trainings_of(recipe, where)[1:]:
         own = merged(for_all, given.get(stage.name) or {})
         recipe[stage.name] = merged(prior, own)
-    stages = trainings_of(recipe, where, **known)
+    num_vectors = int(seen.has_conditions)
+    stages = trainings_of(recipe, where, class_names=seen.class_names, vector_size=num_vectors)
     check_later_stages(recipe, stages, seen, where)
     return recipe, stages
 
