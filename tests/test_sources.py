@@ -381,12 +381,21 @@ def test_labels_and_names_that_cannot_be_right_are_refused(tmp_path: Path) -> No
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), np.uint8), label=np.arange(2))
     (tmp_path / "x.jsonl").write_text("[" * 100_000)
     (tmp_path / "y.jsonl").write_text('{"path": "a.png"}\n\n{"path": b.png}\n')
+    (tmp_path / "z.jsonl").write_text(f'{{"path": "{first}"}}\n{{"path": "{second}", "label": 1}}')
+    for place, columns in enumerate(({}, {"label": [1]})):
+        table = pa.table({"image": [encoded(place)], **columns})
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "tables" / f"{place}.parquet")
+    np.save(tmp_path / "one.npy", np.uint8(7))
     (tmp_path / "twice.txt").write_text(f"{first}\n{folder}/../x/{first.relative_to(folder)}")
     for name, message in (
         ("x.csv", "does not give every row a class"),
         ("x.npz", r"\['images', 'label'\]"),
         ("x.jsonl", "cannot be read as a list"),
         ("y.jsonl", r"cannot be read as a list \(line 3, column 10: Expecting value\)"),
+        ("z.jsonl", "a row has no 'label', but others have"),
+        ("tables", '"label" does not exist'),
+        ("one.npy", r"images of shape \(\)"),
         ("twice.txt", "more than once"),
     ):
         with pytest.raises(UserError, match=message):
@@ -630,7 +639,28 @@ def test_tables_without_pictures_are_notes(
     for tar in tars.glob("*.tar"):
         tar.unlink()
     write_files(tars, "d/a.png", "c/b.png")
+    odd = pa.table({"image": [[("k", 1)]]}, pa.schema({"image": pa.map_(pa.string(), pa.int64())}))
+    pq.write_table(odd.rename_columns(["notes"]), tars / "001.parquet")
+    (tars / "002.parquet").write_bytes(b"")
     assert load(tars).class_names == ("c", "d")
+
+
+def test_columns_of_any_type_and_tables_of_any_format_are_read(tmp_path: Path) -> None:
+    cells = {"image": [encoded(i) for i in range(3)], "label": [0, 1, 1]}
+    odd = pa.array([[("k", 1)]] * 3, pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({**cells, "odd": odd}), tmp_path / "odd.parquet")
+    table = datasets.Dataset.from_dict({**cells, "id": [4, 5, 6]})
+    for name in ("torch", "numpy"):
+        table.with_format(name).save_to_disk(str(tmp_path / name))
+    for name in ("odd.parquet", "torch", "numpy"):
+        found = load(tmp_path / name)
+        assert (len(found.train), found.class_names) == (3, ("0", "1"))
+    arrays = {"x": np.zeros((3, 8, 8), np.uint8), "y": np.arange(3)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    data = ImagesConfig(path=str(tmp_path / "x.npz"), image_column="x", label_column="none")
+    assert open_source(data, GREY).train.class_names == ()
+    with pytest.raises(UserError, match=r"the arrays \['x', 'y'\], of which 'y' is unknown"):
+        open_source(replace(data, label_column=None), GREY)
 
 
 # Python
@@ -780,6 +810,8 @@ def test_whole_numbers_in_arrays_are_values_and_text_between_semicolons_is_names
     vectors = read_vectors(["3;5", "3", "true; 7", '["7"]'], "a.csv")
     assert vectors.names == ("3", "5", "7", "true")
     assert vectors.values.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
+    with pytest.raises(UserError):
+        read_vectors([10**400], "a.jsonl")
 
 
 def test_conditions_that_are_not_there_are_named_and_attributes_keep_their_places(

@@ -4,6 +4,7 @@ of a tar vanishes."""
 import gzip
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -250,6 +251,10 @@ def test_no_member_of_a_tar_vanishes(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadImage, match=rf"x/b: .*{fault}"):
             read(*names, path=path)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("caf\xe9.png"))
+    with pytest.raises(UserError, match=r"x\.tar holds .*, which is not UTF-8: rename it"):
+        list(shards_at(path).rows(0, contents=True))
     members = ["a.png", "a.cls", "b.svg", "c.png", "c.cls"]
     assert read(*members, path=path, skip=True) == [("x/a", 3), ("x/c", 3)]
 

@@ -14,7 +14,7 @@ from vqvae2.common.errors import UserError
 from vqvae2.config import ImagesConfig
 from vqvae2.data.decoding import readable
 from vqvae2.data.sources import Sources, make_table, numbered
-from vqvae2.data.stream import named_columns
+from vqvae2.data.stream import NO_LABELS, named_columns
 
 PythonImages = Mapping[str, Any] | Iterable[Mapping[str, Any]] | Dataset[Any] | np.ndarray | Tensor
 """{"images", "labels", "conditions"} of arrays or tensors, rows of that (also as a dataset of
@@ -31,6 +31,7 @@ def open_array_file(path: Path, channels: int, columns: ImagesConfig) -> Sources
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         is_archive = isinstance(loaded, np.lib.npyio.NpzFile)
         arrays = dict(loaded.items()) if is_archive else {"images": loaded}
+    names, ignored = list(arrays), columns.label_column == NO_LABELS
     if columns.condition_column is not None:
         found = arrays.pop(columns.condition_column, None)
         arrays.pop("conditions", None)
@@ -40,10 +41,10 @@ def open_array_file(path: Path, channels: int, columns: ImagesConfig) -> Sources
             what = f"{path} has the arrays {list(arrays)}, but no {key} column {column!r}"
             raise UserError(f"{what} ({suggest(column, arrays)}): correct --data.{key}-column.")
         arrays[f"{key}s"] = arrays.pop(column)
-    number = len(arrays.get("images", ()))
+    number = len(np.atleast_1d(arrays.get("images", ())))
     for name, array in arrays.items():
-        if name not in ARRAYS and array.ndim and len(array) == number:
-            what = f"{path} holds the arrays {list(arrays)}, of which {name!r} is unknown"
+        if name not in ARRAYS and array.ndim and len(array) == number and not ignored:
+            what = f"{path} holds the arrays {names}, of which {name!r} is unknown"
             advice = "name them 'images' and 'labels', say --data.condition-column, or leave it out"
             raise UserError(f"{what}: {advice}.")
     if "images" in arrays:

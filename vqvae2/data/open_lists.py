@@ -74,7 +74,8 @@ def open_list(paths: Sequence[Path], root: Path, data: ImagesConfig) -> Sources:
     files: list[Path] = []
     for path in paths:
         rows = _read_rows(path)
-        image, label = find_columns(rows[0], str(path), data, FILE_COLUMNS)
+        columns = {name: cell for row in reversed(rows) for name, cell in row.items()}
+        image, label = find_columns(columns, str(path), data, FILE_COLUMNS)
         for column in (image, label):
             if column is not None and any(row.get(column) is None for row in rows):
                 raise UserError(f"{path}: a row has no {column!r}, but others have: fill it in.")

@@ -269,8 +269,9 @@ def _find_shards(folder: Path, data: ImagesConfig) -> list[Path]:
     if stray or len(kinds) > 1:
         tables, kept = kinds.pop(".parquet", []), []
         for table in tables:
-            features = features_of(open_parquet(table).schema_arrow)
             try:
+                with readable(str(table), "read as Parquet"):
+                    features = features_of(open_parquet(table).schema_arrow)
                 find_columns(features, str(table), replace(data, label_column=NO_LABELS))
                 kept.append(table)
             except UserError as error:
@@ -314,7 +315,8 @@ def _open_folder(root: Path, data: ImagesConfig) -> Sources:
     if None in words or (not exact and len(words) < len(folders)):
         name = next(name for name in folders if word_of(name) == "train")
         what = f"{root} holds the folders {few(folders)}, of which {name!r} is no class"
-        raise UserError(f"{what}: name it as data.path, and another as data.validation_path.")
+        advice = "name it as data.path, and another as data.validation_path"
+        raise UserError(f"{what}: {advice}; or rename it, if it is one.")
 
     # A metadata file beside them names the pictures of all, else each is opened alone.
     beside = [root / name for name in METADATA if (root / name).is_file()]
@@ -421,6 +423,8 @@ def _open_table(
     import datasets
 
     # Pictures, still encoded.
+    if not isinstance(table, ParquetTable):
+        table = table.with_format(None)  # it may have been saved as one of tensors
     features = table.features
     image, label = find_columns(features, path, data)
     cells: Any = table

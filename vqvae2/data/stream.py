@@ -12,7 +12,7 @@ import random
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby, islice
@@ -29,7 +29,7 @@ from vqvae2.common.loading import ordered
 from vqvae2.config import DataConfig, ImagesConfig, PreprocessingConfig
 from vqvae2.data.augmentation import decode, no_change, random_change
 from vqvae2.data.decoding import PICTURE_SUFFIXES, BadImage, first_line, readable
-from vqvae2.data.splits import few, is_held_out, marked
+from vqvae2.data.splits import check_names, few, is_held_out, marked
 from vqvae2.data.vectors import read_vector
 
 logger = logging.getLogger(__name__)
@@ -226,9 +226,14 @@ def _say_unused(path: str, columns: Sequence[str]) -> None:
 def features_of(schema: Any) -> dict[str, Any]:
     """The columns of an Arrow schema; `datasets` writes into it which hold pictures and classes."""
     import datasets
+    import pyarrow as pa
 
-    typed = datasets.Features.from_arrow_schema(schema)
-    return {name: typed.get(name) for name in schema.names}
+    typed: dict[str, Any] = dict.fromkeys(schema.names)
+    for field in schema:  # each alone: some types, which are of no picture, it does not know
+        with suppress(ValueError, NotImplementedError):
+            alone = pa.schema([field], schema.metadata)
+            typed[field.name] = datasets.Features.from_arrow_schema(alone)[field.name]
+    return typed
 
 
 def _parquet_rows(
@@ -282,6 +287,7 @@ def _tar_rows(file: BinaryIO, url: str, contents: bool, column: str | None) -> I
             if key in seen:
                 what = f"{url}: {members[0].path} comes apart from the row {key!r} it belongs to"
                 raise UserError(f"{what}: write a row's members side by side.")
+            check_names([key], url)
             seen.add(key)
             yield _tar_row(f"{shard_stem(url)}/{key}", members, column)
 

@@ -153,13 +153,16 @@ class ParquetTable:
 
     def __init__(self, files: Sequence[Path], column: str = "") -> None:
         self.files, self.column = files, column
-        self.features = features_of(open_parquet(files[0]).schema_arrow)
+        self.features: dict[str, Any] = {}  # of all files, so that none has what others lack
         self.groups: list[tuple[Path, int]] = []  # every row group: its file and number in it
         self.ends = [0]  # its last row, plus one
         self.ids: list[str] = []
         sizes: list[int] = []
         for file in files:
-            metadata = open_parquet(file).metadata
+            opened = open_parquet(file)
+            metadata, schema = opened.metadata, opened.schema_arrow
+            if new := {*schema.names} - {*self.features}:
+                self.features |= {k: v for k, v in features_of(schema).items() if k in new}
             self.ids += row_ids(file.name, metadata.num_rows)
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)

@@ -141,7 +141,8 @@ def _as_list(cell: Any, *, of_names: bool) -> list[Any] | None:
             cell = cell if of_names and not isinstance(parsed, list) else parsed
     if hasattr(cell, "tolist"):
         cell = cell.tolist()
-    cell = [float(cell)] if type(cell) in (int, float) else cell
+    with suppress(OverflowError):
+        cell = [float(cell)] if type(cell) in (int, float) else cell
     is_list = isinstance(cell, list | tuple)
     if not is_list or not all(type(value) in (int, float, bool, str) for value in cell):
         return None
