@@ -184,10 +184,10 @@ def _first_prior(config: TrainPriorConfig) -> PriorConfig | None:
         return None
     own = Path(str(config.output_dir))
     record = own / TRAINING_RECORD
-    if record.exists() and BEGUN in (begun := read_record(record)):
-        kind = PixelSNAILPriorConfig if config.family == "pixelsnail" else TransformerPriorConfig
-        return from_dict(kind, begun[BEGUN], f"{record}: {BEGUN}")
+    kind = PixelSNAILPriorConfig if config.family == "pixelsnail" else TransformerPriorConfig
     with suppress(UserError):  # of a folder without a prior, which loading its weights explains
+        if record.exists() and BEGUN in (begun := read_record(record)):
+            return from_dict(kind, begun[BEGUN], str(record))
         return load_prior(own if (own / CONFIG_NAME).exists() else config.init_from).config
     return None
 
