@@ -652,7 +652,8 @@ def test_columns_of_any_type_and_tables_of_any_format_are_read(tmp_path: Path) -
     table = datasets.Dataset.from_dict({**cells, "id": [4, 5, 6]})
     for name in ("torch", "numpy"):
         table.with_format(name).save_to_disk(str(tmp_path / name))
-    for name in ("odd.parquet", "torch", "numpy"):
+    table.save_to_disk(str(tmp_path / "cafe\N{COMBINING ACUTE ACCENT}"))
+    for name in ("odd.parquet", "torch", "numpy", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"):
         found = load(tmp_path / name)
         assert (len(found.train), found.class_names) == (3, ("0", "1"))
     arrays = {"x": np.zeros((3, 8, 8), np.uint8), "y": np.arange(3)}

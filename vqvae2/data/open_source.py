@@ -187,7 +187,7 @@ def _open(path: str, data: ImagesConfig, channels: int) -> Sources:
             _refuse_columns(data, path, "prepared images")
             return open_prepared(local, data.condition_column)
         if any((local / name).exists() for name in SAVED):
-            return _open_tables(path, [], data, saved=True)
+            return _open_tables(str(local), [], data, saved=True)
         if (local / UNFINISHED).exists():
             raise UserError(f"{path} holds unfinished prepared images: run vqvae2 prepare again.")
     if local.is_dir():
