@@ -190,7 +190,7 @@ def test_a_sweep_lowers_the_finest_temperature_alone_too() -> None:
 def test_a_swept_row_is_told_by_what_it_varies() -> None:
     found = {"guidance_scale": 1.5, "precision": 0.5, "recall": 0.5, "distance": 1.0}
     kinds = {
-        ("1.0", 1.0): "1",
+        ("1.0", 1.0): report.USUAL,
         ("0.9", 1.0): "temperature",
         ("1.0 0.9", 1.0): "the finest level's temperature",
         ("1.0", 0.95): "top-p 0.95",

@@ -45,6 +45,7 @@ MEANINGS = {
 }
 ENOUGH = 1000  # images: the distance of fewer is mostly chance, which real ones have as well
 COMPARISON = "comparison.html"
+USUAL = "usual settings"  # a temperature and top-p of 1
 MAIN = ("distance", "kernel distance", "precision", "recall", "density", "coverage", "score")
 TITLES = {
     "file": "Against the statistics of a file",
@@ -413,11 +414,11 @@ def _plot(rows: Sequence[Row], distance_name: str) -> Image:
     """Precision against recall, and the distance against recall: a row of both for each kind of
     setting, whose curves end at a temperature and top-p of 1."""
     panels: list[list[Image]] = []
-    kinds = [kind for kind in dict.fromkeys(map(_kind, rows)) if kind != "1"]
-    for kind in kinds or ["1"]:
+    kinds = [kind for kind in dict.fromkeys(map(_kind, rows)) if kind != USUAL]
+    for kind in kinds or [USUAL]:
         panels.append([])
         ordered = [row for row in rows if _kind(row) == kind]
-        ordered += [row for row in rows if _kind(row) == "1" != kind]
+        ordered += [row for row in rows if _kind(row) == USUAL] if kind != USUAL else []
         for column in ("precision", "distance"):
             curves: dict[str, Points] = {}
             for row in ordered:
@@ -430,7 +431,7 @@ def _plot(rows: Sequence[Row], distance_name: str) -> Image:
 
 
 def _kind(row: Row) -> str:
-    """Which setting a row of a sweep varies, or "1" for none; nothing for other rows."""
+    """Which setting a row of a sweep varies, or `USUAL` for none; nothing for other rows."""
     if "temperature" not in row:
         return ""
     temperatures = row["temperature"].split()
@@ -438,7 +439,7 @@ def _kind(row: Row) -> str:
         return f"top-p {row['top_p']}"
     if len(temperatures) > 1:
         return "the finest level's temperature"
-    return "1" if float(temperatures[0]) == 1 else "temperature"
+    return USUAL if float(temperatures[0]) == 1 else "temperature"
 
 
 # Several evaluations
