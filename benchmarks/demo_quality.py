@@ -10,6 +10,7 @@ pixels and in the classifier's features.
 """
 
 import argparse
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -106,18 +107,22 @@ def tensors(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
 
 
 def compare_settings(
-    pipeline: VQVAE2Pipeline, model: Classifier, options: argparse.Namespace
+    pipeline: VQVAE2Pipeline,
+    model: Classifier,
+    class_names: Sequence[str],
+    options: argparse.Namespace,
 ) -> None:
     """Samples at several temperatures and guidance scales: how many are as asked, how many in the
     worst class, how diverse they are; a table and a plot."""
     names = ("as asked", "lowest class", "diversity of features")
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in names}
-    classes = range(len(pipeline.class_names))
+    classes = range(len(class_names))
     asked = torch.arange(options.num_images) % len(classes)
     print(f"temperature  guidance   {'   '.join(names)}")
     for temperature in (0.8, 0.9, 1.0):
         for scale in (1.0, 1.5, 2.0, 3.0):
             settings = {"temperature": temperature, "guidance_scale": scale, "seed": options.seed}
+            settings["labels"] = class_names
             output = pipeline(options.num_images, output_type="pt", lanes=100, **settings)
             right = (judge(model, output.images) == asked).float()
             of_class = [right[asked == label].mean().item() for label in classes]
@@ -169,11 +174,12 @@ def main() -> None:
 
     pipeline = VQVAE2Pipeline.from_pretrained(options.pipeline)
     if options.table is not None:
-        compare_settings(pipeline, model, options)
+        compare_settings(pipeline, model, splits.class_names, options)
         return
     with torch.no_grad():
         batches = [pipeline.vqvae(batch).reconstruction for batch in real.split(100)]
     settings = {"temperature": options.temperature, "guidance_scale": options.guidance_scale}
+    settings["labels"] = splits.class_names  # of any order in the pipeline
     samples = pipeline(
         options.num_images, output_type="pt", lanes=100, seed=options.seed, show_progress=True,
         **settings,
