@@ -301,7 +301,7 @@ def test_impossible_settings_are_named_before_anything_is_written(
         ),
         ("sample: {labels: [blue]}", "label 'blue' names no class: give a number from 0 to 1, or"),
         ("{prior_0: {label_dropout: 0}, sample: {labels: [none]}}", "label 'none' names no class"),
-        ("evaluate: [5]", "evaluate"),
+        ("evaluate: [5]", "evaluate is [5], but must be a mapping of settings"),
         ("sample: {attributes: [hat]}", "but the priors were trained without: omit them"),
         ("sample: {conditions: there.npy}", "there.npy"),
         ("sample: {reject: there}", "reject is 'there', but must be a file or folder that exists"),

@@ -177,12 +177,12 @@ def test_a_fine_tuning_continues_without_its_first_weights(run: Path, tmp_path: 
     """Before it has a model of its own, too."""
     first, later = shutil.copytree(run / "prior_0", tmp_path / "first"), tmp_path / "later"
     flags: list[object] = ["train-prior", "--codes", run / "codes", "--level", "top"]
-    flags += ["--init-from", first, "--num-steps", 40, "--validate-every", 40, "--batch-size", 8]
-    flags += ["--checkpoint-every", 1, "--log-every", 1, "--output-dir", later]
-    kill_when(lambda: line_count(later) >= 3, *flags, number=signal.SIGTERM)
+    flags += ["--init-from", first, "--validate-every", 4000, "--batch-size", 8]
+    flags += ["--checkpoint-every", 1, "--log-every", 1, "--output-dir", later, "--num-steps"]
+    kill_when(lambda: line_count(later) >= 3, *flags, 4000, number=signal.SIGTERM)
     assert not (later / "model.safetensors").exists()
     shutil.rmtree(first)
-    command(*flags)
+    command(*flags, 20)
     width = read_json(later / "config.json")["network"]["width"]
     assert width == read_json(run / "prior_0" / "config.json")["network"]["width"] < 128
 

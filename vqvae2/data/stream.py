@@ -228,12 +228,18 @@ def features_of(schema: Any) -> dict[str, Any]:
     import datasets
     import pyarrow as pa
 
-    typed: dict[str, Any] = dict.fromkeys(schema.names)
-    for field in schema:  # each alone: some types, which are of no picture, it does not know
-        with suppress(ValueError, NotImplementedError):
-            alone = pa.schema([field], schema.metadata)
-            typed[field.name] = datasets.Features.from_arrow_schema(alone)[field.name]
-    return typed
+    typed_of = datasets.Features.from_arrow_schema
+    unknown = suppress(ValueError, NotImplementedError)
+    with unknown:
+        typed = typed_of(schema)
+        return {name: typed.get(name) for name in schema.names}
+
+    # Some types, which are of no picture, it does not know: then each column by itself.
+    known: dict[str, Any] = dict.fromkeys(schema.names)
+    for field in schema:
+        with unknown:
+            known |= typed_of(pa.schema([field], schema.metadata))
+    return known
 
 
 def _parquet_rows(
